@@ -1,0 +1,32 @@
+# The two commands of the README are `make demo` and `make test`. Every target sets up what it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/ready
+	$(BIN)/dlr-lock demo
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@# mypy wants one package tree, which the folder-to-import mapping of pyproject.toml gives only once installed.
+	rm -rf build/types && mkdir -p build/types/dlr_lock
+	ln -s ../../../dlr_lock/*.py build/types/dlr_lock/
+	for part in runtime triton_kernels convert audit; do ln -s ../../../$$part build/types/dlr_lock/; done
+	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p dlr_lock
+
+bench: $(VENV)/ready
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""What a lock costs whoever trains the locked model."""

@@ -1,0 +1,1 @@
+"""Locking a model: sources, calibration text, distillation, checkpoints."""

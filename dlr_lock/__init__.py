@@ -1,0 +1,9 @@
+"""dlr-lock: publish open-weight language models that run as cheaply as before and are expensive to fine-tune.
+
+Importing this package registers locked checkpoints with transformers, so that
+`AutoModelForCausalLM.from_pretrained` loads them.
+"""
+
+from .runtime import DLRError, DLRNet, DLRSpec, load
+
+__all__ = ["DLRError", "DLRNet", "DLRSpec", "load"]

@@ -1,0 +1,163 @@
+"""A locked checkpoint on disk: writing, loading, describing and checking it."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from .config import METHOD, DLRConfig
+from .errors import DLRError
+from .files import MANIFEST
+from .quantizer import locked_modules
+
+MANIFEST_FORMAT = 1
+_CHUNK = 16 * 2**20  # bytes read at a time while hashing
+
+
+def load(
+    path: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str | None = None
+) -> PreTrainedModel:
+    """A locked checkpoint as a transformers model in eval mode, its MLPs DLRNets.
+
+    dtype: 'auto' for the checkpoint's own. device: None for the best there is. Raises DLRError where the
+    directory is no locked checkpoint, is of a newer format, or lacks a file or part of one.
+    """
+    folder = Path(path)
+    read_config(folder)
+    if (folder / MANIFEST).is_file():
+        _raise_for(_size_faults(folder, _read_manifest(folder)["files"]))
+    config = AutoConfig.from_pretrained(folder)
+    name = (config.architectures or [""])[0]
+    model_class = getattr(transformers, name, AutoModelForCausalLM)
+    try:
+        model = model_class.from_pretrained(folder, dtype=dtype)
+    except (OSError, RuntimeError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise DLRError(f"{folder} does not load: {first_line}; dlr-lock verify names a bad file") from error
+    if not locked_modules(model):
+        raise DLRError(f"{folder} holds no DLR-Net")
+    return model.to(device or best_device()).eval()
+
+
+def best_device() -> torch.device:
+    """The first CUDA (or ROCm) device, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def read_config(folder: Path) -> DLRConfig:
+    """The lock's description in config.json; raises DLRError where there is none or it cannot be read."""
+    if not folder.is_dir():
+        raise DLRError(f"{folder} is not a directory")
+    if not (folder / "config.json").is_file():
+        raise DLRError(f"{folder} has no config.json: it is not a checkpoint")
+    config = _read_json(folder / "config.json")
+    lock = config.get("quantization_config")
+    if not isinstance(lock, dict) or lock.get("quant_method") != METHOD:
+        raise DLRError(f"{folder} is not a locked checkpoint")
+    return DLRConfig(**lock)
+
+
+def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
+    """Writes dlr_manifest.json: size and SHA-256 of every file in `folder`, and `facts` about the conversion."""
+    files = {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    program = f"dlr-lock {version('dlr-lock')}"
+    manifest = {"format": MANIFEST_FORMAT, "program": program, **facts, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """What a locked checkpoint says of itself: the manifest's facts and the spec of each module."""
+    folder = Path(path)
+    lock = read_config(folder)
+    manifest = _read_manifest(folder) if (folder / MANIFEST).is_file() else {}
+    return {"path": str(path), **manifest, "lock": lock.to_dict()}
+
+
+def verify(path: str | Path) -> list[str]:
+    """Compares every file with the manifest. Returns one line a fault, each naming its file; [] if all is well.
+
+    Raises DLRError where the directory is no locked checkpoint or has no manifest.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise DLRError(f"{folder} is not a directory")
+    if not (folder / MANIFEST).is_file():
+        raise DLRError(f"{folder} has no {MANIFEST}, so there is nothing to verify it against")
+    files = _read_manifest(folder)["files"]
+    faults = _size_faults(folder, files)
+    faulty = {fault.split(":")[0] for fault in faults}
+    for name, entry in files.items():
+        if name not in faulty and sha256(folder / name) != entry["sha256"]:
+            faults.append(f"{name}: its content was altered")
+    for path_ in sorted(folder.rglob("*.safetensors")):
+        if str(path_.relative_to(folder)) not in files:
+            faults.append(f"{path_.relative_to(folder)}: not in the manifest")
+    return faults
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256, in hexadecimal."""
+    digest = hashlib.sha256()
+    for chunk in _chunks(path):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
+def _size_faults(folder: Path, files: dict[str, Any]) -> list[str]:
+    faults = []
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            faults.append(f"{name}: missing")
+        elif path.stat().st_size != entry["size"]:
+            faults.append(f"{name}: {path.stat().st_size} bytes, the manifest says {entry['size']}")
+    return faults
+
+
+def _raise_for(faults: list[str]) -> None:
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise DLRError(f"bad checkpoint file {faults[0]}{more}; fetch the checkpoint again")
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    manifest = _read_json(folder / MANIFEST)
+    if not isinstance(manifest.get("format"), int) or manifest["format"] > MANIFEST_FORMAT:
+        raise DLRError(
+            f"{folder / MANIFEST} has format {manifest.get('format')}, "
+            f"this dlr-lock reads up to {MANIFEST_FORMAT}: upgrade dlr-lock"
+        )
+    files = manifest.get("files")
+    sound = isinstance(files, dict) and all(
+        isinstance(e, dict) and isinstance(e.get("size"), int) and isinstance(e.get("sha256"), str)
+        for e in files.values()
+    )
+    if not sound:
+        raise DLRError(f"{folder / MANIFEST} lists no files: it is damaged")
+    return manifest
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DLRError(f"{path} cannot be read as JSON: {str(error).splitlines()[0]}") from error
+    if not isinstance(value, dict):
+        raise DLRError(f"{path} is not a JSON object")
+    return value

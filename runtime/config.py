@@ -1,0 +1,61 @@
+"""What config.json says of a lock, under transformers' `quantization_config`."""
+
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .errors import DLRError
+from .spec import DLRSpec
+
+METHOD = "dlr"
+FORMAT = 1  # of the checkpoint; a reader refuses a newer one
+
+
+class DLRConfig(QuantizationConfigMixin):
+    """Which modules of a transformers model are DLR-Nets.
+
+    modules: module name -> its DLRSpec. identity: names of the modules that became the identity, where the
+    MLP had no module of its own (OPT's activation_fn and fc2). tripwires: names of stock weights, stored with
+    a shape that no MLP has, on which a transformers without dlr_lock stumbles instead of filling the locked
+    MLPs with random weights. Names are those of the class in `architectures`. Raises DLRError on a newer
+    format and on anything that is not a lock's description.
+    """
+
+    def __init__(
+        self,
+        modules: dict[str, dict[str, Any] | DLRSpec] | None = None,
+        identity: list[str] | None = None,
+        tripwires: list[str] | None = None,
+        format: int = FORMAT,
+        quant_method: str = METHOD,
+        **unknown: Any,
+    ) -> None:
+        if not isinstance(format, int) or format > FORMAT:
+            raise DLRError(
+                f"the checkpoint has format {format}, this dlr-lock reads up to {FORMAT}: upgrade dlr-lock"
+            )
+        if unknown:
+            raise DLRError(f"config.json's quantization_config has unknown fields: {', '.join(sorted(unknown))}")
+        if not isinstance(modules, dict) or not modules:
+            raise DLRError("config.json's quantization_config names no modules")
+        self.quant_method = quant_method
+        self.format = format
+        self.modules = {
+            name: spec if isinstance(spec, DLRSpec) else DLRSpec.from_dict(spec)
+            for name, spec in modules.items()
+        }
+        self.identity = list(identity or [])
+        self.tripwires = list(tripwires or [])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for config.json; `DLRConfig(**values)` is the inverse."""
+        return {
+            "quant_method": self.quant_method,
+            "format": self.format,
+            "modules": {name: spec.to_dict() for name, spec in self.modules.items()},
+            "identity": list(self.identity),
+            "tripwires": list(self.tripwires),
+        }
+
+    def __iter__(self):
+        yield from self.to_dict().items()

@@ -1,0 +1,99 @@
+"""Directories that appear whole or not at all."""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import DLRError
+
+MANIFEST = "dlr_manifest.json"  # marks a directory as ours: only such a one is ever replaced
+
+
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Raises DLRError unless `target` can be written: call it before long work, not after.
+
+    An existing directory is taken if it is empty, or, with `overwrite`, if it is a locked checkpoint.
+    """
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise DLRError(f"{target} exists and is not a directory")
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise DLRError(f"{target} exists; choose another output or pass --overwrite")
+        if not (target / MANIFEST).is_file():
+            raise DLRError(f"{target} is no locked checkpoint, so --overwrite leaves it alone; remove it yourself")
+    nearest = next(p for p in target.absolute().parents if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise DLRError(f"cannot write to {nearest}")
+
+
+@contextmanager
+def whole_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary directory beside `target` that becomes it when the block ends, and vanishes if it fails.
+
+    Raises DLRError as `check_target` does, and where the device is full. Ctrl-C leaves nothing behind.
+    """
+    check_target(target, overwrite=overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        with full_disk_is_an_error(target):
+            yield work
+            _sync(work)
+        work.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would hide the checkpoint from other users
+        _swap(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def full_disk_is_an_error(where: Path) -> Iterator[None]:
+    """Turns 'no space left', also as safetensors words it, into a DLRError."""
+    try:
+        yield
+    except Exception as error:
+        code = getattr(error, "errno", None)
+        if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            raise DLRError(f"no space left on the device while writing {where}; nothing was kept") from error
+        raise
+
+
+def check_space(target: Path, wanted: int) -> None:
+    """Raises DLRError where the device of `target` has less than `wanted` bytes free."""
+    nearest = next(p for p in (target.absolute(), *target.absolute().parents) if p.exists())
+    free = shutil.disk_usage(nearest).free
+    if free < wanted:
+        raise DLRError(f"{nearest} has {free / 2**20:.0f} MiB free, {wanted / 2**20:.0f} MiB are needed")
+
+
+def _swap(work: Path, target: Path) -> None:
+    if not target.exists():
+        work.rename(target)
+        return
+    # A directory cannot be exchanged in one step by portable means: between the two renames the old one
+    # stands beside, whole, and is put back if the second fails.
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    target.rename(old / target.name)
+    try:
+        work.rename(target)
+    except BaseException:
+        (old / target.name).rename(target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,123 @@
+"""The transformers plugin: how a locked checkpoint loads through plain `from_pretrained`.
+
+Importing this module registers the quantization method `dlr`. transformers then hands every checkpoint whose
+config names that method to `DLRQuantizer`, which puts DLRNets in place before the weights are read.
+"""
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from .config import METHOD, DLRConfig
+from .errors import DLRError
+from .module import DLRNet
+
+register_quantization_config(METHOD)(DLRConfig)
+
+
+@register_quantizer(METHOD)
+class DLRQuantizer(HfQuantizer):
+    """Builds, checks and re-saves locked models inside transformers."""
+
+    requires_calibration = True  # asked for on an unlocked model, it is a ValueError and not a no-op
+    quantization_config: DLRConfig
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:  # inference only: Trainer refuses
+        return False
+
+    @property
+    def is_compileable(self) -> bool:  # or generate() never compiles by itself
+        return True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
+        # Runs under transformers' meta device and load dtype, which the new modules inherit.
+        install(model, self.quantization_config)
+        local = _names_in(model)
+        ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+        ignored.update(rf"(^|\.){re.escape(local(name))}$" for name in self.quantization_config.tripwires)
+        model._keys_to_ignore_on_load_unexpected = ignored
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
+        # transformers only warns of missing weights and draws random ones.
+        for name, module in locked_modules(model):
+            for weight, parameter in module.named_parameters():
+                if not getattr(parameter, "_is_hf_initialized", False):
+                    raise DLRError(f"the checkpoint has no {name}.{weight}: it is incomplete, fetch it again")
+        model.requires_grad_(False)  # loading re-wraps every weight as trainable
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        state = model.state_dict()
+        local = _names_in(model)
+        for name in self.quantization_config.tripwires:
+            state[local(name)] = torch.zeros(1)
+        return state, {}
+
+
+def install(model: nn.Module, config: DLRConfig) -> None:
+    """Puts a DLRNet, in the default dtype and device, in the place of every module that `config` names.
+
+    Raises DLRError where the model has no such module.
+    """
+    local = _names_in(model)
+    for name, spec in config.modules.items():
+        _replace(model, local(name), DLRNet(spec))
+    for name in config.identity:
+        _replace(model, local(name), nn.Identity())
+
+
+def lock(model: nn.Module, chains: dict[str, DLRNet], identity: list[str]) -> None:
+    """Turns a loaded transformers model into a locked one, in place: it saves and runs as if loaded locked.
+
+    chains: module name -> the filled DLRNet that takes its place; identity: modules that become nn.Identity.
+    """
+    tripwires = [f"{name}.{_first_weight(model.get_submodule(name))}" for name in chains]
+    config = DLRConfig({name: net.spec for name, net in chains.items()}, identity, tripwires)
+    for name, net in chains.items():
+        _replace(model, name, net)
+    for name in identity:
+        _replace(model, name, nn.Identity())
+    model.config.quantization_config = config
+    model.hf_quantizer = DLRQuantizer(config, pre_quantized=True)
+    model.is_quantized, model.quantization_method = True, METHOD
+    model.requires_grad_(False)
+
+
+def locked_modules(model: nn.Module) -> list[tuple[str, DLRNet]]:
+    """The DLRNets of a model with their names, in the model's order."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, DLRNet)]
+
+
+def _first_weight(module: nn.Module) -> str:
+    """A stock weight to store as the tripwire: one that no renaming rule of transformers touches, if any."""
+    names = [name for name, parameter in module.named_parameters() if parameter.dim() > 1]
+    plain = [n for n in names if not re.search("gate|up_proj|experts", n)]
+    return (plain or names)[0]
+
+
+def _names_in(model: nn.Module) -> Callable[[str], str]:
+    """Maps the config's module names to this model's: a bare body lacks the head class's prefix."""
+    prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
+    is_body = prefix and not hasattr(model, prefix[:-1])
+    return lambda name: name.removeprefix(prefix) if is_body else name
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    try:
+        owner = model.get_submodule(parent)
+    except AttributeError:
+        owner = None
+    if owner is None or not hasattr(owner, child):
+        raise DLRError(f"this {type(model).__name__} has no module {name}: the checkpoint is not made for it")
+    if child not in owner._modules:
+        delattr(owner, child)  # a plain function, such as an activation
+    setattr(owner, child, module)

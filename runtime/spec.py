@@ -1,0 +1,144 @@
+"""The shape of one DLR-Net, validated where it is made."""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ..triton_kernels import ACTIVATIONS
+from .errors import DLRError
+
+RANK_MULTIPLE = 16  # the narrowest tile of the matrix units
+DEFAULT_DEPTH = 36  # 36 steps of rank 64 fit SmolLM2's MLPs as well as 144 of rank 16 do (d 576, f 1536)
+PARITY = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class DLRSpec:
+    """A DLR-Net of `lanes` chains of `depth` steps of rank `rank` on `hidden_size` features.
+
+    `act` is any activation that transformers names; `gated` steps carry a third matrix. Raises DLRError
+    where a value makes no chain.
+    """
+
+    hidden_size: int
+    lanes: int
+    depth: int
+    rank: int
+    act: str = "silu"
+    gated: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "lanes", "depth", "rank"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise DLRError(f"a chain's {name} must be a whole number of at least 1, not {value!r}")
+        if self.rank % RANK_MULTIPLE:
+            raise DLRError(f"a chain's rank must be a multiple of {RANK_MULTIPLE}, not {self.rank}")
+        if self.act not in ACTIVATIONS:
+            raise DLRError(f"unknown activation {self.act!r}; one of {', '.join(sorted(ACTIVATIONS))}")
+        if not isinstance(self.gated, bool):
+            raise DLRError(f"a chain's gated must be true or false, not {self.gated!r}")
+
+    @property
+    def matrices(self) -> int:
+        """Matrices a step: A and B, and G where it is gated."""
+        return 3 if self.gated else 2
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """[L, K, r, d], the shape of A, B and G."""
+        return self.lanes, self.depth, self.rank, self.hidden_size
+
+    @property
+    def params(self) -> int:
+        """Parameters: the steps' matrices, and the output scale and bias."""
+        return self.matrices * math.prod(self.weight_shape) + 2 * self.hidden_size
+
+    @classmethod
+    def matching(
+        cls,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        mlp_gated: bool,
+        mlp_bias: bool = False,
+        lanes: int = 1,
+        depth: int | None = None,
+        rank: int | None = None,
+        act: str = "silu",
+        gated: bool = False,
+    ) -> "DLRSpec":
+        """The DLR-Net with as many parameters as an MLP of width `intermediate_size`, within 1%.
+
+        `mlp_gated` and `mlp_bias` describe the MLP: gated ones have three matrices, not two. `depth` is a
+        wish: the nearest depth that keeps parity is taken, or without one, a depth near 36 with a rank that
+        is a power of two where there is one, which the matrix units like. A `rank` is met exactly; with both
+        given there is nothing left to match. Where no multiple of 16 comes within 1% (small MLPs: a step of
+        rank 16 is then more than 2% of them), the nearest parameter count is taken.
+        """
+        matrices = 3 if mlp_gated else 2
+        params = matrices * hidden_size * intermediate_size
+        if mlp_bias:
+            params += (matrices - 1) * intermediate_size + hidden_size
+        return cls.of_params(
+            hidden_size, params, lanes=lanes, depth=depth, rank=rank, act=act, gated=gated
+        )
+
+    @classmethod
+    def of_params(
+        cls,
+        hidden_size: int,
+        params: int,
+        *,
+        lanes: int = 1,
+        depth: int | None = None,
+        rank: int | None = None,
+        act: str = "silu",
+        gated: bool = False,
+    ) -> "DLRSpec":
+        """`matching` for an MLP of which only the parameter count is known."""
+        smallest = cls(hidden_size, lanes, depth or 1, rank or RANK_MULTIPLE, act, gated)  # validates
+        if depth is not None and rank is not None:
+            return smallest
+        unit = smallest.matrices * hidden_size * lanes * RANK_MULTIPLE
+        exact = (params - 2 * hidden_size) / unit  # of K * r / 16 that give the MLP's parameters
+        slack = PARITY * params / unit
+        counts = range(math.ceil(exact - slack), math.floor(exact + slack) + 1)
+        shapes = [s for n in counts if n > 0 for s in _factors(n, rank)]
+        if not shapes:
+            step = 1 if rank is None else rank // RANK_MULTIPLE
+            shapes = list(_factors(max(1, round(exact / step)) * step, rank))
+
+        def badness(shape: tuple[int, int]) -> tuple[float, ...]:
+            steps, r = shape
+            off_depth = abs(math.log(steps / (depth or DEFAULT_DEPTH)))
+            odd_rank = float(r & (r - 1) != 0)
+            off_parity = abs(steps * r / RANK_MULTIPLE - exact)
+            if depth is not None:
+                return off_depth, odd_rank, off_parity
+            return odd_rank * math.log(2) + off_depth, off_parity  # twice the depth for a power of two
+
+        steps, r = min(shapes, key=badness)
+        return cls(hidden_size, lanes, steps, r, act, gated)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they stand in config.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "DLRSpec":
+        """The inverse of `to_dict`; raises DLRError on missing or unknown fields."""
+        known = {f.name for f in fields(cls)}
+        if set(values) != known:
+            odd = ", ".join(sorted(known ^ set(values)))
+            raise DLRError(f"a chain's description must have exactly {sorted(known)}; missing or unknown: {odd}")
+        return cls(**values)
+
+    def __str__(self) -> str:
+        return f"{self.lanes}x{self.depth}x{self.rank} {self.act}{' gated' if self.gated else ''}"
+
+
+def _factors(units: int, rank: int | None) -> list[tuple[int, int]]:
+    """All (depth, rank) with depth * rank = 16 * units, or the one of the given rank."""
+    ranks = range(1, units + 1) if rank is None else [rank // RANK_MULTIPLE]
+    return [(units // n, n * RANK_MULTIPLE) for n in ranks if units % n == 0]
