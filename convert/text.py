@@ -348,7 +348,7 @@ def _sample(
             cache = None
             for position in range(1, n):
                 rows[:, position - 1] = ids[:, -1]
-                state = {} if cache is None else {"past_key_values": cache}
+                state: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
                 output = model(input_ids=ids if cache is None else ids[:, -1:], use_cache=True, **state)
                 cache = getattr(output, "past_key_values", None)
                 if getattr(output, "logits", None) is None:

@@ -57,10 +57,19 @@ def read_config(folder: Path) -> DLRConfig:
     if not (folder / "config.json").is_file():
         raise DLRError(f"{folder} has no config.json: it is not a checkpoint")
     config = _read_json(folder / "config.json")
-    lock = config.get("quantization_config")
-    if not isinstance(lock, dict) or lock.get("quant_method") != METHOD:
+    if not is_locked(folder):
         raise DLRError(f"{folder} is not a locked checkpoint")
-    return DLRConfig(**lock)
+    return DLRConfig(**config["quantization_config"])
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a directory's config.json names our method, whatever else is wrong with it."""
+    try:
+        config = _read_json(folder / "config.json")
+    except DLRError:
+        return False
+    lock = config.get("quantization_config")
+    return isinstance(lock, dict) and lock.get("quant_method") == METHOD
 
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:

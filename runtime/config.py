@@ -35,7 +35,9 @@ class DLRConfig(QuantizationConfigMixin):
                 f"the checkpoint has format {format}, this dlr-lock reads up to {FORMAT}: upgrade dlr-lock"
             )
         if unknown:
-            raise DLRError(f"config.json's quantization_config has unknown fields: {', '.join(sorted(unknown))}")
+            raise DLRError(
+                f"config.json's quantization_config has unknown fields: {', '.join(sorted(unknown))}"
+            )
         if not isinstance(modules, dict) or not modules:
             raise DLRError("config.json's quantization_config names no modules")
         self.quant_method = quant_method

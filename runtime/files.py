@@ -24,7 +24,9 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         if not overwrite:
             raise DLRError(f"{target} exists; choose another output or pass --overwrite")
         if not (target / MANIFEST).is_file():
-            raise DLRError(f"{target} is no locked checkpoint, so --overwrite leaves it alone; remove it yourself")
+            raise DLRError(
+                f"{target} is no locked checkpoint, so --overwrite leaves it alone; remove it yourself"
+            )
     nearest = next(p for p in target.absolute().parents if p.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise DLRError(f"cannot write to {nearest}")

@@ -80,9 +80,7 @@ class DLRSpec:
         params = matrices * hidden_size * intermediate_size
         if mlp_bias:
             params += (matrices - 1) * intermediate_size + hidden_size
-        return cls.of_params(
-            hidden_size, params, lanes=lanes, depth=depth, rank=rank, act=act, gated=gated
-        )
+        return cls.of_params(hidden_size, params, lanes=lanes, depth=depth, rank=rank, act=act, gated=gated)
 
     @classmethod
     def of_params(
@@ -131,7 +129,9 @@ class DLRSpec:
         known = {f.name for f in fields(cls)}
         if set(values) != known:
             odd = ", ".join(sorted(known ^ set(values)))
-            raise DLRError(f"a chain's description must have exactly {sorted(known)}; missing or unknown: {odd}")
+            raise DLRError(
+                f"a chain's description must have exactly {sorted(known)}; missing or unknown: {odd}"
+            )
         return cls(**values)
 
     def __str__(self) -> str:

@@ -6,30 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import VOCABULARY, tiny_model, tiny_tokenizer
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
+
 from dlr_lock.convert.text import english_topics, load_text
 from dlr_lock.runtime.errors import DLRError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def make_tokenizer(bos=True, adds_bos=False, eos=True):
-    """Byte-level BPE of 300 tokens, trained on a little English."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([english_topics()[:20_000]], trainer)
+    """The tiny tokenizer (which puts no BOS in front of a text) in other moods, and for short texts."""
+    backend = tiny_tokenizer().backend_tokenizer
     if adds_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
+        backend.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
         )
-    special = {"bos_token": "<s>"} if bos else {}
-    if eos:
-        special["eos_token"] = "</s>"
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, **special)
+    special = ({"bos_token": "<s>"} if bos else {}) | ({"eos_token": "</s>"} if eos else {})
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=32, **special)
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +32,8 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        bos_token_id=0,
-        eos_token_id=1,
-        initializer_range=0.5,
-    )
-    return LlamaForCausalLM(config).eval()
+    """Wide enough weights that its distribution is far from even."""
+    return tiny_model("llama", initializer_range=0.5)
 
 
 @pytest.fixture
@@ -61,7 +44,7 @@ def prose(tmp_path):
 
 
 def interleave(text):
-    """Train and held-out sequences back in the order of the text, found by their place in the held-out grid."""
+    """Train and held-out sequences in the order of the text: one held out in the middle of each stretch."""
     total, heldout = len(text.train) + len(text.heldout), len(text.heldout)
     places = {(2 * i + 1) * total // (2 * heldout) for i in range(heldout)}
     train, held = iter(text.train), iter(text.heldout)
@@ -100,10 +83,9 @@ def test_reading_stops_when_there_is_enough(tmp_path, tokenizer):
         load_text(path, tokenizer, tokens=640_000, heldout_tokens=64, sequence_length=64)
 
 
-def test_a_long_line_is_not_tokenized_whole(tmp_path, tokenizer):
-    """One document of 40 MB without a line break: a few seconds' work if it were read to the end."""
+def test_a_long_line_is_neither_read_nor_tokenized_whole(tmp_path, tokenizer):
     path = tmp_path / "long.txt"
-    path.write_text("words and " * 4_000_000)
+    path.write_bytes(b"words and " * 400_000 + b"\xff")  # reading to the end would be an error
     seen = []
     load_text(
         path,
@@ -114,6 +96,18 @@ def test_a_long_line_is_not_tokenized_whole(tmp_path, tokenizer):
         progress=lambda done, total: seen.append((done, total)),
     )
     assert seen == [(704, 704)]
+    with pytest.raises(DLRError, match="not UTF-8"):
+        load_text(path, tokenizer, tokens=10_000_000, sequence_length=64)
+
+
+@pytest.mark.parametrize("gap", [" ", "\n"])
+def test_reading_in_pieces_leaves_words_whole(tmp_path, tokenizer, gap):
+    path = tmp_path / "words.txt"
+    path.write_text(gap.join(["internationalisation"] * 8000))
+    ids = tokenizer(path.read_text(), verbose=False)["input_ids"]
+    total = len(ids) // 64
+    text = load_text(path, tokenizer, tokens=(total - 10) * 64, heldout_tokens=640, sequence_length=64)
+    assert interleave(text).flatten().tolist() == ids[: total * 64]
 
 
 def test_documents_are_joined_with_eos(tmp_path, tokenizer):
@@ -136,7 +130,8 @@ def test_bos_starts_a_sequence_only_where_the_tokenizer_adds_it(prose, tokenizer
     assert english_topics().startswith(tokenizer.decode(sequences[:, 1:].flatten()))
 
 
-def test_no_warning_about_long_texts(prose, tokenizer, caplog):
+def test_no_warning_about_long_texts(prose, caplog):
+    tokenizer = make_tokenizer()  # a fresh one: the warning comes once a tokenizer
     logging.getLogger("transformers").addHandler(caplog.handler)
     try:
         load_text(prose, tokenizer, tokens=640, heldout_tokens=64, sequence_length=64)
@@ -198,7 +193,7 @@ def test_unreadable_files_end_in_one_line(tmp_path, tokenizer, name, content, me
 
 
 def test_a_file_that_cannot_be_read_to_the_end(tmp_path, tokenizer):
-    """/proc/self/mem opens and then fails to read, as a dying disk does; root is not kept out by permissions."""
+    """/proc/self/mem opens and then fails to read, as a dying disk does (permissions do not stop root)."""
     if not Path("/proc/self/mem").exists():
         pytest.skip("needs /proc")
     for suffix in (".txt", ".jsonl", ".parquet"):
@@ -216,7 +211,7 @@ def test_a_folder_is_not_text(tmp_path, tokenizer):
 def test_parquet_column_must_be_clear(tmp_path, tokenizer):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.table({"title": ["a"], "body": ["b"]}), tmp_path / "two.parquet")
-    with pytest.raises(DLRError, match="two.parquet.*title, body"):
+    with pytest.raises(DLRError, match=r"two.parquet.*title, body"):
         load_text(tmp_path / "two.parquet", tokenizer, tokens=640, sequence_length=64)
 
 
@@ -248,16 +243,18 @@ def test_dataset_split_is_read(tmp_path, tokenizer, monkeypatch):
     """A real dataset, which `datasets` finds in a folder: its splits hold different words."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
     for split, word in (("train", "wheat"), ("validation", "chaff")):
-        (tmp_path / f"{split}.jsonl").write_text(f'{{"text": "{word} ", "n": 1}}\n' * 200)
-    for split, word in (("train", "wheat"), ("validation", "chaff")):
-        name = f"{tmp_path}:{split}"
-        text = load_text(name, tokenizer, tokens=64, heldout_tokens=16, sequence_length=16)
-        assert set(tokenizer.decode(interleave(text).flatten()).split("</s>")[1:-1]) == {f"{word} "}
+        (corpus / f"{split}.jsonl").write_text(f'{{"text": "{word}", "n": 1}}\n' * 200)
+    for name, word in (("train", "wheat"), ("validation", "chaff"), ("default:validation", "chaff")):
+        text = load_text(f"{corpus}:{name}", tokenizer, tokens=64, heldout_tokens=16, sequence_length=16)
+        assert set(tokenizer.decode(interleave(text).flatten()).split("</s>")[1:-1]) == {word}
     with pytest.raises(DLRError, match="neither a file nor a dataset"):
-        load_text(f"{tmp_path}:no-such-split", tokenizer, tokens=64, sequence_length=16)
+        load_text(f"{corpus}:no-such-split", tokenizer, tokens=64, sequence_length=16)
     with pytest.raises(DLRError, match="are wanted"):
-        load_text(f"{tmp_path}:train", tokenizer, tokens=64_000, sequence_length=16)
+        load_text(f"{corpus}:train", tokenizer, tokens=64_000, sequence_length=16)
 
 
 def test_dataset_that_cannot_be_had(tokenizer, monkeypatch):
@@ -300,7 +297,7 @@ def test_self_is_repeatable_and_leaves_random_numbers_alone(tokenizer, model):
 
 
 def test_self_samples_from_the_models_own_distribution(tokenizer, model):
-    """Near zero temperature it is the greedy continuation, worked out here without a cache and with no stop at EOS."""
+    """Near temperature zero: the greedy continuation, worked out here without a cache or a stop at EOS."""
     text = load_text(
         "self",
         tokenizer,
@@ -320,15 +317,15 @@ def test_self_samples_from_the_models_own_distribution(tokenizer, model):
     )
     with torch.no_grad():
         chances = model(input_ids=ids[:, :1]).logits[0, -1].softmax(-1)
-    drawn = torch.bincount(warm.train[:, 1], minlength=300) / len(warm.train)
-    assert (drawn - chances).abs().sum() < 0.45 < (drawn - 1 / 300).abs().sum()
+    drawn = torch.bincount(warm.train[:, 1], minlength=VOCABULARY) / len(warm.train)
+    assert (drawn - chances).abs().sum() < 0.45 < (drawn - 1 / VOCABULARY).abs().sum()
 
 
 def test_self_without_bos_starts_at_random_ordinary_tokens(model):
     tokenizer = make_tokenizer(bos=False)
-    text = load_text("self", tokenizer, tokens=800, heldout_tokens=8, sequence_length=8, model=model)
+    text = load_text("self", tokenizer, tokens=6000, heldout_tokens=2, sequence_length=2, model=model)
     starts = set(text.train[:, 0].tolist())
-    assert len(starts) > 40 and tokenizer.eos_token_id not in starts
+    assert len(starts) > 250 and tokenizer.eos_token_id not in starts
     text = load_text("self", None, tokens=800, heldout_tokens=8, sequence_length=8, model=model)
     assert len(set(text.train[:, 0].tolist())) > 40
 

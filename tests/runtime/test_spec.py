@@ -1,6 +1,7 @@
 import random
 
 import pytest
+
 from dlr_lock.runtime import DLRError, DLRNet, DLRSpec
 
 

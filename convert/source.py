@@ -1,0 +1,315 @@
+"""Source models: a transformers directory, a name on the Hugging Face hub, or a GGUF file.
+
+Whatever it was, it ends as a plain directory (config.json and safetensors) that is checked before it is
+loaded: transformers would fill missing weights with random numbers and go on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..runtime.errors import DLRError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_CHUNK = 16 * 2**20
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+)
+# Hugging Face's own rule for a repository's name: an owner at most, no other slash.
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to lock.
+
+    model        in eval mode, requires_grad False
+    tokenizer    None where there is none
+    name         as the caller gave it
+    fingerprint  SHA-256 in hexadecimal of names and bytes of config.json and the weight files; of a GGUF file,
+                 of its bytes
+    path         the plain directory it was loaded from
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    name: str
+    fingerprint: str
+    path: Path
+
+
+def open_source(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | str,
+    device: torch.device | str,
+    gguf_dir: Path | None = None,
+) -> Source:
+    """Check and load a source model.
+
+    dtype      of the weights in memory; "auto" is the checkpoint's own
+    gguf_dir   folder that gets the dequantised copy of a GGUF file, in a folder of its own, and is looked into
+               for one made before; a cache folder of the user's where it is None
+    Raises DLRError, in one line, for everything that is wrong with the source.
+    """
+    given = Path(source).expanduser()
+    if given.is_file():
+        if given.suffix.lower() != ".gguf":
+            raise DLRError(f"{source} is a file, but neither a model's directory nor a .gguf file")
+        fingerprint = _fingerprint([given], named=False)
+        folder = _from_gguf(given, fingerprint, dtype, gguf_dir)
+        _check_config(folder)
+        _check_weights(folder)
+    else:
+        folder = given if given.is_dir() else _from_hub(str(source))
+        _check_config(folder)
+        fingerprint = _fingerprint([folder / "config.json", *_check_weights(folder)])
+    with _quiet():
+        model = _load(folder, dtype).to(device).eval().requires_grad_(False)
+        tokenizer = _load_tokenizer(folder)
+    _check_finite(model, folder)
+    return Source(model, tokenizer, str(source), fingerprint, folder)
+
+
+def _from_hub(name: str) -> Path:
+    """The local copy of a hub repository's top folder, without anything pickled."""
+    missing = f"{name} is neither a directory or .gguf file here nor"
+    if not _HUB_NAME.fullmatch(name):
+        raise DLRError(f"{missing} a name on the Hugging Face hub: check the path")
+    from huggingface_hub import snapshot_download
+
+    ignored = ["*/*", "consolidated*", *(f"*{suffix}" for suffix in _PICKLES)]
+    try:
+        # Large weights take minutes: the hub's own progress bar stays on.
+        return Path(
+            snapshot_download(name, ignore_patterns=[*ignored, "*.gguf", "*.onnx", "*.h5", "*.msgpack"])
+        )
+    except Exception as error:
+        # Not found, gated, no network, proxies: a dozen unrelated classes of httpx, requests and the hub.
+        raise DLRError(f"{missing} a model to be had from the Hugging Face hub ({_line(error)})") from error
+
+
+def _from_gguf(file: Path, fingerprint: str, dtype: torch.dtype | str, cache: Path | None) -> Path:
+    """Dequantise a GGUF file to `cache`/<name>-<fingerprint>-<dtype>, unless that is there already."""
+    if cache is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dlr-lock" / "gguf"
+    folder = cache / f"{file.stem}-{fingerprint[:16]}-{str(dtype).removeprefix('torch.')}"
+    if folder.is_dir():
+        return folder
+    try:
+        import accelerate  # noqa: F401
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise DLRError(
+            f"{file} needs packages that are not installed: pip install 'dlr-lock[gguf]'"
+        ) from error
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with _quiet():
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(file.parent),
+                gguf_file=file.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=dtype,
+                output_loading_info=True,
+                local_files_only=True,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(file.parent), gguf_file=file.name, local_files_only=True
+            )
+        except Exception as error:
+            # The reader meets a broken file with whatever its parsing trips over.
+            raise DLRError(f"{file} cannot be read as GGUF: {_line(error)}") from error
+        _check_missing(info, file)
+        _check_finite(model, file)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            # Renamed when whole: a crash leaves nothing that a later run would take for a model.
+            with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as work:
+                whole = Path(work) / "model"
+                model.save_pretrained(whole)
+                tokenizer.save_pretrained(whole)
+                if not folder.is_dir():
+                    whole.rename(folder)
+        except (OSError, SafetensorError) as error:
+            raise DLRError(f"{file} cannot be unpacked to {cache}: {_line(error)}") from error
+    return folder
+
+
+def _check_config(folder: Path) -> None:
+    from transformers import CONFIG_MAPPING
+
+    if not any(folder.iterdir()):
+        raise DLRError(f"{folder} is empty: give a directory with config.json and safetensors weights")
+    file = folder / "config.json"
+    if not file.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise DLRError(f"{folder} holds an adapter, not a model: merge it into its base model first")
+        raise DLRError(f"{folder} has no config.json: give a directory that save_pretrained wrote")
+    config = _read_json(file)
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        if method == "dlr":
+            raise DLRError(f"{folder} is already locked: give the original model")
+        raise DLRError(f"{folder} is quantised ({method or 'unknown method'}): dequantise it first")
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        code = "; it brings code of its own, which is never run" if "auto_map" in config else ""
+        raise DLRError(f"{folder}: model_type {kind!r} is unknown to the installed transformers{code}")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DLRError(f"{file} cannot be read as JSON: {_line(error)}") from error
+    if not isinstance(content, dict):
+        raise DLRError(f"{file} is not a JSON object")
+    return content
+
+
+def _check_weights(folder: Path) -> list[Path]:
+    """The safetensors files that make up the model, each found whole."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        files = [single]
+    elif index.is_file():
+        shards = _read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise DLRError(f"{index} has no weight_map: fetch the model again")
+        # Only names in this folder: an index must not lead elsewhere.
+        files = [folder / Path(str(name)).name for name in sorted({str(name) for name in shards.values()})]
+    else:
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+        if pickled:
+            raise DLRError(
+                f"{folder} has its weights as a pickle only ({pickled[0]}), which is never opened: "
+                "convert it to safetensors"
+            )
+        raise DLRError(f"{folder} has no weights: model.safetensors, or shards with their index, is needed")
+    for file in files:
+        if not file.is_file():
+            raise DLRError(f"{file} is missing: fetch the model again")
+        try:
+            with safe_open(file, framework="pt"):
+                pass  # reads the header and holds it against the file's size
+        except (SafetensorError, OSError) as error:
+            raise DLRError(
+                f"{file} is truncated or damaged ({_line(error)}): fetch the model again"
+            ) from error
+    return files
+
+
+def _load(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    import transformers
+
+    config = _read_json(folder / "config.json")
+    architectures = config.get("architectures") or [""]
+    family = getattr(transformers, str(architectures[0]), None)
+    if not (isinstance(family, type) and issubclass(family, transformers.PreTrainedModel)):
+        family = transformers.AutoModelForCausalLM
+    try:
+        # dtype= and never .to(dtype), which would round the rotary frequencies too.
+        model, info = family.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        # Fields of the wrong type, sizes that differ: every architecture fails in its own way.
+        raise DLRError(f"{folder} cannot be loaded: {_line(error)}") from error
+    _check_missing(info, folder)
+    return model
+
+
+def _check_missing(info: dict[str, Any], where: Path) -> None:
+    """transformers fills what a checkpoint lacks with random numbers; tied weights do not count as lacking."""
+    for what in ("missing_keys", "mismatched_keys"):
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(what) or ())
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            how = "lacks" if what == "missing_keys" else "has the wrong shape for"
+            raise DLRError(f"{where} {how} {names[0]}{more}: fetch the whole model")
+
+
+def _check_finite(model: PreTrainedModel, where: Path) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.isfinite().all():
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise DLRError(f"{where}: {name} has NaN or infinity in its weights (as {kind})")
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise DLRError(f"the tokenizer in {folder} cannot be loaded: {_line(error)}") from error
+
+
+def _fingerprint(files: list[Path], named: bool = True) -> str:
+    """SHA-256 over name, size and bytes of each file, in the order of their names."""
+    digest = hashlib.sha256()
+    for file in sorted(files, key=lambda path: path.name):
+        if named:
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error's message, cut to what fits on a line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without warnings and progress bars."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

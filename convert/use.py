@@ -1,0 +1,99 @@
+"""Using any model, locked or original: what `eval` and `generate` stand on."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..runtime import DLRError, best_device, load
+from ..runtime.checkpoint import is_locked
+from ..runtime.generation import generate
+from .evaluate import Evaluation, evaluate
+from .job import SEQUENCE_LENGTH, Progress
+from .source import open_source
+from .text import read_text
+
+
+@contextmanager
+def opened(
+    model: str | Path, *, device: torch.device | str | None = None
+) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase | None]]:
+    """A locked checkpoint, a transformers directory, a hub id or a .gguf file: (model, tokenizer), while open.
+
+    Raises DLRError where it cannot be loaded.
+    """
+    place = torch.device(device) if device else best_device()
+    # 16-bit products are several times slower than float32 on most CPUs.
+    dtype: torch.dtype | str = torch.float32 if place.type == "cpu" else "auto"
+    if is_locked(Path(model)):
+        locked = load(model, dtype=dtype, device=place)
+        yield locked, AutoTokenizer.from_pretrained(model) if _has_tokenizer(Path(model)) else None
+        return
+    with TemporaryDirectory() as scratch:
+        source = open_source(model, dtype=dtype, device=place, gguf_dir=Path(scratch) / "gguf")
+        yield source.model, source.tokenizer
+
+
+def evaluate_checkpoint(
+    checkpoint: str | Path,
+    text: str | Path,
+    *,
+    original: str | Path | None = None,
+    tokens: int = 10_240,
+    device: torch.device | str | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> Evaluation:
+    """Loss of a model on at most `tokens` tokens of a text, and its distance to `original` where one is given.
+
+    text: as `load_text` takes it, but for 'self'. Raises DLRError on what cannot be read or compared.
+    """
+
+    def measuring(done: int, total: int) -> None:
+        progress("measuring", done, total)
+
+    with opened(checkpoint, device=device) as (model, tokenizer):
+        sequences = read_text(text, tokenizer, tokens=tokens, sequence_length=sequence_length(model))
+        if original is None:
+            return evaluate(model, sequences, progress=measuring)
+        with opened(original, device=device) as (other, _):
+            return evaluate(model, sequences, original=other, progress=measuring)
+
+
+def complete(
+    model: str | Path,
+    prompt: str,
+    *,
+    emit: Callable[[str], None] = lambda text: None,
+    device: torch.device | str | None = None,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = False,
+) -> str:
+    """The completion of `prompt` by a model, locked or not; see `runtime.generation.generate`."""
+    with opened(model, device=device) as (loaded, tokenizer):
+        if tokenizer is None:
+            raise DLRError(f"{model} has no tokenizer, so it cannot complete a text")
+        return generate(
+            loaded,
+            tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            chat=chat,
+            emit=emit,
+        )
+
+
+def sequence_length(model: PreTrainedModel) -> int:
+    """Tokens a sequence of calibration text: 512, or what the model can take."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(SEQUENCE_LENGTH, positions or SEQUENCE_LENGTH)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer_config.json").is_file()

@@ -1,0 +1,215 @@
+"""The command line: parses arguments, shows progress and results, and words errors. No logic of its own."""
+
+import json
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+
+from . import tables
+from .progress import Steps
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Publish open-weight language models that run as cheaply as before and are expensive to fine-tune.",
+)
+_screen = Console(stderr=True, highlight=False)  # progress and words; standard output is for results
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the best there is by default.")]
+Locked = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A locked checkpoint's directory.")]
+
+
+@app.command()
+def demo(
+    layers: Annotated[str | None, typer.Option(help="Layers to lock; a few on a CPU, all on a GPU.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Keep the locked checkpoint here.")] = None,
+    device: Device = None,
+) -> None:
+    """Fetch a small real model, lock some of its layers, measure, and complete a sentence with both."""
+    from .audit.demo import run_demo
+
+    with Steps(_screen) as steps:
+        result = run_demo(layers=layers, out=out, device=device, progress=steps, say=_screen.print)
+    tables.print_demo(Console(highlight=False), result)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A transformers directory, a hub id or a .gguf file.")],
+    out: Annotated[Path, typer.Argument(help="The directory to write the locked checkpoint to.")],
+    layers: Annotated[str | None, typer.Option(help="Which layers, such as 2-5,9.  [default: all]")] = None,
+    mlps: Annotated[
+        str | None, typer.Option(help="Regular expression of MLP module names, for models not recognised.")
+    ] = None,
+    depth: Annotated[int | None, typer.Option(help="Steps of a chain, near to this at equal parameters.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of a step, a multiple of 16.")] = None,
+    lanes: Annotated[int, typer.Option(help="Chains side by side in a module.")] = 1,
+    gated: Annotated[bool, typer.Option("--gated", help="Gated steps: three matrices a step.")] = False,
+    act: Annotated[str, typer.Option(help="Activation of the steps, by transformers' name.")] = "silu",
+    start: Annotated[
+        str, typer.Option(help="random, or aligned with the teacher: fits better, easier to undo.")
+    ] = "random",
+    data: Annotated[
+        str, typer.Option(help="Calibration text: .txt, .jsonl, .parquet, a datasets name, or self.")
+    ] = "self",
+    tokens: Annotated[int | None, typer.Option(help="Tokens of calibration text.")] = None,
+    visits: Annotated[int | None, typer.Option(help="Token visits of each module's distillation.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Tokens a batch.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of starts, batches and sampled text.")] = 0,
+    temperature: Annotated[float, typer.Option(help="Temperature of text sampled by --data self.")] = 1.0,
+    dtype: Annotated[
+        str, typer.Option(help="Of the checkpoint: auto (the source's), float32, bfloat16, float16.")
+    ] = "auto",
+    device: Device = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="For activations, such as 4GiB.  [default: a quarter of the memory]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a locked checkpoint.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Lock a model: replace its MLPs by DLR-Nets of as many parameters, fitted to them."""
+    from .convert import Options, convert_model
+
+    options = Options(
+        layers=layers, mlps=mlps, depth=depth, rank=rank, lanes=lanes, gated=gated, act=act, start=start,
+        data=data, tokens=tokens, visits=visits, batch=batch, seed=seed, temperature=temperature, dtype=dtype,
+        device=device, max_memory=max_memory,
+    )  # fmt: skip
+    if not as_json:
+        _screen.print(tables.choices(options.resolved()))
+    with Steps(_screen) as steps:
+        report = convert_model(source, out, overwrite=overwrite, progress=steps, **options.said())
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        tables.print_report(Console(highlight=False), report)
+
+
+@app.command()
+def inspect(checkpoint: Locked, as_json: Json = False) -> None:
+    """Say what a locked checkpoint is: its chains, how it was made and what was measured then."""
+    from .runtime import inspect as inspect_checkpoint
+
+    facts = inspect_checkpoint(checkpoint)
+    if as_json:
+        _print_json(facts)
+    else:
+        tables.print_facts(Console(highlight=False), facts)
+
+
+@app.command()
+def verify(checkpoint: Locked, as_json: Json = False) -> None:
+    """Compare every file of a locked checkpoint with the manifest's hashes."""
+    from .runtime import DLRError
+    from .runtime import verify as verify_checkpoint
+
+    faults = verify_checkpoint(checkpoint)
+    if as_json:
+        _print_json({"ok": not faults, "faults": faults})
+    if faults:
+        raise DLRError(f"{checkpoint} is not what was written: {'; '.join(faults)}")
+    if not as_json:
+        print(f"{checkpoint}: every file is as it was written")
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Locked,
+    text: Annotated[str, typer.Option(help="Text to evaluate on: .txt, .jsonl, .parquet or a datasets name.")],
+    original: Annotated[str | None, typer.Option(help="The original model, for KL and flips.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the text to use, at most.")] = 10_240,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Measure loss and perplexity on a text, and KL and flips against the original."""
+    from .convert import evaluate_checkpoint
+
+    with Steps(_screen) as steps:
+        evaluation = evaluate_checkpoint(
+            checkpoint, text, original=original, tokens=tokens, device=device, progress=steps
+        )
+    if as_json:
+        _print_json(evaluation.to_dict())
+    else:
+        tables.print_evaluation(Console(highlight=False), evaluation)
+
+
+@app.command()
+def generate(
+    checkpoint: Locked,
+    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    compare: Annotated[str | None, typer.Option(help="Also complete with this original model.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 for the likeliest token every time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
+    device: Device = None,
+) -> None:
+    """Complete a text with a locked model, as it is being generated."""
+    from .convert import complete
+
+    def emit(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "chat": chat, "device": device,
+    }  # fmt: skip
+    if compare:
+        print("--- locked")
+    complete(checkpoint, prompt, emit=emit, **settings)
+    print()
+    if compare:
+        print("--- original")
+        complete(compare, prompt, emit=emit, **settings)
+        print()
+
+
+def main() -> None:
+    """Runs the command line. Exit status 2, and one line on standard error, for all that the user can correct."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, _interrupt)  # a stopped job cleans up like one that is interrupted
+    with _one_line_errors():
+        result = app(standalone_mode=False)
+        sys.exit(result if isinstance(result, int) else 0)
+
+
+@contextmanager
+def _one_line_errors():
+    try:
+        yield
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; nothing was written")
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has left: no more to say to anyone
+        sys.exit(0)
+    except Exception as error:
+        from .runtime import DLRError
+
+        if not isinstance(error, DLRError | MemoryError) and "out of memory" not in str(error):
+            raise
+        _fail(str(error) or "out of memory: use a smaller --batch or --max-memory")
+
+
+def _fail(message: str) -> None:
+    print(f"dlr-lock: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))

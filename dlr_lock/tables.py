@@ -1,0 +1,108 @@
+"""Results as tables for a terminal."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .audit.demo import DemoResult
+from .convert import ConversionReport, Evaluation, Options
+from .convert.card import lock_status
+
+
+def choices(options: Options) -> str:
+    """One line: what a conversion will do."""
+    shape = "depth and rank to match" if not (options.depth and options.rank) else f"{options.depth}x{options.rank}"
+    return (
+        f"layers {options.layers or 'all'}; {options.lanes} lane(s), {shape}; {options.start} start; "
+        f"{options.tokens:,} tokens of {options.data}; {options.visits:,} token visits a module in batches of "
+        f"{options.batch:,}; on {options.device}, {int(options.max_memory or 0) / 2**30:.1f} GiB for activations"
+    )
+
+
+def print_report(console: Console, report: ConversionReport) -> None:
+    """The modules, the fidelity and the totals of a conversion."""
+    table = _table("module", "chain", "relative error", "flatten gap", "coupling", "token visits", "seconds")
+    for m in report.modules:
+        gap = f"{m.fidelity.flatten_gap:.2f}" + ("" if m.fidelity.locked else " NOT LOCKED")
+        table.add_row(
+            m.module, str(m.spec), f"{m.fidelity.rel_error:.4f}", gap, f"{m.fidelity.coupling:.2f}",
+            f"{m.tokens:,}", f"{m.seconds:.0f}",
+        )  # fmt: skip
+    console.print(table)
+    if report.evaluation:
+        print_evaluation(console, report.evaluation)
+    ratio = report.params_locked / report.params_original
+    console.print(
+        f"parameters {report.params_locked:,} (original {report.params_original:,}, ratio {ratio:.4f}); "
+        f"{len(report.modules)} of {report.mlps} MLPs converted in {report.seconds:.0f} s"
+    )
+    for m in report.modules:
+        if abs(m.spec.params / m.params_original - 1) > 0.01:
+            console.print(f"{m.module}: {m.spec.params:,} parameters instead of {m.params_original:,}")
+    console.print(f"{lock_status(report)}\nwritten to {report.out}")
+
+
+def print_evaluation(console: Console, evaluation: Evaluation) -> None:
+    """Loss and perplexity, beside the original's where it is known."""
+    table = _table("held-out text", "locked", "original", "difference")
+    e = evaluation
+    if e.original_loss is None or e.loss_gap is None or e.kl is None or e.flips is None:
+        table.add_row("loss (nats a token)", f"{e.loss:.4f}", "-", "-")
+        table.add_row("perplexity", f"{e.perplexity:.2f}", "-", "-")
+    else:
+        table.add_row("loss (nats a token)", f"{e.loss:.4f}", f"{e.original_loss:.4f}", f"{e.loss_gap:+.4f}")
+        table.add_row("perplexity", f"{e.perplexity:.2f}", f"{e.original_perplexity:.2f}", "")
+        table.add_row("KL to the original (nats)", "", "", f"{e.kl:.4f}")
+        table.add_row("likeliest token flipped", "", "", f"{100 * e.flips:.1f}%")
+    console.print(table)
+    console.print(f"over {e.tokens:,} tokens")
+
+
+def print_facts(console: Console, facts: dict[str, Any]) -> None:
+    """What `inspect` found."""
+    conversion = facts.get("conversion", {})
+    measured = {m["module"]: m for m in conversion.get("modules", [])}
+    table = _table("module", "chain", "relative error", "flatten gap")
+    for name, spec in facts["lock"]["modules"].items():
+        m = measured.get(name)
+        chain = f"{spec['lanes']}x{spec['depth']}x{spec['rank']} {spec['act']}{' gated' if spec['gated'] else ''}"
+        gap = "-" if m is None else f"{m['flatten_gap']:.2f}" + ("" if m["locked"] else " NOT LOCKED")
+        table.add_row(name, chain, "-" if m is None else f"{m['rel_error']:.4f}", gap)
+    console.print(table)
+    if conversion:
+        console.print(
+            f"{facts['program']}, from {conversion['source']} (fingerprint {conversion['fingerprint'][:16]}); "
+            f"{len(measured)} of {conversion['mlps']} MLPs; {len(facts['files'])} files"
+        )
+    else:
+        console.print("no manifest: this checkpoint was saved again after its conversion")
+
+
+def print_demo(console: Console, result: DemoResult) -> None:
+    """What the demo kept, and what training now costs."""
+    print_report(console, result.report)
+    locked, original = result.locked, result.original
+    table = _table(f"on {locked.tokens} tokens", "locked", "original", "ratio")
+    for what, a, b, unit in (
+        ("inference pass, seconds", locked.forward, original.forward, ".3f"),
+        ("training step, seconds", locked.step, original.step, ".3f"),
+        ("activations saved for backward, MB", locked.saved / 1e6, original.saved / 1e6, ".1f"),
+        ("  in one locked MLP's place, MB", result.slot_locked / 1e6, result.slot_original / 1e6, ".1f"),
+    ):
+        table.add_row(what, format(a, unit), format(b, unit), f"{a / b:.2f}")
+    console.print(table)
+    console.print(f"\n[bold]{result.prompt}[/bold]")
+    console.print("locked:   " + result.completion_locked.strip(), markup=False)
+    console.print("original: " + result.completion_original.strip(), markup=False)
+    console.print(
+        f"\n{len(result.report.modules)} of {result.layers} MLPs are locked"
+        + (f"; the checkpoint is {result.kept}" if result.kept else " (a demonstration: all of them take longer)")
+    )
+
+
+def _table(*columns: str) -> Table:
+    table = Table()
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    return table

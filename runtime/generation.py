@@ -1,0 +1,64 @@
+"""Text from a model, piece by piece."""
+
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from .errors import DLRError
+
+
+class _Pieces(TextStreamer):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, emit: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._emit = emit
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._emit(text)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = False,
+    emit: Callable[[str], None] = lambda text: None,
+) -> str:
+    """The completion of `prompt`, handed to `emit` as it grows; greedy at temperature 0.
+
+    chat: put the prompt through the tokenizer's chat template as a user's message. Raises DLRError on an empty
+    prompt, on a chat template that is not there, and on a model that cannot generate.
+    """
+    if not model.can_generate():
+        raise DLRError(f"a {type(model).__name__} cannot generate text")
+    if max_new_tokens < 1 or temperature < 0:
+        raise DLRError("at least one new token is needed, at a temperature of at least 0")
+    if chat:
+        if not tokenizer.chat_template:
+            raise DLRError("this tokenizer has no chat template; leave --chat out")
+        message = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    if inputs["input_ids"].shape[1] == 0:
+        raise DLRError("the prompt is empty")
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    ids = inputs["input_ids"].to(model.device)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        output = model.generate(
+            ids,
+            attention_mask=inputs["attention_mask"].to(model.device),
+            max_new_tokens=max_new_tokens,
+            streamer=_Pieces(tokenizer, emit),
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            **sampling,
+        )
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from dlr_lock.convert.muon import Muon, orthogonalised
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 16, 48), (1, 64, 64), (5, 96, 24)])
+def test_singular_values_become_one_and_directions_stay(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    got = orthogonalised(x)
+    values = torch.linalg.svdvals(got)
+    assert (
+        values.min() > 0.3 and values.max() < 1.3
+    )  # the quintic never settles: it is 0.7..1.2 but for tiny ones
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    cosine = (got * (u @ v)).sum() / (got.norm() * (u @ v).norm())
+    assert cosine > 0.97
+
+
+def test_a_zero_gradient_moves_nothing() -> None:
+    weight = torch.randn(2, 16, 32, requires_grad=True)
+    before = weight.detach().clone()
+    optimizer = Muon([weight], lr=0.1)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert torch.equal(weight, before)
+
+
+def test_it_descends_on_a_badly_scaled_problem() -> None:
+    """Least squares whose inputs span three orders of magnitude: plain descent crawls along the small ones."""
+    scales = torch.logspace(0, -3, 32)
+    x = torch.randn(512, 32) * scales
+    wanted = torch.randn(1, 16, 32)
+    y = x @ wanted[0].T
+    weight = torch.zeros(1, 16, 32, requires_grad=True)
+    optimizer = Muon([weight], lr=0.2)
+    for step in range(300):
+        optimizer.param_groups[0]["lr"] = 0.2 * (1 - step / 300)
+        optimizer.zero_grad()
+        (x @ weight[0].T - y).square().mean().backward()
+        optimizer.step()
+    error = (weight - wanted)[..., 16:].norm() / wanted[..., 16:].norm()
+    assert error < 0.6  # measured 0.37; gradient descent at its largest stable step stays above 0.95

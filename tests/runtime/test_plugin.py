@@ -1,0 +1,154 @@
+"""Locked checkpoints through plain transformers: exact round trips, and loud failures."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny, tiny_model
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+
+from dlr_lock.convert.mlps import find_mlps
+from dlr_lock.runtime import DLRError, DLRNet, DLRSpec, load, lock, locked_modules
+
+ARCHITECTURES = ["llama", "qwen3", "gemma2", "mistral", "phi", "gpt2", "gpt_neox", "opt", "helium", "bloom"]
+
+
+def lock_randomly(model: nn.Module, gated: bool = False) -> dict[str, DLRNet]:
+    """Puts random chains of some strength in the place of all MLPs; returns them."""
+    mlps = find_mlps(model)
+    chains = {}
+    for mlp in mlps:
+        spec = DLRSpec(hidden_size=mlp.hidden_size, lanes=2, depth=3, rank=16, gated=gated)
+        net = DLRNet(spec, dtype=model.dtype)
+        net.assign({name: torch.randn_like(p) / 8 for name, p in net.named_parameters()})
+        chains[mlp.module] = net
+    lock(model, chains, [name for mlp in mlps for name in mlp.identity])
+    return chains
+
+
+def locked_tiny(arch: str, gated: bool = False) -> nn.Module:
+    model = tiny_model(arch)
+    lock_randomly(model, gated)
+    return model
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    tokens = torch.arange(24).view(2, 12) + 3
+    return model(input_ids=tokens).logits
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_round_trip_is_exact(arch: str, tmp_path: Path) -> None:
+    model = locked_tiny(arch, gated=arch == "llama")
+    wanted = logits(model)
+    model.save_pretrained(tmp_path / "one")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    assert len(locked_modules(loaded)) == 2
+    assert torch.equal(logits(loaded), wanted)
+    loaded.save_pretrained(tmp_path / "two", max_shard_size="40KB")  # saved again, in shards
+    assert len(list((tmp_path / "two").glob("model-*.safetensors"))) > 1
+    assert torch.equal(logits(load(tmp_path / "two")), wanted)
+
+
+@pytest.mark.parametrize("arch", ["llama", "opt"])
+def test_bfloat16_round_trip_keeps_scales_in_float32(arch: str, tmp_path: Path) -> None:
+    save_tiny(arch, tmp_path / "original", tokenizer=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "original", dtype=torch.bfloat16)
+    chains = lock_randomly(model)
+    wanted = logits(model)
+    model.save_pretrained(tmp_path / "locked")
+    for dtype in ("auto", torch.bfloat16):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "locked", dtype=dtype)
+        name, net = locked_modules(loaded)[0]
+        assert net.dlr_A.dtype == torch.bfloat16 and net.dlr_scale.dtype == torch.float32
+        assert torch.equal(net.dlr_scale, chains[name].dlr_scale)
+        assert torch.equal(logits(loaded), wanted)
+
+
+def test_the_bare_body_loads_too(tmp_path: Path) -> None:
+    model = locked_tiny("llama")
+    model.save_pretrained(tmp_path)
+    body = AutoModel.from_pretrained(tmp_path)
+    tokens = torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        assert torch.equal(body(tokens).last_hidden_state, model.model(tokens).last_hidden_state)
+
+
+def test_nothing_asks_for_a_gradient_and_trainer_refuses(tmp_path: Path) -> None:
+    locked_tiny("llama").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not any(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="purely quantized|fine-tun|not support|train"):
+        Trainer(model, TrainingArguments(output_dir=str(tmp_path / "runs"), report_to=[]))
+
+
+def test_generation_and_compilation_need_nothing_special(tmp_path: Path) -> None:
+    locked_tiny("llama").save_pretrained(tmp_path)
+    model = load(tmp_path)
+    prompt = torch.tensor([[5, 6, 7]])
+    tokens = model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=2)
+    greedy = prompt
+    for _ in range(tokens.shape[1] - 3):
+        with torch.no_grad():
+            greedy = torch.cat([greedy, model(greedy).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(tokens, greedy)
+
+
+def test_without_dlr_lock_transformers_fails_loudly(tmp_path: Path) -> None:
+    locked_tiny("llama").save_pretrained(tmp_path)
+    code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(tmp_path)!r})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "mismatch" in result.stderr.lower() and "mlp" in result.stderr
+
+
+def test_with_the_import_alone_it_loads(tmp_path: Path) -> None:
+    locked_tiny("llama").save_pretrained(tmp_path)
+    code = (
+        "import dlr_lock; from transformers import AutoModelForCausalLM as A;"
+        f"print(type(A.from_pretrained({str(tmp_path)!r}).model.layers[1].mlp).__name__)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "DLRNet", result.stderr
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
+    locked_tiny("llama").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.dlr_B"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DLRError, match=r"model\.layers\.1\.mlp\.dlr_B"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"format": 99}, "format 99"),
+        ({"modules": {}}, "no modules"),
+        ({"colour": "red"}, "colour"),
+        ({"modules": {"model.layers.7.mlp": DLRSpec(64, 1, 3, 16).to_dict()}}, r"layers\.7"),
+    ],
+)
+def test_a_strange_description_is_refused(change: dict, says: str, tmp_path: Path) -> None:
+    locked_tiny("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DLRError, match=says):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_an_unlocked_model_cannot_be_asked_to_be_locked_on_loading(tmp_path: Path) -> None:
+    from dlr_lock.runtime import DLRConfig
+
+    save_tiny("llama", tmp_path, tokenizer=False)
+    wish = DLRConfig({"model.layers.0.mlp": DLRSpec(64, 1, 3, 16)})
+    with pytest.raises(ValueError, match="pre-quantized"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=wish)

@@ -1,0 +1,171 @@
+"""Tiny random models of many architectures, and a tiny real tokenizer, made offline in milliseconds.
+
+    model = tiny_model("gpt2", seed=1, layers=3)
+    folder = save_tiny("llama", tmp_path / "llama")      # model + tokenizer, as save_pretrained writes them
+
+Width 64 and vocabulary 320 unless overridden. Weights are drawn wide enough (standard deviation 0.1) and biases
+away from zero, so that a test sees an MLP that is missing or a bias that is dropped.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCABULARY = 320
+HIDDEN = 64
+INTERMEDIATE = 160
+HEADS = 4
+KV_HEADS = 2
+POSITIONS = 256
+
+# How the families spell their sizes; a value that is a string names the size put there.
+_LLAMA = {
+    "hidden_size": "hidden",
+    "intermediate_size": "intermediate",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": HIDDEN // HEADS,
+    "max_position_embeddings": POSITIONS,
+}
+_PLAIN = {k: v for k, v in _LLAMA.items() if k not in ("num_key_value_heads", "head_dim")}
+_GPT2 = {
+    "n_embd": "hidden",
+    "n_inner": "intermediate",
+    "n_layer": "layers",
+    "n_head": HEADS,
+    "n_positions": POSITIONS,
+}
+_MOE = {**_LLAMA, "num_experts_per_tok": 2}
+_T5 = {"d_model": "hidden", "d_ff": "intermediate", "num_layers": "layers", "num_heads": HEADS, "d_kv": 16}
+
+_SIZES: dict[str, dict[str, Any]] = {
+    "albert": {**_PLAIN, "embedding_size": 32},
+    "bert": _PLAIN,
+    "bitnet": _LLAMA,
+    "bloom": {"hidden_size": "hidden", "n_layer": "layers", "n_head": HEADS},
+    "cohere": _LLAMA,
+    "deepseek_v3": {
+        **_PLAIN,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_key_value_heads": HEADS,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 16,
+        "first_k_dense_replace": 1,
+    },
+    "falcon": {
+        **_PLAIN,
+        "ffn_hidden_size": "intermediate",
+        "new_decoder_architecture": False,
+        "alibi": False,
+    },
+    "gemma": _LLAMA,
+    "gemma2": {**_LLAMA, "query_pre_attn_scalar": 16, "sliding_window": 32},
+    "gemma3_text": {**_LLAMA, "query_pre_attn_scalar": 16, "sliding_window": 32},
+    "glm": {**_LLAMA, "attention_bias": True},
+    "gpt2": _GPT2,
+    "gpt_neox": _PLAIN,
+    "gptj": {**_GPT2, "rotary_dim": 8},
+    "helium": _LLAMA,
+    "llama": _LLAMA,
+    "mamba": {"hidden_size": "hidden", "num_hidden_layers": "layers", "state_size": 8},
+    "mistral": _LLAMA,
+    "mixtral": {**_MOE, "num_local_experts": 4},
+    "mpt": {"d_model": "hidden", "n_layers": "layers", "n_heads": HEADS, "max_seq_len": POSITIONS},
+    "nemotron": _LLAMA,
+    "olmo2": _LLAMA,
+    "opt": {**_PLAIN, "ffn_dim": "intermediate", "word_embed_proj_dim": "hidden"},
+    "phi": _PLAIN,
+    "phi3": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "stablelm": {**_PLAIN, "num_key_value_heads": KV_HEADS, "use_qkv_bias": True},
+    "starcoder2": _LLAMA,
+    "t5": {**_T5, "feed_forward_proj": "gated-gelu"},
+}
+
+ENCODERS = ("albert", "bert")
+ARCHITECTURES = tuple(_SIZES)
+
+
+def tiny_config(arch: str, layers: int = 2, **overrides: Any) -> Any:
+    """The configuration behind `tiny_model`; `overrides` are its own fields, by their own names."""
+    sizes = {"hidden": HIDDEN, "intermediate": INTERMEDIATE, "layers": layers}
+    fields = {k: sizes[v] if isinstance(v, str) and v in sizes else v for k, v in _SIZES[arch].items()}
+    fields |= {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    if arch != "t5":
+        fields["initializer_range"] = 0.1
+    return AutoConfig.for_model(arch, **{**fields, **overrides})
+
+
+def tiny_model(arch: str, seed: int = 0, layers: int = 2, **overrides: Any) -> PreTrainedModel:
+    """A random model of `arch` (one of ARCHITECTURES) in eval mode, float32, on the CPU.
+
+    A causal language model, but for ENCODERS, whose bare encoder it is. Global random state is left alone.
+    """
+    config = tiny_config(arch, layers, **overrides)
+    family = AutoModel if arch in (*ENCODERS, "t5") else AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = family.from_config(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    parameter.normal_(0, 0.05)
+    return model.eval()
+
+
+_LINES = [
+    "The river runs down to the sea, and the sea gives the water back to the hills.",
+    "A model reads one token at a time and says what it believes the next token to be.",
+    "def forward(self, x):\n    return self.down(act(self.gate(x)) * self.up(x))\n",
+    "In 1969 two people walked on the moon; some 600 million others watched them do it.",
+]
+
+
+@cache
+def _trained() -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_LINES, trainer)
+    return tokenizer.to_str()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 320 tokens; ids 0, 1, 2 are <s>, </s>, <pad>; any text survives encode and decode."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_trained()),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=POSITIONS,
+    )
+
+
+def save_tiny(
+    arch: str, folder: Path, *, tokenizer: bool = True, seed: int = 0, layers: int = 2, **overrides: Any
+) -> Path:
+    """Write `tiny_model(arch, ...)` and the tokenizer as a transformers directory; returns `folder`."""
+    tiny_model(arch, seed, layers, **overrides).save_pretrained(folder)
+    if tokenizer:
+        tiny_tokenizer().save_pretrained(folder)
+    return Path(folder)
