@@ -40,6 +40,8 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _TOLERANCE_HALF = 2e-2
 # Activations to try where a module holds none (it calls a function).
 _COMMON_ACTS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "quick_gelu", "sigmoid", "tanh", "mish")
+# Last part of the name of what may be an activation of no class known to us: act_fn, activation, gelu_impl.
+_ACT_NAME = re.compile(r"(act|gelu)[^.]*$")
 
 Act = Callable[[Tensor], Tensor]
 
@@ -53,14 +55,19 @@ class Matrix:
     end: int | None = None
 
     def weight(self, model: nn.Module) -> Tensor:
-        module = model.get_submodule(self.name)
+        module: Any = model.get_submodule(self.name)
         weight = module.weight.T if isinstance(module, Conv1D) else module.weight
         return weight.detach()[self.begin : self.end]
 
+    def within(self, outer: str) -> Matrix:
+        """The same, named from inside the module `outer`."""
+        return Matrix(self.name.removeprefix(outer + "."), self.begin, self.end)
+
     def __call__(self, model: nn.Module, x: Tensor) -> Tensor:
-        bias = getattr(model.get_submodule(self.name), "bias", None)
-        y = x @ self.weight(model).T
-        return y if bias is None else y + bias.detach()[self.begin : self.end]
+        """x [.., in] -> [.., rows], float32, bias included."""
+        bias: Tensor | None = getattr(model.get_submodule(self.name), "bias", None)
+        y = x.float() @ self.weight(model).float().T
+        return y if bias is None else y + bias.detach()[self.begin : self.end].float()
 
 
 @dataclass(frozen=True)
@@ -189,9 +196,11 @@ def teacher_weights(model: PreTrainedModel, mlp: MLP) -> TeacherWeights:
             f"{mlp.module} is not a plain MLP (something besides its matrices and activation is inside): "
             "an aligned start needs one; use --start random"
         )
-    up, gate, down = (m and m.weight(model).float().contiguous() for m in (mlp.up, mlp.gate, mlp.down))
-    assert up is not None and down is not None
-    return TeacherWeights(up, gate, down)
+
+    def weight(matrix: Matrix) -> Tensor:
+        return matrix.weight(model).float().contiguous()
+
+    return TeacherWeights(weight(mlp.up), None if mlp.gate is None else weight(mlp.gate), weight(mlp.down))
 
 
 def _range(low: int, high: int, mlps: Sequence[MLP]) -> set[int]:
@@ -224,7 +233,7 @@ def _linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def _sizes(module: nn.Module) -> tuple[int, int]:
+def _sizes(module: Any) -> tuple[int, int]:
     """(in, out) of a linear map."""
     out, width = module.weight.shape
     return (out, width) if isinstance(module, Conv1D) else (width, out)
@@ -320,7 +329,7 @@ def _look_inside(model: nn.Module, name: str, seen: Tensor, by_name: bool) -> _I
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, _TRIAL_TOKENS, d, generator=generator).to(seen.device, seen.dtype)
     if shape is not None:
-        wide = Matrix(shape[0][0])(model, x).float()
+        wide = Matrix(shape[0][0])(model, x)
         x = x * (_TRIAL_RMS / wide.square().mean().sqrt().clamp(1e-3, 1e3)).to(x.dtype)
     tolerance = _TOLERANCE.get(seen.dtype, _TOLERANCE_HALF)
     y = _run(module, x)
@@ -344,10 +353,9 @@ def _look_inside(model: nn.Module, name: str, seen: Tensor, by_name: bool) -> _I
     )
     if best[0] <= tolerance:
         (up, gate, last), key = best[1:]
-        up, gate, last = (
-            m and Matrix(m.name.removeprefix(name + "."), m.begin, m.end) for m in (up, gate, last)
+        return _Inside(
+            d, f, key, gate is not None, up.within(name), gate and gate.within(name), last.within(name)
         )
-        return _Inside(d, f, key, gate is not None, up, gate, last)
     # Something else inside, a norm for one: an MLP that has no formula of ours. Narrow maps are adapters.
     if f > d or by_name:
         gated = len(ups) == 2 or _sizes(model.get_submodule(ups[0]))[1] == 2 * f
@@ -394,9 +402,9 @@ def _error(y: Tensor, wanted: Tensor) -> float:
 def _acts(module: nn.Module) -> list[tuple[str, Act]]:
     """(name, function) of a module's activation: a child of its, an attribute, else the usual ones."""
     parts = [p for p in module.children() if _is_act(p)]
-    parts = parts or [p for n, p in module.named_children() if "act" in n or "gelu" in n]
+    parts = parts or [p for n, p in module.named_children() if _ACT_NAME.search(n)]
     found: list[Any] = parts or [
-        v for n, v in vars(module).items() if "act" in n and callable(v) and not isinstance(v, type)
+        v for n, v in vars(module).items() if _ACT_NAME.search(n) and callable(v) and not isinstance(v, type)
     ]
     if found:
         return [(_act_name(act), act) for act in found]
@@ -497,7 +505,7 @@ class _Trial:
         found = []
         for act in parts:
             module = self.model.get_submodule(act)
-            if _linear(module) or not (_is_act(module) or "act" in act or "gelu" in act):
+            if _linear(module) or not (_is_act(module) or _ACT_NAME.search(act)):
                 continue
             layer = [n for n in linears if _prefix(n) == _prefix(act)]
             first = [n for n in layer if _same(self.outputs[n], self.inputs[act])]

@@ -13,8 +13,9 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +127,8 @@ def _from_gguf(file: Path, fingerprint: str, dtype: torch.dtype | str, cache: Pa
         ) from error
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with _quiet():
+    # The GGUF reader's bar cannot be switched off; it writes to stderr.
+    with _quiet(), redirect_stderr(StringIO()):
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 str(file.parent),
@@ -228,7 +230,7 @@ def _load(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
 
     config = _read_json(folder / "config.json")
     architectures = config.get("architectures") or [""]
-    family = getattr(transformers, str(architectures[0]), None)
+    family: Any = getattr(transformers, str(architectures[0]), None)
     if not (isinstance(family, type) and issubclass(family, transformers.PreTrainedModel)):
         family = transformers.AutoModelForCausalLM
     try:
@@ -240,6 +242,7 @@ def _load(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # _check_missing refuses them, and names the tensor
         )
     except (torch.OutOfMemoryError, MemoryError):
         raise

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .config import METHOD, DLRConfig
@@ -37,7 +38,7 @@ def load(
     model_class = getattr(transformers, name, AutoModelForCausalLM)
     try:
         model = model_class.from_pretrained(folder, dtype=dtype)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise DLRError(f"{folder} does not load: {first_line}; dlr-lock verify names a bad file") from error
     if not locked_modules(model):
@@ -159,6 +160,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     )
     if not sound:
         raise DLRError(f"{folder / MANIFEST} lists no files: it is damaged")
+    outside = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside:
+        raise DLRError(f"{folder / MANIFEST} names a file outside the checkpoint: {outside[0]}")
     return manifest
 
 

@@ -51,6 +51,7 @@ def test_distance_to_the_original(model, tokens):
     locked = copy.deepcopy(model)
     with torch.no_grad():
         locked.model.layers[1].mlp.down_proj.weight.mul_(0.3)
+        locked.lm_head.weight.mul_(0.5)  # a flatter distribution: KL differs from KL the other way round
     result = evaluate(locked, tokens, original=model)
     p, q = by_hand(model, tokens), by_hand(locked, tokens)
     assert result.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)

@@ -57,7 +57,7 @@ def test_txt_is_packed_without_a_gap(prose, tokenizer):
     assert text.train.dtype == text.heldout.dtype == torch.int64
     assert text.source == "prose.txt"  # a folder of the owner's machine has no place in a model card
     read = tokenizer.decode(interleave(text).flatten())
-    assert english_topics().startswith(read) and len(read) > 5000
+    assert english_topics().startswith(read) and len(read) > 4000
 
 
 def test_whole_sequences_only_and_always_something_held_out(prose, tokenizer):
@@ -85,7 +85,7 @@ def test_reading_stops_when_there_is_enough(tmp_path, tokenizer):
 
 def test_a_long_line_is_neither_read_nor_tokenized_whole(tmp_path, tokenizer):
     path = tmp_path / "long.txt"
-    path.write_bytes(b"words and " * 400_000 + b"\xff")  # reading to the end would be an error
+    path.write_bytes(b"words and " * 60_000 + b"\xff")  # reading to the end would be an error
     seen = []
     load_text(
         path,

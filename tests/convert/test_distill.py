@@ -1,0 +1,104 @@
+"""The distillation on functions whose answer is known."""
+
+import pytest
+import torch
+
+from dlr_lock.convert.capture import Activations
+from dlr_lock.convert.distill import Recipe, distill, measure
+from dlr_lock.convert.mlps import TeacherWeights
+from dlr_lock.runtime import DLRError, DLRNet, DLRSpec
+
+CPU = torch.device("cpu")
+D, F, N = 48, 96, 4096
+SPEC = DLRSpec(hidden_size=D, lanes=1, depth=9, rank=16)
+
+
+def teacher() -> TeacherWeights:
+    up, gate, down = torch.randn(F, D) / D**0.5, torch.randn(F, D) / D**0.5, torch.randn(D, F) / F**0.5
+    return TeacherWeights(up, gate, down)
+
+
+def run(weights: TeacherWeights, x: torch.Tensor) -> torch.Tensor:
+    assert weights.gate is not None
+    return (torch.nn.functional.silu(x @ weights.gate.T) * (x @ weights.up.T)) @ weights.down.T
+
+
+def pairs(x: torch.Tensor, y: torch.Tensor) -> Activations:
+    return Activations(x, y, torch.zeros(len(x), dtype=torch.bool), mapped=False)
+
+
+def fit(x: torch.Tensor, y: torch.Tensor, spec: DLRSpec = SPEC, weights: TeacherWeights | None = None, **recipe):
+    recipe = {"visits": 40_960, "batch": 256} | recipe
+    tensors = distill(pairs(x, y), N, spec, Recipe(**recipe), device=CPU, teacher=weights)
+    net = DLRNet(spec)
+    net.assign(tensors)
+    return net, measure(net, x[N:], y[N:], CPU)
+
+
+def test_it_fits_an_mlp_with_strong_coupling_at_any_scale_of_input_and_output() -> None:
+    weights = teacher()
+    x = torch.randn(N + 1024, D)
+    y = run(weights, x)
+    _, one = fit(x, y)
+    assert one.rel_error < 0.75 and one.coupling > 0.4  # the zero function has 1 and 0
+    _, other = fit(1000 * x, y / 1000)
+    assert other.rel_error == pytest.approx(one.rel_error, rel=1e-2)
+    assert other.flatten_gap == pytest.approx(one.flatten_gap, rel=2e-2)
+
+
+def test_massive_activations_of_a_few_tokens_do_not_spoil_the_rest() -> None:
+    weights = teacher()
+    x = torch.randn(N + 1024, D)
+    y = run(weights, x)
+    _, clean = fit(x, y)
+    spike = torch.randn(D)
+    x[::128], y[::128] = 30 * torch.randn(D), 5000 * spike  # as the first token of a sequence
+    net, spoiled = fit(x, y)
+    assert spoiled.rel_error < 1.15 * clean.rel_error
+    with torch.no_grad():
+        error = (net(x[:1]) - y[:1]).norm() / y[0].norm()
+    assert error < 0.5
+
+
+def test_the_aligned_start_fits_better() -> None:
+    weights = teacher()
+    x = torch.randn(N + 1024, D)
+    y = run(weights, x)
+    gated = DLRSpec(hidden_size=D, lanes=1, depth=6, rank=16, gated=True)
+    _, random = fit(x, y, gated)
+    _, aligned = fit(x, y, gated, weights, start="aligned")
+    assert aligned.rel_error < 0.8 * random.rel_error
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_the_same_seed_gives_the_same_chain(lanes: int) -> None:
+    weights = teacher()
+    x = torch.randn(N + 64, D)
+    y = run(weights, x)
+    spec = DLRSpec(hidden_size=D, lanes=lanes, depth=2, rank=16)
+    one, two, other = (fit(x, y, spec, visits=2048, seed=seed)[0] for seed in (3, 3, 4))
+    assert torch.equal(one.dlr_A, two.dlr_A) and not torch.equal(one.dlr_A, other.dlr_A)
+
+
+def test_measure_is_the_definition() -> None:
+    """Against the definitions written out in float64: relative error, flatten gap, coupling."""
+    net = DLRNet(DLRSpec(hidden_size=D, lanes=1, depth=3, rank=16))
+    net.assign({name: torch.randn_like(p) / 5 for name, p in net.named_parameters()})
+    x, y = torch.randn(100, D), torch.randn(100, D)
+    A, B = net.dlr_A[0].double(), net.dlr_B[0].double()
+    z, flat = x.double(), torch.zeros(100, D).double()
+    for k in range(3):
+        z = z + torch.nn.functional.silu(z @ A[k].T) @ B[k]
+        flat = flat + torch.nn.functional.silu(x.double() @ A[k].T) @ B[k]
+    s, c = net.dlr_scale.double(), net.dlr_bias.double()
+    chain, flat, size = s * (z - x) + c, s * flat + c, y.double().square().sum(1)
+    got = measure(net, x, y, CPU)
+    assert got.rel_error == pytest.approx(((chain - y).square().sum(1) / size).mean().item(), rel=1e-4)
+    assert got.flatten_gap == pytest.approx(((flat - chain).square().sum(1) / size).mean().item(), rel=1e-4)
+    assert got.coupling == pytest.approx(((z - x).norm() / x.double().norm()).item(), rel=1e-4)
+
+
+def test_a_fit_that_diverges_is_said() -> None:
+    x = torch.randn(N, D)
+    with pytest.raises(DLRError, match="diverged"):
+        fit(x, torch.full_like(x, torch.finfo(torch.float32).max))

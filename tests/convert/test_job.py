@@ -1,0 +1,199 @@
+"""A conversion as its users see it, on tiny random models of every shape of MLP."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dlr_lock
+from dlr_lock import DLRError, convert_model
+from dlr_lock.convert.text import english_topics
+from dlr_lock.runtime import locked_modules, verify
+
+QUICK: dict[str, Any] = {"tokens": 2048, "heldout": 512, "visits": 4096, "batch": 256, "depth": 3, "rank": 16}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "topics.txt"
+    path.write_text(english_topics()[:40_000], encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [("llama", "float32"), ("gpt2", "float32"), ("opt", "bfloat16"), ("phi3", "bfloat16"), ("gemma2", "float32")],
+)
+def test_convert_load_generate(arch: str, dtype: str, text: Path, tmp_path: Path) -> None:
+    save_tiny(arch, tmp_path / "source")
+    report = convert_model(tmp_path / "source", tmp_path / "out", data=str(text), dtype=dtype, **QUICK)
+    assert verify(tmp_path / "out") == []
+    assert [m.layer for m in report.modules] == [0, 1] and report.mlps == 2
+    assert report.params_locked - report.params_original == sum(
+        m.spec.params - m.params_original for m in report.modules
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert [name for name, _ in locked_modules(model)] == [m.module for m in report.modules]
+    assert model.dtype == getattr(torch, dtype)
+    output = model.generate(**tokenizer("The river", return_tensors="pt"), max_new_tokens=5, min_new_tokens=5)
+    assert output.shape[1] >= 6
+    evaluation = report.evaluation
+    assert evaluation is not None and evaluation.kl is not None and math.isfinite(evaluation.loss)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(f"{m.fidelity.rel_error:.4f}" in card for m in report.modules)
+    assert ("NOT LOCKED" in card) == bool(report.not_locked)
+
+
+def test_the_reported_error_is_the_checkpoints_own(text: Path, tmp_path: Path) -> None:
+    """Worked out again from nothing but the two directories and the text."""
+    save_tiny("llama", tmp_path / "source")
+    report = convert_model(
+        tmp_path / "source", tmp_path / "out", data=str(text), layers="1", **(QUICK | {"visits": 20_000})
+    )
+    assert [m.module for m in report.modules] == ["model.layers.1.mlp"]
+    original = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    locked = dlr_lock.load(tmp_path / "out")
+    seen: list[torch.Tensor] = []
+    original.model.layers[1].mlp.register_forward_hook(lambda m, args, y: seen.extend([args[0], y]))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = tokenizer(text.read_text()[20_000:24_000], return_tensors="pt")["input_ids"][:, :512]
+    with torch.no_grad():
+        original(ids)
+        got = locked.model.layers[1].mlp(seen[0])
+    error = ((got - seen[1]).square().sum(-1) / seen[1].square().sum(-1)).mean().item()
+    assert error == pytest.approx(report.modules[0].fidelity.rel_error, rel=0.25)  # other tokens, same text
+    assert error < 0.9  # it has learnt something: the zero function has 1
+
+
+def test_what_was_not_locked_is_bit_for_bit_the_original(text: Path, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source")
+    convert_model(tmp_path / "source", tmp_path / "out", data=str(text), layers="0", **QUICK)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "out"))
+    kept = [name for name in before if "layers.0.mlp" not in name]
+    assert len(kept) > 10 and all(torch.equal(before[name], after[name]) for name in kept)
+
+
+def test_same_seed_same_checkpoint_and_no_paths_of_this_machine(text: Path, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source")
+    for name in ("one", "two"):
+        convert_model(tmp_path / "source", tmp_path / name, data=str(text), **QUICK)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    published = "".join(p.read_text() for p in (tmp_path / "one").glob("*.[jm][sd]*") if p.suffix != ".safetensors")
+    assert str(tmp_path) not in published
+
+
+def test_a_budget_of_one_byte_spills_to_disk_and_changes_nothing(text: Path, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source")
+    for name, budget in (("roomy", None), ("tight", 1)):
+        convert_model(tmp_path / "source", tmp_path / name, data=str(text), max_memory=budget, **QUICK)
+    roomy, tight = (load_file(tmp_path / name / "model.safetensors") for name in ("roomy", "tight"))
+    assert all(torch.equal(roomy[name], tight[name]) for name in roomy)
+
+
+def test_no_text_is_needed(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source")
+    options = QUICK | {"tokens": 512, "heldout": 256, "visits": 1024}
+    report = convert_model(tmp_path / "source", tmp_path / "out", layers="0", **options)
+    assert "sampled from the model itself" in report.options["data"]
+
+
+def test_an_encoder_without_a_language_model_head(text: Path, tmp_path: Path) -> None:
+    save_tiny("bert", tmp_path / "source")
+    report = convert_model(tmp_path / "source", tmp_path / "out", data=str(text), **QUICK)
+    assert report.evaluation is None and len(report.modules) == 2
+    assert len(locked_modules(dlr_lock.load(tmp_path / "out"))) == 2
+
+
+def spoil(source: Path, value: float) -> None:
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 3] = value
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"layers": "7"}, "7"),
+        ({"layers": "x"}, "x"),
+        ({"rank": 24}, "multiple of 16"),
+        ({"act": "nope"}, "nope"),
+        ({"start": "warm"}, "warm"),
+        ({"dtype": "int3"}, "int3"),
+        ({"device": "warp:9"}, "warp"),
+        ({"visits": 10}, "batch"),
+        ({"tokens": 0}, "tokens"),
+        ({"tokens": 10**9}, "wanted"),
+        ({"max_memory": "lots"}, "lots"),
+        ({"data": "missing.txt"}, r"missing\.txt"),
+        ({"mlps": "("}, r"\("),
+    ],
+)
+def test_bad_arguments_leave_nothing_behind(change: dict, says: str, text: Path, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source")
+    with pytest.raises(DLRError, match=says) as caught:
+        convert_model(tmp_path / "source", tmp_path / "out", **({"data": str(text)} | QUICK | change))
+    assert "\n" not in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_bad_weights_are_named(value: float, text: Path, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source")
+    spoil(tmp_path / "source", value)
+    with pytest.raises(DLRError, match=r"layers\.1\.mlp\.up_proj"):
+        convert_model(tmp_path / "source", tmp_path / "out", data=str(text), **QUICK)
+
+
+def test_a_locked_model_cannot_be_locked_again(text: Path, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source")
+    convert_model(tmp_path / "source", tmp_path / "out", data=str(text), **QUICK)
+    with pytest.raises(DLRError, match="already locked"):
+        convert_model(tmp_path / "out", tmp_path / "again", data=str(text), **QUICK)
+    with pytest.raises(DLRError, match="exists"):
+        convert_model(tmp_path / "source", tmp_path / "out", data=str(text), **QUICK)
+    convert_model(tmp_path / "source", tmp_path / "out", data=str(text), overwrite=True, **QUICK)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_conversion_leaves_nothing(number: int, text: Path, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source")
+    command = [sys.executable, "-m", "dlr_lock", "convert", str(tmp_path / "source"), str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [*command, "--data", str(text), "--tokens", "2048", "--visits", str(10**9)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stderr is not None
+    deadline = time.monotonic() + 120
+    for line in process.stderr:
+        if line.startswith("distilling"):
+            break
+        assert time.monotonic() < deadline
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.strip().splitlines()[-1] == "dlr-lock: interrupted; nothing was written"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def test_the_manifest_carries_the_report(text: Path, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source")
+    report = convert_model(tmp_path / "source", tmp_path / "out", data=str(text), **QUICK)
+    facts = json.loads((tmp_path / "out" / "dlr_manifest.json").read_text())["conversion"]
+    assert facts["modules"] == [m.to_dict() for m in report.modules]
+    assert len(facts["fingerprint"]) == 64
