@@ -16,7 +16,8 @@ from torch import Tensor
 from ..convert import ConversionReport, convert_model
 from ..convert.text import english_topics, load_text
 from ..convert.use import opened
-from ..runtime import DLRError, best_device, locked_modules
+from ..runtime import DLRError, locked_modules
+from ..runtime.checkpoint import usable_device
 from ..runtime.generation import generate
 from .cost import StepCost, saved_bytes, step_cost
 
@@ -54,7 +55,7 @@ def run_demo(
     say: Callable[[str], Any] = print,
 ) -> DemoResult:
     """Runs the demo. out: keep the locked checkpoint there, or None to throw it away. Raises DLRError."""
-    place = torch.device(device) if device else best_device()
+    place = usable_device(device)
     if layers is None and place.type == "cpu":
         layers = CPU_LAYERS
     model = fetch_model(cache_folder(), say)
@@ -66,7 +67,10 @@ def run_demo(
             model, target, layers=layers, data=str(text), tokens=_TOKENS, heldout=_HELDOUT, device=str(place),
             overwrite=True, progress=progress,
         )  # fmt: skip
-        with opened(model, device=place) as (original, _), opened(target, device=place) as (locked, tokenizer):
+        with (
+            opened(model, device=place) as (original, _),
+            opened(target, device=place) as (locked, tokenizer),
+        ):
             if tokenizer is None:
                 raise DLRError(f"{PACKAGE} brought no tokenizer")
             sequences, length = _STEP_BATCH

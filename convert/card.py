@@ -59,7 +59,8 @@ def model_card(report: ConversionReport) -> str:
         fidelity=_fidelity(report),
         rows="\n".join(
             f"| {m.module} | {m.spec} | {m.fidelity.rel_error:.4f} | {m.fidelity.flatten_gap:.2f}"
-            f"{'' if m.fidelity.locked else ' NOT LOCKED'} | {m.fidelity.coupling:.2f} | {m.tokens:,} | {m.seconds:.0f} |"
+            f"{'' if m.fidelity.locked else ' NOT LOCKED'} | {m.fidelity.coupling:.2f} | {m.tokens:,} "
+            f"| {m.seconds:.0f} |"
             for m in report.modules
         ),
         gap=LOCKED_GAP,

@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def convert_model(
         report_progress("reading the model", 0, 1)
         # 16-bit products are several times slower than float32 on most CPUs.
         compute = torch.float32 if device.type == "cpu" else "auto"
-        original = open_source(source, dtype=compute, device=device, gguf_dir=scratch / "gguf")
+        original = open_source(source, dtype=compute, device=device)
         model = original.model
         every = find_mlps(model, chosen.mlps)
         mlps = select_layers(every, chosen.layers)
@@ -86,6 +87,7 @@ def convert_model(
         )
         (work / "README.md").write_text(model_card(report), encoding="utf-8")
         facts = report.to_dict() | {"fingerprint": original.fingerprint}
+        facts["source"] = Path(original.name).name if Path(original.name).exists() else original.name
         del facts["out"]
         write_manifest(work, {"conversion": facts})
     return report
@@ -105,13 +107,12 @@ def _spec(mlp: MLP, options: Options) -> DLRSpec:
 
 def _text(original: Source, options: Options, progress: Progress) -> CalibrationText:
     assert options.tokens and options.heldout  # resolved
-    positions = getattr(original.model.config.get_text_config(), "max_position_embeddings", None)
     return load_text(
         options.data,
         original.tokenizer,
         tokens=options.tokens,
         heldout_tokens=options.heldout,
-        sequence_length=min(SEQUENCE_LENGTH, positions or SEQUENCE_LENGTH),
+        sequence_length=sequence_length(original.model),
         model=original.model,
         seed=options.seed,
         temperature=options.temperature,
@@ -152,7 +153,7 @@ def _distil_all(
             replace(recipe, seed=recipe.seed + mlp.layer),
             device=device,
             teacher=teacher_weights(model, mlp) if recipe.start == "aligned" else None,
-            progress=lambda done, total, title=title: progress(title, done, total),
+            progress=partial(progress, title),
         )
         net = DLRNet(spec, dtype=stored)
         net.assign(tensors)
@@ -164,6 +165,12 @@ def _distil_all(
             ModuleReport(mlp.module, mlp.layer, spec, mlp.params, fidelity, recipe.visits, seconds)
         )
     return chains, reports
+
+
+def sequence_length(model: PreTrainedModel) -> int:
+    """Tokens a sequence of calibration text: 512, or what the model can take."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(SEQUENCE_LENGTH, positions or SEQUENCE_LENGTH)
 
 
 def _own_dtype(original: Source) -> torch.dtype:

@@ -4,47 +4,60 @@ Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024):
 replaced by the nearest semi-orthogonal matrix, so that every direction moves equally fast.
 """
 
-from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan's coefficients: five rounds bring singular values to 0.7..1.2
-_ROUNDS = 5
+# Four rounds of Polar Express (Amsel et al., arXiv 2505.16932) for singular values of 1e-3 to 1; all but the last
+# carry its safety factor of 1.01. As exact as Jordan's five rounds (0.5% less error) and one round cheaper.
+_SAFETY = 1.01
+_ROUNDS = (
+    (8.2872120 / _SAFETY, -23.5958865 / _SAFETY**3, 17.3003874 / _SAFETY**5),
+    (4.1070591 / _SAFETY, -2.9478499 / _SAFETY**3, 0.5448431 / _SAFETY**5),
+    (3.9486909 / _SAFETY, -2.9089021 / _SAFETY**3, 0.5518191 / _SAFETY**5),
+    (3.3184197, -2.4884880, 0.5100489),
+)
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised matrix by matrix; parameters are [..., r, d] with r <= d or not."""
+    """Nesterov momentum, orthogonalised matrix by matrix; parameters are [..., r, d] with r <= d or not.
 
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+    A group may carry a `metric`, see `orthogonalised`.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], momentum: float = 0.95) -> None:
+        super().__init__(groups, {"momentum": momentum, "metric": None})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
                 state = self.state[parameter]
-                momentum = state.setdefault("momentum", torch.zeros_like(parameter))
-                momentum.lerp_(parameter.grad, 1 - group["momentum"])
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                 direction = torch.lerp(parameter.grad, momentum, group["momentum"])
-                parameter.sub_(orthogonalised(direction), alpha=group["lr"])
+                parameter.sub_(orthogonalised(direction, group["metric"]), alpha=group["lr"])
 
 
-def orthogonalised(matrices: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrix of each, roughly: [..., r, d] -> [..., r, d], singular values near 1.
+def orthogonalised(matrices: Tensor, metric: Tensor | None = None) -> Tensor:
+    """orth(M P) P for each matrix M, [..., r, d] -> [..., r, d]: singular values of orth() are about 1.
 
-    The Newton-Schulz iteration X <- aX + b(XX^T)X + c(XX^T)^2 X, run on the Gram matrix of the short side:
-    X keeps its right factor, so only [r, r] products are repeated (on [1536, 576] that is 12 times cheaper).
+    metric: P^2 [d, d] for a symmetric P, None for P = 1; with one, r <= d. The iteration
+    X <- aX + b(XX^T)X + c(XX^T)^2 X keeps X's right factor, so it runs on the Gram matrix of the short side:
+    on [r, d] a third of the FLOPs of the plain form, on [1536, 576] a twelfth.
     """
     if matrices.shape[-2] > matrices.shape[-1]:
         return orthogonalised(matrices.mT).mT
-    a, b, c = _QUINTIC
-    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12)
-    gram = x @ x.mT
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    left = eye
-    for _ in range(_ROUNDS):
-        factor = a * eye + b * gram + c * (gram @ gram)
+    right = matrices if metric is None else matrices @ metric
+    gram = right @ matrices.mT  # M P (M P)^T
+    size = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] * _SAFETY**2 + 1e-20
+    gram = gram / size
+    left = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    for a, b, c in _ROUNDS:
+        factor = b * gram + c * (gram @ gram)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
         left = factor @ left
         gram = factor @ gram @ factor
-    return left @ x
+    return (left / size.sqrt()) @ right

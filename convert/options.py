@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ..runtime import DLRError, best_device
+from ..runtime import DLRError
+from ..runtime.checkpoint import usable_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -44,7 +45,7 @@ class Options:
 
     def resolved(self) -> "Options":
         """The same with every None that depends on the machine filled in. Raises DLRError on bad values."""
-        device = _device(self.device)
+        device = usable_device(self.device)
         # A module's fit of 0.4 M visits takes about 80 s on two CPU cores; a GPU has room for more of both.
         generous = device.type != "cpu"
         if self.dtype != "auto" and self.dtype not in DTYPES:
@@ -59,7 +60,7 @@ class Options:
             tokens=tokens,
             heldout=self.heldout or max(512, min(10_240, tokens // 8)),
             visits=self.visits or (8_388_608 if generous else 409_600),
-            batch=self.batch or 1024,
+            batch=self.batch or 384,
             device=str(device),
             max_memory=_bytes(self.max_memory),
         )
@@ -67,17 +68,6 @@ class Options:
     def said(self) -> dict[str, Any]:
         """The choices that a report repeats."""
         return {name: getattr(self, name) for name in self.__slots__}
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return best_device()
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise DLRError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def _bytes(size: int | str | None) -> int:

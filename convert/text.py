@@ -104,6 +104,36 @@ def load_text(
     return CalibrationText(train=packed[~keep], heldout=packed[keep], source=label)
 
 
+def read_text(
+    source: str | Path, tokenizer: PreTrainedTokenizerBase | None, *, tokens: int, sequence_length: int
+) -> Tensor:
+    """[S, n] int64: at most `tokens` tokens from the beginning of a text, to measure a model on.
+
+    source: a file or a dataset as for `load_text`. n is `sequence_length`, or shorter where the text is.
+    Raises DLRError where the text cannot be read or is empty.
+    """
+    if tokenizer is None:
+        raise DLRError("the model comes without a tokenizer, so text cannot be turned into tokens")
+    if tokens < 2:
+        raise DLRError(f"{tokens} tokens are too few to predict anything")
+    documents, label = _open(str(source))
+    prefix = _prefix(tokenizer)
+    ids = array("q")
+    for document in documents:
+        for piece in document:
+            ids.extend(_encode(tokenizer, piece))
+            if len(ids) >= tokens:
+                break
+        if len(ids) >= tokens:
+            break
+    body = min(sequence_length - len(prefix), len(ids), tokens)
+    if body < 1 or body + len(prefix) < 2:
+        raise DLRError(f"{label} has no text to predict")
+    rows = min(len(ids), tokens) // body
+    text = torch.tensor(ids[: rows * body], dtype=torch.int64).view(rows, body)
+    return torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(rows, -1), text], 1)
+
+
 def english_topics() -> str:
     """About 460 kB of English prose that every Python installation has: the reference behind help()."""
     try:

@@ -3,16 +3,15 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..runtime import DLRError, best_device, load
-from ..runtime.checkpoint import is_locked
+from ..runtime import DLRError, load
+from ..runtime.checkpoint import is_locked, usable_device
 from ..runtime.generation import generate
 from .evaluate import Evaluation, evaluate
-from .job import SEQUENCE_LENGTH, Progress
+from .job import Progress, sequence_length
 from .source import open_source
 from .text import read_text
 
@@ -25,16 +24,15 @@ def opened(
 
     Raises DLRError where it cannot be loaded.
     """
-    place = torch.device(device) if device else best_device()
+    place = usable_device(device)
     # 16-bit products are several times slower than float32 on most CPUs.
     dtype: torch.dtype | str = torch.float32 if place.type == "cpu" else "auto"
     if is_locked(Path(model)):
         locked = load(model, dtype=dtype, device=place)
         yield locked, AutoTokenizer.from_pretrained(model) if _has_tokenizer(Path(model)) else None
         return
-    with TemporaryDirectory() as scratch:
-        source = open_source(model, dtype=dtype, device=place, gguf_dir=Path(scratch) / "gguf")
-        yield source.model, source.tokenizer
+    source = open_source(model, dtype=dtype, device=place)
+    yield source.model, source.tokenizer
 
 
 def evaluate_checkpoint(
@@ -87,12 +85,6 @@ def complete(
             chat=chat,
             emit=emit,
         )
-
-
-def sequence_length(model: PreTrainedModel) -> int:
-    """Tokens a sequence of calibration text: 512, or what the model can take."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(SEQUENCE_LENGTH, positions or SEQUENCE_LENGTH)
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -23,7 +23,9 @@ app = typer.Typer(
 )
 _screen = Console(stderr=True, highlight=False)  # progress and words; standard output is for results
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the best there is by default.")]
 Locked = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A locked checkpoint's directory.")]
 
@@ -50,7 +52,9 @@ def convert(
     mlps: Annotated[
         str | None, typer.Option(help="Regular expression of MLP module names, for models not recognised.")
     ] = None,
-    depth: Annotated[int | None, typer.Option(help="Steps of a chain, near to this at equal parameters.")] = None,
+    depth: Annotated[
+        int | None, typer.Option(help="Steps of a chain, near to this at equal parameters.")
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of a step, a multiple of 16.")] = None,
     lanes: Annotated[int, typer.Option(help="Chains side by side in a module.")] = 1,
     gated: Annotated[bool, typer.Option("--gated", help="Gated steps: three matrices a step.")] = False,
@@ -124,7 +128,9 @@ def verify(checkpoint: Locked, as_json: Json = False) -> None:
 @app.command("eval")
 def evaluate(
     checkpoint: Locked,
-    text: Annotated[str, typer.Option(help="Text to evaluate on: .txt, .jsonl, .parquet or a datasets name.")],
+    text: Annotated[
+        str, typer.Option(help="Text to evaluate on: .txt, .jsonl, .parquet or a datasets name.")
+    ],
     original: Annotated[str | None, typer.Option(help="The original model, for KL and flips.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text to use, at most.")] = 10_240,
     device: Device = None,
@@ -187,8 +193,7 @@ def _one_line_errors():
     try:
         yield
     except click.ClickException as error:
-        error.show()
-        sys.exit(2)
+        _fail(error.format_message())
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted; nothing was written")
     except BrokenPipeError:

@@ -12,7 +12,11 @@ from .convert.card import lock_status
 
 def choices(options: Options) -> str:
     """One line: what a conversion will do."""
-    shape = "depth and rank to match" if not (options.depth and options.rank) else f"{options.depth}x{options.rank}"
+    shape = (
+        "depth and rank to match"
+        if not (options.depth and options.rank)
+        else f"{options.depth}x{options.rank}"
+    )
     return (
         f"layers {options.layers or 'all'}; {options.lanes} lane(s), {shape}; {options.start} start; "
         f"{options.tokens:,} tokens of {options.data}; {options.visits:,} token visits a module in batches of "
@@ -66,7 +70,9 @@ def print_facts(console: Console, facts: dict[str, Any]) -> None:
     table = _table("module", "chain", "relative error", "flatten gap")
     for name, spec in facts["lock"]["modules"].items():
         m = measured.get(name)
-        chain = f"{spec['lanes']}x{spec['depth']}x{spec['rank']} {spec['act']}{' gated' if spec['gated'] else ''}"
+        chain = (
+            f"{spec['lanes']}x{spec['depth']}x{spec['rank']} {spec['act']}{' gated' if spec['gated'] else ''}"
+        )
         gap = "-" if m is None else f"{m['flatten_gap']:.2f}" + ("" if m["locked"] else " NOT LOCKED")
         table.add_row(name, chain, "-" if m is None else f"{m['rel_error']:.4f}", gap)
     console.print(table)
@@ -97,7 +103,11 @@ def print_demo(console: Console, result: DemoResult) -> None:
     console.print("original: " + result.completion_original.strip(), markup=False)
     console.print(
         f"\n{len(result.report.modules)} of {result.layers} MLPs are locked"
-        + (f"; the checkpoint is {result.kept}" if result.kept else " (a demonstration: all of them take longer)")
+        + (
+            f"; the checkpoint is {result.kept}"
+            if result.kept
+            else " (a demonstration: all of them take longer)"
+        )
     )
 
 

@@ -29,7 +29,7 @@ def load(
     dtype: 'auto' for the checkpoint's own. device: None for the best there is. Raises DLRError where the
     directory is no locked checkpoint, is of a newer format, or lacks a file or part of one.
     """
-    folder = Path(path)
+    folder, place = Path(path), usable_device(device)
     read_config(folder)
     if (folder / MANIFEST).is_file():
         _raise_for(_size_faults(folder, _read_manifest(folder)["files"]))
@@ -43,12 +43,24 @@ def load(
         raise DLRError(f"{folder} does not load: {first_line}; dlr-lock verify names a bad file") from error
     if not locked_modules(model):
         raise DLRError(f"{folder} holds no DLR-Net")
-    return model.to(device or best_device()).eval()
+    return model.to(place).eval()
 
 
 def best_device() -> torch.device:
     """The first CUDA (or ROCm) device, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def usable_device(name: torch.device | str | None) -> torch.device:
+    """The device of that name, or the best there is for None; raises DLRError where it cannot be used."""
+    if name is None:
+        return best_device()
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise DLRError(f"device {str(name)!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def read_config(folder: Path) -> DLRConfig:
@@ -154,7 +166,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"this dlr-lock reads up to {MANIFEST_FORMAT}: upgrade dlr-lock"
         )
     files = manifest.get("files")
-    sound = isinstance(files, dict) and all(
+    files = files if isinstance(files, dict) else {"": None}
+    sound = all(
         isinstance(e, dict) and isinstance(e.get("size"), int) and isinstance(e.get("sha256"), str)
         for e in files.values()
     )

@@ -58,7 +58,9 @@ def generate(
             attention_mask=inputs["attention_mask"].to(model.device),
             max_new_tokens=max_new_tokens,
             streamer=_Pieces(tokenizer, emit),
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id
+            if tokenizer.pad_token_id is not None
+            else tokenizer.eos_token_id,
             **sampling,
         )
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)

@@ -15,7 +15,11 @@ class DLRNet(nn.Module):
     unit-RMS scaling of the distillation. A new module is the zero function: fill it with `assign`.
     """
 
+    dlr_A: nn.Parameter
+    dlr_B: nn.Parameter
     dlr_G: nn.Parameter | None
+    dlr_scale: nn.Parameter
+    dlr_bias: nn.Parameter
 
     def __init__(
         self, spec: DLRSpec, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
@@ -37,7 +38,7 @@ class DLRQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:  # or generate() never compiles by itself
         return True
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:
         # Runs under transformers' meta device and load dtype, which the new modules inherit.
         install(model, self.quantization_config)
         local = _names_in(model)
@@ -74,7 +75,7 @@ def install(model: nn.Module, config: DLRConfig) -> None:
         _replace(model, local(name), nn.Identity())
 
 
-def lock(model: nn.Module, chains: dict[str, DLRNet], identity: list[str]) -> None:
+def lock(model: PreTrainedModel, chains: dict[str, DLRNet], identity: list[str]) -> None:
     """Turns a loaded transformers model into a locked one, in place: it saves and runs as if loaded locked.
 
     chains: module name -> the filled DLRNet that takes its place; identity: modules that become nn.Identity.

@@ -2,4 +2,6 @@
 
 import torch
 
-torch.set_num_threads(1)  # a conversion of a tiny model beside one busy core: 28 s with two threads, 0.4 s with one
+torch.set_num_threads(
+    1
+)  # a conversion of a tiny model beside one busy core: 28 s with two threads, 0.4 s with one

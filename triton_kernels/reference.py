@@ -38,9 +38,10 @@ def lane_updates(x: Tensor, A: Tensor, B: Tensor, G: Tensor | None = None, act: 
     check_chain(x, A, B, G, act)
     start = x.to(state_dtype(A.dtype)).expand(A.shape[0], -1, -1)
     z = start
-    for k in range(A.shape[1]):
-        h = _hidden(z.to(A.dtype), A[:, k], None if G is None else G[:, k], act)
-        z = _add_product(z, h, B[:, k])
+    # unbind, not indexing: its backward writes each weight's gradient once, not once a step
+    gates = [None] * A.shape[1] if G is None else G.unbind(1)
+    for A_k, B_k, G_k in zip(A.unbind(1), B.unbind(1), gates, strict=True):
+        z = _add_product(z, _hidden(z.to(A.dtype), A_k, G_k, act), B_k)
     return z - start
 
 
@@ -54,9 +55,8 @@ def flattened_reference(
     tokens = x.reshape(-1, x.shape[-1])
     check_chain(tokens, A, B, G, act)
     state = state_dtype(A.dtype)
-    wide_A, wide_B, wide_G = (None if w is None else w.reshape(1, -1, w.shape[-1]) for w in (A, B, G))
-    h = _hidden(tokens.to(A.dtype)[None], wide_A, wide_G, act)
-    y = scale.to(state) * torch.bmm(h, wide_B)[0].to(state) + bias.to(state)
+    h = _hidden(tokens.to(A.dtype)[None], _wide(A), None if G is None else _wide(G), act)
+    y = scale.to(state) * torch.bmm(h, _wide(B))[0].to(state) + bias.to(state)
     return y.to(x.dtype).reshape(x.shape)
 
 
@@ -74,6 +74,11 @@ def check_chain(x: Tensor, A: Tensor, B: Tensor, G: Tensor | None, act: str) -> 
         raise ValueError(f"A, B and G must share one shape [L, K, r, d], not {shapes}")
     if x.shape[-1] != A.shape[-1]:
         raise ValueError(f"tokens of {x.shape[-1]} features do not fit a chain of {A.shape[-1]}")
+
+
+def _wide(W: Tensor) -> Tensor:
+    """All lanes' steps side by side: [L, K, r, d] -> [1, L*K*r, d]."""
+    return W.reshape(1, -1, W.shape[-1])
 
 
 def _hidden(z: Tensor, A: Tensor, G: Tensor | None, act: str) -> Tensor:

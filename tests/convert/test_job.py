@@ -33,7 +33,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("arch", "dtype"),
-    [("llama", "float32"), ("gpt2", "float32"), ("opt", "bfloat16"), ("phi3", "bfloat16"), ("gemma2", "float32")],
+    [
+        ("llama", "float32"),
+        ("gpt2", "float32"),
+        ("opt", "bfloat16"),
+        ("phi3", "bfloat16"),
+        ("gemma2", "float32"),
+    ],
 )
 def test_convert_load_generate(arch: str, dtype: str, text: Path, tmp_path: Path) -> None:
     save_tiny(arch, tmp_path / "source")
@@ -91,7 +97,9 @@ def test_same_seed_same_checkpoint_and_no_paths_of_this_machine(text: Path, tmp_
         convert_model(tmp_path / "source", tmp_path / name, data=str(text), **QUICK)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    published = "".join(p.read_text() for p in (tmp_path / "one").glob("*.[jm][sd]*") if p.suffix != ".safetensors")
+    published = "".join(
+        p.read_text() for p in (tmp_path / "one").glob("*.[jm][sd]*") if p.suffix != ".safetensors"
+    )
     assert str(tmp_path) not in published
 
 

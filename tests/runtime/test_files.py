@@ -65,7 +65,10 @@ def test_only_a_locked_checkpoint_is_ever_replaced(tmp_path: Path) -> None:
 
 
 def test_no_space_is_said_in_one_line(tmp_path: Path) -> None:
-    for error in (OSError(errno.ENOSPC, "No space left on device"), RuntimeError("io: No space left on device")):
+    for error in (
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("io: No space left on device"),
+    ):
         with pytest.raises(DLRError, match="no space left on the device"), whole_directory(tmp_path / "out"):
             raise error
     assert names(tmp_path) == []

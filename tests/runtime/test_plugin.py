@@ -84,7 +84,7 @@ def test_nothing_asks_for_a_gradient_and_trainer_refuses(tmp_path: Path) -> None
     locked_tiny("llama").save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not any(p.requires_grad for p in model.parameters())
-    with pytest.raises(ValueError, match="purely quantized|fine-tun|not support|train"):
+    with pytest.raises(ValueError, match="quantized"):
         Trainer(model, TrainingArguments(output_dir=str(tmp_path / "runs"), report_to=[]))
 
 

@@ -1,0 +1,95 @@
+"""The command line as a user meets it: in a process of its own, with its exit status and its last line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import save_tiny
+
+from dlr_lock.convert.text import english_topics
+
+
+def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        [sys.executable, "-m", "dlr_lock", *map(str, arguments)], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == status, result.stderr
+    if status:
+        last = result.stderr.strip().splitlines()[-1]
+        assert last.startswith("dlr-lock: ") and "Traceback" not in result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    save_tiny("llama", folder / "source")
+    (folder / "topics.txt").write_text(english_topics()[:40_000], encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(folder: Path) -> dict:
+    result = run(
+        "convert", folder / "source", folder / "out", "--data", folder / "topics.txt", "--tokens", 2048,
+        "--visits", 8192, "--batch", 256, "--depth", 3, "--rank", 16, "--layers", "0-1", "--json",
+    )  # fmt: skip
+    return json.loads(result.stdout)
+
+
+def test_convert_prints_one_object(converted: dict) -> None:
+    keys = {"module", "rel_error", "flatten_gap", "coupling", "tokens", "seconds"}
+    assert len(converted["modules"]) == 2 and all(keys <= set(m) for m in converted["modules"])
+    assert {"params_original", "params_locked", "seconds"} <= set(converted)
+
+
+def test_inspect_verify_eval_generate(converted: dict, folder: Path) -> None:
+    assert "model.layers.1.mlp" in run("inspect", folder / "out").stdout
+    assert json.loads(run("inspect", folder / "out", "--json").stdout)["conversion"]["mlps"] == 2
+    assert json.loads(run("verify", folder / "out", "--json").stdout) == {"ok": True, "faults": []}
+    arguments = ("eval", folder / "out", "--text", folder / "topics.txt", "--tokens", 1024)
+    alone = json.loads(run(*arguments, "--json").stdout)
+    both = json.loads(run(*arguments, "--original", folder / "source", "--json").stdout)
+    assert alone["kl"] is None and both["kl"] > 0 and both["loss"] == pytest.approx(alone["loss"])
+    assert "likeliest token flipped" in run(*arguments, "--original", folder / "source").stdout
+    words = run(
+        "generate", folder / "out", "The river", "--max-new-tokens", 5, "--compare", folder / "source"
+    )
+    assert words.stdout.startswith("--- locked\n") and "--- original\n" in words.stdout
+
+
+def test_an_altered_file_is_named(converted: dict, folder: Path) -> None:
+    path = folder / "out" / "generation_config.json"
+    sound = path.read_text()
+    path.write_text(sound.replace("{", "{ ", 1))
+    assert "generation_config.json" in run("verify", folder / "out", status=2).stderr
+    path.write_text(sound)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("convert", "{}/nowhere", "{}/new"), "nowhere"),
+        (("convert", "{}/source", "{}/out", "--tokens", "2048"), "exists"),
+        (("convert", "{}/out", "{}/new"), "already locked"),
+        (("convert", "{}/source", "{}/new", "--data", "{}/topics.txt"), "wanted"),
+        (("convert", "{}/source", "{}/new", "--layers", "9"), "out of range"),
+        (("convert", "{}/source", "{}/new", "--rank", "many"), "many"),
+        (("convert", "{}/source", "{}/new", "--colour", "red"), "--colour"),
+        (("eval", "{}/out", "--text", "{}/none.txt"), "none.txt"),
+        (("verify", "{}/source"), "dlr_manifest.json"),
+        (("inspect", "{}/source"), "not a locked checkpoint"),
+        (("generate", "{}/out", ""), "empty"),
+        (("generate", "{}/out", "x", "--device", "cuda:77"), "cuda:77"),
+        (("frobnicate",), "frobnicate"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_status_two(
+    arguments: tuple[str, ...], says: str, converted: dict, folder: Path
+) -> None:
+    before = sorted(p.name for p in folder.iterdir())
+    result = run(*(a.replace("{}", str(folder)) for a in arguments), status=2)
+    assert says in result.stderr.strip().splitlines()[-1]
+    assert sorted(p.name for p in folder.iterdir()) == before
