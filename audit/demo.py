@@ -49,12 +49,13 @@ class DemoResult:
 def run_demo(
     *,
     layers: str | None = None,
+    visits: int | None = None,
     out: Path | None = None,
     device: str | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     say: Callable[[str], Any] = print,
 ) -> DemoResult:
-    """Runs the demo. out: keep the locked checkpoint there, or None to throw it away. Raises DLRError."""
+    """Runs the demo. visits: token visits a module, None for the default. out: keep the locked checkpoint there, or None to throw it away. Raises DLRError."""
     place = usable_device(device)
     if layers is None and place.type == "cpu":
         layers = CPU_LAYERS
@@ -64,7 +65,7 @@ def run_demo(
         text.write_text(english_topics(), encoding="utf-8")
         target = out or Path(scratch) / "SmolLM2-135M-Instruct-locked"
         report = convert_model(
-            model, target, layers=layers, data=str(text), tokens=_TOKENS, heldout=_HELDOUT, device=str(place),
+            model, target, layers=layers, visits=visits, data=str(text), tokens=_TOKENS, heldout=_HELDOUT, device=str(place),
             overwrite=True, progress=progress,
         )  # fmt: skip
         with (

@@ -29,7 +29,7 @@ _ALIGNED = 0.25  # of the rate, for A and G from an aligned start: at the full r
 _WARMUP = 0.125  # share of the visits, and at most 150 steps
 _DECAY = 0.5  # share of the visits, at the end, over which the rate falls to 0
 _METRIC = 0.2  # exponent of the reading metric
-_FIRST = 4 / 384  # share of a batch that is drawn from first tokens, beside those that come by chance
+_FIRST = 4 / 512  # share of a batch that is drawn from first tokens, beside those that come by chance
 _START_B = 0.1  # B starts at a tenth of what would double x
 _ROWS = 4096  # tokens at a time while measuring, and to judge the typical size by
 _METRIC_TOKENS = 40_000
@@ -44,7 +44,7 @@ class Recipe:
     """
 
     visits: int
-    batch: int = 384
+    batch: int = 512
     start: str = "random"
     seed: int = 0
 

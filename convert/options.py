@@ -60,7 +60,7 @@ class Options:
             tokens=tokens,
             heldout=self.heldout or max(512, min(10_240, tokens // 8)),
             visits=self.visits or (8_388_608 if generous else 409_600),
-            batch=self.batch or 384,
+            batch=self.batch or 512,
             device=str(device),
             max_memory=_bytes(self.max_memory),
         )

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 
@@ -185,6 +184,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)  # a stopped job cleans up like one that is interrupted
     with _one_line_errors():
         result = app(standalone_mode=False)
+        if result == 130:  # typer's own way to say KeyboardInterrupt
+            raise KeyboardInterrupt
         sys.exit(result if isinstance(result, int) else 0)
 
 
@@ -192,9 +193,7 @@ def main() -> None:
 def _one_line_errors():
     try:
         yield
-    except click.ClickException as error:
-        _fail(error.format_message())
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; nothing was written")
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has left: no more to say to anyone
@@ -202,6 +201,8 @@ def _one_line_errors():
     except Exception as error:
         from .runtime import DLRError
 
+        if hasattr(error, "format_message"):  # click's own errors, which newer typers carry a copy of
+            _fail(error.format_message())
         if not isinstance(error, DLRError | MemoryError) and "out of memory" not in str(error):
             raise
         _fail(str(error) or "out of memory: use a smaller --batch or --max-memory")

@@ -76,7 +76,7 @@ def test_an_altered_file_is_named(converted: dict, folder: Path) -> None:
         (("convert", "{}/out", "{}/new"), "already locked"),
         (("convert", "{}/source", "{}/new", "--data", "{}/topics.txt"), "wanted"),
         (("convert", "{}/source", "{}/new", "--layers", "9"), "out of range"),
-        (("convert", "{}/source", "{}/new", "--rank", "many"), "many"),
+        (("convert", "{}/source", "{}/new", "--rank", "many"), "--rank"),
         (("convert", "{}/source", "{}/new", "--colour", "red"), "--colour"),
         (("eval", "{}/out", "--text", "{}/none.txt"), "none.txt"),
         (("verify", "{}/source"), "dlr_manifest.json"),
