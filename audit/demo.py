@@ -55,7 +55,9 @@ def run_demo(
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     say: Callable[[str], Any] = print,
 ) -> DemoResult:
-    """Runs the demo. visits: token visits a module, None for the default. out: keep the locked checkpoint there, or None to throw it away. Raises DLRError."""
+    """Runs the demo.
+
+    visits: token visits a module, None for the default. out: keep the locked checkpoint there, or None to throw it away. Raises DLRError."""
     place = usable_device(device)
     if layers is None and place.type == "cpu":
         layers = CPU_LAYERS
