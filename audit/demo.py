@@ -57,7 +57,9 @@ def run_demo(
 ) -> DemoResult:
     """Runs the demo.
 
-    visits: token visits a module, None for the default. out: keep the locked checkpoint there, or None to throw it away. Raises DLRError."""
+    layers: which to lock, None for a few on a CPU and all elsewhere. visits: token visits a module, None for the
+    default. out: keep the locked checkpoint there, or None to throw it away. Raises DLRError.
+    """
     place = usable_device(device)
     if layers is None and place.type == "cpu":
         layers = CPU_LAYERS
@@ -67,9 +69,17 @@ def run_demo(
         text.write_text(english_topics(), encoding="utf-8")
         target = out or Path(scratch) / "SmolLM2-135M-Instruct-locked"
         report = convert_model(
-            model, target, layers=layers, visits=visits, data=str(text), tokens=_TOKENS, heldout=_HELDOUT, device=str(place),
-            overwrite=True, progress=progress,
-        )  # fmt: skip
+            model,
+            target,
+            layers=layers,
+            visits=visits,
+            data=str(text),
+            tokens=_TOKENS,
+            heldout=_HELDOUT,
+            device=str(place),
+            overwrite=True,
+            progress=progress,
+        )
         with (
             opened(model, device=place) as (original, _),
             opened(target, device=place) as (locked, tokenizer),
