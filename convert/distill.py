@@ -82,17 +82,22 @@ def distill(
     spec: DLRSpec,
     recipe: Recipe,
     *,
+    name: str,
     device: torch.device,
     teacher: TeacherWeights | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Tensor]:
     """Fits a chain to y = mlp(x) and returns DLRNet's tensors in float32 on the CPU.
 
-    The first `tokens` rows of `activations` are trained on. teacher: the MLP's weights, which the aligned
-    start wants. progress is called with (visits done, visits in all). Raises DLRError if the fit diverges.
+    The first `tokens` rows of `activations` are trained on. name: the module's, for errors. teacher: the MLP's
+    weights, which the aligned start wants. progress is called with (visits done, visits in all).
+    Raises DLRError if the fit diverges, and where the MLP's input or output is zero.
     """
     sample = torch.arange(0, tokens, max(1, tokens // _ROWS))
     rms_x, rms_y = (_typical_rms(t) for t in activations.rows(sample))
+    if not (rms_x and rms_y):
+        side = "output" if rms_x else "input"
+        raise DLRError(f"the {side} of {name} is zero for most tokens: leave it out with --layers")
     generator = torch.Generator().manual_seed(recipe.seed)
     weights = _start(spec, recipe, generator, rms_x, teacher)
     weights = {name: w.to(device) for name, w in weights.items()}
@@ -113,9 +118,7 @@ def distill(
             visited += len(rows)
             progress(visited, recipe.visits)
     if not all(w.isfinite().all() for w in weights.values()):
-        raise DLRError(
-            f"the distillation diverged in {recipe.visits} visits from seed {recipe.seed}: try another --seed"
-        )
+        raise DLRError(f"the distillation of {name} diverged in {recipe.visits} visits: try another --seed")
 
     # Back to the scale of the model: z runs on x itself, so A reads x / rms_x and B writes rms_x.
     tensors = {name: w.cpu() for name, w in weights.items()}
@@ -138,10 +141,10 @@ def measure(net: DLRNet, x: Tensor, y: Tensor, device: torch.device) -> Fidelity
         chain = chain_reference(xb, A, B, *vectors, G, net.spec.act)
         flat = flattened_reference(xb, A, B, *vectors, G, net.spec.act)
         error += _relative_error(chain, yb).sum().item()
-        gap += ((flat - chain).square().sum(1) / yb.square().sum(1).clamp(min=1e-30)).sum().item()
+        gap += ((flat - chain).square().sum(1) / _size(yb)).sum().item()
         update += lane_updates(xb, A, B, G, net.spec.act).square().mean(0).sum().item()
         size += xb.square().sum().item()
-    return Fidelity(error / len(x), gap / len(x), math.sqrt(update / size))
+    return Fidelity(error / len(x), gap / len(x), math.sqrt(update / size) if size else 0.0)
 
 
 def _start(
@@ -261,11 +264,16 @@ class _Gradients:
 
 def _relative_error(y: Tensor, wanted: Tensor) -> Tensor:
     """|y - wanted|^2 / |wanted|^2 for every token: [T, d], [T, d] -> [T]."""
-    return (y - wanted).square().sum(1) / wanted.square().sum(1).clamp(min=1e-30)
+    return (y - wanted).square().sum(1) / _size(wanted)
+
+
+def _size(wanted: Tensor) -> Tensor:
+    """|wanted|^2 of every token, [T, d] -> [T]; a token without output counts as one of a millionth of the mean."""
+    size = wanted.square().sum(1)
+    return size.clamp(min=1e-6 * size.mean().clamp(min=1e-30))
 
 
 def _typical_rms(rows: Tensor) -> float:
     """The median over tokens of their RMS: first tokens' massive activations (469 where the median is below
     1, in layer 1 of SmolLM2) would swamp a mean."""
-    rms = rows.float().square().mean(1).sqrt().median().item()
-    return rms if rms > 0 else 1.0
+    return rows.float().square().mean(1).sqrt().median().item()

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from ..runtime import DLRNet, DLRSpec, load, lock
+from ..runtime import DLRError, DLRNet, DLRSpec, load, lock
 from ..runtime.checkpoint import write_manifest
 from ..runtime.files import check_space, check_target, whole_directory
+from ..runtime.generation import positions
 from .capture import capture
 from .card import model_card
 from .distill import Recipe, distill, measure
@@ -47,7 +48,9 @@ def convert_model(
     started = time.monotonic()
     chosen = Options(**options).resolved()
     recipe = Recipe(visits=chosen.visits, batch=chosen.batch, start=chosen.start, seed=chosen.seed)  # type: ignore[arg-type]
-    target = Path(out)
+    target = Path(out).expanduser().absolute()
+    if Path(source).expanduser().resolve().is_relative_to(target.resolve()):
+        raise DLRError(f"{source} lies in the output {out}; choose another output")
     check_target(target, overwrite=overwrite)
     report_progress = progress or (lambda what, done, total: None)
     device = torch.device(str(chosen.device))
@@ -61,6 +64,8 @@ def convert_model(
         model = original.model
         every = find_mlps(model, chosen.mlps)
         mlps = select_layers(every, chosen.layers)
+        for mlp in mlps:
+            _check(mlp, chosen)
         stored = DTYPES.get(chosen.dtype) or _own_dtype(original)
         parameters = sum(p.numel() for p in model.parameters())
         check_space(target, parameters * stored.itemsize)
@@ -74,8 +79,8 @@ def convert_model(
         shutil.rmtree(scratch)
         report_progress("writing the checkpoint", 1, 1)
         report = ConversionReport(
-            source=original.name,
-            out=str(target),
+            source=_public_name(original.name),
+            out=str(out),
             options=chosen.said() | {"dtype": str(stored).removeprefix("torch."), "data": text.source},
             modules=modules,
             mlps=len(every),
@@ -87,7 +92,7 @@ def convert_model(
         )
         (work / "README.md").write_text(model_card(report), encoding="utf-8")
         facts = report.to_dict() | {"fingerprint": original.fingerprint}
-        facts["source"] = Path(original.name).name if Path(original.name).exists() else original.name
+        facts["source"] = report.source
         del facts["out"]
         write_manifest(work, {"conversion": facts})
     return report
@@ -103,6 +108,14 @@ def _spec(mlp: MLP, options: Options) -> DLRSpec:
         act=options.act,
         gated=options.gated,
     )
+
+
+def _check(mlp: MLP, options: Options) -> None:
+    """Raises DLRError, before any long work, where no such chain can be made for this MLP."""
+    _spec(mlp, options)
+    if options.start == "aligned" and (mlp.up is None or (options.gated and mlp.gate is None)):
+        kind = "a gated MLP" if options.gated else "an MLP of a known form"
+        raise DLRError(f"{mlp.module} is not {kind}, which the aligned start needs: use --start random")
 
 
 def _text(original: Source, options: Options, progress: Progress) -> CalibrationText:
@@ -151,6 +164,7 @@ def _distil_all(
             text.train.numel(),
             spec,
             replace(recipe, seed=recipe.seed + mlp.layer),
+            name=mlp.module,
             device=device,
             teacher=teacher_weights(model, mlp) if recipe.start == "aligned" else None,
             progress=partial(progress, title),
@@ -169,8 +183,13 @@ def _distil_all(
 
 def sequence_length(model: PreTrainedModel) -> int:
     """Tokens a sequence of calibration text: 512, or what the model can take."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(SEQUENCE_LENGTH, positions or SEQUENCE_LENGTH)
+    return min(SEQUENCE_LENGTH, positions(model) or SEQUENCE_LENGTH)
+
+
+def _public_name(source: str) -> str:
+    """A source's name as it may be published: of a local path only the last part."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else source
 
 
 def _own_dtype(original: Source) -> torch.dtype:

@@ -54,6 +54,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise DLRError(f"--{name} must be at least 1, not {value}")
+        if not 0 <= self.seed < 2**62:
+            raise DLRError(f"--seed must be from 0 to {2**62 - 1}, not {self.seed}")
         tokens = self.tokens or (2_097_152 if generous else 163_840)
         return replace(
             self,

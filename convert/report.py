@@ -1,6 +1,6 @@
 """What a conversion did, as figures: for --json, for the manifest and for the model card."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..runtime import DLRSpec
@@ -69,7 +69,7 @@ class ConversionReport:
             "not_locked": self.not_locked,
             "params_original": self.params_original,
             "params_locked": self.params_locked,
-            "evaluation": asdict(self.evaluation) if self.evaluation else None,
+            "evaluation": self.evaluation.to_dict() if self.evaluation else None,
             "seconds": round(self.seconds, 2),
             "program": self.program,
         }

@@ -116,6 +116,8 @@ def read_text(
         raise DLRError("the model comes without a tokenizer, so text cannot be turned into tokens")
     if tokens < 2:
         raise DLRError(f"{tokens} tokens are too few to predict anything")
+    if str(source) == "self":
+        raise DLRError("'self' is no text to measure a model on: give a file or a dataset")
     documents, label = _open(str(source))
     prefix = _prefix(tokenizer)
     ids = array("q")

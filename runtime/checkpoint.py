@@ -33,14 +33,14 @@ def load(
     read_config(folder)
     if (folder / MANIFEST).is_file():
         _raise_for(_size_faults(folder, _read_manifest(folder)["files"]))
-    config = AutoConfig.from_pretrained(folder)
-    name = (config.architectures or [""])[0]
-    model_class = getattr(transformers, name, AutoModelForCausalLM)
     try:
+        config = AutoConfig.from_pretrained(folder)
+        model_class = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
         model = model_class.from_pretrained(folder, dtype=dtype)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+        hint = "; dlr-lock verify names a bad file" if (folder / MANIFEST).is_file() else ""
         first_line = str(error).strip().splitlines()[0]
-        raise DLRError(f"{folder} does not load: {first_line}; dlr-lock verify names a bad file") from error
+        raise DLRError(f"{folder} does not load: {first_line}{hint}") from error
     if not locked_modules(model):
         raise DLRError(f"{folder} holds no DLR-Net")
     return model.to(place).eval()
@@ -72,7 +72,10 @@ def read_config(folder: Path) -> DLRConfig:
     config = _read_json(folder / "config.json")
     if not is_locked(folder):
         raise DLRError(f"{folder} is not a locked checkpoint")
-    return DLRConfig(**config["quantization_config"])
+    try:
+        return DLRConfig(**config["quantization_config"])
+    except (TypeError, AttributeError) as error:
+        raise DLRError(f"{folder}'s quantization_config cannot be read: {error}") from error
 
 
 def is_locked(folder: Path) -> bool:

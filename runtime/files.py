@@ -1,6 +1,7 @@
 """Directories that appear whole or not at all."""
 
 import errno
+import json
 import os
 import shutil
 import tempfile
@@ -26,6 +27,10 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         if not (target / MANIFEST).is_file():
             raise DLRError(
                 f"{target} is no locked checkpoint, so --overwrite leaves it alone; remove it yourself"
+            )
+        if strange := _not_ours(target):
+            raise DLRError(
+                f"{target} also holds {strange}, which --overwrite would delete; move it away first"
             )
     nearest = next(p for p in target.absolute().parents if p.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
@@ -71,6 +76,19 @@ def check_space(target: Path, wanted: int) -> None:
         raise DLRError(f"{nearest} has {free / 2**20:.0f} MiB free, {wanted / 2**20:.0f} MiB are needed")
 
 
+def _not_ours(target: Path) -> str | None:
+    """A file in a checkpoint that its manifest does not list, if there is one."""
+    try:
+        listed = set(json.loads((target / MANIFEST).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        listed = set()
+    for path in sorted(target.rglob("*")):
+        name = str(path.relative_to(target))
+        if not path.is_dir() and name not in listed | {MANIFEST}:
+            return name
+    return None
+
+
 def _swap(work: Path, target: Path) -> None:
     if not target.exists():
         work.rename(target)
@@ -78,14 +96,16 @@ def _swap(work: Path, target: Path) -> None:
     # A directory cannot be exchanged in one step by portable means: between the two renames the old one
     # stands beside, whole, and is put back if the second fails.
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    target.rename(old / target.name)
     try:
+        target.rename(old / target.name)
         work.rename(target)
     except BaseException:
-        (old / target.name).rename(target)
+        if not target.exists():
+            (old / target.name).rename(target)
         raise
     finally:
-        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:

@@ -18,6 +18,15 @@ class _Pieces(TextStreamer):
             self._emit(text)
 
 
+def positions(model: PreTrainedModel) -> int | None:
+    """The longest sequence that a model states to take, None where it states none."""
+    config = model.config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if isinstance(value := getattr(config, name, None), int):
+            return value
+    return None
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -49,6 +58,9 @@ def generate(
         inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[1] == 0:
         raise DLRError("the prompt is empty")
+    limit, wanted = positions(model), inputs["input_ids"].shape[1] + max_new_tokens
+    if limit is not None and wanted > limit:
+        raise DLRError(f"prompt and new tokens make {wanted} tokens, the model takes {limit}: ask for fewer")
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     ids = inputs["input_ids"].to(model.device)
     with torch.random.fork_rng(), torch.no_grad():

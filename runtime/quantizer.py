@@ -47,11 +47,11 @@ class DLRQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = ignored
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
-        # transformers only warns of missing weights and draws random ones.
-        for name, module in locked_modules(model):
-            for weight, parameter in module.named_parameters():
-                if not getattr(parameter, "_is_hf_initialized", False):
-                    raise DLRError(f"the checkpoint has no {name}.{weight}: it is incomplete, fetch it again")
+        # transformers only warns of missing weights and draws random ones. Tied ones are not stored.
+        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        for name, parameter in model.named_parameters():
+            if name not in tied and not getattr(parameter, "_is_hf_initialized", False):
+                raise DLRError(f"the checkpoint has no {name}: it is incomplete, fetch it again")
         model.requires_grad_(False)  # loading re-wraps every weight as trainable
         return model
 

@@ -39,8 +39,8 @@ def test_a_failure_leaves_nothing_and_keeps_the_old_one(error: type[BaseExceptio
 def test_overwriting_replaces_the_whole_directory(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
-    for name in (MANIFEST, "stale.safetensors"):
-        (target / name).write_text("old")
+    (target / "stale.safetensors").write_text("old")
+    (target / MANIFEST).write_text('{"files": {"stale.safetensors": {}}}')
     with whole_directory(target, overwrite=True) as work:
         (work / MANIFEST).write_text("new")
     assert names(tmp_path) == ["out"] and names(target) == [MANIFEST]
@@ -62,6 +62,15 @@ def test_only_a_locked_checkpoint_is_ever_replaced(tmp_path: Path) -> None:
         check_target(tmp_path / "home" / "thesis.txt" / "out", overwrite=False)
     (tmp_path / "empty").mkdir()
     check_target(tmp_path / "empty", overwrite=False)
+
+
+def test_files_of_the_user_inside_a_checkpoint_are_not_deleted(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    (target / "original").mkdir(parents=True)
+    (target / MANIFEST).write_text('{"files": {}}')
+    (target / "original" / "model.safetensors").write_text("precious")
+    with pytest.raises(DLRError, match=r"original/model\.safetensors"):
+        check_target(target, overwrite=True)
 
 
 def test_no_space_is_said_in_one_line(tmp_path: Path) -> None:

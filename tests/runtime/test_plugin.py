@@ -127,6 +127,15 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+def test_a_missing_stock_tensor_is_named_too(tmp_path: Path) -> None:
+    locked_tiny("llama").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.0.self_attn.q_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DLRError, match=r"layers\.0\.self_attn\.q_proj\.weight"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
