@@ -4,6 +4,7 @@ Importing this package registers locked checkpoints with transformers, so that
 `AutoModelForCausalLM.from_pretrained` loads them.
 """
 
+from . import _threads  # noqa: F401
 from .convert import ConversionReport, convert_model
 from .runtime import DLRError, DLRNet, DLRSpec, load
 
