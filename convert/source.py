@@ -7,11 +7,11 @@ loaded: transformers would fill missing weights with random numbers and go on.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
+import math
 import re
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -23,10 +23,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..runtime.errors import DLRError
+from ..runtime.files import cache_folder, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' words; the rest is kept as float32
 _CHUNK = 16 * 2**20
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZER_FILES = (
@@ -51,6 +53,7 @@ class Source:
     fingerprint  SHA-256 in hexadecimal of names and bytes of config.json and the weight files; of a GGUF file,
                  of its bytes
     path         the plain directory it was loaded from
+    dtype        of the weights in that directory
     """
 
     model: PreTrainedModel
@@ -58,6 +61,7 @@ class Source:
     name: str
     fingerprint: str
     path: Path
+    dtype: torch.dtype
 
 
 def open_source(
@@ -90,7 +94,7 @@ def open_source(
         model = _load(folder, dtype).to(device).eval().requires_grad_(False)
         tokenizer = _load_tokenizer(folder)
     _check_finite(model, folder)
-    return Source(model, tokenizer, str(source), fingerprint, folder)
+    return Source(model, tokenizer, str(source), fingerprint, folder, _dtype(folder))
 
 
 def _from_hub(name: str) -> Path:
@@ -114,7 +118,7 @@ def _from_hub(name: str) -> Path:
 def _from_gguf(file: Path, fingerprint: str, dtype: torch.dtype | str, cache: Path | None) -> Path:
     """Dequantise a GGUF file to `cache`/<name>-<fingerprint>-<dtype>, unless that is there already."""
     if cache is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dlr-lock" / "gguf"
+        cache = cache_folder() / "gguf"
     folder = cache / f"{file.stem}-{fingerprint[:16]}-{str(dtype).removeprefix('torch.')}"
     if folder.is_dir():
         return folder
@@ -170,7 +174,7 @@ def _check_config(folder: Path) -> None:
         if (folder / "adapter_config.json").is_file():
             raise DLRError(f"{folder} holds an adapter, not a model: merge it into its base model first")
         raise DLRError(f"{folder} has no config.json: give a directory that save_pretrained wrote")
-    config = _read_json(file)
+    config = read_json(file)
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -183,23 +187,13 @@ def _check_config(folder: Path) -> None:
         raise DLRError(f"{folder}: model_type {kind!r} is unknown to the installed transformers{code}")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DLRError(f"{file} cannot be read as JSON: {_line(error)}") from error
-    if not isinstance(content, dict):
-        raise DLRError(f"{file} is not a JSON object")
-    return content
-
-
 def _check_weights(folder: Path) -> list[Path]:
     """The safetensors files that make up the model, each found whole."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         files = [single]
     elif index.is_file():
-        shards = _read_json(index).get("weight_map")
+        shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise DLRError(f"{index} has no weight_map: fetch the model again")
         # Only names in this folder: an index must not lead elsewhere.
@@ -225,10 +219,27 @@ def _check_weights(folder: Path) -> list[Path]:
     return files
 
 
+def _dtype(folder: Path) -> torch.dtype:
+    """The dtype of most of the floating weights' numbers."""
+    numbers: Counter[torch.dtype] = Counter()
+    for file in _check_weights(folder):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                part = tensors.get_slice(name)
+                numbers[_DTYPES.get(part.get_dtype(), torch.float32)] += math.prod(part.get_shape())
+    return numbers.most_common(1)[0][0]
+
+
+def compute_dtype(device: torch.device) -> torch.dtype | str:
+    """What to load a model's weights as, to compute on a device: 16-bit products are several times slower than
+    float32 on most CPUs; elsewhere the checkpoint's own."""
+    return torch.float32 if device.type == "cpu" else "auto"
+
+
 def _load(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     import transformers
 
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     architectures = config.get("architectures") or [""]
     family: Any = getattr(transformers, str(architectures[0]), None)
     if not (isinstance(family, type) and issubclass(family, transformers.PreTrainedModel)):

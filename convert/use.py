@@ -12,7 +12,7 @@ from ..runtime.checkpoint import is_locked, usable_device
 from ..runtime.generation import generate
 from .evaluate import Evaluation, evaluate
 from .job import Progress, sequence_length
-from .source import open_source
+from .source import compute_dtype, open_source
 from .text import read_text
 
 
@@ -25,8 +25,7 @@ def opened(
     Raises DLRError where it cannot be loaded.
     """
     place = usable_device(device)
-    # 16-bit products are several times slower than float32 on most CPUs.
-    dtype: torch.dtype | str = torch.float32 if place.type == "cpu" else "auto"
+    dtype = compute_dtype(place)
     if is_locked(Path(model)):
         locked = load(model, dtype=dtype, device=place)
         yield locked, AutoTokenizer.from_pretrained(model) if _has_tokenizer(Path(model)) else None

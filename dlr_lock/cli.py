@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 from . import tables
 from .progress import Steps
@@ -95,6 +96,7 @@ def convert(
         _print_json(report.to_dict())
     else:
         tables.print_report(Console(highlight=False), report)
+        print(f"written to {out}")
 
 
 @app.command()
@@ -181,6 +183,7 @@ def generate(
 def main() -> None:
     """Runs the command line. Exit status 2, and one line on standard error, for all that the user can correct."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    disable_progress_bar()  # transformers' own, beside ours
     signal.signal(signal.SIGTERM, _interrupt)  # a stopped job cleans up like one that is interrupted
     with _one_line_errors():
         result = app(standalone_mode=False)

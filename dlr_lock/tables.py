@@ -26,12 +26,12 @@ def choices(options: Options) -> str:
 
 def print_report(console: Console, report: ConversionReport) -> None:
     """The modules, the fidelity and the totals of a conversion."""
-    table = _table("module", "chain", "relative error", "flatten gap", "coupling", "token visits", "seconds")
+    table = _table("module", "chain", "relative\nerror", "flatten\ngap", "coupling", "seconds")
     for m in report.modules:
         gap = f"{m.fidelity.flatten_gap:.2f}" + ("" if m.fidelity.locked else " NOT LOCKED")
         table.add_row(
             m.module, str(m.spec), f"{m.fidelity.rel_error:.4f}", gap, f"{m.fidelity.coupling:.2f}",
-            f"{m.tokens:,}", f"{m.seconds:.0f}",
+            f"{m.seconds:.0f}",
         )  # fmt: skip
     console.print(table)
     if report.evaluation:
@@ -39,12 +39,13 @@ def print_report(console: Console, report: ConversionReport) -> None:
     ratio = report.params_locked / report.params_original
     console.print(
         f"parameters {report.params_locked:,} (original {report.params_original:,}, ratio {ratio:.4f}); "
-        f"{len(report.modules)} of {report.mlps} MLPs converted in {report.seconds:.0f} s"
+        f"{len(report.modules)} of {report.mlps} MLPs converted in {report.seconds:.0f} s, "
+        f"{report.modules[0].tokens:,} token visits each"
     )
     for m in report.modules:
         if abs(m.spec.params / m.params_original - 1) > 0.01:
             console.print(f"{m.module}: {m.spec.params:,} parameters instead of {m.params_original:,}")
-    console.print(f"{lock_status(report)}\nwritten to {report.out}")
+    console.print(lock_status(report))
 
 
 def print_evaluation(console: Console, evaluation: Evaluation) -> None:
@@ -67,7 +68,7 @@ def print_facts(console: Console, facts: dict[str, Any]) -> None:
     """What `inspect` found."""
     conversion = facts.get("conversion", {})
     measured = {m["module"]: m for m in conversion.get("modules", [])}
-    table = _table("module", "chain", "relative error", "flatten gap")
+    table = _table("module", "chain", "relative\nerror", "flatten\ngap")
     for name, spec in facts["lock"]["modules"].items():
         m = measured.get(name)
         chain = (
@@ -106,7 +107,7 @@ def print_demo(console: Console, result: DemoResult) -> None:
         + (
             f"; the checkpoint is {result.kept}"
             if result.kept
-            else " (a demonstration: all of them take longer)"
+            else " (a demonstration: locking all of them takes longer)"
         )
     )
 

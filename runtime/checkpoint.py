@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .config import METHOD, DLRConfig
 from .errors import DLRError
-from .files import MANIFEST
+from .files import MANIFEST, read_json
 from .quantizer import locked_modules
 
 MANIFEST_FORMAT = 1
@@ -69,7 +69,7 @@ def read_config(folder: Path) -> DLRConfig:
         raise DLRError(f"{folder} is not a directory")
     if not (folder / "config.json").is_file():
         raise DLRError(f"{folder} has no config.json: it is not a checkpoint")
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if not is_locked(folder):
         raise DLRError(f"{folder} is not a locked checkpoint")
     try:
@@ -81,7 +81,7 @@ def read_config(folder: Path) -> DLRConfig:
 def is_locked(folder: Path) -> bool:
     """Whether a directory's config.json names our method, whatever else is wrong with it."""
     try:
-        config = _read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
     except DLRError:
         return False
     lock = config.get("quantization_config")
@@ -162,7 +162,7 @@ def _raise_for(faults: list[str]) -> None:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    manifest = _read_json(folder / MANIFEST)
+    manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest.get("format"), int) or manifest["format"] > MANIFEST_FORMAT:
         raise DLRError(
             f"{folder / MANIFEST} has format {manifest.get('format')}, "
@@ -180,13 +180,3 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if outside:
         raise DLRError(f"{folder / MANIFEST} names a file outside the checkpoint: {outside[0]}")
     return manifest
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DLRError(f"{path} cannot be read as JSON: {str(error).splitlines()[0]}") from error
-    if not isinstance(value, dict):
-        raise DLRError(f"{path} is not a JSON object")
-    return value

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all."""
+"""Files: directories that appear whole or not at all, JSON objects, the cache."""
 
 import errno
 import json
@@ -6,8 +6,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from .errors import DLRError
 
@@ -44,6 +45,7 @@ def whole_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises DLRError as `check_target` does, and where the device is full. Ctrl-C leaves nothing behind.
     """
     check_target(target, overwrite=overwrite)
+    made = [parent for parent in target.absolute().parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
@@ -54,6 +56,9 @@ def whole_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         _swap(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        with suppress(OSError):  # not empty: the target is there, or something else by now
+            for parent in made:
+                parent.rmdir()
 
 
 @contextmanager
@@ -74,6 +79,24 @@ def check_space(target: Path, wanted: int) -> None:
     free = shutil.disk_usage(nearest).free
     if free < wanted:
         raise DLRError(f"{nearest} has {free / 2**20:.0f} MiB free, {wanted / 2**20:.0f} MiB are needed")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises DLRError where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DLRError(f"{path} cannot be read as JSON: {str(error).splitlines()[0]}") from error
+    if not isinstance(value, dict):
+        raise DLRError(f"{path} is not a JSON object")
+    return value
+
+
+def cache_folder() -> Path:
+    """Where downloads and unpacked models are kept: $DLR_LOCK_CACHE, else dlr-lock in the user's cache folder."""
+    if own := os.environ.get("DLR_LOCK_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dlr-lock"
 
 
 def _not_ours(target: Path) -> str | None:

@@ -7,7 +7,7 @@ from torch import nn
 from dlr_lock.audit import saved_bytes
 from dlr_lock.runtime import DLRNet, DLRSpec
 
-TOKENS, FEATURES, WIDTH = 40, 96, 256  # of the MLP: K * r = 1.5 * 256 = 384 for every depth below
+TOKENS, FEATURES, WIDTH = 40, 576, 1536  # SmolLM2-135M's MLP: K * r = 1.5 * 1536 for every depth below
 
 
 class SwiGLU(nn.Module):
@@ -29,16 +29,16 @@ def slot_bytes(module: nn.Module) -> int:
 
 def filled(depth: int) -> DLRNet:
     spec = DLRSpec.matching(FEATURES, WIDTH, mlp_gated=True, depth=depth)
-    assert spec.depth == depth and spec.depth * spec.rank == 384
+    assert spec.depth == depth and spec.depth * spec.rank == 2304
     net = DLRNet(spec)
     net.assign({name: torch.randn_like(p) / 20 for name, p in net.named_parameters()})
     return net
 
 
 def test_saved_activations_grow_linearly_with_depth() -> None:
-    at = {depth: slot_bytes(filled(depth)) for depth in (6, 12, 24)}
-    a_step = (at[12] - at[6]) / 6
-    assert (at[24] - at[12]) / 12 == a_step
+    at = {depth: slot_bytes(filled(depth)) for depth in (12, 24, 48)}
+    a_step = (at[24] - at[12]) / 12
+    assert (at[48] - at[24]) / 24 == a_step
     assert a_step == 4 * TOKENS * FEATURES  # the state z, in float32
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from dlr_lock import DLRError
-from dlr_lock.audit.demo import cache_folder, fetch_model, run_demo
+from dlr_lock.audit.demo import fetch_model, run_demo
 from dlr_lock.runtime import verify
+from dlr_lock.runtime.files import cache_folder
 
 
 @pytest.mark.slow
