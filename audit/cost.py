@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..triton_kernels import backend
+
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
@@ -26,7 +28,8 @@ class StepCost:
 
 
 def step_cost(model: PreTrainedModel, tokens: Tensor, *, repeats: int = 3) -> StepCost:
-    """Full fine-tuning of every parameter on tokens [S, n] int64, in plain autograd without recomputation.
+    """Full fine-tuning of every parameter on tokens [S, n] int64, in plain autograd without recomputation, against
+    an inference pass by the current backend.
 
     Times are medians of `repeats` after one warm-up. The update is SGD with a rate of 0: the model is unchanged,
     its gradients are freed, and its trainable parameters are what they were.
@@ -48,7 +51,8 @@ def step_cost(model: PreTrainedModel, tokens: Tensor, *, repeats: int = 3) -> St
 
     try:
         saved = saved_bytes(model, loss)
-        seconds = _median_seconds(step, repeats, model.device)
+        with backend("naive"):  # the fused forward has no backward
+            seconds = _median_seconds(step, repeats, model.device)
     finally:
         optimizer.zero_grad()
         model.requires_grad_(False)
@@ -60,7 +64,7 @@ def step_cost(model: PreTrainedModel, tokens: Tensor, *, repeats: int = 3) -> St
 def saved_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> int:
     """Bytes that autograd saves during `forward()`, parameters and buffers of `module` left out.
 
-    Counted by torch.autograd.graph.saved_tensors_hooks; a storage that several nodes share counts once.
+    DLR-Nets run as the plain chain, since nothing else has a backward. Counted by torch.autograd.graph.saved_tensors_hooks; a storage that several nodes share counts once.
     """
     own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
     storages: dict[int, int] = {}
@@ -71,7 +75,7 @@ def saved_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> int:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor  # held by the graph, so that no address is used twice while we count
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), backend("naive"):
         result = forward()
     total = sum(storages.values())
     del result

@@ -7,5 +7,6 @@ Importing this package registers locked checkpoints with transformers, so that
 from . import _threads  # noqa: F401
 from .convert import ConversionReport, convert_model
 from .runtime import DLRError, DLRNet, DLRSpec, load
+from .triton_kernels import backend
 
-__all__ = ["ConversionReport", "DLRError", "DLRNet", "DLRSpec", "convert_model", "load"]
+__all__ = ["ConversionReport", "DLRError", "DLRNet", "DLRSpec", "backend", "convert_model", "load"]

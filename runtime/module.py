@@ -1,9 +1,11 @@
 """The module that stands where an MLP stood."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from ..triton_kernels import chain_reference
+from ..triton_kernels import current_backend, dlr_net, gram_blocks, gram_width
 from .spec import DLRSpec
 
 
@@ -35,6 +37,9 @@ class DLRNet(nn.Module):
         for name in ("dlr_scale", "dlr_bias"):
             vector = torch.zeros(d, dtype=torch.float32, device=device)
             self.register_parameter(name, nn.Parameter(vector, requires_grad=False))
+        self.dlr_gram: Tensor | None
+        self.register_buffer("dlr_gram", None, persistent=False)
+        self._prepared: list[int] = []
 
     @staticmethod
     def weight_names(spec: DLRSpec) -> tuple[str, ...]:
@@ -42,10 +47,44 @@ class DLRNet(nn.Module):
         return ("dlr_A", "dlr_B", "dlr_G") if spec.gated else ("dlr_A", "dlr_B")
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., d] -> y: [..., d], in x's dtype."""
-        return chain_reference(
-            x, self.dlr_A, self.dlr_B, self.dlr_scale, self.dlr_bias, self.dlr_G, self.spec.act
+        """x: [..., d] -> y: [..., d], in x's dtype, by the current backend of `triton_kernels.backend`."""
+        gram = None if current_backend() == "naive" else self._current_gram()
+        return dlr_net(
+            x, self.dlr_A, self.dlr_B, self.dlr_scale, self.dlr_bias, self.dlr_G, self.spec.act, gram
         )
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Computes the Gram blocks that look-ahead wants, for the weights and the device as they now are.
+
+        The first forward does it where nobody did; a module that moves to another device or dtype does it again.
+        """
+        weights = self._weights()
+        if self.dlr_A.is_meta:
+            self.dlr_gram = None
+            return
+        width = gram_width(self.spec.depth, self.spec.rank, self.dlr_A.device)
+        self.dlr_gram = gram_blocks(self.dlr_A, self.dlr_B, self.dlr_G, block=width)
+        self._prepared = [w._version for w in weights]
+
+    def _current_gram(self) -> Tensor | None:
+        # Weights that were written to since (by an optimizer, by a load) have other Gram blocks. A compiler cannot
+        # trace the counters; what it compiles is inference, and was warmed up.
+        if not torch.compiler.is_compiling() and (
+            self.dlr_gram is None or self._prepared != [w._version for w in self._weights()]
+        ):
+            self.prepare()
+        return self.dlr_gram
+
+    def _weights(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self.weight_names(self.spec)]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DLRNet":
+        prepared, self.dlr_gram = self.dlr_gram is not None, None
+        super()._apply(fn, recurse)
+        if prepared:
+            self.prepare()
+        return self
 
     @torch.no_grad()
     def assign(self, tensors: dict[str, Tensor]) -> None:

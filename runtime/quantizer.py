@@ -53,6 +53,8 @@ class DLRQuantizer(HfQuantizer):
             if name not in tied and not getattr(parameter, "_is_hf_initialized", False):
                 raise DLRError(f"the checkpoint has no {name}: it is incomplete, fetch it again")
         model.requires_grad_(False)  # loading re-wraps every weight as trainable
+        for _, net in locked_modules(model):
+            net.prepare()
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

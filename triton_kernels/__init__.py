@@ -1,6 +1,21 @@
 """The chain on tensors alone: the reference, and the forms that make it fast. Imports nothing else of dlr-lock."""
 
 from .activations import ACTIVATIONS
+from .backend import BACKENDS, backend, current_backend
+from .lookahead import gram_blocks, gram_width, lookahead
+from .op import dlr_net
 from .reference import chain_reference, flattened_reference, lane_updates
 
-__all__ = ["ACTIVATIONS", "chain_reference", "flattened_reference", "lane_updates"]
+__all__ = [
+    "ACTIVATIONS",
+    "BACKENDS",
+    "backend",
+    "chain_reference",
+    "current_backend",
+    "dlr_net",
+    "flattened_reference",
+    "gram_blocks",
+    "gram_width",
+    "lane_updates",
+    "lookahead",
+]

@@ -1,0 +1,40 @@
+"""Which form of the chain runs: chosen by DLR_LOCK_BACKEND, or for a while by `backend(...)`.
+
+auto        the fused kernels on a CUDA or ROCm device, look-ahead elsewhere; inference only
+triton      the fused kernels, an error where they cannot run
+lookahead   plain torch, in rounds; inference only in a DLRNet (`lookahead` itself is differentiable)
+naive       the definition, step by step: what is trained
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+BACKENDS = ("auto", "triton", "lookahead", "naive")
+VARIABLE = "DLR_LOCK_BACKEND"
+
+_chosen: list[str] = []  # the stack of open `backend` blocks
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Runs chains by the backend `name` within the block, in all threads; raises ValueError on an unknown one.
+
+    A compiled or captured graph keeps the backend that it was made with.
+    """
+    _chosen.append(_known(name, "backend"))
+    try:
+        yield
+    finally:
+        _chosen.pop()
+
+
+def current_backend() -> str:
+    """The innermost `backend` block's, else $DLR_LOCK_BACKEND, else 'auto'; raises ValueError on an unknown one."""
+    return _chosen[-1] if _chosen else _known(os.environ.get(VARIABLE) or "auto", VARIABLE)
+
+
+def _known(name: str, where: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{where} {name!r} is unknown; one of {', '.join(BACKENDS)}")
+    return name

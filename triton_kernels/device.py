@@ -1,0 +1,60 @@
+"""What the kernels share: activations, padded ranks, and the dtype rules of their products."""
+
+import torch
+import triton
+import triton.language as tl
+
+# transformers' names -> what `activate` computes. A chain with another activation runs in plain torch.
+KERNEL_ACTS = {
+    "gelu": "gelu",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_python": "gelu",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "linear": "linear",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "relu2": "relu2",
+    "sigmoid": "sigmoid",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
+}
+
+
+def padded_rank(rank: int) -> int:
+    """The rank as the kernels hold it: a power of two of at least 16, which is what `tl.dot` takes."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of `tl.dot`: float32 weights are multiplied as such, not rounded to tf32 (1e-3)."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def activate(p, ACT: tl.constexpr):
+    """The activation named by one of KERNEL_ACTS' values, of a float32 tile; tested against ACTIVATIONS."""
+    if ACT == "silu":
+        y = p * tl.sigmoid(p)
+    elif ACT == "gelu":
+        y = 0.5 * p * (1.0 + tl.erf(p * 0.7071067811865476))
+    elif ACT == "gelu_tanh":  # 0.5 p (1 + tanh u) = p sigmoid(2u), u = sqrt(2/pi) (p + 0.044715 p^3)
+        y = p * tl.sigmoid(1.5957691216057308 * (p + 0.044715 * p * p * p))
+    elif ACT == "quick_gelu":
+        y = p * tl.sigmoid(1.702 * p)
+    elif ACT == "relu":
+        y = tl.maximum(p, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACT == "relu2":
+        y = tl.maximum(p, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        y = y * y
+    elif ACT == "sigmoid":
+        y = tl.sigmoid(p)
+    elif ACT == "tanh":
+        y = 2.0 * tl.sigmoid(2.0 * p) - 1.0
+    else:
+        tl.static_assert(ACT == "linear")
+        y = p
+    return y

@@ -1,0 +1,169 @@
+"""Look-ahead: the same chain in rounds of several steps, in plain torch.
+
+Within a block of S steps (width m = S * r) that starts at state Z, the state that step i reads is
+Z + sum_{j<i} h_j B_j, so all of the block's products with the state can be done at once:
+
+    P      = Z A_blk^T                                  [T, m]   one product
+    h_i    = act(p_i + sum_{j<i} h_j gram[j, i])                 gram[j, i] = B_j A_i^T, known once the weights are
+    Z     += H B_blk                                    [T, d]   one product
+
+K dependent pairs of thin products become K / S pairs of wide ones and K small ones, for m / (4 d) more FLOPs and
+bytes. It is the oracle of the kernels' blocked arithmetic, and what runs on a CPU. Gated steps carry the Gram
+blocks of A and of G.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from .activations import ACTIVATIONS
+from .reference import check_chain, state_dtype
+
+BLOCK = 128  # the width of Gram blocks on a CPU: the fastest there, and 64 to 512 are all within 15%
+_KERNEL_BLOCK = 512  # on a GPU: the widest whose solve keeps its steps in registers
+_KERNEL_STEPS = 16  # and the most steps of an unrolled solve: 120 small products
+
+
+@torch.no_grad()
+def lookahead(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    G: Tensor | None = None,
+    act: str = "silu",
+    *,
+    block: int = BLOCK,
+    gram: Tensor | None = None,
+) -> Tensor:
+    """Output of a DLR-Net, a block of at most `block` / r steps at a time; inference only.
+
+    x: [..., d], A, B, G: [L, K, r, d], scale, bias: [d], as in `chain_reference`. gram: what `gram_blocks` gave
+    for these weights; computed here if None, with `block`. Returns y: [..., d] in x's dtype.
+    Raises ValueError on shapes or an activation that do not fit.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    check_chain(tokens, A, B, G, act)
+    if gram is None:
+        gram = gram_blocks(A, B, G, block=block)
+    check_gram(gram, A, G)
+    rank, width = A.shape[2], gram.shape[-1]
+    state = state_dtype(A.dtype)
+    start = tokens.to(state)
+    z = start.expand(A.shape[0], -1, -1).clone()
+    # One lane goes without its dimension: a batched product of one costs twice the overhead on a CPU.
+    lane = (lambda w: w[0]) if len(z) == 1 else (lambda w: w)
+    z = lane(z)
+    A, B, G = (W if W is None else lane(wide(W)) for W in (A, B, G))
+    grams = [lane(w).unbind(-3) for w in gram]
+    add = _add_product(B)
+    for n, first in enumerate(range(0, B.shape[-2], width)):
+        size = min(width, B.shape[-2] - first)
+        P = _product(z, A.narrow(-2, first, size).mT)
+        if G is None:
+            _solve(P, grams[0][n], rank, act)
+        else:
+            _solve(P, grams[0][n], rank, act, _product(z, G.narrow(-2, first, size).mT), grams[1][n])
+        add(z, P, B.narrow(-2, first, size))
+    y = scale.to(state) * (z - start if z.dim() == 2 else (z - start).sum(0)) + bias.to(state)
+    return y.to(x.dtype).reshape(x.shape)
+
+
+def gram_blocks(A: Tensor, B: Tensor, G: Tensor | None = None, *, block: int = BLOCK) -> Tensor:
+    """Gram blocks of a chain's weights [L, K, r, d]: [W, L, N, m, m] in their dtype, summed in float32 or better.
+
+    m = S r for the S = max(1, block // r) steps of a block, at most K; N = ceil(K / S); W is 2 for gated steps (A,
+    then G), else 1. The tile [j r : (j + 1) r, i r : (i + 1) r] of block n is B_j A_i^T for step j before step i of
+    that block, and 0 elsewhere, as in the part of the last block that has no steps.
+    """
+    lanes, depth, rank, _ = A.shape
+    steps = block_steps(block, depth, rank)
+    count, width = -(-depth // steps), steps * rank
+    step = torch.arange(width, device=A.device) // rank
+    later = step[:, None] < step[None, :]
+    readers = [A] if G is None else [A, G]
+    gram = A.new_zeros(len(readers), lanes, count, width, width)
+    for w, reader in enumerate(readers):
+        for n in range(count):
+            part = slice(n * steps, (n + 1) * steps)
+            # 16-bit weights are multiplied as float32: these products are made once
+            full = (
+                wide(B[:, part]).to(state_dtype(B.dtype)) @ wide(reader[:, part]).to(state_dtype(A.dtype)).mT
+            )
+            m = full.shape[-1]
+            gram[w, :, n, :m, :m] = torch.where(later[:m, :m], full, 0.0).to(gram.dtype)
+    return gram
+
+
+def gram_width(depth: int, rank: int, device: torch.device) -> int:
+    """The width of Gram blocks, in columns, that suits a device."""
+    if device.type == "cpu":
+        return BLOCK
+    return min(_KERNEL_BLOCK, _KERNEL_STEPS * rank)
+
+
+def block_steps(block: int, depth: int, rank: int) -> int:
+    """Steps of a Gram block of at most `block` columns: at least one, at most the chain's."""
+    return max(1, min(depth, block // rank))
+
+
+def check_gram(gram: Tensor, A: Tensor, G: Tensor | None) -> None:
+    """Raises ValueError, naming the shapes, unless `gram` has the form of A's (and G's) Gram blocks."""
+    lanes, depth, rank, _ = A.shape
+    steps = gram.shape[-1] // rank
+    wanted = (1 if G is None else 2, lanes, -(-depth // max(steps, 1)), steps * rank, steps * rank)
+    if steps == 0 or gram.shape != wanted:
+        raise ValueError(f"Gram blocks of shape {tuple(gram.shape)} do not fit weights of {tuple(A.shape)}")
+
+
+def wide(W: Tensor) -> Tensor:
+    """The rows of a lane's steps under one another: [L, S, r, d] -> [L, S r, d], a view for weights of one lane."""
+    return W.flatten(1, 2)
+
+
+def _solve(
+    P: Tensor, gram: Tensor, rank: int, act: str, Q: Tensor | None = None, gate_gram: Tensor | None = None
+) -> None:
+    """Turns P [.., T, m] of a block into its H, in place; gram [.., m', m'], m' >= m. Gated steps bring Q, of G.
+
+    Step i takes what the earlier ones add in one product, of a width that grows. Written on, not anew: on a CPU
+    at one token an operation costs what its bytes do.
+    """
+    add = _add_product(gram)
+    activation = ACTIVATIONS[act]
+    default = act in ("silu", "swish")
+    for first in range(0, P.shape[-1], rank):
+        p = P.narrow(-1, first, rank)
+        if first:
+            before = P.narrow(-1, 0, first)
+            add(p, before, gram.narrow(-1, first, rank).narrow(-2, 0, first))
+        if Q is None and default:
+            silu(p, inplace=True)  # spares a copy: 3 us of 25 a step
+        elif Q is None:
+            p.copy_(activation(p))
+        else:
+            q = Q.narrow(-1, first, rank)
+            if first:
+                add(q, before, gate_gram.narrow(-1, first, rank).narrow(-2, 0, first))
+            p.mul_(activation(q))
+
+
+def _product(a: Tensor, W: Tensor) -> Tensor:
+    """a W: [.., T, n] by [.., n, k], operands in W's dtype, summed in float32 where that has 16 bits."""
+    multiply = torch.mm if W.dim() == 2 else torch.bmm
+    if W.dtype.itemsize >= 4:
+        return multiply(a, W)
+    if W.is_cuda:
+        return multiply(a.to(W.dtype), W, out_dtype=torch.float32)
+    # torch's CPU products of 16-bit operands also round their result; exact in float32
+    return multiply(a.to(W.dtype).float(), W.float())
+
+
+def _add_product(W: Tensor) -> Callable[[Tensor, Tensor, Tensor], object]:
+    """The function (out, a, W) that does out += a W, for matrices like W; shapes and dtypes as `_product`'s."""
+    if W.dtype.itemsize < 4:
+        return lambda out, a, W: out.add_(_product(a, W))
+    return Tensor.addmm_ if W.dim() == 2 else Tensor.baddbmm_

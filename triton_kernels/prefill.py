@@ -1,0 +1,98 @@
+"""Many tokens at once: rounds of three launches, or three in all where a lane fits one block.
+
+A round is P = z A^T, the block solve, and u += H B with u = z - x, the sum of a lane's updates, kept in float32.
+Holding u instead of z spares the copy of x at the start and the subtraction at the end, and the products read
+z = x + u rounded to the weights' dtype, which the second product writes on its way.
+"""
+
+import torch
+from torch import Tensor
+
+from .lookahead import block_steps, wide
+from .matmul import matmul
+from .solve import block_solve
+
+SCRATCH = 256 * 2**20  # bytes at most: longer inputs go in chunks, 128 tokens at least
+
+
+def prefill(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    G: Tensor | None,
+    act: str,
+    gram: Tensor,
+    *,
+    scratch: int = SCRATCH,
+) -> Tensor:
+    """y [T, d] in x's dtype, for x [T, d] and a chain as in `chain_reference`, with its Gram blocks.
+
+    scratch: bytes of temporary memory, freed on return; where that is less than 128 tokens need, they get it.
+    """
+    y = torch.empty_like(x)
+    size = chunk_tokens(
+        A.shape, gram.shape[-1], gated=G is not None, itemsize=A.dtype.itemsize, scratch=scratch
+    )
+    for part, out in zip(x.split(size), y.split(size), strict=True):
+        _prefill_chunk(part, A, B, scale, bias, G, act, gram, out)
+    return y
+
+
+def chunk_tokens(
+    shape: torch.Size | tuple[int, ...], width: int, *, gated: bool, itemsize: int, scratch: int = SCRATCH
+) -> int:
+    """Tokens whose state, P and H take at most `scratch` bytes: a multiple of 128, and at least 128."""
+    lanes, _, _, hidden = shape
+    each = lanes * (hidden * (4 + itemsize) + width * (4 * (1 + gated) + itemsize))
+    return max(128, scratch // each // 128 * 128)
+
+
+def _prefill_chunk(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    G: Tensor | None,
+    act: str,
+    gram: Tensor,
+    y: Tensor,
+) -> None:
+    lanes, depth, rank, hidden = A.shape
+    tokens, one_round = len(x), gram.shape[2] == 1
+    steps = block_steps(gram.shape[-1], depth, rank)
+    readers = [A] if G is None else [A, G]
+    x = x.contiguous()
+    z = x.expand(lanes, -1, -1)  # the matmul rounds it to the weights' dtype
+    u: Tensor | None = None
+    for n, first in enumerate(range(0, depth, steps)):
+        read = slice(first, first + steps)
+        width = min(steps, depth - first) * rank
+        P = []
+        for W in readers:
+            # a token's lanes side by side: in a single round all of them read x, in one product
+            out = x.new_empty(tokens, lanes, width, dtype=torch.float32)
+            if one_round:
+                matmul(x[None], W.reshape(1, -1, hidden).mT, out.flatten(1)[None])
+            else:
+                matmul(z, wide(W[:, read]).mT, out.transpose(0, 1))
+            P.append(out.transpose(0, 1))
+        H = block_solve(P[0], gram[0, :, n], rank, act, *([P[1], gram[1, :, n]] if G is not None else []))
+        B_blk = wide(B[:, read])
+        if first + steps < depth:
+            following = x.new_empty(lanes, tokens, hidden, dtype=A.dtype) if n == 0 else z
+            out = x.new_empty(lanes, tokens, hidden, dtype=torch.float32) if u is None else u
+            matmul(H, B_blk, out, total=u, state=(x, following))
+            u, z = out, following
+        elif one_round:  # the sum over lanes is one product of L m columns
+            matmul(
+                H.transpose(0, 1).flatten(1)[None], B.reshape(1, -1, hidden), y[None], finish=(scale, bias)
+            )
+        elif lanes == 1:
+            matmul(H, B_blk, y[None], total=u, finish=(scale, bias))
+        else:
+            assert u is not None
+            matmul(H, B_blk, u, total=u)
+            y.copy_(scale * u.sum(0) + bias)

@@ -1,0 +1,121 @@
+"""The block solve: from P [T, m] to H [T, m], a chain of small dependent products kept on chip.
+
+For a block of S steps of rank r (m = S * r) that starts at state Z, with P = Z A^T for all its rows:
+
+    h_i = act(p_i + sum_{j<i} h_j gram[j, i])        gram[j, i] = B_j A_i^T, r x r
+
+The program of a tile of tokens keeps all h of the block in registers, in the dtype of the weights, as tiles of 64
+columns at most, and takes p and the Gram tiles as they come. A tile is a group of steps of small rank, or a part of
+a step of large rank. Small steps in groups, because a program of a product per pair of steps takes minutes to
+compile (rank 16, m = 512, sm_80: over 5; in groups 4 s): a tile takes what earlier tiles add in a product each,
+then its own steps one by one, each adding to the tile what it means for the later ones.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import KERNEL_ACTS, activate, dot_precision, padded_rank
+
+
+def block_solve(
+    P: Tensor, gram: Tensor, rank: int, act: str, Q: Tensor | None = None, gate_gram: Tensor | None = None
+) -> Tensor:
+    """H [L, T, m] in gram's dtype.
+
+    P: [L, T, m] float32, any strides of its first two dimensions. gram: [L, m, m], as `gram_blocks` makes it.
+    For gated steps Q and gate_gram are P's and gram's counterparts for G. act: one of KERNEL_ACTS.
+    """
+    lanes, tokens, width = P.shape
+    # a token's lanes side by side, so that one product can take them all
+    H = torch.empty((tokens, lanes, width), dtype=gram.dtype, device=P.device).transpose(0, 1)
+    gated = Q is not None
+    steps = width // rank
+    tile = solve_tile(tokens, steps, rank, gated)
+    block_solve_kernel[(triton.cdiv(tokens, tile["BM"]), lanes)](
+        P, Q, gram, gate_gram, H,
+        tokens,
+        P.stride(0), P.stride(1), Q.stride(0) if gated else 0, Q.stride(1) if gated else 0,
+        gram.stride(0), gram.stride(1), gate_gram.stride(0) if gated else 0, gate_gram.stride(1) if gated else 0,
+        H.stride(0), H.stride(1),
+        S=steps, R=rank, RP=padded_rank(rank),
+        ACT=KERNEL_ACTS[act], GATED=gated, PRECISION=dot_precision(gram.dtype), **tile,
+    )  # fmt: skip
+    return H
+
+
+def solve_tile(tokens: int, steps: int, rank: int, gated: bool) -> dict[str, int]:
+    """Tokens of a program (BM), columns of a tile (BC) and launch options, such that no register spills.
+
+    BM is 64, which is what a Hopper matrix unit wants, or as few as `tl.dot` takes. BC is 64, or 32 for gated steps,
+    which hold two sums: with 64, m = 256 spills on sm_80 for every rank, on sm_90 for rank 128. m = 512 fits
+    without gates only.
+    """
+    BM = min(64, max(16, triton.next_power_of_2(tokens)))
+    BC = min(32 if gated else 64, padded_rank(rank) * triton.next_power_of_2(steps))
+    return {"BM": BM, "BC": BC, "num_warps": 4}
+
+
+@triton.jit
+def block_solve_kernel(
+    p_p, p_q, p_gram, p_gate, p_h,
+    T,
+    s_pl, s_pt, s_ql, s_qt, s_gl, s_gj, s_el, s_ej, s_hl, s_ht,
+    S: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    lane = tl.program_id(1).to(tl.int64)
+    o_t = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    # A tile's columns are GROUP steps (of RP columns each), or one of the PARTS of a step. Everything that is a
+    # tensor is the same for all tiles: what differs between them is added to pointers as a number.
+    GROUP: tl.constexpr = BC // RP if BC > RP else 1
+    PARTS: tl.constexpr = RP // BC if RP > BC else 1
+    o_c = tl.arange(0, BC)
+    o_s = o_c // RP
+    o_m = o_c if GROUP == 1 or R == RP else o_s * R + o_c % RP
+    m_t = o_t[:, None] < T
+    p_p += lane * s_pl + o_t[:, None] * s_pt + o_m[None, :]
+    p_h += lane * s_hl + o_t[:, None] * s_ht + o_m[None, :]
+    p_gram += lane * s_gl + o_m[:, None] * s_gj + o_m[None, :]
+    if GATED:
+        p_q += lane * s_ql + o_t[:, None] * s_qt + o_m[None, :]
+        p_gate += lane * s_el + o_m[:, None] * s_ej + o_m[None, :]
+    hs = ()
+    for i in tl.static_range((S + GROUP - 1) // GROUP * PARTS):
+        START: tl.constexpr = i // PARTS * GROUP * R + i % PARTS * BC
+        m_i = columns_exist(i, S, R, RP, BC)
+        p = tl.load(p_p + START, mask=m_t & m_i[None, :], other=0.0)
+        if GATED:
+            q = tl.load(p_q + START, mask=m_t & m_i[None, :], other=0.0)
+        for j in tl.static_range(i // PARTS * PARTS):
+            BEFORE: tl.constexpr = j // PARTS * GROUP * R + j % PARTS * BC
+            m_gram = columns_exist(j, S, R, RP, BC)[:, None] & m_i[None, :]
+            gram = tl.load(p_gram + BEFORE * s_gj + START, mask=m_gram, other=0.0)
+            p = tl.dot(hs[j], gram, p, input_precision=PRECISION)
+            if GATED:
+                gram = tl.load(p_gate + BEFORE * s_ej + START, mask=m_gram, other=0.0)
+                q = tl.dot(hs[j], gram, q, input_precision=PRECISION)
+        # Padding columns are not zero for every activation (sigmoid), and a masked Gram row is: 0 * 0.5.
+        h = (activate(q, ACT) * p if GATED else activate(p, ACT)).to(p_h.dtype.element_ty)
+        if GROUP > 1:
+            m_gram = (o_s[:, None] < o_s[None, :]) & m_i[:, None] & m_i[None, :]
+            gram = tl.load(p_gram + START * s_gj + START, mask=m_gram, other=0.0)
+            if GATED:
+                gate = tl.load(p_gate + START * s_ej + START, mask=m_gram, other=0.0)
+            for s in tl.static_range(min(GROUP, S - i * GROUP) - 1):
+                own = tl.where(o_s[None, :] == s, h, 0.0)
+                p = tl.dot(own, gram, p, input_precision=PRECISION)
+                if GATED:
+                    q = tl.dot(own, gate, q, input_precision=PRECISION)
+                following = (activate(q, ACT) * p if GATED else activate(p, ACT)).to(p_h.dtype.element_ty)
+                h = tl.where(o_s[None, :] > s, following, h)
+        tl.store(p_h + START, h, mask=m_t & m_i[None, :])
+        hs = hs + (h,)
+
+
+@triton.jit
+def columns_exist(i: tl.constexpr, S: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BC: tl.constexpr):
+    """Which columns of tile i are no padding, of the rank or after the last step."""
+    o_c = i * BC + tl.arange(0, BC)
+    return (o_c // RP < S) & (o_c % RP < R)
