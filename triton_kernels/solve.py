@@ -83,26 +83,26 @@ def block_solve_kernel(
         p_gate += lane * s_el + o_m[:, None] * s_ej + o_m[None, :]
     hs = ()
     for i in tl.static_range((S + GROUP - 1) // GROUP * PARTS):
-        START: tl.constexpr = i // PARTS * GROUP * R + i % PARTS * BC
+        start = i // PARTS * GROUP * R + i % PARTS * BC
         m_i = columns_exist(i, S, R, RP, BC)
-        p = tl.load(p_p + START, mask=m_t & m_i[None, :], other=0.0)
+        p = tl.load(p_p + start, mask=m_t & m_i[None, :], other=0.0)
         if GATED:
-            q = tl.load(p_q + START, mask=m_t & m_i[None, :], other=0.0)
+            q = tl.load(p_q + start, mask=m_t & m_i[None, :], other=0.0)
         for j in tl.static_range(i // PARTS * PARTS):
-            BEFORE: tl.constexpr = j // PARTS * GROUP * R + j % PARTS * BC
+            before = j // PARTS * GROUP * R + j % PARTS * BC
             m_gram = columns_exist(j, S, R, RP, BC)[:, None] & m_i[None, :]
-            gram = tl.load(p_gram + BEFORE * s_gj + START, mask=m_gram, other=0.0)
+            gram = tl.load(p_gram + before * s_gj + start, mask=m_gram, other=0.0)
             p = tl.dot(hs[j], gram, p, input_precision=PRECISION)
             if GATED:
-                gram = tl.load(p_gate + BEFORE * s_ej + START, mask=m_gram, other=0.0)
+                gram = tl.load(p_gate + before * s_ej + start, mask=m_gram, other=0.0)
                 q = tl.dot(hs[j], gram, q, input_precision=PRECISION)
         # Padding columns are not zero for every activation (sigmoid), and a masked Gram row is: 0 * 0.5.
         h = (activate(q, ACT) * p if GATED else activate(p, ACT)).to(p_h.dtype.element_ty)
         if GROUP > 1:
             m_gram = (o_s[:, None] < o_s[None, :]) & m_i[:, None] & m_i[None, :]
-            gram = tl.load(p_gram + START * s_gj + START, mask=m_gram, other=0.0)
+            gram = tl.load(p_gram + start * s_gj + start, mask=m_gram, other=0.0)
             if GATED:
-                gate = tl.load(p_gate + START * s_ej + START, mask=m_gram, other=0.0)
+                gate = tl.load(p_gate + start * s_ej + start, mask=m_gram, other=0.0)
             for s in tl.static_range(min(GROUP, S - i * GROUP) - 1):
                 own = tl.where(o_s[None, :] == s, h, 0.0)
                 p = tl.dot(own, gram, p, input_precision=PRECISION)
@@ -110,7 +110,7 @@ def block_solve_kernel(
                     q = tl.dot(own, gate, q, input_precision=PRECISION)
                 following = (activate(q, ACT) * p if GATED else activate(p, ACT)).to(p_h.dtype.element_ty)
                 h = tl.where(o_s[None, :] > s, following, h)
-        tl.store(p_h + START, h, mask=m_t & m_i[None, :])
+        tl.store(p_h + start, h, mask=m_t & m_i[None, :])
         hs = hs + (h,)
 
 
