@@ -64,7 +64,8 @@ def step_cost(model: PreTrainedModel, tokens: Tensor, *, repeats: int = 3) -> St
 def saved_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> int:
     """Bytes that autograd saves during `forward()`, parameters and buffers of `module` left out.
 
-    DLR-Nets run as the plain chain, since nothing else has a backward. Counted by torch.autograd.graph.saved_tensors_hooks; a storage that several nodes share counts once.
+    DLR-Nets run as the plain chain, since nothing else has a backward. Counted by
+    torch.autograd.graph.saved_tensors_hooks; a storage that several nodes share counts once.
     """
     own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
     storages: dict[int, int] = {}

@@ -63,7 +63,7 @@ class DLRNet(nn.Module):
         if self.dlr_A.is_meta:
             self.dlr_gram = None
             return
-        width = gram_width(self.spec.depth, self.spec.rank, self.dlr_A.device)
+        width = gram_width(self.spec.weight_shape, self.spec.gated, self.dlr_A.itemsize, self.dlr_A.device)
         self.dlr_gram = gram_blocks(self.dlr_A, self.dlr_B, self.dlr_G, block=width)
         self._prepared = [w._version for w in weights]
 

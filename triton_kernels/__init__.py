@@ -2,7 +2,8 @@
 
 from .activations import ACTIVATIONS
 from .backend import BACKENDS, backend, current_backend
-from .lookahead import gram_blocks, gram_width, lookahead
+from .cost import gram_width
+from .lookahead import gram_blocks, lookahead
 from .op import dlr_net
 from .reference import chain_reference, flattened_reference, lane_updates
 

@@ -22,8 +22,6 @@ from .activations import ACTIVATIONS
 from .reference import check_chain, state_dtype
 
 BLOCK = 128  # the width of Gram blocks on a CPU: the fastest there, and 64 to 512 are all within 15%
-_KERNEL_BLOCK = 512  # on a GPU: the widest whose solve keeps its steps in registers
-_KERNEL_STEPS = 16  # and the most steps of an unrolled solve: 120 small products
 
 
 @torch.no_grad()
@@ -96,13 +94,6 @@ def gram_blocks(A: Tensor, B: Tensor, G: Tensor | None = None, *, block: int = B
             m = full.shape[-1]
             gram[w, :, n, :m, :m] = torch.where(later[:m, :m], full, 0.0).to(gram.dtype)
     return gram
-
-
-def gram_width(depth: int, rank: int, device: torch.device) -> int:
-    """The width of Gram blocks, in columns, that suits a device."""
-    if device.type == "cpu":
-        return BLOCK
-    return min(_KERNEL_BLOCK, _KERNEL_STEPS * rank)
 
 
 def block_steps(block: int, depth: int, rank: int) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .backend import current_backend
+from .cost import gram_width
 from .lookahead import gram_blocks, lookahead
 from .reference import chain_reference, check_chain
 
@@ -78,7 +79,8 @@ def _cuda(
     tokens = x.reshape(-1, x.shape[-1])
     check_chain(tokens, A, B, G, act)
     if gram is None:
-        gram = gram_blocks(A, B, G)
+        width = gram_width(tuple(A.shape), G is not None, A.itemsize, A.device)
+        gram = gram_blocks(A, B, G, block=width)
     return run(tokens, A, B, scale, bias, G, act, gram).reshape(x.shape)
 
 

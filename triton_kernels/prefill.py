@@ -1,6 +1,6 @@
 """Many tokens at once: rounds of three launches, or three in all where a lane fits one block.
 
-A round is P = z A^T, the block solve, and u += H B with u = z - x, the sum of a lane's updates, kept in float32.
+A round is P = z A^T, the solve of its block, and u += H B with u = z - x, the sum of a lane's updates, kept in float32.
 Holding u instead of z spares the copy of x at the start and the subtraction at the end, and the products read
 z = x + u rounded to the weights' dtype, which the second product writes on its way.
 """
@@ -8,6 +8,7 @@ z = x + u rounded to the weights' dtype, which the second product writes on its 
 import torch
 from torch import Tensor
 
+from .cost import solve_columns
 from .lookahead import block_steps, wide
 from .matmul import matmul
 from .solve import block_solve
@@ -70,29 +71,44 @@ def _prefill_chunk(
     for n, first in enumerate(range(0, depth, steps)):
         read = slice(first, first + steps)
         width = min(steps, depth - first) * rank
-        P = []
-        for W in readers:
-            # a token's lanes side by side: in a single round all of them read x, in one product
-            out = x.new_empty(tokens, lanes, width, dtype=torch.float32)
+        # A token's lanes side by side: in a single round all of them read x, in one product, and the sum over
+        # lanes is one product of L m columns.
+        P = [x.new_empty(tokens, lanes, width, dtype=torch.float32) for _ in readers]
+        H = x.new_empty(tokens, lanes, width, dtype=A.dtype)
+        for out, W in zip(P, readers, strict=True):
             if one_round:
                 matmul(x[None], W.reshape(1, -1, hidden).mT, out.flatten(1)[None])
             else:
                 matmul(z, wide(W[:, read]).mT, out.transpose(0, 1))
-            P.append(out.transpose(0, 1))
-        H = block_solve(P[0], gram[0, :, n], rank, act, *([P[1], gram[1, :, n]] if G is not None else []))
-        B_blk = wide(B[:, read])
+        _solve_block([p.transpose(0, 1) for p in P], gram[:, :, n], rank, act, H.transpose(0, 1))
+        if one_round:
+            matmul(H.flatten(1)[None], B.reshape(1, -1, hidden), y[None], finish=(scale, bias))
+            return
+        H, B_blk = H.transpose(0, 1), wide(B[:, read])
         if first + steps < depth:
             following = x.new_empty(lanes, tokens, hidden, dtype=A.dtype) if n == 0 else z
-            out = x.new_empty(lanes, tokens, hidden, dtype=torch.float32) if u is None else u
-            matmul(H, B_blk, out, total=u, state=(x, following))
-            u, z = out, following
-        elif one_round:  # the sum over lanes is one product of L m columns
-            matmul(
-                H.transpose(0, 1).flatten(1)[None], B.reshape(1, -1, hidden), y[None], finish=(scale, bias)
-            )
+            total = x.new_empty(lanes, tokens, hidden, dtype=torch.float32) if u is None else u
+            matmul(H, B_blk, total, total=u, state=(x, following))
+            u, z = total, following
         elif lanes == 1:
             matmul(H, B_blk, y[None], total=u, finish=(scale, bias))
         else:
             assert u is not None
             matmul(H, B_blk, u, total=u)
             y.copy_(scale * u.sum(0) + bias)
+
+
+def _solve_block(P: list[Tensor], gram: Tensor, rank: int, act: str, H: Tensor) -> None:
+    """H [L, T, m] of a block, for P (and Q) [L, T, m], which are overwritten; gram [W, L, m', m'], m' >= m.
+
+    A block wider than one solve is solved in parts; what a part adds to the P of the later ones is a product.
+    """
+    width = H.shape[-1]
+    part = solve_columns(width, rank, gated=len(P) == 2)
+    for first in range(0, width, part):
+        own, rest = slice(first, first + part), slice(first + part, width)
+        gated = [P[1][..., own], gram[1, :, own, own]] if len(P) == 2 else []
+        h = block_solve(P[0][..., own], gram[0, :, own, own], rank, act, *gated, out=H[..., own])
+        if rest.start < width:
+            for p, w in zip(P, gram, strict=True):
+                matmul(h, w[:, own, rest], p[..., rest], total=p[..., rest])

@@ -63,7 +63,7 @@ def test_the_variable_chooses_and_the_innermost_block_wins(monkeypatch: pytest.M
 
 def test_a_gradient_is_refused_at_forward_and_names_the_way_out() -> None:
     net, x = filled(), torch.randn(3, 48, requires_grad=True)
-    with pytest.raises(RuntimeError, match="no backward.*backend\\('naive'\\)"):
+    with pytest.raises(RuntimeError, match=r"no backward.*backend\('naive'\)"):
         net(x)
     with pytest.raises(RuntimeError, match="no backward"):
         filled().requires_grad_(True)(torch.randn(3, 48))

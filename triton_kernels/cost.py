@@ -1,0 +1,212 @@
+"""What a DLR-Net should cost: counted bytes, FLOPs and dependent steps, times a device's constants.
+
+The same counts give the floor (what no implementation can beat), the prediction for each path, and so the choice
+between them. Constants without a measurement of ours name their source; `dlr-lock bench --explain` prints all.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from math import ceil
+
+import torch
+
+from .decode_plan import DecodePlan
+from .lookahead import BLOCK, block_steps
+
+MAX_DECODE_TOKENS = 64
+SOLVE_WIDTH = 512  # columns of one solve: the most whose steps stay in registers, half of it for gated steps
+SOLVE_STEPS = 16  # steps of one solve, which is unrolled: 120 small products
+_GRAM_SHARE = 1 / 8  # of the weights' memory, which wide Gram blocks may take
+_USUAL_TOKENS = 4096  # of a prefill, which the width of Gram blocks is chosen for
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A GPU's constants. Rates are what a long copy and a large product reach, not the data sheet's."""
+
+    name: str
+    sms: int
+    bandwidth: float  # bytes a second, device memory
+    flops: float  # of 16-bit products, a second
+    sm_bandwidth: float = (
+        107e9  # bytes a second into one multiprocessor from L2: H100, kernel-task floors.json
+    )
+    launch: float = 1.0e-6  # seconds a node of a CUDA graph: 0.8 to 1.3 (MegaQwen, HazyResearch)
+    atomics: float = 2e12  # bytes a second of float32 additions in L2: an estimate, not measured yet
+    barrier: float = 1.0e-6  # seconds, all multiprocessors: H100, kernel-task floors.json
+    step: float = 0.35e-6  # seconds a step of a solve, one after another: an estimate, not measured yet
+    cooperative: bool = True  # whether a persistent grid can be launched
+
+
+# Copies at 4.3 TB/s and products of 8192 at 785 TFLOP/s were measured on an H200; the others are data sheets
+# times the same shares (0.9 and 0.79).
+_KNOWN = {
+    "H200": (4.3e12, 785e12),
+    "H100": (3.0e12, 785e12),
+    "B200": (7.2e12, 1780e12),
+    "A100": (1.8e12, 246e12),
+    "MI300X": (4.8e12, 1030e12),
+}
+H200 = Device("NVIDIA H200", 132, *_KNOWN["H200"])
+
+
+@cache
+def device_constants(index: int) -> Device:
+    """The constants of CUDA or ROCm device `index`; a GPU that is not known is taken for an H200 of its size."""
+    properties = torch.cuda.get_device_properties(index)
+    sms = properties.multi_processor_count
+    rates = next((r for key, r in _KNOWN.items() if key in properties.name), None)
+    if rates is None:
+        rates = (H200.bandwidth * sms / H200.sms, H200.flops * sms / H200.sms)
+    return Device(properties.name, sms, *rates, cooperative=torch.version.hip is None)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A DLR-Net on T tokens: A, B (and G) [lanes, depth, rank, hidden] of `itemsize` bytes an element."""
+
+    lanes: int
+    depth: int
+    rank: int
+    hidden: int
+    tokens: int
+    gated: bool = False
+    itemsize: int = 2
+
+    @property
+    def matrices(self) -> int:
+        return 3 if self.gated else 2
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.matrices * self.lanes * self.depth * self.rank * self.hidden * self.itemsize
+
+    @property
+    def flops(self) -> int:
+        """Of the chain itself, two a multiplication and addition."""
+        return 2 * self.tokens * self.weight_bytes // self.itemsize
+
+    def gram_bytes(self, width: int) -> int:
+        """Of Gram blocks of `width` columns."""
+        blocks = ceil(self.depth / block_steps(width, self.depth, self.rank))
+        return (self.matrices - 1) * self.lanes * blocks * width**2 * self.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Seconds of one path. launches: kernels; rounds: dependent grid-wide steps; floor: the larger of bytes over
+    bandwidth and FLOPs over their rate."""
+
+    path: str
+    seconds: float
+    floor: float
+    launches: int
+    rounds: int
+
+
+def floor_seconds(shape: Shape, device: Device) -> float:
+    """The larger of the weights' and x's and y's bytes over bandwidth and the chain's FLOPs over their rate."""
+    moved = shape.weight_bytes + 2 * shape.tokens * shape.hidden * shape.itemsize
+    return max(moved / device.bandwidth, shape.flops / device.flops)
+
+
+def predict_decode(shape: Shape, plan: DecodePlan, device: Device) -> Prediction:
+    """The persistent kernel: a round streams its weights while the one before it waits and solves."""
+    floor = floor_seconds(shape, device)
+    busy = min(1.0, plan.lanes * plan.slices / device.sms)
+    stream = shape.weight_bytes / plan.rounds / (device.bandwidth * busy)
+    maps = shape.matrices - 1
+    # What every CTA reads from L2 for its solve: the Gram tiles and P; before that, P was added by all of them.
+    grams = plan.steps * (plan.steps - 1) // 2 * plan.rank**2 * maps * shape.itemsize
+    p = 4 * shape.tokens * plan.steps * plan.rank * maps
+    adds = plan.lanes * plan.slices * p / device.atomics if plan.slices > 1 else 0.0
+    barrier = device.barrier if plan.slices > 1 else 0.0
+    each = max(stream, adds + barrier + (grams + p) / device.sm_bandwidth + plan.steps * device.step)
+    return Prediction("decode", device.launch + plan.rounds * each, floor, 1, plan.rounds)
+
+
+def predict_prefill(shape: Shape, width: int, device: Device) -> Prediction:
+    """Rounds of launches with Gram blocks of `width` columns, each at the rate of its bytes or FLOPs."""
+    maps = shape.matrices - 1
+    rounds = ceil(shape.depth / block_steps(width, shape.depth, shape.rank))
+    part = solve_columns(width, shape.rank, shape.gated)
+    parts = ceil(width / part)
+    rows = shape.lanes * shape.tokens
+    # u read and written, z written, x read: once a round but the last, where y is written instead
+    state = (rounds - 1) * rows * shape.hidden * (8 + 2 * shape.itemsize)
+    moved = shape.weight_bytes + state + 2 * shape.tokens * shape.hidden * shape.itemsize
+    products = max(shape.flops / device.flops, moved / device.bandwidth)
+    # The solves: P written and read, H written and read; small products at a third of the rate; or their steps,
+    # one after another, in programs of 64 tokens of which a multiprocessor holds two.
+    columns = rows * shape.depth * shape.rank
+    waves = ceil(ceil(shape.tokens / 64) * shape.lanes / (2 * device.sms))
+    solves = max(
+        columns * (8 * maps + 2 * shape.itemsize) / device.bandwidth,
+        columns * part * maps / (device.flops / 3),
+        waves * shape.depth * device.step,
+    )
+    # What the parts of a block add to the P of its later ones: 8 bytes an element read and written each time
+    between = (parts - 1) / 2 * columns * maps * max(2 * part / device.flops, 8 / device.bandwidth)
+    launches = rounds * (1 + maps + parts + (parts - 1) * maps)
+    seconds = launches * device.launch + products + solves + between
+    return Prediction("prefill", seconds, floor_seconds(shape, device), launches, rounds)
+
+
+def predict_dense(shape: Shape, width: int, device: Device) -> Prediction:
+    """The gated MLP of `width` hidden units that the chain stands for: three products and a product of two."""
+    elements = 3 * shape.hidden * width
+    seconds = max(elements * shape.itemsize / device.bandwidth, 2 * shape.tokens * elements / device.flops)
+    return Prediction("dense", 3 * device.launch + seconds, seconds, 3, 3)
+
+
+def solve_columns(width: int, rank: int, gated: bool) -> int:
+    """Columns of a block of `width` that one solve takes: whole steps, as many as its registers hold."""
+    most = min(SOLVE_WIDTH // (1 + gated), SOLVE_STEPS * rank)
+    return min(width, max(rank, most // rank * rank))
+
+
+def gram_width(shape: tuple[int, ...], gated: bool, itemsize: int, device: torch.device) -> int:
+    """The width of Gram blocks, in columns, that suits weights [L, K, r, d] on a device."""
+    if device.type != "cuda":
+        return BLOCK
+    return best_width(Shape(*shape, _USUAL_TOKENS, gated, itemsize), device_constants(device.index or 0))
+
+
+@cache
+def best_width(shape: Shape, device: Device) -> int:
+    """The width, of one solve or 2, 4 or 8 of them, at which a prefill of shape.tokens is predicted to be fastest,
+    with Gram blocks of at most an eighth of the weights' bytes."""
+    lane = shape.depth * shape.rank
+    part = solve_columns(lane, shape.rank, shape.gated)
+    widths = [min(lane, part * n) for n in (1, 2, 4, 8)]
+    fitting = [w for w in widths if shape.gram_bytes(w) <= _GRAM_SHARE * shape.weight_bytes] or widths[:1]
+    return min(fitting, key=lambda w: predict_prefill(shape, w, device).seconds)
+
+
+@cache
+def decode_plan(shape: Shape, device: Device, steps: int, deterministic: bool = False) -> DecodePlan | None:
+    """The plan of the persistent kernel with Gram blocks of `steps` steps, or None where it cannot run."""
+    if not device.cooperative or not 0 < shape.tokens <= MAX_DECODE_TOKENS or shape.lanes > device.sms:
+        return None
+    return DecodePlan.choose(
+        lanes=shape.lanes,
+        depth=shape.depth,
+        rank=shape.rank,
+        hidden=shape.hidden,
+        tokens=shape.tokens,
+        sms=device.sms,
+        itemsize=shape.itemsize,
+        gated=shape.gated,
+        block_steps=steps,
+        deterministic=deterministic,
+    )
+
+
+@cache
+def choose(shape: Shape, device: Device, steps: int, deterministic: bool = False) -> DecodePlan | None:
+    """The decode plan where that path is predicted to be the faster one, else None: prefill."""
+    plan = decode_plan(shape, device, steps, deterministic)
+    if plan is None:
+        return None
+    prefill = predict_prefill(shape, steps * shape.rank, device)
+    return plan if predict_decode(shape, plan, device).seconds <= prefill.seconds else None

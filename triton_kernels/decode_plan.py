@@ -1,0 +1,322 @@
+"""The geometry of the decode kernel: who holds what, how a launch's memory is laid out, what a wait waits
+for.
+
+The kernel (`decode.py`) and the step interpreter (`decode_steps.py`) both take every number from here.
+
+Workspace, float32 values: per lane a ring of three buffers of P, one buffer a round, [slot, part, token,
+rank] with a part for every step (and gate) of the round; then Y [slot, token, d]; then, where a slice is too
+wide for registers, the state [lane, token, d]. P and Y have one slot that all add into, in the order they
+come; or, for `deterministic`, one a writer, summed in their order by the reader. int32 counters, each on a
+line of its own: a barrier and an exit counter a lane, a turn counter a slice.
+
+What is added into is zero between launches, and nothing else is read before it is written:
+  - barrier n: every CTA of the lane arrives once it has added its part of round n, and waits for (n + 1) * C.
+  - Buffer n % 3 is read after wait n and before arrival n + 1. So after wait n + 1 nobody reads it any more:
+    each CTA then zeroes its share of it, before arrival n + 2. It is next added to after wait n + 2. Two
+    buffers would not do: round n + 2 is added to after wait n + 1, when a slower CTA may still be zeroing.
+  - The last round's buffer and both counters of the lane are zeroed by the last CTA to leave. A CTA leaves
+    after its last wait and its last read of P, so no wait can miss a count: when the exit count is complete,
+    all waits are over. Nothing of the lane is touched again before the next launch, which starts after this
+    one.
+  - Y's slice and its turn counter are zeroed by the last lane to arrive, which alone reads them.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import Tensor
+
+MAX_WIDTH = 256  # of a round, in columns of P: the Gram bytes that every CTA reads grow with its square
+MAX_STEPS = 8  # of a round: its solve is unrolled
+# Registers of a thread that `_registers` may count, of 255, by the rows of a tile. Of 41 shapes compiled for
+# sm_90 (d = 576 to 5120, 1 to 32 lanes, ranks of 16 to 128) three then use a stack, of 8 to 80 bytes; most
+# above do. Telling ptxas to use up to 255 (maxnreg) frees one of them and gives two others a stack.
+MAX_REGISTERS = {16: 160, 32: 160, 64: 100}
+MAX_SHARED = 128 * 1024  # bytes of the software pipeline, where a slice is more than a tile
+
+STAGES = 3  # of the software pipeline over the tiles of a slice
+RING = 3  # buffers of P
+LINE = 32  # int32 counters a cache line
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """How one shape of DLR-Net is decoded. Raises ValueError on numbers that do not go together."""
+
+    lanes: int
+    depth: int  # steps a lane, K
+    rank: int
+    hidden: int  # d
+    tokens: int  # the most tokens of a call and the rows of a tile: 16, 32 or 64
+    gated: bool
+    steps: int  # of a round, S
+    slices: int  # CTAs a lane, C
+    tile: int  # columns of the state that are held at once: a power of two
+    num_warps: int = 8
+    deterministic: bool = False  # the same bits every time, for more traffic: C times P, L times Y
+
+    def __post_init__(self) -> None:
+        sizes = (self.lanes, self.depth, self.rank, self.hidden, self.steps, self.slices, self.num_warps)
+        if min(sizes) < 1:
+            raise ValueError(f"a decode plan counts from 1: {self}")
+        if self.tokens not in (16, 32, 64):
+            raise ValueError(f"a decode plan is for 16, 32 or 64 tokens, not {self.tokens}")
+        if self.tile < 16 or self.tile & (self.tile - 1):
+            raise ValueError(f"a tile is a power of two of at least 16 columns, not {self.tile}")
+        if (self.slices - 1) * self.slice_width >= self.hidden:
+            raise ValueError(
+                f"{self.slices} slices of {self.slice_width} columns leave some of {self.hidden} empty"
+            )
+        if self.depth * self.rank * self.hidden >= 2**31:
+            raise ValueError(
+                "a lane's A has more than 2^31 elements, which the kernel's offsets cannot reach"
+            )
+
+    @staticmethod
+    def choose(
+        *,
+        lanes: int,
+        depth: int,
+        rank: int,
+        hidden: int,
+        tokens: int,
+        sms: int,
+        itemsize: int = 2,
+        gated: bool = False,
+        block_steps: int = MAX_STEPS,
+        deterministic: bool = False,
+    ) -> "DecodePlan":
+        """The plan for weights of `itemsize` bytes on a GPU of `sms` multiprocessors.
+
+        Every multiprocessor gets one CTA, as far as slices of a multiple of 16 columns divide them among the
+        lanes. A tile is the whole slice where a round of one step then fits the registers, else 64 columns or
+        fewer. A round is as many steps as fit the registers, MAX_STEPS and MAX_WIDTH, and divide
+        `block_steps`, the steps of a stored Gram block. Raises ValueError where there are more lanes than
+        multiprocessors, or more than 64 tokens.
+        """
+        if not 1 <= tokens <= 64:
+            raise ValueError(f"a decode plan is for 1 to 64 tokens, not {tokens}")
+        if lanes > sms:
+            raise ValueError(f"{lanes} lanes do not fit {sms} multiprocessors at once")
+        slice_width = _up_to(ceil(hidden / (sms // lanes)), 16)
+        rows = _power_of_two(tokens)
+        fitting = [s for s in range(min(block_steps, depth, MAX_STEPS), 0, -1) if block_steps % s == 0]
+        fitting = [s for s in fitting if s * padded_rank(rank) <= MAX_WIDTH] or [1]
+
+        def most_steps(tile: int) -> int:
+            """Steps of a round with such a tile; 0 where not even one fits."""
+            for steps in fitting:
+                shared = (
+                    STAGES * tile * (4 * rows + itemsize * steps * padded_rank(rank) * (2 if gated else 1))
+                )
+                if tile < slice_width and shared > MAX_SHARED:
+                    continue
+                if (
+                    _registers(rows, steps, rank, tile, itemsize, gated, tile >= slice_width)
+                    <= MAX_REGISTERS[rows]
+                ):
+                    return steps
+            return 0
+
+        tile = _power_of_two(slice_width)
+        if not most_steps(tile):
+            tile = next((t for t in (64, 32) if t < tile and most_steps(t)), 16)
+        return DecodePlan(
+            lanes=lanes,
+            depth=depth,
+            rank=rank,
+            hidden=hidden,
+            tokens=rows,
+            gated=gated,
+            steps=most_steps(tile) or 1,
+            slices=ceil(hidden / slice_width),
+            tile=tile,
+            deterministic=deterministic,
+        )
+
+    # ---- who holds what
+
+    @property
+    def padded_rank(self) -> int:
+        return padded_rank(self.rank)
+
+    @property
+    def rounds(self) -> int:
+        return ceil(self.depth / self.steps)
+
+    @property
+    def slice_width(self) -> int:
+        """Columns of a slice; the last slice may have fewer."""
+        return _up_to(ceil(self.hidden / self.slices), 16)
+
+    @property
+    def chunks(self) -> int:
+        """Tiles a slice. One: the state stays in registers; more: it lives in the workspace."""
+        return ceil(self.slice_width / self.tile)
+
+    def columns(self, cta: int) -> slice:
+        """The columns of CTA `cta` of a lane."""
+        first = cta * self.slice_width
+        return slice(first, min(first + self.slice_width, self.hidden))
+
+    def round_steps(self, n: int) -> range:
+        """The steps of round n."""
+        return range(n * self.steps, min((n + 1) * self.steps, self.depth))
+
+    # ---- the workspace
+
+    @property
+    def parts(self) -> int:
+        """Tiles [tokens, padded_rank] of P in a round: one a step, two where it is gated."""
+        return self.steps * (2 if self.gated else 1)
+
+    @property
+    def p_slot(self) -> int:
+        """float32 values of a slot of P."""
+        return self.parts * self.tokens * self.padded_rank
+
+    @property
+    def p_slots(self) -> int:
+        return self.slices if self.deterministic else 1
+
+    @property
+    def p_buffer(self) -> int:
+        """float32 values of a buffer of P: one lane, one round."""
+        return self.p_slots * self.p_slot
+
+    @property
+    def p_share(self) -> int:
+        """float32 values that a CTA zeroes of a buffer: a power of two, of which the last CTAs may have none."""
+        return _power_of_two(ceil(self.p_buffer / self.slices), 1)
+
+    def p_start(self, lane: int, n: int, slot: int) -> int:
+        """Where a slot of round n's P starts in the values."""
+        return (lane * RING + n % RING) * self.p_buffer + slot * self.p_slot
+
+    @property
+    def y_slots(self) -> int:
+        return self.lanes if self.deterministic else 1
+
+    @property
+    def y_start(self) -> int:
+        return self.lanes * RING * self.p_buffer if self.slices > 1 else 0
+
+    @property
+    def z_start(self) -> int:
+        return self.y_start + (self.y_slots * self.tokens * self.hidden if self.lanes > 1 else 0)
+
+    @property
+    def zeroed(self) -> int:
+        """How many of the values, from the first, are zero between launches."""
+        return 0 if self.deterministic else self.z_start
+
+    @property
+    def values(self) -> int:
+        """float32 values of the workspace."""
+        return self.z_start + (self.lanes * self.tokens * self.hidden if self.chunks > 1 else 0)
+
+    @property
+    def exits(self) -> int:
+        """Index of lane 0's exit counter; the barriers start at 0. A counter every LINE."""
+        return self.lanes * LINE
+
+    @property
+    def turns(self) -> int:
+        """Index of slice 0's turn counter."""
+        return 2 * self.lanes * LINE
+
+    @property
+    def counters(self) -> int:
+        """int32 counters of the workspace."""
+        return (2 * self.lanes + self.slices) * LINE
+
+    def arrivals(self, n: int) -> int:
+        """What a lane's barrier counter holds once round n's P is complete."""
+        return (n + 1) * self.slices
+
+    def constants(self) -> dict[str, int | bool]:
+        """The kernel's compile-time arguments."""
+        return {
+            "L": self.lanes, "K": self.depth, "R": self.rank, "RP": self.padded_rank, "D": self.hidden,
+            "BM": self.tokens, "S": self.steps, "ROUNDS": self.rounds, "C": self.slices, "DS": self.slice_width,
+            "DC": self.tile, "STAGES": STAGES, "CHUNKS": self.chunks, "PARTS": self.parts, "P_SLOT": self.p_slot,
+            "P_SLOTS": self.p_slots, "RING": RING, "SHARE": self.p_share, "Y_START": self.y_start,
+            "Y_SLOTS": self.y_slots, "Z_START": self.z_start, "EXITS": self.exits, "TURNS": self.turns,
+            "LINE": LINE, "GATED": self.gated, "DETERMINISTIC": self.deterministic,
+        }  # fmt: skip
+
+    def check(
+        self, x: Tensor, A: Tensor, B: Tensor, G: Tensor | None, gram: Tensor | None, gate_gram: Tensor | None
+    ) -> None:
+        """Raises ValueError, naming the shapes, unless the tensors of a call fit this plan."""
+        shape = (self.lanes, self.depth, self.rank, self.hidden)
+        weights = [w for w in (A, B, G) if w is not None]
+        if len(weights) != (3 if self.gated else 2) or any(w.shape != shape for w in weights):
+            shapes = [list(w.shape) for w in weights]
+            raise ValueError(
+                f"the plan is for {3 if self.gated else 2} weights of {list(shape)}, not {shapes}"
+            )
+        if any(not w.is_contiguous() or w.dtype != A.dtype for w in weights):
+            raise ValueError("A, B and G must be contiguous and of one dtype")
+        if x.dim() != 2 or not 0 < x.shape[0] <= self.tokens or x.shape[1] != self.hidden or x.stride(1) != 1:
+            raise ValueError(
+                f"x must be [1 to {self.tokens}, {self.hidden}] with contiguous rows, not {list(x.shape)}"
+            )
+        for g in (gram, gate_gram) if self.gated else (gram,):
+            if g is None and self.steps == 1:
+                continue
+            lanes, blocks, rows, width = g.shape if g is not None and g.dim() == 4 else (0, 0, 0, 0)
+            block = width // self.rank
+            fits = lanes == self.lanes and rows == width > 0 and width % self.rank == 0 == block % self.steps
+            if not fits or blocks * block < self.depth:
+                raise ValueError(
+                    f"the Gram blocks must be [{self.lanes}, N, m, m], m a multiple of {self.steps * self.rank},"
+                    f" not {None if g is None else list(g.shape)}"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Device memory of the launches of one plan, one launch at a time: made zero, left zero by every launch."""
+
+    values: Tensor  # [plan.values] float32
+    counters: Tensor  # [plan.counters] int32
+
+
+def workspace(plan: DecodePlan, device: torch.device | str) -> Workspace:
+    """Zeroed memory for `decode` with this plan. Launches that may overlap (two streams) need one each."""
+    return Workspace(
+        torch.zeros(plan.values, dtype=torch.float32, device=device),
+        torch.zeros(plan.counters, dtype=torch.int32, device=device),
+    )
+
+
+def _registers(
+    rows: int, steps: int, rank: int, tile: int, itemsize: int, gated: bool, whole: bool, threads: int = 256
+) -> int:
+    """Registers of a thread for the tiles that live at once, in a round of `steps`; whole: a tile is a slice.
+
+    The left operand of a product is held by every warp (by every warp group, from 64 rows on).
+    """
+    copies = threads // 128 if rows == 64 else threads // 32
+    operand = rows * tile * itemsize * copies
+    hidden = steps * rows * padded_rank(rank) * itemsize * copies
+    sums = steps * rows * padded_rank(rank) * 4 * (2 if gated else 1)
+    grams = steps * (steps - 1) // 2 * padded_rank(rank) ** 2 * itemsize * (2 if gated else 1)
+    weights = steps * rank * tile * itemsize if whole else 0
+    state = rows * tile * 4 + weights * (2 if gated else 1)
+    return (state + max(operand + sums, weights + grams, sums + hidden)) // (4 * threads)
+
+
+def padded_rank(rank: int) -> int:
+    """The rank as the kernels hold it: a power of two of at least 16, which is what `tl.dot` takes."""
+    return _power_of_two(rank)
+
+
+def _power_of_two(n: int, least: int = 16) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def _up_to(n: int, multiple: int) -> int:
+    return ceil(n / multiple) * multiple
