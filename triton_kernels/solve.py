@@ -7,7 +7,7 @@ For a block of S steps of rank r (m = S * r) that starts at state Z, with P = Z 
 The program of a tile of tokens keeps all h of the block in registers, in the dtype of the weights, as tiles of 64
 columns at most, and takes p and the Gram tiles as they come. A tile is a group of steps of small rank, or a part of
 a step of large rank. Small steps in groups, because a program of a product per pair of steps takes minutes to
-compile (rank 16, m = 512, sm_80: over 5; in groups 4 s): a tile takes what earlier tiles add in a product each,
+compile (rank 16, m = 512, sm_80: over 5; in groups 7 s): a tile takes what earlier tiles add in a product each,
 then its own steps one by one, each adding to the tile what it means for the later ones.
 """
 
@@ -20,19 +20,25 @@ from .device import KERNEL_ACTS, activate, dot_precision, padded_rank
 
 
 def block_solve(
-    P: Tensor, gram: Tensor, rank: int, act: str, Q: Tensor | None = None, gate_gram: Tensor | None = None
+    P: Tensor,
+    gram: Tensor,
+    rank: int,
+    act: str,
+    Q: Tensor | None = None,
+    gate_gram: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """H [L, T, m] in gram's dtype.
+    """H [L, T, m] in gram's dtype, in `out` where that is given.
 
     P: [L, T, m] float32, any strides of its first two dimensions. gram: [L, m, m], as `gram_blocks` makes it.
     For gated steps Q and gate_gram are P's and gram's counterparts for G. act: one of KERNEL_ACTS.
     """
     lanes, tokens, width = P.shape
-    # a token's lanes side by side, so that one product can take them all
-    H = torch.empty((tokens, lanes, width), dtype=gram.dtype, device=P.device).transpose(0, 1)
+    H = torch.empty(P.shape, dtype=gram.dtype, device=P.device) if out is None else out
     gated = Q is not None
     steps = width // rank
-    tile = solve_tile(tokens, steps, rank, gated)
+    tile = solve_tile(tokens, steps, rank, gated, gram.dtype)
     block_solve_kernel[(triton.cdiv(tokens, tile["BM"]), lanes)](
         P, Q, gram, gate_gram, H,
         tokens,
@@ -45,16 +51,23 @@ def block_solve(
     return H
 
 
-def solve_tile(tokens: int, steps: int, rank: int, gated: bool) -> dict[str, int]:
-    """Tokens of a program (BM), columns of a tile (BC) and launch options, such that no register spills.
+def solve_tile(tokens: int, steps: int, rank: int, gated: bool, dtype: torch.dtype) -> dict[str, int]:
+    """Tokens of a program (BM), columns of a tile (BC) and launch options.
 
-    BM is 64, which is what a Hopper matrix unit wants, or as few as `tl.dot` takes. BC is 64, or 32 for gated steps,
-    which hold two sums: with 64, m = 256 spills on sm_80 for every rank, on sm_90 for rank 128. m = 512 fits
-    without gates only.
+    With 16-bit weights no register spills, on sm_80, sm_90, sm_100 and gfx942, up to m = 512; for gated steps up to
+    m = 256, on sm_90 up to 512. Without matrix units, float32 on NVIDIA, all tiles spill: small ones the least.
     """
-    BM = min(64, max(16, triton.next_power_of_2(tokens)))
-    BC = min(32 if gated else 64, padded_rank(rank) * triton.next_power_of_2(steps))
-    return {"BM": BM, "BC": BC, "num_warps": 4}
+    BM = max(16, triton.next_power_of_2(tokens))
+    BC = padded_rank(rank) * triton.next_power_of_2(steps)
+    if dtype == torch.float32:  # m = 256, rank 16: 6 s to compile; with the tiles below 90 s
+        return {"BM": 16, "BC": min(32, BC), "num_warps": 4}
+    wide = steps * rank > 256
+    # Gated steps hold two sums: with 64 columns each, m = 256 spills on sm_80 at every rank, at 128 also on sm_90.
+    # Beyond 256, tiles of 32 take 35 to 50 s to compile.
+    BC = min(32 if gated and not wide else 64, BC)
+    # Rank 16 needs more registers than the others: of m = 512, with 4 warps, it spills 64 bytes on sm_80.
+    # 64 tokens are what a Hopper matrix unit wants.
+    return {"BM": min(64, BM), "BC": BC, "num_warps": 8 if wide and (gated or rank <= 16) else 4}
 
 
 @triton.jit
@@ -96,20 +109,19 @@ def block_solve_kernel(
             if GATED:
                 gram = tl.load(p_gate + before * s_ej + start, mask=m_gram, other=0.0)
                 q = tl.dot(hs[j], gram, q, input_precision=PRECISION)
-        # Padding columns are not zero for every activation (sigmoid), and a masked Gram row is: 0 * 0.5.
-        h = (activate(q, ACT) * p if GATED else activate(p, ACT)).to(p_h.dtype.element_ty)
         if GROUP > 1:
             m_gram = (o_s[:, None] < o_s[None, :]) & m_i[:, None] & m_i[None, :]
             gram = tl.load(p_gram + start * s_gj + start, mask=m_gram, other=0.0)
             if GATED:
                 gate = tl.load(p_gate + start * s_ej + start, mask=m_gram, other=0.0)
             for s in tl.static_range(min(GROUP, S - i * GROUP) - 1):
+                h = (activate(q, ACT) * p if GATED else activate(p, ACT)).to(p_h.dtype.element_ty)
                 own = tl.where(o_s[None, :] == s, h, 0.0)
                 p = tl.dot(own, gram, p, input_precision=PRECISION)
                 if GATED:
                     q = tl.dot(own, gate, q, input_precision=PRECISION)
-                following = (activate(q, ACT) * p if GATED else activate(p, ACT)).to(p_h.dtype.element_ty)
-                h = tl.where(o_s[None, :] > s, following, h)
+        # Padding columns are not zero for every activation (sigmoid), and a masked Gram row is: 0 * 0.5.
+        h = (activate(q, ACT) * p if GATED else activate(p, ACT)).to(p_h.dtype.element_ty)
         tl.store(p_h + start, h, mask=m_t & m_i[None, :])
         hs = hs + (h,)
 

@@ -1,0 +1,128 @@
+"""Prefill against a float64 chain, on the GPU if there is one, else in Triton's interpreter; and its products."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from aot import compile_requests, launch_request
+from torch import Tensor
+
+from dlr_lock.triton_kernels import chain_reference, gram_blocks
+from dlr_lock.triton_kernels.matmul import matmul
+from dlr_lock.triton_kernels.prefill import chunk_tokens, prefill
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Execute = Callable[..., Any]
+Chain = dict[str, Tensor | None]
+
+
+def drawn(lanes: int, depth: int, rank: int, hidden: int, gated: bool) -> Chain:
+    shape = (lanes, depth, rank, hidden)
+    A, G = (torch.randn(shape) / hidden**0.5 for _ in range(2))
+    B = torch.randn(shape) / (depth * rank) ** 0.5
+    return {
+        "A": A,
+        "B": B,
+        "scale": torch.rand(hidden),
+        "bias": torch.randn(hidden),
+        "G": G if gated else None,
+    }
+
+
+def run(x: Tensor, chain: Chain, act: str, block: int, scratch: int, broken: bool = False) -> Tensor:
+    x, chain = x.to(DEVICE), {name: t if t is None else t.to(DEVICE) for name, t in chain.items()}
+    gram = gram_blocks(chain["A"], chain["B"], chain["G"], block=block)
+    if broken:
+        rank = chain["A"].shape[2]
+        gram[-1, :, 0, :rank, -rank:] = 0  # what the block's last step reads of its first
+    y = prefill(x, **{k: chain[k] for k in "AB"}, scale=chain["scale"], bias=chain["bias"], G=chain["G"], act=act,
+                gram=gram, scratch=scratch)  # fmt: skip
+    return y.cpu()
+
+
+def error(y: Tensor, x: Tensor, chain: Chain, act: str) -> float:
+    doubled = {name: t if t is None else t.double() for name, t in chain.items()}
+    wanted = chain_reference(x.double(), **doubled, act=act)
+    return float((y - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize(
+    ("lanes", "depth", "rank", "hidden", "tokens", "block", "gated", "act"),
+    [
+        (1, 6, 16, 96, 40, 32, False, "silu"),  # rounds of two steps
+        (3, 7, 16, 96, 5, 48, True, "gelu"),  # a ragged last one, lanes that are summed
+        (2, 4, 48, 80, 70, 512, False, "relu"),  # one round; a rank that is no power of two
+        (1, 4, 16, 64, 1, 512, True, "silu"),
+        (1, 5, 16, 33, 300, 32, False, "silu"),  # chunks, the last one ragged; odd features
+        (2, 50, 16, 32, 7, 512, False, "silu"),  # a block of two solves, and a ragged one
+        (1, 40, 16, 32, 7, 4096, True, "silu"),  # one round of several solves, gated
+        (2, 3, 336, 32, 7, 1024, False, "silu"),  # a step wider than half a solve
+    ],
+)
+def test_is_the_chain(
+    execute: Execute,
+    lanes: int,
+    depth: int,
+    rank: int,
+    hidden: int,
+    tokens: int,
+    block: int,
+    gated: bool,
+    act: str,
+) -> None:
+    chain, x = drawn(lanes, depth, rank, hidden, gated), torch.randn(tokens, hidden)
+    y = execute(run, x, chain, act, block, 1)  # no scratch: chunks of 128 tokens
+    assert y.shape == x.shape and error(y, x, chain, act) < 1e-6
+    if depth > 1:
+        assert error(execute(run, x, chain, act, block, 1, True), x, chain, act) > 1e-4
+
+
+def test_a_token_of_nan_stays_alone(execute: Execute) -> None:
+    chain, x = drawn(2, 6, 16, 48, False), torch.randn(70, 48)
+    clean = execute(run, x, chain, "silu", 48, 2**20)
+    x[37, 5] = torch.nan
+    y = execute(run, x, chain, "silu", 48, 2**20)
+    assert y[37].isnan().all()
+    y[37] = clean[37]
+    assert torch.equal(y, clean)
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 336, 4096), (64, 12, 32, 4096), (1, 36, 64, 576)])
+def test_scratch_stays_under_its_bound(shape: tuple[int, ...]) -> None:
+    lanes, _, _, hidden = shape
+    tokens = chunk_tokens(shape, 512, gated=False, itemsize=2)
+    assert tokens % 128 == 0
+    assert lanes * tokens * (hidden * (4 + 2) + 512 * (4 + 2)) <= 256 * 2**20
+
+
+FORMS = ["product", "state", "finish"]
+TARGETS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB a program
+
+
+def product_request(target: str, form: str, tokens: int) -> dict[str, Any]:
+    """A launch of a round at d = 4096, m = 512."""
+
+    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    u, vector = meta(1, tokens, 4096, dtype=torch.float32), meta(4096, dtype=torch.float32)
+    H, B = meta(1, tokens, 512), meta(1, 512, 4096)
+    calls = {
+        "product": lambda: matmul(meta(1, tokens, 4096), B.mT, meta(1, tokens, 512, dtype=torch.float32)),
+        "state": lambda: matmul(H, B, u, total=u, state=(meta(tokens, 4096), meta(1, tokens, 4096))),
+        "finish": lambda: matmul(H, B, meta(1, tokens, 4096), total=u, finish=(vector, vector)),
+    }
+    return launch_request("dlr_lock.triton_kernels.matmul:matmul_kernel", target, calls[form])
+
+
+def test_products_compile_for_every_target_without_spills() -> None:
+    cases = [(target, form, 4096) for target in TARGETS for form in FORMS]
+    cases += [("sm_90", "state", 1), ("gfx942", "product", 16)]
+    found = compile_requests([product_request(*case) for case in cases])
+    for (target, form, tokens), got in zip(cases, found, strict=True):
+        assert "error" not in got, got["error"]
+        assert (got["stack"], got["local"]) == (0, 0), f"{target} {form} at {tokens} tokens spills: {got}"
+        assert got["shared"] <= SHARED[target] * 1024, f"{target} {form}: {got}"
+        assert got["matrix"] and (tokens < 64 or got["matrix"] == [TARGETS[target]])
