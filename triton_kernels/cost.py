@@ -121,7 +121,9 @@ def predict_decode(shape: Shape, plan: DecodePlan, device: Device) -> Prediction
     p = 4 * shape.tokens * plan.steps * plan.rank * maps
     adds = plan.lanes * plan.slices * p / device.atomics if plan.slices > 1 else 0.0
     barrier = device.barrier if plan.slices > 1 else 0.0
-    each = max(stream, adds + barrier + (grams + p) / device.sm_bandwidth + plan.steps * device.step)
+    wait = adds + barrier + (grams + p) / device.sm_bandwidth + plan.steps * device.step
+    # A slice of one tile has its weights requested before the wait; a wider one streams them after it.
+    each = max(stream, wait) if plan.chunks == 1 else stream + wait
     return Prediction("decode", device.launch + plan.rounds * each, floor, 1, plan.rounds)
 
 
@@ -188,18 +190,21 @@ def decode_plan(shape: Shape, device: Device, steps: int, deterministic: bool = 
     """The plan of the persistent kernel with Gram blocks of `steps` steps, or None where it cannot run."""
     if not device.cooperative or not 0 < shape.tokens <= MAX_DECODE_TOKENS or shape.lanes > device.sms:
         return None
-    return DecodePlan.choose(
-        lanes=shape.lanes,
-        depth=shape.depth,
-        rank=shape.rank,
-        hidden=shape.hidden,
-        tokens=shape.tokens,
-        sms=device.sms,
-        itemsize=shape.itemsize,
-        gated=shape.gated,
-        block_steps=steps,
-        deterministic=deterministic,
-    )
+    try:
+        return DecodePlan.choose(
+            lanes=shape.lanes,
+            depth=shape.depth,
+            rank=shape.rank,
+            hidden=shape.hidden,
+            tokens=shape.tokens,
+            sms=device.sms,
+            itemsize=shape.itemsize,
+            gated=shape.gated,
+            block_steps=steps,
+            deterministic=deterministic,
+        )
+    except ValueError:  # a lane beyond the kernel's 32-bit offsets
+        return None
 
 
 @cache

@@ -1,5 +1,4 @@
-"""The geometry of the decode kernel: who holds what, how a launch's memory is laid out, what a wait waits
-for.
+"""The geometry of the decode kernel: who holds what, the layout of its memory, what a wait waits for.
 
 The kernel (`decode.py`) and the step interpreter (`decode_steps.py`) both take every number from here.
 
@@ -16,8 +15,7 @@ What is added into is zero between launches, and nothing else is read before it 
     buffers would not do: round n + 2 is added to after wait n + 1, when a slower CTA may still be zeroing.
   - The last round's buffer and both counters of the lane are zeroed by the last CTA to leave. A CTA leaves
     after its last wait and its last read of P, so no wait can miss a count: when the exit count is complete,
-    all waits are over. Nothing of the lane is touched again before the next launch, which starts after this
-    one.
+    all waits are over. Nothing of the lane is touched again before the next launch starts.
   - Y's slice and its turn counter are zeroed by the last lane to arrive, which alone reads them.
 """
 
@@ -31,7 +29,7 @@ MAX_WIDTH = 256  # of a round, in columns of P: the Gram bytes that every CTA re
 MAX_STEPS = 8  # of a round: its solve is unrolled
 # Registers of a thread that `_registers` may count, of 255, by the rows of a tile. Of 41 shapes compiled for
 # sm_90 (d = 576 to 5120, 1 to 32 lanes, ranks of 16 to 128) three then use a stack, of 8 to 80 bytes; most
-# above do. Telling ptxas to use up to 255 (maxnreg) frees one of them and gives two others a stack.
+# above do. Telling ptxas to use up to 255 (maxnreg) frees two of them and gives two others a stack.
 MAX_REGISTERS = {16: 160, 32: 160, 64: 100}
 MAX_SHARED = 128 * 1024  # bytes of the software pipeline, where a slice is more than a tile
 
@@ -187,7 +185,7 @@ class DecodePlan:
 
     @property
     def p_share(self) -> int:
-        """float32 values that a CTA zeroes of a buffer: a power of two, of which the last CTAs may have none."""
+        """float32 values that a CTA zeroes of a buffer: a power of two; the last CTAs may have none."""
         return _power_of_two(ceil(self.p_buffer / self.slices), 1)
 
     def p_start(self, lane: int, n: int, slot: int) -> int:
@@ -239,11 +237,12 @@ class DecodePlan:
         """The kernel's compile-time arguments."""
         return {
             "L": self.lanes, "K": self.depth, "R": self.rank, "RP": self.padded_rank, "D": self.hidden,
-            "BM": self.tokens, "S": self.steps, "ROUNDS": self.rounds, "C": self.slices, "DS": self.slice_width,
-            "DC": self.tile, "STAGES": STAGES, "CHUNKS": self.chunks, "PARTS": self.parts, "P_SLOT": self.p_slot,
-            "P_SLOTS": self.p_slots, "RING": RING, "SHARE": self.p_share, "Y_START": self.y_start,
-            "Y_SLOTS": self.y_slots, "Z_START": self.z_start, "EXITS": self.exits, "TURNS": self.turns,
-            "LINE": LINE, "GATED": self.gated, "DETERMINISTIC": self.deterministic,
+            "BM": self.tokens, "S": self.steps, "ROUNDS": self.rounds, "C": self.slices,
+            "DS": self.slice_width, "DC": self.tile, "CHUNKS": self.chunks, "STAGES": STAGES,
+            "PARTS": self.parts, "P_SLOT": self.p_slot, "P_SLOTS": self.p_slots, "RING": RING,
+            "SHARE": self.p_share, "Y_START": self.y_start, "Y_SLOTS": self.y_slots, "Z_START": self.z_start,
+            "EXITS": self.exits, "TURNS": self.turns, "LINE": LINE, "GATED": self.gated,
+            "DETERMINISTIC": self.deterministic,
         }  # fmt: skip
 
     def check(
@@ -271,14 +270,14 @@ class DecodePlan:
             fits = lanes == self.lanes and rows == width > 0 and width % self.rank == 0 == block % self.steps
             if not fits or blocks * block < self.depth:
                 raise ValueError(
-                    f"the Gram blocks must be [{self.lanes}, N, m, m], m a multiple of {self.steps * self.rank},"
+                    f"Gram blocks must be [{self.lanes}, N, m, m], m a multiple of {self.steps * self.rank},"
                     f" not {None if g is None else list(g.shape)}"
                 )
 
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Device memory of the launches of one plan, one launch at a time: made zero, left zero by every launch."""
+    """Device memory of one plan's launches, one at a time: made zero, left zero by every launch."""
 
     values: Tensor  # [plan.values] float32
     counters: Tensor  # [plan.counters] int32

@@ -1,6 +1,5 @@
-"""What the kernels share: activations, padded ranks, and the dtype rules of their products."""
+"""What the kernels share: activations and the precision of their products."""
 
-import torch
 import triton
 import triton.language as tl
 
@@ -24,18 +23,9 @@ KERNEL_ACTS = {
 }
 
 
-def padded_rank(rank: int) -> int:
-    """The rank as the kernels hold it: a power of two of at least 16, which is what `tl.dot` takes."""
-    return max(16, triton.next_power_of_2(rank))
-
-
-def dot_precision(dtype: torch.dtype) -> str:
-    """`input_precision` of `tl.dot`: float32 weights are multiplied as such, not rounded to tf32 (1e-3).
-
-    Of no effect on 16-bit weights, but it must be a precision that the target has: AMD's gfx90a and gfx950 refuse
-    "tf32".
-    """
-    return "ieee"
+# `input_precision` of every product: float32 weights are multiplied as such, not rounded to tf32 (1e-3). 16-bit ones
+# are not concerned, but AMD's gfx90a and gfx950 refuse "tf32" for them too.
+EXACT = tl.constexpr("ieee")
 
 
 @triton.jit

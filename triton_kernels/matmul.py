@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import dot_precision
+from .device import EXACT
 
 
 def matmul(
@@ -39,8 +39,7 @@ def matmul(
         a, W, total, out, x, z, scale, bias,
         tokens, columns, inner,
         *a.stride(), *W.stride(), *_strides(total), *_strides(out), *_strides(z), 0 if x is None else x.stride(0),
-        TOTAL=total is not None, STATE=state is not None, FINISH=finish is not None,
-        PRECISION=dot_precision(W.dtype), **tile,
+        TOTAL=total is not None, STATE=state is not None, FINISH=finish is not None, **tile,
     )  # fmt: skip
 
 
@@ -66,7 +65,7 @@ def matmul_kernel(
     p_a, p_w, p_total, p_out, p_x, p_z, p_scale, p_bias,
     T, N, K,
     s_al, s_at, s_ak, s_wl, s_wk, s_wn, s_sl, s_st, s_ol, s_ot, s_zl, s_zt, s_xt,
-    TOTAL: tl.constexpr, STATE: tl.constexpr, FINISH: tl.constexpr, PRECISION: tl.constexpr,
+    TOTAL: tl.constexpr, STATE: tl.constexpr, FINISH: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     lane = tl.program_id(1).to(tl.int64)
@@ -87,7 +86,7 @@ def matmul_kernel(
         m_k = o_k < K - k
         a = tl.load(p_a, mask=m_t[:, None] & m_k[None, :], other=0.0)
         w = tl.load(p_w, mask=m_k[:, None] & m_n[None, :], other=0.0)
-        acc = tl.dot(a.to(w.dtype), w, acc, input_precision=PRECISION)
+        acc = tl.dot(a.to(w.dtype), w, acc, input_precision=EXACT)
         p_a += BK * s_ak
         p_w += BK * s_wk
     m_tile = m_t[:, None] & m_n[None, :]

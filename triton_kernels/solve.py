@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import KERNEL_ACTS, activate, dot_precision, padded_rank
+from .decode_plan import padded_rank
+from .device import EXACT, KERNEL_ACTS, activate
 
 
 def block_solve(
@@ -46,7 +47,7 @@ def block_solve(
         gram.stride(0), gram.stride(1), gate_gram.stride(0) if gated else 0, gate_gram.stride(1) if gated else 0,
         H.stride(0), H.stride(1),
         S=steps, R=rank, RP=padded_rank(rank),
-        ACT=KERNEL_ACTS[act], GATED=gated, PRECISION=dot_precision(gram.dtype), **tile,
+        ACT=KERNEL_ACTS[act], GATED=gated, **tile,
     )  # fmt: skip
     return H
 
@@ -76,7 +77,7 @@ def block_solve_kernel(
     T,
     s_pl, s_pt, s_ql, s_qt, s_gl, s_gj, s_el, s_ej, s_hl, s_ht,
     S: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-    ACT: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     lane = tl.program_id(1).to(tl.int64)
     o_t = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
@@ -105,10 +106,10 @@ def block_solve_kernel(
             before = j // PARTS * GROUP * R + j % PARTS * BC
             m_gram = columns_exist(j, S, R, RP, BC)[:, None] & m_i[None, :]
             gram = tl.load(p_gram + before * s_gj + start, mask=m_gram, other=0.0)
-            p = tl.dot(hs[j], gram, p, input_precision=PRECISION)
+            p = tl.dot(hs[j], gram, p, input_precision=EXACT)
             if GATED:
                 gram = tl.load(p_gate + before * s_ej + start, mask=m_gram, other=0.0)
-                q = tl.dot(hs[j], gram, q, input_precision=PRECISION)
+                q = tl.dot(hs[j], gram, q, input_precision=EXACT)
         if GROUP > 1:
             m_gram = (o_s[:, None] < o_s[None, :]) & m_i[:, None] & m_i[None, :]
             gram = tl.load(p_gram + start * s_gj + start, mask=m_gram, other=0.0)
@@ -117,9 +118,9 @@ def block_solve_kernel(
             for s in tl.static_range(min(GROUP, S - i * GROUP) - 1):
                 h = (activate(q, ACT) * p if GATED else activate(p, ACT)).to(p_h.dtype.element_ty)
                 own = tl.where(o_s[None, :] == s, h, 0.0)
-                p = tl.dot(own, gram, p, input_precision=PRECISION)
+                p = tl.dot(own, gram, p, input_precision=EXACT)
                 if GATED:
-                    q = tl.dot(own, gate, q, input_precision=PRECISION)
+                    q = tl.dot(own, gate, q, input_precision=EXACT)
         # Padding columns are not zero for every activation (sigmoid), and a masked Gram row is: 0 * 0.5.
         h = (activate(q, ACT) * p if GATED else activate(p, ACT)).to(p_h.dtype.element_ty)
         tl.store(p_h + start, h, mask=m_t & m_i[None, :])

@@ -1,0 +1,368 @@
+"""The decode kernel: a whole DLR-Net for up to 64 tokens in one persistent cooperative launch.
+
+A CTA is (lane, slice): it holds d/C columns of its lane's state and streams the same columns of the lane's A,
+B and G once. A round is S steps, by look-ahead (`solve.py`):
+
+    1. partial P_i = z[:, slice] A_i[:, slice]^T of the round's steps, added into the lane's P
+    2. barrier among the C CTAs of the lane; this round's B and Gram tiles and the next A are requested before
+       the wait
+    3. every CTA solves the round from P and the Gram tiles: h_i
+    4. z[:, slice] += sum_i h_i B_i[:, slice], then 1. for the next round
+
+and at the end the lanes' z - x are added, and the last lane to arrive at a slice writes y. Lanes never wait
+for each other. `decode_plan.py` holds the geometry and the argument why the workspace is left as it was
+found; `decode_steps.py` runs the same schedule in plain torch, one CTA at a time, in any order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .decode_plan import DecodePlan, Workspace, workspace
+from .device import EXACT, KERNEL_ACTS, activate
+
+__all__ = ["DecodePlan", "Workspace", "decode", "workspace"]
+
+
+def decode(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    gram: Tensor | None,
+    G: Tensor | None = None,
+    gate_gram: Tensor | None = None,
+    act: str = "silu",
+    *,
+    plan: DecodePlan,
+    workspace: Workspace,
+) -> Tensor:
+    """y [T, d] in x's dtype, contiguous: scale * sum_l (z[l,K] - x) + bias.
+
+    x: [T, d] with T <= plan.tokens, any float dtype, rows contiguous. A, B and, for gated steps, G:
+    [L, K, r, d] contiguous, of one dtype: float32, bfloat16 or float16. scale, bias: [d] float32.
+    gram: [L, N, m, m] in the weights' dtype, rows contiguous, of blocks of m/r steps that plan.steps divides;
+    None serves plan.steps == 1. gate_gram: gram's counterpart for G. act: one of KERNEL_ACTS.
+    workspace: made by `workspace` for this plan.
+    Raises ValueError on shapes that do not fit the plan; the launch fails where lanes * slices CTAs do not
+    fit the device at once.
+    """
+    plan.check(x, A, B, G, gram, gate_gram)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    decode_kernel[(plan.lanes * plan.slices,)](
+        x, A, B, G, scale, bias, gram, gate_gram, y, workspace.values, workspace.counters,
+        x.shape[0], x.stride(0), *_strides(gram), *_strides(gate_gram),
+        BLOCK=plan.steps if gram is None else gram.shape[-1] // plan.rank,
+        ACT=KERNEL_ACTS[act], **plan.constants(),
+        **launch_options(plan),
+    )  # fmt: skip
+    return y
+
+
+def launch_options(plan: DecodePlan) -> dict[str, int | bool]:
+    """The compiler's options. One stage: what is pipelined, over the tiles of a slice, says so itself."""
+    return {
+        "num_warps": plan.num_warps,
+        "num_stages": 1,
+        "enable_fp_fusion": True,
+        "launch_cooperative_grid": True,
+    }
+
+
+def _strides(gram: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if gram is None else gram.stride()[:3]
+
+
+@triton.jit
+def _arrive(p_counter):
+    # The release is one thread's. Before 3.9 Triton puts no bar.sync between the others' stores and it.
+    tl.debug_barrier()
+    tl.atomic_add(p_counter, 1, sem="release")
+
+
+@triton.jit
+def _wait(p_counter, target):
+    seen = tl.atomic_add(p_counter, 0, sem="acquire")  # a plain acquiring load in PTX
+    while seen < target:
+        seen = tl.atomic_add(p_counter, 0, sem="acquire")
+    tl.debug_barrier()
+
+
+@triton.jit
+def _weights(p_w, o_w, m_w, left, STEP: tl.constexpr, S: tl.constexpr):
+    """Tiles [RP, DC] of S consecutive steps, of which `left` exist; the others are zero."""
+    tiles = ()
+    for i in tl.static_range(S):
+        tile = tl.load(p_w + i * STEP + o_w, mask=m_w & (i < left), other=0.0, eviction_policy="evict_first")
+        tiles += (tile,)
+    return tiles
+
+
+@triton.jit
+def _gram_tiles(p_gram, s_j, R: tl.constexpr, RP: tl.constexpr, S: tl.constexpr):
+    """The Gram tiles [RP, RP] of a round, (i, j) for j < i, in the order of i."""
+    o_r = tl.arange(0, RP)
+    m_r = (o_r[:, None] < R) & (o_r[None, :] < R)
+    tiles = ()
+    for i in tl.static_range(S):
+        for j in tl.static_range(i):
+            tile = tl.load(
+                p_gram + j * R * s_j + i * R + o_r[:, None] * s_j + o_r[None, :], mask=m_r, other=0.0
+            )
+            tiles += (tile,)
+    return tiles
+
+
+@triton.jit
+def _settle(tiles, true, COUNT: tl.constexpr):
+    """The tiles themselves, for a `true` that always is.
+
+    The compiler moves the operand of a product to shared memory right after what makes it. After a load that
+    is a wait for each tile in turn; after this, called behind a barrier, one wait for all.
+    """
+    settled = ()
+    for i in tl.static_range(COUNT):
+        settled += (tl.where(true, tiles[i], tl.zeros_like(tiles[i])),)
+    return settled
+
+
+@triton.jit
+def _zeros(BM: tl.constexpr, RP: tl.constexpr, COUNT: tl.constexpr):
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles += (tl.zeros((BM, RP), tl.float32),)
+    return tiles
+
+
+@triton.jit
+def _project(z, weights, ps, COUNT: tl.constexpr):
+    """p_i + z w_i^T of all weight tiles w_i [RP, DC]."""
+    sums = ()
+    for i in tl.static_range(COUNT):
+        w = weights[i]
+        sums += (tl.dot(z.to(w.dtype), tl.trans(w), ps[i], input_precision=EXACT),)
+    return sums
+
+
+@triton.jit
+def _update(z, hs, weights, S: tl.constexpr):
+    for i in tl.static_range(S):
+        z = tl.dot(hs[i], weights[i], z, input_precision=EXACT)
+    return z
+
+
+@triton.jit
+def _publish(p_p, ps, m_p, TILE: tl.constexpr, ADD: tl.constexpr, COUNT: tl.constexpr):
+    for i in tl.static_range(COUNT):
+        if ADD:
+            tl.atomic_add(p_p + i * TILE, ps[i], mask=m_p, sem="relaxed")
+        else:
+            tl.store(p_p + i * TILE, ps[i], mask=m_p)
+
+
+@triton.jit
+def _gather(p_p, m_p, TILE: tl.constexpr, SLOT: tl.constexpr, SLOTS: tl.constexpr, COUNT: tl.constexpr):
+    """The tiles of a round's P, summed over its slots in their order. L1 is not coherent, hence .cg."""
+    ps = ()
+    for i in tl.static_range(COUNT - 1, -1, -1):  # the first, which is needed first, last: see `_settle`
+        ps = (tl.load(p_p + i * TILE, mask=m_p, other=0.0, cache_modifier=".cg"),) + ps
+    for slot in range(1, SLOTS):
+        sums = ()
+        for i in tl.static_range(COUNT):
+            part = tl.load(p_p + slot * SLOT + i * TILE, mask=m_p, other=0.0, cache_modifier=".cg")
+            sums += (ps[i] + part,)
+        ps = sums
+    return ps
+
+
+@triton.jit
+def _solve(
+    ps, grams, gates, DTYPE: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """h_i [BM, RP] of a round, as in solve.py; the gates' p follow those of A in ps."""
+    hs = ()
+    for i in tl.static_range(S):
+        p = ps[i]
+        for j in tl.static_range(i):
+            p = tl.dot(hs[j], grams[i * (i - 1) // 2 + j], p, input_precision=EXACT)
+        if GATED:
+            q = ps[S + i]
+            for j in tl.static_range(i):
+                q = tl.dot(hs[j], gates[i * (i - 1) // 2 + j], q, input_precision=EXACT)
+            h = activate(q, ACT) * p
+        else:
+            h = activate(p, ACT)
+        hs += (h.to(DTYPE),)
+    return hs
+
+
+@triton.jit
+def _write(p_y, p_scale, p_bias, delta, o_d, m_d, o_y, m_y):
+    scale = tl.load(p_scale + o_d, mask=m_d, other=0.0)
+    bias = tl.load(p_bias + o_d, mask=m_d, other=0.0)
+    y = delta * scale[None, :] + bias[None, :]
+    tl.store(p_y + o_y, y.to(p_y.dtype.element_ty), mask=m_y)
+
+
+@triton.jit(do_not_specialize=["T"])
+def decode_kernel(
+    p_x, p_a, p_b, p_g, p_scale, p_bias, p_gram, p_gate, p_y, p_values, p_counters,
+    T, s_xt, s_gl, s_gn, s_gj, s_el, s_en, s_ej,
+    L: tl.constexpr, K: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+    S: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, DS: tl.constexpr, DC: tl.constexpr, CHUNKS: tl.constexpr,
+    PARTS: tl.constexpr, STAGES: tl.constexpr,
+    P_SLOT: tl.constexpr, P_SLOTS: tl.constexpr, RING: tl.constexpr, SHARE: tl.constexpr,
+    Y_START: tl.constexpr, Y_SLOTS: tl.constexpr, Z_START: tl.constexpr,
+    EXITS: tl.constexpr, TURNS: tl.constexpr, LINE: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, DETERMINISTIC: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = p_a.dtype.element_ty
+    STEP: tl.constexpr = R * D
+    TILE: tl.constexpr = BM * RP
+    BUFFER: tl.constexpr = P_SLOTS * P_SLOT
+    i_l = (tl.program_id(0) // C).to(tl.int64)
+    i_c = tl.program_id(0) % C
+    first = i_c * DS
+    o_t = tl.arange(0, BM)[:, None]
+    o_r = tl.arange(0, RP)
+    o_c = tl.arange(0, DC)
+    m_t = o_t < T
+    m_p = m_t & (o_r[None, :] < R)
+    width = DS if D % DS == 0 else tl.minimum(DS, D - first)
+    m_c = o_c < width
+    m_w = (o_r[:, None] < R) & m_c[None, :]
+    o_w = o_r[:, None] * D + o_c[None, :]
+    p_a += i_l * (K * STEP) + first
+    p_b += i_l * (K * STEP) + first
+    p_x += first + o_t * s_xt + o_c[None, :]
+    p_p = p_values + i_l * (RING * BUFFER)  # the lane's ring of buffers
+    o_p = o_t * RP + o_r[None, :]
+    o_slot = i_c * P_SLOT if DETERMINISTIC else 0
+    p_z = p_values + Z_START + i_l * (BM * D) + first + o_t * D + o_c[None, :]
+    p_barrier = p_counters + i_l * LINE
+    if S > 1:
+        p_gram += i_l * s_gl
+    if GATED:
+        p_g += i_l * (K * STEP) + first
+        if S > 1:
+            p_gate += i_l * s_el
+
+    if CHUNKS == 1:
+        z = tl.load(p_x, mask=m_t & m_c[None, :], other=0.0).to(tl.float32)
+        ws = _weights(p_a, o_w, m_w, K, STEP, S)
+        if GATED:
+            ws += _weights(p_g, o_w, m_w, K, STEP, S)
+    else:
+        for o_q in range(0, CHUNKS * DC, DC):
+            m_q = m_t & (o_c[None, :] < width - o_q)
+            tl.store(p_z + o_q, tl.load(p_x + o_q, mask=m_q, other=0.0).to(tl.float32), mask=m_q)
+
+    for n in range(ROUNDS):
+        left = K - n * S
+        o_n = n * (S * STEP)
+        # ---- P of this round
+        ps = _zeros(BM, RP, PARTS)
+        if CHUNKS == 1:
+            ps = _project(z, ws, ps, PARTS)
+        else:
+            tl.debug_barrier()  # other threads read the state than wrote it
+            for o_q in tl.range(0, CHUNKS * DC, DC, num_stages=STAGES):
+                m_q = o_c[None, :] < width - o_q
+                z = tl.load(p_z + o_q, mask=m_t & m_q, other=0.0)
+                ws = _weights(p_a + o_n + o_q, o_w, m_w & m_q, left, STEP, S)
+                if GATED:
+                    ws += _weights(p_g + o_n + o_q, o_w, m_w & m_q, left, STEP, S)
+                ps = _project(z, ws, ps, PARTS)
+        if C > 1:
+            p_round = p_p + (n % RING) * BUFFER + o_p
+            _publish(p_round + o_slot, ps, m_p, TILE, not DETERMINISTIC, PARTS)
+            _arrive(p_barrier)
+
+        # ---- what does not depend on the other CTAs is requested before the wait. B and the Gram tiles reach
+        # shared memory meanwhile; the next A (and G) stay in flight until the next round's P. All of it after
+        # the arrival, whose release would wait for loads before it.
+        if CHUNKS == 1:
+            bs = _weights(p_b + o_n, o_w, m_w, left, STEP, S)
+        grams = ()
+        gates = ()
+        if S > 1:
+            o_block = n * S // BLOCK
+            o_step = (n * S % BLOCK) * R
+            grams = _gram_tiles(p_gram + o_block * s_gn + o_step * (s_gj + 1), s_gj, R, RP, S)
+            if GATED:
+                gates = _gram_tiles(p_gate + o_block * s_en + o_step * (s_ej + 1), s_ej, R, RP, S)
+        if CHUNKS == 1:
+            ws = _weights(p_a + o_n + S * STEP, o_w, m_w, left - S, STEP, S)
+            if GATED:
+                ws += _weights(p_g + o_n + S * STEP, o_w, m_w, left - S, STEP, S)
+            tl.debug_barrier()
+            bs = _settle(bs, left > 0, S)
+            grams = _settle(grams, left > 0, S * (S - 1) // 2)
+            gates = _settle(gates, left > 0, S * (S - 1) // 2 if GATED else 0)
+        if C > 1:
+            _wait(p_barrier, (n + 1) * C)
+            ps = _gather(p_round, m_p, TILE, P_SLOT, P_SLOTS, PARTS)
+            if not DETERMINISTIC:
+                # Nobody reads round n - 1 any more, nobody adds to its buffer before barrier n + 1.
+                o_z = i_c * SHARE + tl.arange(0, SHARE)
+                p_share = p_p + ((n + RING - 1) % RING) * BUFFER + o_z
+                tl.store(p_share, tl.zeros((SHARE,), tl.float32), mask=o_z < BUFFER)
+
+        # ---- the state moves on
+        hs = _solve(ps, grams, gates, DTYPE, ACT, GATED, S)
+        if CHUNKS == 1:
+            z = _update(z, hs, bs, S)
+        else:
+            for o_q in tl.range(0, CHUNKS * DC, DC, num_stages=STAGES):
+                m_q = o_c[None, :] < width - o_q
+                z = tl.load(p_z + o_q, mask=m_t & m_q, other=0.0)
+                z = _update(z, hs, _weights(p_b + o_n + o_q, o_w, m_w & m_q, left, STEP, S), S)
+                tl.store(p_z + o_q, z, mask=m_t & m_q)
+
+    # ---- y: of this CTA where there is one lane, else of the last lane to arrive
+    if CHUNKS > 1:
+        tl.debug_barrier()
+    o_y = first + o_t * D + o_c[None, :]
+    p_sum = p_values + Y_START
+    for o_q in range(0, CHUNKS * DC, DC):
+        m_q = m_t & (o_c[None, :] < width - o_q)
+        delta = tl.load(p_z + o_q, mask=m_q, other=0.0) if CHUNKS > 1 else z
+        delta -= tl.load(p_x + o_q, mask=m_q, other=0.0).to(tl.float32)
+        if L == 1:
+            _write(p_y, p_scale, p_bias, delta, first + o_q + o_c, o_c < width - o_q, o_y + o_q, m_q)
+        elif DETERMINISTIC:
+            tl.store(p_sum + i_l * (BM * D) + o_y + o_q, delta, mask=m_q)
+        else:
+            tl.atomic_add(p_sum + o_y + o_q, delta, mask=m_q, sem="relaxed")
+    if L > 1:
+        p_turn = p_counters + TURNS + i_c * LINE
+        tl.debug_barrier()
+        if tl.atomic_add(p_turn, 1, sem="acq_rel") == L - 1:
+            for o_q in range(0, CHUNKS * DC, DC):
+                m_q = m_t & (o_c[None, :] < width - o_q)
+                delta = tl.load(p_sum + o_y + o_q, mask=m_q, other=0.0, cache_modifier=".cg")
+                for slot in range(1, Y_SLOTS):
+                    delta += tl.load(
+                        p_sum + slot * (BM * D) + o_y + o_q, mask=m_q, other=0.0, cache_modifier=".cg"
+                    )
+                _write(p_y, p_scale, p_bias, delta, first + o_q + o_c, o_c < width - o_q, o_y + o_q, m_q)
+                if not DETERMINISTIC:
+                    tl.debug_barrier()  # all threads have read before any writes
+                    tl.store(p_sum + o_y + o_q, tl.zeros((BM, DC), tl.float32), mask=m_q)
+            tl.store(p_turn, 0)
+
+    # ---- the last CTA of the lane to leave: all have passed their last wait and read the last P
+    if C > 1:
+        p_exit = p_counters + EXITS + i_l * LINE
+        tl.debug_barrier()
+        if tl.atomic_add(p_exit, 1, sem="acq_rel") == C - 1:
+            if not DETERMINISTIC:
+                for i in range(PARTS):
+                    p_last = p_p + ((ROUNDS - 1) % RING) * BUFFER + i * TILE + o_p
+                    tl.store(p_last, tl.zeros((BM, RP), tl.float32), mask=m_p)
+            tl.store(p_barrier, 0)
+            tl.store(p_exit, 0)

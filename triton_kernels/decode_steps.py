@@ -1,0 +1,290 @@
+"""The decode kernel's schedule in plain torch, one CTA at a time, in any order: the oracle of `decode.py`.
+
+Every CTA is a generator over one shared memory of the plan's layout that yields wherever another CTA could
+come between: after every tile added or read, every arrival, every turn of a wait, every zeroing. `run`
+interleaves them in an order of choice, and raises ScheduleError when all are stuck or when the memory is not
+left as it was found. What one CTA writes all others see at once; that the GPU's fences make it so is not
+tested here.
+"""
+
+import random
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .activations import ACTIVATIONS
+from .decode_plan import LINE, DecodePlan
+
+STUCK = "stuck"  # what a CTA yields when it waits in vain; anything else is progress
+
+
+class ScheduleError(RuntimeError):
+    """The schedule is wrong: a deadlock, or memory that the next launch would find dirty."""
+
+
+@dataclass
+class Memory:
+    """A plan's workspace in host memory. Launches follow each other on it, as on the device."""
+
+    plan: DecodePlan
+    dtype: torch.dtype = torch.float64
+    values: Tensor = field(init=False)
+    counters: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.values = torch.zeros(self.plan.values, dtype=self.dtype)
+        # What need not be zero is poisoned: nothing may be read before it is written.
+        self.values[self.plan.zeroed :] = torch.nan
+        self.counters = torch.zeros(self.plan.counters, dtype=torch.int32)
+
+    def check_clean(self) -> None:
+        """Raises ScheduleError unless the next launch finds what this one found."""
+        dirty = self.values[: self.plan.zeroed].ne(0).nonzero()
+        if len(dirty) or self.counters.any():
+            raise ScheduleError(
+                f"{len(dirty)} values, the first at {dirty[:1].flatten().tolist()}, and the counters "
+                f"{self.counters.nonzero().flatten().tolist()} are left dirty"
+            )
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What a launch reads, as `decode` takes it, and the y [T, d] that it writes."""
+
+    x: Tensor
+    A: Tensor
+    B: Tensor
+    scale: Tensor
+    bias: Tensor
+    gram: Tensor | None
+    G: Tensor | None
+    gate_gram: Tensor | None
+    act: str
+    y: Tensor
+
+
+class Cta:
+    """One CTA of the kernel. Its phases are methods, so that a test can break one."""
+
+    def __init__(self, plan: DecodePlan, memory: Memory, chain: Chain, lane: int, cta: int) -> None:
+        self.plan, self.memory, self.chain, self.lane, self.cta = plan, memory, chain, lane, cta
+        self.columns = plan.columns(cta)
+        self.tokens = len(chain.x)
+        self.barrier, self.exit, self.turn = lane * LINE, plan.exits + lane * LINE, plan.turns + cta * LINE
+        self.z = self.slice_of(chain.x).to(memory.dtype, copy=True)
+        if plan.chunks > 1:
+            scratch = memory.values[plan.z_start :].view(plan.lanes, plan.tokens, plan.hidden)
+            scratch = scratch[lane, : self.tokens, self.columns]
+            self.z = scratch.copy_(self.z)
+
+    def __iter__(self) -> Iterator[str]:
+        """The whole kernel."""
+        for n in range(self.plan.rounds):
+            ps = self.project(n)
+            if self.plan.slices > 1:
+                yield from self.publish(n, ps)
+                yield from self.arrive()
+                yield from self.wait(n)
+                ps = yield from self.gather(n)
+                yield from self.clear(n - 1)
+            self.update(n, self.solve(n, ps))
+        yield from self.finish()
+        if self.plan.slices > 1:
+            yield from self.leave()
+
+    def tiles(self) -> Iterator[slice]:
+        """The tiles of the slice, as columns of the slice."""
+        width = self.columns.stop - self.columns.start
+        for chunk in range(self.plan.chunks):
+            yield slice(min(chunk * self.plan.tile, width), min((chunk + 1) * self.plan.tile, width))
+
+    def slice_of(self, t: Tensor) -> Tensor:
+        """This CTA's columns of [..., d]."""
+        return t[..., self.columns]
+
+    def project(self, n: int) -> dict[int, Tensor]:
+        """This slice's share of P of round n: part -> [T, r]."""
+        ps = {}
+        for part, weights in enumerate((self.chain.A, self.chain.G)):
+            if weights is None:
+                continue
+            for i, k in enumerate(self.plan.round_steps(n)):
+                w = self.slice_of(weights[self.lane, k])
+                z = self.z.to(w.dtype)
+                p = torch.stack([z[:, t] @ w[:, t].T for t in self.tiles()]).sum(0)
+                ps[part * self.plan.steps + i] = p.to(self.z.dtype)
+        return ps
+
+    def part(self, n: int, slot: int, part: int) -> Tensor:
+        """A tile [T, r] of the lane's P."""
+        start = self.plan.p_start(self.lane, n, slot)
+        tiles = self.memory.values[start : start + self.plan.p_slot]
+        tiles = tiles.view(self.plan.parts, self.plan.tokens, self.plan.padded_rank)
+        return tiles[part, : self.tokens, : self.plan.rank]
+
+    def publish(self, n: int, ps: dict[int, Tensor]) -> Iterator[str]:
+        for part, p in ps.items():
+            if self.plan.deterministic:
+                self.part(n, self.cta, part).copy_(p)
+            else:
+                self.part(n, 0, part).add_(p)
+            yield "added"
+
+    def arrive(self) -> Iterator[str]:
+        self.memory.counters[self.barrier] += 1
+        yield "arrived"
+
+    def wait(self, n: int) -> Iterator[str]:
+        while self.memory.counters[self.barrier] < self.plan.arrivals(n):
+            yield STUCK
+        yield "passed"
+
+    def gather(self, n: int) -> Generator[str, None, dict[int, Tensor]]:
+        """P of round n, complete: part -> [T, r], the generator's value."""
+        ps = {}
+        gates = 2 if self.plan.gated else 1
+        for part in [
+            g * self.plan.steps + i for g in range(gates) for i in range(len(self.plan.round_steps(n)))
+        ]:
+            slots = [self.part(n, slot, part) for slot in range(self.plan.p_slots)]
+            ps[part] = torch.stack(slots).sum(0)
+            yield "read"
+        return ps
+
+    def clear(self, n: int) -> Iterator[str]:
+        """This CTA's share of round n's buffer becomes zero."""
+        if not self.plan.deterministic:
+            buffer = self.memory.values[self.plan.p_start(self.lane, n, 0) :][: self.plan.p_buffer]
+            buffer[self.cta * self.plan.p_share :][: self.plan.p_share] = 0
+            yield "cleared"
+
+    def solve(self, n: int, ps: dict[int, Tensor]) -> list[Tensor]:
+        """h_i [T, r] of round n's steps, in the weights' dtype."""
+        act, rank, first = ACTIVATIONS[self.chain.act], self.plan.rank, n * self.plan.steps
+        hs: list[Tensor] = []
+        for i in range(len(self.plan.round_steps(n))):
+            sums = []
+            for part, gram in ((i, self.chain.gram), (self.plan.steps + i, self.chain.gate_gram)):
+                if part not in ps:
+                    continue
+                p = ps[part].clone()
+                for j, h in enumerate(hs):
+                    assert gram is not None  # `check` refuses rounds of several steps without
+                    block, step = divmod(first, gram.shape[-1] // rank)
+                    rows, columns = ((step + s) * rank for s in (j, i))
+                    p += h @ gram[self.lane, block, rows : rows + rank, columns : columns + rank]
+                sums.append(p)
+            h = act(sums[0]) if len(sums) == 1 else act(sums[1]) * sums[0]
+            hs.append(h.to(self.chain.A.dtype))
+        return hs
+
+    def update(self, n: int, hs: list[Tensor]) -> None:
+        for h, k in zip(hs, self.plan.round_steps(n), strict=True):
+            for t in self.tiles():
+                self.z[:, t] += (h @ self.slice_of(self.chain.B[self.lane, k])[:, t]).to(self.z.dtype)
+
+    def finish(self) -> Iterator[str]:
+        """y of the slice: at once where there is one lane, else by the last lane to arrive."""
+        plan, memory = self.plan, self.memory
+        delta = self.z - self.slice_of(self.chain.x).to(memory.dtype)
+        if plan.lanes == 1:
+            self.write(delta)
+            return
+        sums = memory.values[plan.y_start : plan.z_start].view(plan.y_slots, plan.tokens, plan.hidden)
+        sums = sums[:, : self.tokens, self.columns]
+        for t in self.tiles():
+            if plan.deterministic:
+                sums[self.lane, :, t] = delta[:, t]
+            else:
+                sums[0, :, t] += delta[:, t]
+            yield "summed"
+        memory.counters[self.turn] += 1
+        last = memory.counters[self.turn] == plan.lanes
+        yield "turned"
+        if last:
+            self.write(sums.sum(0))
+            if not plan.deterministic:
+                sums.zero_()
+            memory.counters[self.turn] = 0
+            yield "wrote"
+
+    def write(self, delta: Tensor) -> None:
+        self.slice_of(self.chain.y).copy_(
+            delta * self.slice_of(self.chain.scale) + self.slice_of(self.chain.bias)
+        )
+
+    def leave(self) -> Iterator[str]:
+        self.memory.counters[self.exit] += 1
+        last = self.memory.counters[self.exit] == self.plan.slices
+        yield "left"
+        if last:
+            if not self.plan.deterministic:
+                for part in range(self.plan.parts):
+                    self.part(self.plan.rounds - 1, 0, part).zero_()
+                    yield "cleared"
+            self.memory.counters[self.barrier] = 0
+            yield "reset"
+            self.memory.counters[self.exit] = 0
+
+
+# (CTAs not known to be stuck, steps taken by each, the one that ran last) -> the one that runs next
+Order = Callable[[list[int], list[int], int], int]
+
+
+def orders(seed: int) -> dict[str, Order]:
+    """Orders that a schedule must survive."""
+    shuffled = random.Random(seed)
+    return {
+        "round robin": lambda ready, _, last: min(ready, key=lambda c: (c <= last, c)),
+        "reversed": lambda ready, _, last: max(ready, key=lambda c: (c < last, c)),
+        "random": lambda ready, _, last: shuffled.choice(ready),
+        "one runs as far as it can": lambda ready, _, last: last if last in ready else ready[0],
+        "the last ones starve": lambda ready, *_: ready[0],
+        "the first ones starve": lambda ready, *_: ready[-1],
+        "slowest first": lambda ready, steps, _: min(ready, key=lambda c: steps[c]),
+    }
+
+
+def run(
+    plan: DecodePlan,
+    memory: Memory,
+    order: Order,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    gram: Tensor | None,
+    G: Tensor | None = None,
+    gate_gram: Tensor | None = None,
+    act: str = "silu",
+    cta: type[Cta] = Cta,
+) -> Tensor:
+    """y [T, d] of one launch, with the arguments of `decode`, its CTAs interleaved by `order`.
+
+    Raises ScheduleError on a deadlock, or when the memory is not left clean.
+    """
+    plan.check(x, A, B, G, gram, gate_gram)
+    y = torch.full_like(x, torch.nan)
+    chain = Chain(x, A, B, scale, bias, gram, G, gate_gram, act, y)
+    grid = [(lane, c) for lane in range(plan.lanes) for c in range(plan.slices)]
+    ctas = {i: iter(cta(plan, memory, chain, *place)) for i, place in enumerate(grid)}
+    stuck: set[int] = set()
+    steps, last = [0] * len(ctas), -1
+    while ctas:
+        ready = [c for c in ctas if c not in stuck]
+        if not ready:
+            raise ScheduleError(f"a deadlock: the CTAs {[grid[c] for c in ctas]} (lane, slice) wait in vain")
+        last = order(ready, steps, last)
+        steps[last] += 1
+        event = next(ctas[last], None)
+        if event is None:
+            del ctas[last]
+        if event == STUCK:
+            stuck.add(last)
+        else:
+            stuck.clear()
+    memory.check_clean()
+    return y
