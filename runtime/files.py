@@ -1,4 +1,4 @@
-"""Files: directories that appear whole or not at all, JSON objects, the cache."""
+"""Files: directories that appear whole or not at all, and JSON objects."""
 
 import errno
 import json
@@ -90,13 +90,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DLRError(f"{path} is not a JSON object")
     return value
-
-
-def cache_folder() -> Path:
-    """Where downloads and unpacked models are kept: $DLR_LOCK_CACHE, else dlr-lock in the user's cache folder."""
-    if own := os.environ.get("DLR_LOCK_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dlr-lock"
 
 
 def _not_ours(target: Path) -> str | None:

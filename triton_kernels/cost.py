@@ -171,7 +171,9 @@ def gram_width(shape: tuple[int, ...], gated: bool, itemsize: int, device: torch
     """The width of Gram blocks, in columns, that suits weights [L, K, r, d] on a device."""
     if device.type != "cuda":
         return BLOCK
-    return best_width(Shape(*shape, _USUAL_TOKENS, gated, itemsize), device_constants(device.index or 0))
+    lanes, depth, rank, hidden = shape
+    usual = Shape(lanes, depth, rank, hidden, _USUAL_TOKENS, gated, itemsize)
+    return best_width(usual, device_constants(device.index or 0))
 
 
 @cache

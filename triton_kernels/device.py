@@ -1,7 +1,8 @@
-"""What the kernels share: activations and the precision of their products."""
+"""What the kernels and their launchers share."""
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # transformers' names -> what `activate` computes. A chain with another activation runs in plain torch.
 KERNEL_ACTS = {
@@ -26,6 +27,11 @@ KERNEL_ACTS = {
 # `input_precision` of every product: float32 weights are multiplied as such, not rounded to tf32 (1e-3). 16-bit ones
 # are not concerned, but AMD's gfx90a and gfx950 refuse "tf32" for them too.
 EXACT = tl.constexpr("ieee")
+
+
+def strides(t: Tensor | None) -> tuple[int, int]:
+    """Of the first two dimensions; 0 for what is not there."""
+    return (0, 0) if t is None else (t.stride(0), t.stride(1))
 
 
 @triton.jit

@@ -1,15 +1,17 @@
 """From a call of the op on a GPU to launches: which path, with which memory."""
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from .cost import Shape, choose, device_constants
+from .cost import MAX_DECODE_TOKENS, Device, Shape, choose, device_constants
 from .decode import Workspace, decode, workspace
 from .decode_plan import DecodePlan
 from .device import KERNEL_ACTS
 from .prefill import prefill
+from .tuning import tune, tuned, wanted
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,16 +39,37 @@ def run(
     x = x.contiguous()
     if len(x) == 0:
         return torch.empty_like(x)
-    A, B, G = (W if W is None else W.contiguous() for W in (A, B, G))
+    A, B, G = A.contiguous(), B.contiguous(), G if G is None else G.contiguous()
     lanes, depth, rank, hidden = A.shape
     shape = Shape(lanes, depth, rank, hidden, len(x), G is not None, A.dtype.itemsize)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    plan = choose(shape, device_constants(x.device.index), gram.shape[-1] // rank, deterministic)
-    if plan is None:
-        return prefill(x, A, B, scale, bias, G, act, gram)
-    gate_gram = None if G is None else gram[1]
-    space = _workspace(plan, x.device)
-    return decode(x, A, B, scale, bias, gram[0], G, gate_gram, act, plan=plan, workspace=space)
+    device, steps = device_constants(x.device.index), gram.shape[-1] // rank
+
+    def launch(plan: DecodePlan | None) -> Tensor:
+        if plan is None:
+            return prefill(x, A, B, scale, bias, G, act, gram)
+        gate_gram = None if G is None else gram[1]
+        space = _workspace(plan, x.device)
+        return decode(x, A, B, scale, bias, gram[0], G, gate_gram, act, plan=plan, workspace=space)
+
+    return launch(_plan(shape, device, steps, deterministic, launch))
+
+
+def _plan(
+    shape: Shape,
+    device: Device,
+    steps: int,
+    deterministic: bool,
+    launch: Callable[[DecodePlan | None], Tensor],
+) -> DecodePlan | None:
+    """What was measured, if it was; else what the cost model says. Prefill, None, is all there is for many tokens."""
+    if shape.tokens > MAX_DECODE_TOKENS:
+        return None
+    if found := tuned(shape, device, steps, deterministic):
+        return found[0]
+    if wanted() and not torch.cuda.is_current_stream_capturing():
+        return tune(shape, device, steps, deterministic, launch)
+    return choose(shape, device, steps, deterministic)
 
 
 def _workspace(plan: DecodePlan, device: torch.device) -> Workspace:

@@ -55,16 +55,14 @@ def lookahead(
     # One lane goes without its dimension: a batched product of one costs twice the overhead on a CPU.
     lane = (lambda w: w[0]) if len(z) == 1 else (lambda w: w)
     z = lane(z)
-    A, B, G = (W if W is None else lane(wide(W)) for W in (A, B, G))
+    A, B, G = lane(wide(A)), lane(wide(B)), G if G is None else lane(wide(G))
     grams = [lane(w).unbind(-3) for w in gram]
     add = _add_product(B)
     for n, first in enumerate(range(0, B.shape[-2], width)):
         size = min(width, B.shape[-2] - first)
         P = _product(z, A.narrow(-2, first, size).mT)
-        if G is None:
-            _solve(P, grams[0][n], rank, act)
-        else:
-            _solve(P, grams[0][n], rank, act, _product(z, G.narrow(-2, first, size).mT), grams[1][n])
+        gate = None if G is None else (_product(z, G.narrow(-2, first, size).mT), grams[1][n])
+        _solve(P, grams[0][n], rank, act, gate)
         add(z, P, B.narrow(-2, first, size))
     y = scale.to(state) * (z - start if z.dim() == 2 else (z - start).sum(0)) + bias.to(state)
     return y.to(x.dtype).reshape(x.shape)
@@ -115,10 +113,8 @@ def wide(W: Tensor) -> Tensor:
     return W.flatten(1, 2)
 
 
-def _solve(
-    P: Tensor, gram: Tensor, rank: int, act: str, Q: Tensor | None = None, gate_gram: Tensor | None = None
-) -> None:
-    """Turns P [.., T, m] of a block into its H, in place; gram [.., m', m'], m' >= m. Gated steps bring Q, of G.
+def _solve(P: Tensor, gram: Tensor, rank: int, act: str, gate: tuple[Tensor, Tensor] | None = None) -> None:
+    """Turns P [.., T, m] of a block into its H, in place; gram [.., m', m'], m' >= m; gate: the same two of G.
 
     Step i takes what the earlier ones add in one product, of a width that grows. Written on, not anew: on a CPU
     at one token an operation costs what its bytes do.
@@ -131,15 +127,15 @@ def _solve(
         if first:
             before = P.narrow(-1, 0, first)
             add(p, before, gram.narrow(-1, first, rank).narrow(-2, 0, first))
-        if Q is None and default:
-            silu(p, inplace=True)  # spares a copy: 3 us of 25 a step
-        elif Q is None:
-            p.copy_(activation(p))
-        else:
-            q = Q.narrow(-1, first, rank)
+        if gate:
+            q = gate[0].narrow(-1, first, rank)
             if first:
-                add(q, before, gate_gram.narrow(-1, first, rank).narrow(-2, 0, first))
+                add(q, before, gate[1].narrow(-1, first, rank).narrow(-2, 0, first))
             p.mul_(activation(q))
+        elif default:
+            silu(p, inplace=True)  # spares a copy: 3 us of 25 a step
+        else:
+            p.copy_(activation(p))
 
 
 def _product(a: Tensor, W: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import EXACT
+from .device import EXACT, strides
 
 
 def matmul(
@@ -38,13 +38,9 @@ def matmul(
     matmul_kernel[grid](
         a, W, total, out, x, z, scale, bias,
         tokens, columns, inner,
-        *a.stride(), *W.stride(), *_strides(total), *_strides(out), *_strides(z), 0 if x is None else x.stride(0),
+        *a.stride(), *W.stride(), *strides(total), *strides(out), *strides(z), 0 if x is None else x.stride(0),
         TOTAL=total is not None, STATE=state is not None, FINISH=finish is not None, **tile,
     )  # fmt: skip
-
-
-def _strides(t: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if t is None else (t.stride(0), t.stride(1))
 
 
 def tiles(tokens: int, columns: int, dtype: torch.dtype) -> dict[str, int]:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decode_plan import padded_rank
-from .device import EXACT, KERNEL_ACTS, activate
+from .device import EXACT, KERNEL_ACTS, activate, strides
 
 
 def block_solve(
@@ -43,9 +43,7 @@ def block_solve(
     block_solve_kernel[(triton.cdiv(tokens, tile["BM"]), lanes)](
         P, Q, gram, gate_gram, H,
         tokens,
-        P.stride(0), P.stride(1), Q.stride(0) if gated else 0, Q.stride(1) if gated else 0,
-        gram.stride(0), gram.stride(1), gate_gram.stride(0) if gated else 0, gate_gram.stride(1) if gated else 0,
-        H.stride(0), H.stride(1),
+        *strides(P), *strides(Q), *strides(gram), *strides(gate_gram), *strides(H),
         S=steps, R=rank, RP=padded_rank(rank),
         ACT=KERNEL_ACTS[act], GATED=gated, **tile,
     )  # fmt: skip

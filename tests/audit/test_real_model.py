@@ -7,7 +7,7 @@ import pytest
 from dlr_lock import DLRError
 from dlr_lock.audit.demo import fetch_model, run_demo
 from dlr_lock.runtime import verify
-from dlr_lock.runtime.files import cache_folder
+from dlr_lock.triton_kernels.cache import cache_folder
 
 
 @pytest.mark.slow

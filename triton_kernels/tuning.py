@@ -1,0 +1,148 @@
+"""Refines the cost model's choice by measurement, where the user asks for it with DLR_LOCK_TUNE=1.
+
+The first call of a shape, in the warm-up, then times a few decode plans and prefill on the call's own tensors. What
+won is kept in the user's cache, for this device and these versions, and used from then on, asked for or not.
+"""
+
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from .cache import cache_folder
+from .cost import Device, Shape, choose, decode_plan
+from .decode_plan import MAX_STEPS, DecodePlan
+
+VARIABLE = "DLR_LOCK_TUNE"
+_FORMAT = 1
+_ROUNDS = 7  # samples a candidate, of which the median counts
+_FLUSH_BYTES = (
+    256 * 2**20
+)  # written between two samples: weights do not stay in L2 from one layer's turn to the next
+_PREFILL = "prefill"
+
+
+def wanted() -> bool:
+    """Whether the user asked for measurements."""
+    return os.environ.get(VARIABLE, "") not in ("", "0")
+
+
+def tuned(shape: Shape, device: Device, steps: int, deterministic: bool) -> tuple[DecodePlan | None] | None:
+    """The plan that was measured to be fastest for this shape, (None,) for prefill; None where nothing was measured."""
+    entry = _table().get(_key(shape, device, steps, deterministic))
+    if entry is None:
+        return None
+    plan = None if entry == _PREFILL else decode_plan(_rounded(shape), device, steps, deterministic)
+    try:
+        return (None if plan is None else replace(plan, **entry),)
+    except (TypeError, ValueError):  # a table of other hands
+        return None
+
+
+def candidates(shape: Shape, device: Device, steps: int, deterministic: bool) -> list[DecodePlan | None]:
+    """What is worth a measurement: the cost model's choice first, prefill (None), and neighbours of its plan."""
+    first = choose(shape, device, steps, deterministic)
+    plan = decode_plan(shape, device, steps, deterministic)
+    if plan is None:
+        return [None]
+    divisors = [s for s in range(1, min(steps, shape.depth, 2 * MAX_STEPS) + 1) if steps % s == 0]
+    at = divisors.index(plan.steps)
+    near = divisors[max(0, at - 1) : at + 2]
+    variants = [replace(plan, steps=s, num_warps=w) for s in near for w in (plan.num_warps, 4)]
+    return list(dict.fromkeys([first, None, plan, *variants]))
+
+
+def tune(
+    shape: Shape,
+    device: Device,
+    steps: int,
+    deterministic: bool,
+    run: Callable[[DecodePlan | None], object],
+    seconds: Callable[[Callable[[], object]], float] | None = None,
+) -> DecodePlan | None:
+    """Times `run` with every candidate, keeps the fastest in the table and returns it.
+
+    seconds: how to time a call; on the GPU, with cold caches, if None. A candidate that fails is passed over.
+    """
+    measure = seconds or _gpu_seconds
+    times: dict[DecodePlan | None, float] = {}
+    for plan in candidates(shape, device, steps, deterministic):
+        try:
+            times[plan] = measure(lambda plan=plan: run(plan))  # type: ignore[misc]
+        except Exception as error:
+            failure = error  # too many registers, shared memory or programs for this device
+    if not times:
+        raise failure
+    best = min(times, key=lambda plan: times[plan])
+    _keep(_key(shape, device, steps, deterministic), best)
+    return best
+
+
+def _gpu_seconds(call: Callable[[], object]) -> float:
+    call()
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    samples = []
+    for _ in range(_ROUNDS):
+        flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        samples.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(samples)
+
+
+def _rounded(shape: Shape) -> Shape:
+    """Numbers of tokens that share an entry: up to the next power of two."""
+    return replace(shape, tokens=triton.next_power_of_2(shape.tokens))
+
+
+def _key(shape: Shape, device: Device, steps: int, deterministic: bool) -> str:
+    numbers = " ".join(f"{name}={int(value)}" for name, value in asdict(_rounded(shape)).items())
+    return f"{device.name}; {numbers} block={steps} deterministic={int(deterministic)}"
+
+
+def _versions() -> dict[str, Any]:
+    return {"format": _FORMAT, "torch": torch.__version__, "triton": triton.__version__}
+
+
+def _file() -> Path:
+    return cache_folder() / "tuning.json"
+
+
+@cache
+def _table() -> dict[str, Any]:
+    """The kept entries; none where the file is missing, damaged or of other versions."""
+    try:
+        kept = json.loads(_file().read_text(encoding="utf-8"))
+        return dict(kept["entries"]) if kept["versions"] == _versions() else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _keep(key: str, plan: DecodePlan | None) -> None:
+    """Adds an entry to the table and its file, which other processes may be writing to: the last one wins whole."""
+    table = _table()
+    table[key] = _PREFILL if plan is None else {"steps": plan.steps, "num_warps": plan.num_warps}
+    file = _file()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as work:
+            json.dump({"versions": _versions(), "entries": table}, work, indent=1)
+        Path(work.name).replace(file)
+    except OSError:
+        pass  # a read-only home: the entry serves this process
+
+
+def forget() -> None:
+    """Reads the table anew at the next call."""
+    _table.cache_clear()
