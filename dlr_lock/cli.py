@@ -180,6 +180,47 @@ def generate(
         print()
 
 
+@app.command()
+def bench(
+    hidden: Annotated[int, typer.Option(help="Features of the model, d.")] = 576,
+    intermediate: Annotated[int, typer.Option(help="Hidden units of the gated MLP to compare with.")] = 1536,
+    lanes: Annotated[int, typer.Option(help="Chains side by side.")] = 1,
+    depth: Annotated[
+        int | None, typer.Option(help="Steps of a chain, near to this at equal parameters.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of a step, a multiple of 16.")] = None,
+    gated: Annotated[bool, typer.Option("--gated", help="Gated steps: three matrices a step.")] = False,
+    tokens: Annotated[str, typer.Option(help="Token counts, such as 1,16,512.")] = "1,16,512",
+    dtype: Annotated[
+        str, typer.Option(help="auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16.")
+    ] = "auto",
+    device: Device = None,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Time nothing: print the cost model's floor, forecast and choice."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Time one MLP against the DLR-Net in its place, or explain which kernels would run it and why."""
+    from .runtime.bench import chain_cases, numbers, run
+    from .runtime.checkpoint import usable_device
+    from .runtime.explain import explain as explain_cases
+
+    cases = chain_cases(
+        hidden, intermediate, lanes=lanes, depth=depth, rank=rank, gated=gated, tokens=numbers(tokens)
+    )
+    place = usable_device(device)
+    if explain:
+        facts = explain_cases(cases, device=place, dtype=dtype)
+    else:
+        with Steps(_screen) as steps:
+            facts = run(cases, device=place, dtype=dtype, progress=steps)
+    if as_json:
+        _print_json(facts)
+    else:
+        (tables.print_explanation if explain else tables.print_benchmark)(Console(highlight=False), facts)
+
+
 def main() -> None:
     """Runs the command line. Exit status 2, and one line on standard error, for all that the user can correct."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -112,8 +112,101 @@ def print_demo(console: Console, result: DemoResult) -> None:
     )
 
 
+def print_benchmark(console: Console, document: dict[str, Any]) -> None:
+    """The rows of a benchmark, a table a case; columns that no row fills are left out."""
+    rates = document["measured_rates"]
+    console.print(
+        f"{document['device']}, {document['settings']['dtype']}; copies at {rates['copy_gb_per_s']:,.0f} GB/s, "
+        f"products at {rates['matmul_tflop_per_s']:,.2f} TFLOP/s"
+    )
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for row in document["rows"]:
+        case = (
+            f"{row['tokens']} token{'s' if row['tokens'] > 1 else ''}; MLP {row['hidden']} x {row['intermediate']}, "
+            f"chain {row['lanes']}x{row['depth']}x{row['rank']}{' gated' if row['gated'] else ''} of "
+            f"{row['params_ratio']:.3f} its parameters"
+        )
+        cases.setdefault(case, []).append(row)
+    for case, rows in cases.items():
+        console.print(f"\n[bold]{case}[/bold]")
+        cells = [_benchmark_cells(row) for row in rows]
+        names = [name for name in cells[0] if any(cell[name] for cell in cells)]
+        table = _plain_table(*names)
+        for cell in cells:
+            table.add_row(*(cell[name] or "-" for name in names))
+        console.print(table)
+        for row in rows:
+            if not row["accurate"]:
+                reason = row["error_message"] or f"error {row['error']:.1e} over {row['error_limit']:.1e}"
+                console.print(f"{row['provider']}: {reason}", markup=False)
+    if document["stopped"]:
+        console.print(f"\nstopped {document['stopped']}", markup=False)
+
+
+def _benchmark_cells(row: dict[str, Any]) -> dict[str, str]:
+    """Column to text, empty where the row has no such number."""
+
+    def text(name: str, form: str, unit: str = "") -> str:
+        return "" if row[name] is None else format(row[name], form) + unit
+
+    median = row["median_us"]
+    spread = "" if median is None else f"{100 * (row['p80_us'] - row['p20_us']) / median:.0f}%"
+    return {
+        "provider": row["provider"],
+        "error": text("error", ".1e"),
+        "us": text("median_us", ",.1f"),
+        "p20 to\np80": spread,
+        "to\ndense": text("ratio_to_dense", ".2f"),
+        "copy\nrate": text("copy_percent", ".0f", "%"),
+        "product\nrate": text("matmul_percent", ".0f", "%"),
+        "launches": text("launches", "d"),
+        "forecast\nus": text("predicted_us", ",.1f"),
+    }
+
+
+def print_explanation(console: Console, facts: dict[str, Any]) -> None:
+    """Floor, forecasts and choice for each token count, with the constants that they rest on."""
+    device, chain, gram = facts["device"], facts["chain"], facts["gram"]
+    if facts["assumed"]:
+        console.print(f"no GPU here: the constants are those of an {device['name']}")
+    console.print(
+        f"chain {chain['lanes']}x{chain['depth']}x{chain['rank']} {chain['act']}{' gated' if chain['gated'] else ''} "
+        f"on {chain['hidden_size']} features, {facts['dtype']}; Gram blocks of m = {gram['m']} ({gram['S']} steps), "
+        f"{gram['bytes'] / 1e6:.1f} MB, solved {facts['solve_columns']} columns at a time"
+    )
+    table = _plain_table(
+        "tokens", "path", "choice", "us", "floor\nus", "rounds", "launches", "m", "S", "CTAs\na lane", "warps"
+    )
+    for row in facts["rows"]:
+        for path in ("dense", "decode", "prefill"):
+            if (f := row[path]) is None:
+                table.add_row(str(row["tokens"]), path, "", "-")
+                continue
+            table.add_row(
+                str(row["tokens"]), path, "yes" if path == row["choice"] else "", f"{f['predicted_us']:.1f}",
+                f"{f['floor_us']:.1f}", str(f["rounds"]), str(f["launches"]),
+                *(str(f.get(name, "")) for name in ("m", "S", "ctas_a_lane", "num_warps")),
+            )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"{device['name']}: {device['sms']} multiprocessors; memory {device['bandwidth'] / 1e9:,.0f} GB/s, products "
+        f"{device['flops'] / 1e12:,.0f} TFLOP/s, L2 to a multiprocessor {device['sm_bandwidth'] / 1e9:.0f} GB/s, "
+        f"additions in L2 {device['atomics'] / 1e9:,.0f} GB/s; launch {1e6 * device['launch']:.2f} us, barrier "
+        f"{1e6 * device['barrier']:.2f} us, step {1e6 * device['step']:.2f} us; persistent grids: "
+        f"{'yes' if device['cooperative'] else 'no'}"
+    )
+
+
 def _table(*columns: str) -> Table:
     table = Table()
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    return table
+
+
+def _plain_table(*columns: str) -> Table:
+    """Without rules, for many columns in 80."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     return table

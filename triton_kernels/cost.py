@@ -4,7 +4,7 @@ The same counts give the floor (what no implementation can beat), the prediction
 between them. Constants without a measurement of ours name their source; `dlr-lock bench --explain` prints all.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
 
@@ -17,7 +17,7 @@ MAX_DECODE_TOKENS = 64
 SOLVE_WIDTH = 512  # columns of one solve: the most whose steps stay in registers, half of it for gated steps
 SOLVE_STEPS = 16  # steps of one solve, which is unrolled: 120 small products
 _GRAM_SHARE = 1 / 8  # of the weights' memory, which wide Gram blocks may take
-_USUAL_TOKENS = 4096  # of a prefill, which the width of Gram blocks is chosen for
+USUAL_TOKENS = 4096  # of a prefill, which the width of Gram blocks is chosen for
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,19 +172,33 @@ def gram_width(shape: tuple[int, ...], gated: bool, itemsize: int, device: torch
     if device.type != "cuda":
         return BLOCK
     lanes, depth, rank, hidden = shape
-    usual = Shape(lanes, depth, rank, hidden, _USUAL_TOKENS, gated, itemsize)
+    usual = Shape(lanes, depth, rank, hidden, USUAL_TOKENS, gated, itemsize)
     return best_width(usual, device_constants(device.index or 0))
 
 
 @cache
 def best_width(shape: Shape, device: Device) -> int:
-    """The width, of one solve or 2, 4 or 8 of them, at which a prefill of shape.tokens is predicted to be fastest,
-    with Gram blocks of at most an eighth of the weights' bytes."""
+    """The width at which one token and shape.tokens together are predicted to be nearest to their floors, with Gram
+    blocks of at most an eighth of the weights' bytes.
+
+    Tried are whole solves, and solves of a power of two of steps, which decode's rounds divide in more ways; once
+    to eight times.
+    """
     lane = shape.depth * shape.rank
     part = solve_columns(lane, shape.rank, shape.gated)
-    widths = [min(lane, part * n) for n in (1, 2, 4, 8)]
+    even = shape.rank << (part // shape.rank).bit_length() - 1
+    widths = sorted({min(lane, size * n) for size in (part, even) for n in (1, 2, 4, 8)})
     fitting = [w for w in widths if shape.gram_bytes(w) <= _GRAM_SHARE * shape.weight_bytes] or widths[:1]
-    return min(fitting, key=lambda w: predict_prefill(shape, w, device).seconds)
+    usual = (replace(shape, tokens=1), shape)
+    return min(fitting, key=lambda w: sum(_over_floor(s, w, device) for s in usual))
+
+
+def _over_floor(shape: Shape, width: int, device: Device) -> float:
+    """Predicted seconds of the faster path over the floor."""
+    seconds = predict_prefill(shape, width, device).seconds
+    if plan := decode_plan(shape, device, width // shape.rank):
+        seconds = min(seconds, predict_decode(shape, plan, device).seconds)
+    return seconds / floor_seconds(shape, device)
 
 
 @cache
