@@ -49,8 +49,9 @@ def convert_model(
     chosen = Options(**options).resolved()
     recipe = Recipe(visits=chosen.visits, batch=chosen.batch, start=chosen.start, seed=chosen.seed)  # type: ignore[arg-type]
     target = Path(out).expanduser().absolute()
-    if Path(source).expanduser().resolve().is_relative_to(target.resolve()):
-        raise DLRError(f"{source} lies in the output {out}; choose another output")
+    given = Path(source).expanduser().resolve()
+    if given.exists() and (given.is_relative_to(target.resolve()) or target.resolve().is_relative_to(given)):
+        raise DLRError(f"the source {source} and the output {out} lie in one another; choose another output")
     check_target(target, overwrite=overwrite)
     report_progress = progress or (lambda what, done, total: None)
     device = torch.device(str(chosen.device))

@@ -92,7 +92,10 @@ def find_mlps(model: PreTrainedModel, pattern: str | None = None) -> list[MLP]:
         whole = [
             name
             for name in module_names(model)
-            if wanted.search(name) and layer_number(model, name) is not None
+            if wanted.search(name)
+            and layer_number(model, name) is not None
+            # a norm also maps [.., d] to [.., d]; what has no matrix is no MLP
+            and any(p.dim() > 1 for p in model.get_submodule(name).parameters())
         ]
     else:
         wanted = None

@@ -56,6 +56,8 @@ class Options:
                 raise DLRError(f"--{name} must be at least 1, not {value}")
         if not 0 <= self.seed < 2**62:
             raise DLRError(f"--seed must be from 0 to {2**62 - 1}, not {self.seed}")
+        if not 1e-3 <= self.temperature <= 1e3:
+            raise DLRError(f"--temperature must be from 0.001 to 1000, not {self.temperature:g}")
         tokens = self.tokens or (2_097_152 if generous else 163_840)
         return replace(
             self,

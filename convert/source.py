@@ -93,7 +93,7 @@ def open_source(
         fingerprint = _fingerprint([folder / "config.json", *_check_weights(folder)])
     with _quiet():
         model = _load(folder, dtype).to(device).eval().requires_grad_(False)
-        tokenizer = _load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
     _check_finite(model, folder)
     return Source(model, tokenizer, str(source), fingerprint, folder, _dtype(folder))
 
@@ -282,7 +282,8 @@ def _check_finite(model: PreTrainedModel, where: Path) -> None:
             raise DLRError(f"{where}: {name} has NaN or infinity in its weights (as {kind})")
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a model's directory, None where there is none; raises DLRError where it is damaged."""
     from transformers import AutoTokenizer
 
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):

@@ -5,14 +5,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..runtime import DLRError, load
 from ..runtime.checkpoint import is_locked, usable_device
 from ..runtime.generation import generate
 from .evaluate import Evaluation, evaluate
 from .job import Progress, sequence_length
-from .source import compute_dtype, open_source
+from .source import compute_dtype, load_tokenizer, open_source
 from .text import read_text
 
 
@@ -28,7 +28,7 @@ def opened(
     dtype = compute_dtype(place)
     if is_locked(Path(model)):
         locked = load(model, dtype=dtype, device=place)
-        yield locked, AutoTokenizer.from_pretrained(model) if _has_tokenizer(Path(model)) else None
+        yield locked, load_tokenizer(Path(model))
         return
     source = open_source(model, dtype=dtype, device=place)
     yield source.model, source.tokenizer
@@ -84,7 +84,3 @@ def complete(
             chat=chat,
             emit=emit,
         )
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer_config.json").is_file()

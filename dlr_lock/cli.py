@@ -225,7 +225,9 @@ def main() -> None:
     """Runs the command line. Exit status 2, and one line on standard error, for all that the user can correct."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     disable_progress_bar()  # transformers' own, beside ours
-    signal.signal(signal.SIGTERM, _interrupt)  # a stopped job cleans up like one that is interrupted
+    for name in ("SIGTERM", "SIGHUP"):  # a stopped job cleans up like one that is interrupted
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _interrupt)
     with _one_line_errors():
         result = app(standalone_mode=False)
         if result == 130:  # typer's own way to say KeyboardInterrupt

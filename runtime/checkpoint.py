@@ -12,6 +12,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ..triton_kernels import current_backend
 from .config import METHOD, DLRConfig
 from .errors import DLRError
 from .files import MANIFEST, read_json
@@ -52,14 +53,23 @@ def best_device() -> torch.device:
 
 
 def usable_device(name: torch.device | str | None) -> torch.device:
-    """The device of that name, or the best there is for None; raises DLRError where it cannot be used."""
-    if name is None:
-        return best_device()
+    """The device of that name, or the best there is for None.
+
+    Raises DLRError where it cannot be used, or not by the backend that the user asks for: before long work.
+    """
     try:
-        device = torch.device(name)
+        device = best_device() if name is None else torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise DLRError(f"device {str(name)!r} cannot be used: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise DLRError(f"device {str(name)!r} is not supported: use cpu or cuda")
+    try:
+        asked = current_backend()
+    except ValueError as error:
+        raise DLRError(str(error)) from error
+    if asked == "triton" and device.type == "cpu":
+        raise DLRError("backend 'triton' wants a CUDA or ROCm device: unset DLR_LOCK_BACKEND")
     return device
 
 

@@ -46,8 +46,11 @@ def whole_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     check_target(target, overwrite=overwrite)
     made = [parent for parent in target.absolute().parents if not parent.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    except OSError as error:
+        raise DLRError(f"cannot write to {target}: {error.strerror}") from error
     try:
         with full_disk_is_an_error(target):
             yield work

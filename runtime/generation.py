@@ -45,8 +45,12 @@ def generate(
     """
     if not model.can_generate():
         raise DLRError(f"a {type(model).__name__} cannot generate text")
-    if max_new_tokens < 1 or temperature < 0:
-        raise DLRError("at least one new token is needed, at a temperature of at least 0")
+    if max_new_tokens < 1:
+        raise DLRError(f"at least one new token is needed, not {max_new_tokens}")
+    if not (temperature == 0 or 1e-3 <= temperature <= 1e3):
+        raise DLRError(f"the temperature must be 0 or from 0.001 to 1000, not {temperature:g}")
+    if not 0 <= seed < 2**62:
+        raise DLRError(f"the seed must be from 0 to {2**62 - 1}, not {seed}")
     if chat:
         if not tokenizer.chat_template:
             raise DLRError("this tokenizer has no chat template; leave --chat out")

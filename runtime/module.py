@@ -1,6 +1,8 @@
 """The module that stands where an MLP stood."""
 
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +41,8 @@ class DLRNet(nn.Module):
             self.register_parameter(name, nn.Parameter(vector, requires_grad=False))
         self.dlr_gram: Tensor | None
         self.register_buffer("dlr_gram", None, persistent=False)
-        self._prepared: list[int] = []
+        self._prepared: list[tuple[weakref.ref[Tensor], tuple[int, int]]] = []
+        self.register_load_state_dict_post_hook(_prepare_again)
 
     @staticmethod
     def weight_names(spec: DLRSpec) -> tuple[str, ...]:
@@ -48,7 +51,12 @@ class DLRNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., d] -> y: [..., d], in x's dtype, by the current backend of `triton_kernels.backend`."""
-        gram = None if current_backend() == "naive" else self._current_gram()
+        if current_backend() == "naive":
+            gram = None
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self.dlr_gram = None  # training follows, and fused optimizers do not count their writes
+        else:
+            gram = self._current_gram()
         return dlr_net(
             x, self.dlr_A, self.dlr_B, self.dlr_scale, self.dlr_bias, self.dlr_G, self.spec.act, gram
         )
@@ -57,22 +65,30 @@ class DLRNet(nn.Module):
     def prepare(self) -> None:
         """Computes the Gram blocks that look-ahead wants, for the weights and the device as they now are.
 
-        The first forward does it where nobody did; a module that moves to another device or dtype does it again.
+        The first forward does it where nobody did, and does it again where the weights were replaced, loaded,
+        moved or trained. What goes past torch, such as writing through `.data`, it cannot see: call this then.
         """
-        weights = self._weights()
+        self.dlr_gram = None
         if self.dlr_A.is_meta:
-            self.dlr_gram = None
             return
         width = gram_width(self.spec.weight_shape, self.spec.gated, self.dlr_A.itemsize, self.dlr_A.device)
         self.dlr_gram = gram_blocks(self.dlr_A, self.dlr_B, self.dlr_G, block=width)
-        self._prepared = [w._version for w in weights]
+        self._prepared = [(weakref.ref(w), _writes(w)) for w in self._weights()]
 
     def _current_gram(self) -> Tensor | None:
-        # Weights that were written to since (by an optimizer, by a load) have other Gram blocks. A compiler cannot
-        # trace the counters; what it compiles is inference, and was warmed up.
-        if not torch.compiler.is_compiling() and (
-            self.dlr_gram is None or self._prepared != [w._version for w in self._weights()]
+        if torch.compiler.is_compiling():  # cannot be traced; what is compiled is inference
+            return self.dlr_gram
+        weights = self._weights()
+        if (
+            any(w.requires_grad for w in weights)
+            or self.dlr_gram is None
+            or not all(
+                ref() is w and count == _writes(w)
+                for w, (ref, count) in zip(weights, self._prepared, strict=True)
+            )
         ):
+            if self.dlr_A.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("call a DLRNet, or its prepare(), before it is captured in a CUDA graph")
             self.prepare()
         return self.dlr_gram
 
@@ -81,16 +97,41 @@ class DLRNet(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DLRNet":
         prepared, self.dlr_gram = self.dlr_gram is not None, None
+        vectors = {name: getattr(self, name).data for name in ("dlr_scale", "dlr_bias")}
         super()._apply(fn, recurse)
+        for name, vector in vectors.items():  # float32 whatever the rest becomes
+            parameter = getattr(self, name)
+            if parameter.dtype != torch.float32:
+                parameter.data = vector.to(parameter.device)
         if prepared:
             self.prepare()
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__() if hasattr(super(), "__getstate__") else self.__dict__.copy()
+        return {**state, "_prepared": []}
+
     @torch.no_grad()
     def assign(self, tensors: dict[str, Tensor]) -> None:
-        """Copies tensors (names as the parameters') into the module; raises KeyError where one is missing."""
+        """Copies tensors (names as the parameters') into the module.
+
+        Raises KeyError where one is missing, ValueError where one has another shape.
+        """
+        for name, parameter in self.named_parameters():
+            if tensors[name].shape != parameter.shape:
+                raise ValueError(f"{name} is {list(tensors[name].shape)}, not {list(parameter.shape)}")
         for name, parameter in self.named_parameters():
             parameter.copy_(tensors[name])
 
     def extra_repr(self) -> str:
         return f"d={self.spec.hidden_size}, {self.spec}"
+
+
+def _writes(w: Tensor) -> tuple[int, int]:
+    """Where a tensor's data are, and torch's count of the writes to it, which those of inference_mode lack."""
+    return w.data_ptr(), -1 if w.is_inference() else w._version
+
+
+def _prepare_again(net: DLRNet, incompatible: object) -> None:
+    if net.dlr_gram is not None:
+        net.prepare()

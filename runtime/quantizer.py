@@ -46,11 +46,16 @@ class DLRQuantizer(HfQuantizer):
         ignored.update(rf"(^|\.){re.escape(local(name))}$" for name in self.quantization_config.tripwires)
         model._keys_to_ignore_on_load_unexpected = ignored
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
-        # transformers only warns of missing weights and draws random ones. Tied ones are not stored.
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> PreTrainedModel:
+        # transformers only warns of missing weights and draws random ones. Tied ones are not stored, offloaded ones
+        # not here, and the head of another class than the saved one (a classifier's) is new.
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        saved = type(model).__name__ in (model.config.architectures or ())
+        body = f"{model.base_model_prefix}."
         for name, parameter in model.named_parameters():
-            if name not in tied and not getattr(parameter, "_is_hf_initialized", False):
+            ours = saved or name.startswith(body) or name.rpartition(".")[2].startswith("dlr_")
+            absent = not getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta
+            if ours and absent and name not in tied:
                 raise DLRError(f"the checkpoint has no {name}: it is incomplete, fetch it again")
         model.requires_grad_(False)  # loading re-wraps every weight as trainable
         for _, net in locked_modules(model):

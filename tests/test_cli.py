@@ -1,4 +1,4 @@
-"""The command line as a user meets it: in a process of its own, with its exit status and its last line."""
+"""The command line as a user meets it: with its exit status and its last line, at first in a process of its own."""
 
 import json
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny import save_tiny
 
+from dlr_lock.cli import main
 from dlr_lock.convert.text import english_topics
 
 
@@ -60,6 +61,15 @@ def test_inspect_verify_eval_generate(converted: dict, folder: Path) -> None:
     assert words.stdout.startswith("--- locked\n") and "--- original\n" in words.stdout
 
 
+def test_a_backend_that_cannot_run_is_said_before_any_work(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, says in (("foo", "'foo' is unknown"), ("triton", "wants a CUDA")):
+        monkeypatch.setenv("DLR_LOCK_BACKEND", name)
+        result = run("convert", folder / "source", folder / "new", "--device", "cpu", status=2)
+        assert says in result.stderr and "distilling" not in result.stderr
+
+
 def test_an_altered_file_is_named(converted: dict, folder: Path) -> None:
     path = folder / "out" / "generation_config.json"
     sound = path.read_text()
@@ -78,18 +88,33 @@ def test_an_altered_file_is_named(converted: dict, folder: Path) -> None:
         (("convert", "{}/source", "{}/new", "--layers", "9"), "out of range"),
         (("convert", "{}/source", "{}/new", "--rank", "many"), "--rank"),
         (("convert", "{}/source", "{}/new", "--colour", "red"), "--colour"),
+        (("convert", "{}/source", "{}/source/new"), "lie in one another"),
+        (("convert", "{}/source", "/proc/new"), "cannot write to /proc"),
+        (("convert", "{}/source", "{}/new", "--temperature", "nan"), "--temperature"),
+        (("convert", "{}/source", "{}/new", "--mlps", "norm"), "no module that --mlps 'norm' matches"),
+        (("convert", "{}/source", "{}/new", "--device", "meta"), "use cpu or cuda"),
         (("eval", "{}/out", "--text", "{}/none.txt"), "none.txt"),
         (("verify", "{}/source"), "dlr_manifest.json"),
         (("inspect", "{}/source"), "not a locked checkpoint"),
         (("generate", "{}/out", ""), "empty"),
         (("generate", "{}/out", "x", "--device", "cuda:77"), "cuda:77"),
+        (("generate", "{}/out", "x", "--temperature", "nan"), "temperature"),
         (("frobnicate",), "frobnicate"),
     ],
 )
 def test_mistakes_end_in_one_line_and_status_two(
-    arguments: tuple[str, ...], says: str, converted: dict, folder: Path
+    arguments: tuple[str, ...],
+    says: str,
+    converted: dict,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     before = sorted(p.name for p in folder.iterdir())
-    result = run(*(a.replace("{}", str(folder)) for a in arguments), status=2)
-    assert says in result.stderr.strip().splitlines()[-1]
+    # In this process: importing torch and transformers takes five seconds.
+    monkeypatch.setattr(sys, "argv", ["dlr-lock", *(a.replace("{}", str(folder)) for a in arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert ended.value.code == 2 and last.startswith("dlr-lock: ") and says in last
     assert sorted(p.name for p in folder.iterdir()) == before

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 BACKENDS = ("auto", "triton", "lookahead", "naive")
 VARIABLE = "DLR_LOCK_BACKEND"
 
-_chosen: list[str] = []  # the stack of open `backend` blocks
+_chosen: list[list[str]] = []  # the open `backend` blocks, in the order in which they were entered
 
 
 @contextmanager
@@ -22,16 +22,18 @@ def backend(name: str) -> Iterator[None]:
 
     A compiled or captured graph keeps the backend that it was made with.
     """
-    _chosen.append(_known(name, "backend"))
+    entry = [_known(name, "backend")]
+    _chosen.append(entry)
     try:
         yield
     finally:
-        _chosen.pop()
+        # This very entry: blocks of two threads may end in another order than they began.
+        _chosen[:] = [other for other in _chosen if other is not entry]
 
 
 def current_backend() -> str:
     """The innermost `backend` block's, else $DLR_LOCK_BACKEND, else 'auto'; raises ValueError on an unknown one."""
-    return _chosen[-1] if _chosen else _known(os.environ.get(VARIABLE) or "auto", VARIABLE)
+    return _chosen[-1][0] if _chosen else _known(os.environ.get(VARIABLE) or "auto", VARIABLE)
 
 
 def _known(name: str, where: str) -> str:

@@ -58,7 +58,9 @@ def device_constants(index: int) -> Device:
     rates = next((r for key, r in _KNOWN.items() if key in properties.name), None)
     if rates is None:
         rates = (H200.bandwidth * sms / H200.sms, H200.flops * sms / H200.sms)
-    return Device(properties.name, sms, *rates, cooperative=torch.version.hip is None)
+    # Before compute capability 8 `tl.dot` has no matrix units for these tiles: 670 bytes of stack on sm_75.
+    cooperative = torch.version.hip is None and properties.major >= 8
+    return Device(properties.name, sms, *rates, cooperative=cooperative)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,11 @@
 """From a call of the op on a GPU to launches: which path, with which memory."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from .cost import MAX_DECODE_TOKENS, Device, Shape, choose, device_constants
 from .decode import Workspace, decode, workspace
@@ -52,7 +53,17 @@ def run(
         space = _workspace(plan, x.device)
         return decode(x, A, B, scale, bias, gram[0], G, gate_gram, act, plan=plan, workspace=space)
 
-    return launch(_plan(shape, device, steps, deterministic, launch))
+    def launch_or_prefill(plan: DecodePlan | None) -> Tensor:
+        try:
+            return launch(None if (plan, device) in _too_large else plan)
+        except OutOfResources:  # shared memory that this device does not have: prefill needs less
+            _too_large.add((plan, device))
+            return launch(None)
+
+    return launch_or_prefill(_plan(shape, device, steps, deterministic, launch))
+
+
+_too_large: set[tuple[DecodePlan | None, Device]] = set()
 
 
 def _plan(
@@ -73,26 +84,16 @@ def _plan(
 
 
 def _workspace(plan: DecodePlan, device: torch.device) -> Workspace:
-    """Memory that no other launch uses at the same time: one for each stream, and one for captured graphs.
+    """Memory that no other launch uses at the same time: one for each stream.
 
-    Graphs of one plan share theirs, so replay them on one stream. A capture without a call before it gets memory
-    of its own in the graph's pool, which the graph then also zeroes.
+    A graph that is captured gets memory in its own pool for every launch, which it also zeroes: its branches may run
+    at the same time, and so may its replays and other work.
     """
-    if not torch.cuda.is_current_stream_capturing():
-        _kept(plan, device, None)  # for the capture to come: it must not allocate
-        return _kept(plan, device, torch.cuda.current_stream(device).cuda_stream)
-    kept = _captured.get((plan, device))
-    return workspace(plan, device) if kept is None else kept
+    if torch.cuda.is_current_stream_capturing():
+        return workspace(plan, device)
+    return _of_stream(plan, device, torch.cuda.current_stream(device).cuda_stream)
 
 
-_captured: dict[tuple[DecodePlan, torch.device], Workspace] = {}
-
-
-@cache
-def _kept(plan: DecodePlan, device: torch.device, stream: int | None) -> Workspace:
-    space = workspace(plan, device)
-    if stream is None:
-        # Zeroed on the current stream; a graph may be replayed on another one before that is over.
-        torch.cuda.current_stream(device).synchronize()
-        _captured[plan, device] = space
-    return space
+@lru_cache(maxsize=64)
+def _of_stream(plan: DecodePlan, device: torch.device, stream: int) -> Workspace:
+    return workspace(plan, device)

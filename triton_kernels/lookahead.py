@@ -13,6 +13,7 @@ blocks of A and of G.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -82,16 +83,23 @@ def gram_blocks(A: Tensor, B: Tensor, G: Tensor | None = None, *, block: int = B
     later = step[:, None] < step[None, :]
     readers = [A] if G is None else [A, G]
     gram = A.new_zeros(len(readers), lanes, count, width, width)
-    for w, reader in enumerate(readers):
-        for n in range(count):
-            part = slice(n * steps, (n + 1) * steps)
-            # 16-bit weights are multiplied as float32: these products are made once
-            full = (
-                wide(B[:, part]).to(state_dtype(B.dtype)) @ wide(reader[:, part]).to(state_dtype(A.dtype)).mT
-            )
-            m = full.shape[-1]
-            gram[w, :, n, :m, :m] = torch.where(later[:m, :m], full, 0.0).to(gram.dtype)
+    with without_autocast(A.device.type):
+        for w, reader in enumerate(readers):
+            for n in range(count):
+                part = slice(n * steps, (n + 1) * steps)
+                # 16-bit weights are multiplied as float32: these products are made once
+                rows, columns = (wide(W[:, part]).to(state_dtype(W.dtype)) for W in (B, reader))
+                full = rows @ columns.mT
+                m = full.shape[-1]
+                gram[w, :, n, :m, :m] = torch.where(later[:m, :m], full, 0.0).to(gram.dtype)
     return gram
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast switched off, where it is on: it would round float32 weights, and clash with written-on results."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def block_steps(block: int, depth: int, rank: int) -> int:
@@ -104,8 +112,11 @@ def check_gram(gram: Tensor, A: Tensor, G: Tensor | None) -> None:
     lanes, depth, rank, _ = A.shape
     steps = gram.shape[-1] // rank
     wanted = (1 if G is None else 2, lanes, -(-depth // max(steps, 1)), steps * rank, steps * rank)
-    if steps == 0 or gram.shape != wanted:
-        raise ValueError(f"Gram blocks of shape {tuple(gram.shape)} do not fit weights of {tuple(A.shape)}")
+    if steps == 0 or gram.shape != wanted or gram.dtype != A.dtype:
+        raise ValueError(
+            f"Gram blocks of shape {tuple(gram.shape)} and {gram.dtype} do not fit weights of {tuple(A.shape)} "
+            f"and {A.dtype}"
+        )
 
 
 def wide(W: Tensor) -> Tensor:

@@ -6,10 +6,11 @@ it: nothing in it waits for the device, and its memory comes from torch's alloca
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .backend import current_backend
 from .cost import gram_width
-from .lookahead import gram_blocks, lookahead
+from .lookahead import check_gram, gram_blocks, lookahead, without_autocast
 from .reference import chain_reference, check_chain
 
 _SCHEMA = (
@@ -41,7 +42,7 @@ def dlr_net(
     return torch.ops.dlr_lock.dlr_net(x, A, B, scale, bias, G, act, gram, backend)
 
 
-def _cpu(
+def _plain(
     x: Tensor,
     A: Tensor,
     B: Tensor,
@@ -53,8 +54,10 @@ def _cpu(
     backend: str,
 ) -> Tensor:
     if backend == "triton":
-        raise ValueError("backend 'triton' wants tensors on a CUDA or ROCm device, not on the CPU")
-    return lookahead(x, A, B, scale, bias, G, act, gram=gram)
+        raise ValueError(f"backend 'triton' wants tensors on a CUDA or ROCm device, not on {x.device}")
+    _check(x, A, B, scale, bias, G, act, gram)
+    with without_autocast(x.device.type):
+        return lookahead(x, A, B, scale, bias, G, act, gram=gram)
 
 
 def _cuda(
@@ -71,29 +74,71 @@ def _cuda(
     # Imported at the first use: Triton is Linux only, and takes half a second.
     from .dispatch import run, why_not
 
+    _check(x, A, B, scale, bias, G, act, gram)
     reason = why_not(A, act)
-    if backend == "lookahead" or (backend == "auto" and reason):
-        return lookahead(x, A, B, scale, bias, G, act, gram=gram)
-    if reason:
+    if reason and backend == "triton":
         raise ValueError(f"backend 'triton' {reason}")
-    tokens = x.reshape(-1, x.shape[-1])
-    check_chain(tokens, A, B, G, act)
-    if gram is None:
-        width = gram_width(tuple(A.shape), G is not None, A.itemsize, A.device)
-        gram = gram_blocks(A, B, G, block=width)
-    return run(tokens, A, B, scale, bias, G, act, gram).reshape(x.shape)
+    # Triton launches on the current device, whatever the tensors'.
+    with torch.cuda.device(x.device), without_autocast("cuda"):
+        if gram is None:
+            width = gram_width(tuple(A.shape), G is not None, A.itemsize, A.device)
+            gram = gram_blocks(A, B, G, block=width)
+        if reason or backend == "lookahead":
+            return lookahead(x, A, B, scale, bias, G, act, gram=gram)
+        tokens = x.reshape(-1, x.shape[-1])
+        vectors = scale.float().contiguous(), bias.float().contiguous()
+        return run(tokens, A, B, *vectors, G, act, gram.contiguous()).reshape(x.shape)
 
 
-def _fake(x: Tensor, A: Tensor, *rest: object) -> Tensor:
-    torch._check(x.shape[-1] == A.shape[-1], lambda: f"{x.shape[-1]} features, a chain of {A.shape[-1]}")
+def _check(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    G: Tensor | None,
+    act: str,
+    gram: Tensor | None,
+) -> None:
+    """Raises ValueError on what the kernels would read or write out of bounds, or as something else."""
+    check_chain(x, A, B, G, act)
+    if not scale.shape == bias.shape == A.shape[-1:]:
+        raise ValueError(
+            f"scale and bias must be [{A.shape[-1]}], not {list(scale.shape)}, {list(bias.shape)}"
+        )
+    if gram is not None:
+        check_gram(gram, A, G)
+    _check_devices(x, A, B, scale, bias, G, gram)
+
+
+def _check_devices(*tensors: Tensor | None) -> None:
+    devices = {str(t.device) for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"a chain on several devices: {', '.join(sorted(devices))}")
+
+
+def _fake(
+    x: Tensor, A: Tensor, B: Tensor, scale: Tensor, bias: Tensor, G: Tensor | None, act: str,
+    gram: Tensor | None, backend: str,
+) -> Tensor:  # fmt: skip
+    # Sizes may be symbols here: the real kernels look at the rest.
+    _check_devices(x, A, B, scale, bias, G, gram)
+    torch._check(
+        x.shape[-1] == A.shape[-1], lambda: f"{x.shape[-1]} features do not fit a chain of {A.shape[-1]}"
+    )
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _autograd(*args: Tensor | str | None) -> Tensor:
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
+    tensors = [t for t in args if isinstance(t, Tensor)]
+    dual = forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
+    if dual or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         raise RuntimeError(
             "a DLR-Net's fused forward has no backward: run inference under torch.no_grad(), or train through "
-            "the plain chain with `with dlr_lock.backend('naive'):` or DLR_LOCK_BACKEND=naive"
+            "the plain chain, forward and backward within `with dlr_lock.backend('naive'):` or with "
+            "DLR_LOCK_BACKEND=naive"
         )
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.dlr_lock.dlr_net(*args)
@@ -101,7 +146,7 @@ def _autograd(*args: Tensor | str | None) -> Tensor:
 
 _library = torch.library.Library("dlr_lock", "DEF")
 _library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-_library.impl("dlr_net", _cpu, "CPU")
+_library.impl("dlr_net", _plain, "CompositeExplicitAutograd")  # the CPU and whatever has no kernels here
 _library.impl("dlr_net", _cuda, "CUDA")
 _library.impl("dlr_net", _autograd, "Autograd")
 torch.library.register_fake("dlr_lock::dlr_net", _fake, lib=_library)

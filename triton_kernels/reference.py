@@ -72,6 +72,15 @@ def check_chain(x: Tensor, A: Tensor, B: Tensor, G: Tensor | None, act: str) -> 
     shapes = [tuple(w.shape) for w in (A, B, G) if w is not None]
     if A.dim() != 4 or len(set(shapes)) != 1:
         raise ValueError(f"A, B and G must share one shape [L, K, r, d], not {shapes}")
+    dtypes = {W.dtype for W in (A, B, G) if W is not None}
+    if not x.dtype.is_floating_point or len(dtypes) > 1 or not A.dtype.is_floating_point:
+        raise ValueError(
+            f"a chain wants float tokens and weights of one float dtype, not {x.dtype} and {dtypes}"
+        )
+    if 0 in A.shape:
+        raise ValueError(f"a chain of shape {list(A.shape)} has no weights")
+    if x.dim() == 0:
+        raise ValueError(f"one number does not fit a chain of {A.shape[-1]} features")
     if x.shape[-1] != A.shape[-1]:
         raise ValueError(f"tokens of {x.shape[-1]} features do not fit a chain of {A.shape[-1]}")
 

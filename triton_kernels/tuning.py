@@ -32,7 +32,7 @@ _PREFILL = "prefill"
 
 def wanted() -> bool:
     """Whether the user asked for measurements."""
-    return os.environ.get(VARIABLE, "") not in ("", "0")
+    return os.environ.get(VARIABLE, "").lower() in ("1", "true", "yes", "on")
 
 
 def tuned(shape: Shape, device: Device, steps: int, deterministic: bool) -> tuple[DecodePlan | None] | None:
@@ -42,9 +42,11 @@ def tuned(shape: Shape, device: Device, steps: int, deterministic: bool) -> tupl
         return None
     plan = None if entry == _PREFILL else decode_plan(_rounded(shape), device, steps, deterministic)
     try:
-        return (None if plan is None else replace(plan, **entry),)
-    except (TypeError, ValueError):  # a table of other hands
+        found = None if plan is None else replace(plan, **entry)
+    except (TypeError, ValueError):
         return None
+    # a table of other hands may hold anything
+    return (found,) if found in candidates(_rounded(shape), device, steps, deterministic) else None
 
 
 def candidates(shape: Shape, device: Device, steps: int, deterministic: bool) -> list[DecodePlan | None]:

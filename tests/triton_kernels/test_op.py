@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dlr_lock.runtime import DLRNet, DLRSpec
-from dlr_lock.triton_kernels import backend, chain_reference, dlr_net, gram_blocks
+from dlr_lock.triton_kernels import backend, chain_reference, current_backend, dlr_net, gram_blocks
 
 
 def chain(
@@ -125,3 +125,109 @@ def test_gram_blocks_are_not_part_of_a_checkpoint() -> None:
     with torch.no_grad():
         net(torch.randn(3, 48))
     assert "dlr_gram" not in net.state_dict()
+
+
+def test_fused_training_between_two_inferences_is_seen() -> None:
+    """Fused optimizers do not count their writes."""
+    net, x = filled(), torch.randn(3, 48)
+    with torch.no_grad():
+        net(x)
+    net.requires_grad_(True)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, fused=True)
+    with backend("naive"):
+        for _ in range(5):
+            net(x).square().sum().backward()
+            optimizer.step()
+    w = {name.removeprefix("dlr_"): p.detach() for name, p in net.named_parameters()}
+    for trainable in (True, False):
+        with torch.no_grad():
+            assert_close(net.requires_grad_(trainable)(x), reference(x, w))
+
+
+@pytest.mark.parametrize("way", ["assign", "parameter", "data", "vector", "functional"])
+def test_weights_that_are_swapped_get_new_gram_blocks(way: str) -> None:
+    net, x, w = filled(), torch.randn(3, 48), chain()
+    state = {f"dlr_{name}": t for name, t in w.items()}
+    with torch.no_grad():
+        net(x)
+        if way == "assign":
+            net.load_state_dict(state, assign=True)
+        elif way == "functional":
+            assert_close(torch.func.functional_call(net, state, (x,)), reference(x, w))
+            return
+        elif way == "vector":
+            torch.nn.utils.vector_to_parameters(
+                torch.cat([state[n].flatten() for n, _ in net.named_parameters()]), net.parameters()
+            )
+        else:
+            for name, t in state.items():
+                if way == "parameter":
+                    setattr(net, name, torch.nn.Parameter(t, requires_grad=False))
+                else:
+                    getattr(net, name).data = t
+        assert_close(net(x), reference(x, w))
+
+
+def test_autocast_does_not_reach_into_a_chain() -> None:
+    net, x = filled(), torch.randn(3, 48)
+    with torch.no_grad():
+        wanted = net(x)
+        fresh = filled()
+        fresh.load_state_dict(net.state_dict())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(net(x), wanted)
+            assert torch.equal(fresh(x), wanted)
+
+
+def test_weights_that_were_not_loaded_are_an_error() -> None:
+    with torch.no_grad(), pytest.raises(ValueError, match="several devices: cpu, meta"):
+        filled().to("meta")(torch.randn(3, 48))
+
+
+def test_inference_mode_from_the_start() -> None:
+    with torch.inference_mode():
+        net, x = filled(), torch.randn(3, 48)
+        w = {name.removeprefix("dlr_"): p for name, p in net.named_parameters()}
+        assert_close(net(x), reference(x, w))
+
+
+def test_scale_and_bias_stay_float32() -> None:
+    net = filled()
+    net.dlr_scale.data.fill_(1e5)
+    net.half()
+    assert net.dlr_A.dtype == torch.float16 and net.dlr_scale.dtype == torch.float32
+    assert net.dlr_scale.eq(1e5).all()
+
+
+def test_forward_derivatives_are_refused_too() -> None:
+    net, x = filled(), torch.randn(3, 48)
+    with pytest.raises(RuntimeError, match="no backward"):
+        torch.func.jvp(net, (x,), (x,))
+
+
+def test_blocks_of_two_threads_may_end_in_any_order() -> None:
+    first, second = backend("lookahead"), backend("naive")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert current_backend() == "naive"
+    second.__exit__(None, None, None)
+    assert current_backend() == "auto"
+
+
+def test_tensors_that_do_not_fit_are_named() -> None:
+    w, x = chain(), torch.randn(3, 48)
+    gram = gram_blocks(w["A"], w["B"])
+    wrong = {
+        "scale and bias must be": {"scale": torch.ones(1)},
+        "Gram blocks of shape": {"gram": gram[:, :1]},
+        "float16 do not fit": {"gram": gram.half()},
+        "one float dtype": {"B": w["B"].double()},
+        "float tokens": {"x": torch.ones(3, 48, dtype=torch.int64)},
+        "48 features|do not fit a chain": {"x": torch.ones(())},
+    }
+    for message, change in wrong.items():
+        with torch.no_grad(), pytest.raises(ValueError, match=message):
+            dlr_net(**({"x": x, **w, "gram": gram} | change))
+    with pytest.raises(ValueError, match="dlr_A is"):
+        filled().assign({f"dlr_{name}": t[:1] if name == "A" else t for name, t in w.items()})
