@@ -4,6 +4,7 @@ The same counts give the floor (what no implementation can beat), the prediction
 between them. Constants without a measurement of ours name their source; `dlr-lock bench --explain` prints all.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
@@ -123,7 +124,10 @@ def predict_decode(shape: Shape, plan: DecodePlan, device: Device) -> Prediction
     p = 4 * shape.tokens * plan.steps * plan.rank * maps
     adds = plan.lanes * plan.slices * p / device.atomics if plan.slices > 1 else 0.0
     barrier = device.barrier if plan.slices > 1 else 0.0
-    wait = adds + barrier + (grams + p) / device.sm_bandwidth + plan.steps * device.step
+    # The Gram tiles are requested before the wait, P only after it.
+    wait = (
+        adds + max(barrier, grams / device.sm_bandwidth) + p / device.sm_bandwidth + plan.steps * device.step
+    )
     # A slice of one tile has its weights requested before the wait; a wider one streams them after it.
     each = max(stream, wait) if plan.chunks == 1 else stream + wait
     return Prediction("decode", device.launch + plan.rounds * each, floor, 1, plan.rounds)
@@ -180,8 +184,8 @@ def gram_width(shape: tuple[int, ...], gated: bool, itemsize: int, device: torch
 
 @cache
 def best_width(shape: Shape, device: Device) -> int:
-    """The width at which one token and shape.tokens together are predicted to be nearest to their floors, with Gram
-    blocks of at most an eighth of the weights' bytes.
+    """The width at which one token and shape.tokens are predicted to be nearest to their floors (the product of the
+    two ratios), with Gram blocks of at most an eighth of the weights' bytes.
 
     Tried are whole solves, and solves of a power of two of steps, which decode's rounds divide in more ways; once
     to eight times.
@@ -192,7 +196,7 @@ def best_width(shape: Shape, device: Device) -> int:
     widths = sorted({min(lane, size * n) for size in (part, even) for n in (1, 2, 4, 8)})
     fitting = [w for w in widths if shape.gram_bytes(w) <= _GRAM_SHARE * shape.weight_bytes] or widths[:1]
     usual = (replace(shape, tokens=1), shape)
-    return min(fitting, key=lambda w: sum(_over_floor(s, w, device) for s in usual))
+    return min(fitting, key=lambda w: math.prod(_over_floor(s, w, device) for s in usual))
 
 
 def _over_floor(shape: Shape, width: int, device: Device) -> float:

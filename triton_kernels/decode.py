@@ -12,6 +12,9 @@ B and G once. A round is S steps, by look-ahead (`solve.py`):
 and at the end the lanes' z - x are added, and the last lane to arrive at a slice writes y. Lanes never wait
 for each other. `decode_plan.py` holds the geometry and the argument why the workspace is left as it was
 found; `decode_steps.py` runs the same schedule in plain torch, one CTA at a time, in any order.
+
+A step's rank is held as Q tiles of RP rows, its parts, of which the last may be ragged. Tile t of a round is part
+t % Q of step t // Q. Parts of one step do not depend on each other: there are Gram products between steps only.
 """
 
 import torch
@@ -43,8 +46,9 @@ def decode(
 
     x: [T, d] with T <= plan.tokens, any float dtype, rows contiguous. A, B and, for gated steps, G:
     [L, K, r, d] contiguous, of one dtype: float32, bfloat16 or float16. scale, bias: [d] float32.
-    gram: [L, N, m, m] in the weights' dtype, rows contiguous, of blocks of m/r steps that plan.steps divides;
-    None serves plan.steps == 1. gate_gram: gram's counterpart for G. act: one of KERNEL_ACTS.
+    gram: [L, N, m, m] in the weights' dtype, rows contiguous, of blocks of m/r steps that plan.steps divides, or
+    of any number where N = 1; None serves plan.steps == 1. gate_gram: gram's counterpart for G. act: one of
+    KERNEL_ACTS.
     workspace: made by `workspace` for this plan.
     Raises ValueError on shapes that do not fit the plan; the launch fails where lanes * slices CTAs do not
     fit the device at once.
@@ -91,27 +95,44 @@ def _wait(p_counter, target):
 
 
 @triton.jit
-def _weights(p_w, o_w, m_w, left, STEP: tl.constexpr, S: tl.constexpr):
-    """Tiles [RP, DC] of S consecutive steps, of which `left` exist; the others are zero."""
+def _rows_exist(t: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, Q: tl.constexpr):
+    """Which rows of tile t are no padding of the rank."""
+    return t % Q * RP + tl.arange(0, RP) < R
+
+
+@triton.jit
+def _weights(
+    p_w, o_w, m_w, left, D: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, Q: tl.constexpr, S: tl.constexpr
+):
+    """Tiles [RP, DC] of S consecutive steps, of which `left` exist; the others are zero. m_w: the columns."""
     tiles = ()
-    for i in tl.static_range(S):
-        tile = tl.load(p_w + i * STEP + o_w, mask=m_w & (i < left), other=0.0, eviction_policy="evict_first")
+    for t in tl.static_range(S * Q):
+        mask = _rows_exist(t, R, RP, Q)[:, None] & m_w & (t // Q < left)
+        start = (t // Q * R + t % Q * RP) * D
+        tile = tl.load(p_w + start + o_w, mask=mask, other=0.0, eviction_policy="evict_first")
         tiles += (tile,)
     return tiles
 
 
 @triton.jit
-def _gram_tiles(p_gram, s_j, R: tl.constexpr, RP: tl.constexpr, S: tl.constexpr):
-    """The Gram tiles [RP, RP] of a round, (i, j) for j < i, in the order of i."""
+def _gram_tiles(
+    p_gram, s_j, left,
+    R: tl.constexpr, RP: tl.constexpr, Q: tl.constexpr, S: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The Gram tiles [RP, RP] of a round, (t, u) for u of the steps before t's, in the order of t.
+
+    Unless blocks are WHOLE rounds, steps that do not exist are not in the block either.
+    """
     o_r = tl.arange(0, RP)
-    m_r = (o_r[:, None] < R) & (o_r[None, :] < R)
+    o_g = o_r[:, None] * s_j + o_r[None, :]
     tiles = ()
-    for i in tl.static_range(S):
-        for j in tl.static_range(i):
-            tile = tl.load(
-                p_gram + j * R * s_j + i * R + o_r[:, None] * s_j + o_r[None, :], mask=m_r, other=0.0
-            )
-            tiles += (tile,)
+    for t in tl.static_range(S * Q):
+        for u in tl.static_range(t // Q * Q):
+            mask = _rows_exist(u, R, RP, Q)[:, None] & _rows_exist(t, R, RP, Q)[None, :]
+            if not WHOLE:
+                mask = mask & (t // Q < left)
+            start = (u // Q * R + u % Q * RP) * s_j + t // Q * R + t % Q * RP
+            tiles += (tl.load(p_gram + start + o_g, mask=mask, other=0.0),)
     return tiles
 
 
@@ -147,51 +168,71 @@ def _project(z, weights, ps, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _update(z, hs, weights, S: tl.constexpr):
-    for i in tl.static_range(S):
+def _update(z, hs, weights, COUNT: tl.constexpr):
+    for i in tl.static_range(COUNT):
         z = tl.dot(hs[i], weights[i], z, input_precision=EXACT)
     return z
 
 
 @triton.jit
-def _publish(p_p, ps, m_p, TILE: tl.constexpr, ADD: tl.constexpr, COUNT: tl.constexpr):
-    for i in tl.static_range(COUNT):
+def _publish(
+    p_p, ps, m_t, ADD: tl.constexpr,
+    R: tl.constexpr, RP: tl.constexpr, Q: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    for t in tl.static_range(COUNT):
+        mask = m_t & _rows_exist(t, R, RP, Q)[None, :]
         if ADD:
-            tl.atomic_add(p_p + i * TILE, ps[i], mask=m_p, sem="relaxed")
+            tl.atomic_add(p_p + t * TILE, ps[t], mask=mask, sem="relaxed")
         else:
-            tl.store(p_p + i * TILE, ps[i], mask=m_p)
+            tl.store(p_p + t * TILE, ps[t], mask=mask)
 
 
 @triton.jit
-def _gather(p_p, m_p, TILE: tl.constexpr, SLOT: tl.constexpr, SLOTS: tl.constexpr, COUNT: tl.constexpr):
-    """The tiles of a round's P, summed over its slots in their order. L1 is not coherent, hence .cg."""
+def _gather(
+    p_p, m_t, SLOT: tl.constexpr, SLOTS: tl.constexpr,
+    R: tl.constexpr, RP: tl.constexpr, Q: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """The tiles of a round's P, summed over its slots in their order. L1 is not coherent, hence .cg.
+
+    Each is loaded as [BM, RP, 1] and summed over its last dimension, which keeps the compiler from loading what
+    becomes a left operand in that operand's layout: every warp would hold all of it, and activate it.
+    """
     ps = ()
-    for i in tl.static_range(COUNT - 1, -1, -1):  # the first, which is needed first, last: see `_settle`
-        ps = (tl.load(p_p + i * TILE, mask=m_p, other=0.0, cache_modifier=".cg"),) + ps
+    for t in tl.static_range(COUNT - 1, -1, -1):  # the first, which is needed first, last: see `_settle`
+        mask = (m_t & _rows_exist(t, R, RP, Q)[None, :])[:, :, None]
+        p = tl.load(p_p[:, :, None] + t * TILE, mask=mask, other=0.0, cache_modifier=".cg")
+        ps = (p,) + ps
     for slot in range(1, SLOTS):
         sums = ()
-        for i in tl.static_range(COUNT):
-            part = tl.load(p_p + slot * SLOT + i * TILE, mask=m_p, other=0.0, cache_modifier=".cg")
-            sums += (ps[i] + part,)
+        for t in tl.static_range(COUNT):
+            mask = (m_t & _rows_exist(t, R, RP, Q)[None, :])[:, :, None]
+            start = slot * SLOT + t * TILE
+            sums += (ps[t] + tl.load(p_p[:, :, None] + start, mask=mask, other=0.0, cache_modifier=".cg"),)
         ps = sums
-    return ps
+    sums = ()
+    for t in tl.static_range(COUNT):
+        sums += (tl.sum(ps[t], 2),)
+    return sums
 
 
 @triton.jit
 def _solve(
     ps, grams, gates, DTYPE: tl.constexpr,
-    ACT: tl.constexpr, GATED: tl.constexpr, S: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, Q: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """h_i [BM, RP] of a round, as in solve.py; the gates' p follow those of A in ps."""
+    """The tiles of h [BM, RP] of a round, as in solve.py; the gates' p follow those of A in ps."""
     hs = ()
-    for i in tl.static_range(S):
-        p = ps[i]
-        for j in tl.static_range(i):
-            p = tl.dot(hs[j], grams[i * (i - 1) // 2 + j], p, input_precision=EXACT)
+    for t in tl.static_range(S * Q):
+        # Before tile t's Gram tiles come those of the steps before, i Q a part of step i, and of its earlier parts.
+        p = ps[t]
+        for u in tl.static_range(t // Q * Q):
+            gram = grams[Q * Q * (t // Q * (t // Q - 1) // 2) + t % Q * (t // Q * Q) + u]
+            p = tl.dot(hs[u], gram, p, input_precision=EXACT)
         if GATED:
-            q = ps[S + i]
-            for j in tl.static_range(i):
-                q = tl.dot(hs[j], gates[i * (i - 1) // 2 + j], q, input_precision=EXACT)
+            q = ps[S * Q + t]
+            for u in tl.static_range(t // Q * Q):
+                gate = gates[Q * Q * (t // Q * (t // Q - 1) // 2) + t % Q * (t // Q * Q) + u]
+                q = tl.dot(hs[u], gate, q, input_precision=EXACT)
             h = activate(q, ACT) * p
         else:
             h = activate(p, ACT)
@@ -211,11 +252,11 @@ def _write(p_y, p_scale, p_bias, delta, o_d, m_d, o_y, m_y):
 def decode_kernel(
     p_x, p_a, p_b, p_g, p_scale, p_bias, p_gram, p_gate, p_y, p_values, p_counters,
     T, s_xt, s_gl, s_gn, s_gj, s_el, s_en, s_ej,
-    L: tl.constexpr, K: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
-    S: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
+    L: tl.constexpr, K: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+    S: tl.constexpr, Q: tl.constexpr, RP: tl.constexpr, TILES: tl.constexpr,
+    ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
     C: tl.constexpr, DS: tl.constexpr, DC: tl.constexpr, CHUNKS: tl.constexpr,
-    PARTS: tl.constexpr, STAGES: tl.constexpr,
-    P_SLOT: tl.constexpr, P_SLOTS: tl.constexpr, RING: tl.constexpr, SHARE: tl.constexpr,
+    STAGES: tl.constexpr, P_SLOT: tl.constexpr, P_SLOTS: tl.constexpr, RING: tl.constexpr, SHARE: tl.constexpr,
     Y_START: tl.constexpr, Y_SLOTS: tl.constexpr, Z_START: tl.constexpr,
     EXITS: tl.constexpr, TURNS: tl.constexpr, LINE: tl.constexpr,
     ACT: tl.constexpr, GATED: tl.constexpr, DETERMINISTIC: tl.constexpr,
@@ -223,6 +264,7 @@ def decode_kernel(
     DTYPE: tl.constexpr = p_a.dtype.element_ty
     STEP: tl.constexpr = R * D
     TILE: tl.constexpr = BM * RP
+    GRAMS: tl.constexpr = S * (S - 1) // 2 * Q * Q
     BUFFER: tl.constexpr = P_SLOTS * P_SLOT
     i_l = (tl.program_id(0) // C).to(tl.int64)
     i_c = tl.program_id(0) % C
@@ -231,10 +273,8 @@ def decode_kernel(
     o_r = tl.arange(0, RP)
     o_c = tl.arange(0, DC)
     m_t = o_t < T
-    m_p = m_t & (o_r[None, :] < R)
     width = DS if D % DS == 0 else tl.minimum(DS, D - first)
-    m_c = o_c < width
-    m_w = (o_r[:, None] < R) & m_c[None, :]
+    m_c = o_c[None, :] < width
     o_w = o_r[:, None] * D + o_c[None, :]
     p_a += i_l * (K * STEP) + first
     p_b += i_l * (K * STEP) + first
@@ -252,10 +292,10 @@ def decode_kernel(
             p_gate += i_l * s_el
 
     if CHUNKS == 1:
-        z = tl.load(p_x, mask=m_t & m_c[None, :], other=0.0).to(tl.float32)
-        ws = _weights(p_a, o_w, m_w, K, STEP, S)
+        z = tl.load(p_x, mask=m_t & m_c, other=0.0).to(tl.float32)
+        ws = _weights(p_a, o_w, m_c, K, D, R, RP, Q, S)
         if GATED:
-            ws += _weights(p_g, o_w, m_w, K, STEP, S)
+            ws += _weights(p_g, o_w, m_c, K, D, R, RP, Q, S)
     else:
         for o_q in range(0, CHUNKS * DC, DC):
             m_q = m_t & (o_c[None, :] < width - o_q)
@@ -265,47 +305,50 @@ def decode_kernel(
         left = K - n * S
         o_n = n * (S * STEP)
         # ---- P of this round
-        ps = _zeros(BM, RP, PARTS)
+        ps = _zeros(BM, RP, TILES)
         if CHUNKS == 1:
-            ps = _project(z, ws, ps, PARTS)
+            ps = _project(z, ws, ps, TILES)
         else:
             tl.debug_barrier()  # other threads read the state than wrote it
             for o_q in tl.range(0, CHUNKS * DC, DC, num_stages=STAGES):
                 m_q = o_c[None, :] < width - o_q
                 z = tl.load(p_z + o_q, mask=m_t & m_q, other=0.0)
-                ws = _weights(p_a + o_n + o_q, o_w, m_w & m_q, left, STEP, S)
+                ws = _weights(p_a + o_n + o_q, o_w, m_q, left, D, R, RP, Q, S)
                 if GATED:
-                    ws += _weights(p_g + o_n + o_q, o_w, m_w & m_q, left, STEP, S)
-                ps = _project(z, ws, ps, PARTS)
+                    ws += _weights(p_g + o_n + o_q, o_w, m_q, left, D, R, RP, Q, S)
+                ps = _project(z, ws, ps, TILES)
         if C > 1:
             p_round = p_p + (n % RING) * BUFFER + o_p
-            _publish(p_round + o_slot, ps, m_p, TILE, not DETERMINISTIC, PARTS)
+            _publish(p_round + o_slot, ps, m_t, not DETERMINISTIC, R, RP, Q, TILE, TILES)
             _arrive(p_barrier)
 
         # ---- what does not depend on the other CTAs is requested before the wait. B and the Gram tiles reach
         # shared memory meanwhile; the next A (and G) stay in flight until the next round's P. All of it after
         # the arrival, whose release would wait for loads before it.
         if CHUNKS == 1:
-            bs = _weights(p_b + o_n, o_w, m_w, left, STEP, S)
+            bs = _weights(p_b + o_n, o_w, m_c, left, D, R, RP, Q, S)
         grams = ()
         gates = ()
         if S > 1:
+            WHOLE: tl.constexpr = BLOCK % S == 0
             o_block = n * S // BLOCK
             o_step = (n * S % BLOCK) * R
-            grams = _gram_tiles(p_gram + o_block * s_gn + o_step * (s_gj + 1), s_gj, R, RP, S)
+            grams = _gram_tiles(p_gram + o_block * s_gn + o_step * (s_gj + 1), s_gj, left, R, RP, Q, S, WHOLE)
             if GATED:
-                gates = _gram_tiles(p_gate + o_block * s_en + o_step * (s_ej + 1), s_ej, R, RP, S)
+                gates = _gram_tiles(
+                    p_gate + o_block * s_en + o_step * (s_ej + 1), s_ej, left, R, RP, Q, S, WHOLE
+                )
         if CHUNKS == 1:
-            ws = _weights(p_a + o_n + S * STEP, o_w, m_w, left - S, STEP, S)
+            ws = _weights(p_a + o_n + S * STEP, o_w, m_c, left - S, D, R, RP, Q, S)
             if GATED:
-                ws += _weights(p_g + o_n + S * STEP, o_w, m_w, left - S, STEP, S)
+                ws += _weights(p_g + o_n + S * STEP, o_w, m_c, left - S, D, R, RP, Q, S)
             tl.debug_barrier()
-            bs = _settle(bs, left > 0, S)
-            grams = _settle(grams, left > 0, S * (S - 1) // 2)
-            gates = _settle(gates, left > 0, S * (S - 1) // 2 if GATED else 0)
+            bs = _settle(bs, left > 0, S * Q)
+            grams = _settle(grams, left > 0, GRAMS)
+            gates = _settle(gates, left > 0, GRAMS if GATED else 0)
         if C > 1:
             _wait(p_barrier, (n + 1) * C)
-            ps = _gather(p_round, m_p, TILE, P_SLOT, P_SLOTS, PARTS)
+            ps = _gather(p_round, m_t, P_SLOT, P_SLOTS, R, RP, Q, TILE, TILES)
             if not DETERMINISTIC:
                 # Nobody reads round n - 1 any more, nobody adds to its buffer before barrier n + 1.
                 o_z = i_c * SHARE + tl.arange(0, SHARE)
@@ -313,14 +356,15 @@ def decode_kernel(
                 tl.store(p_share, tl.zeros((SHARE,), tl.float32), mask=o_z < BUFFER)
 
         # ---- the state moves on
-        hs = _solve(ps, grams, gates, DTYPE, ACT, GATED, S)
+        hs = _solve(ps, grams, gates, DTYPE, ACT, GATED, Q, S)
         if CHUNKS == 1:
-            z = _update(z, hs, bs, S)
+            z = _update(z, hs, bs, S * Q)
         else:
             for o_q in tl.range(0, CHUNKS * DC, DC, num_stages=STAGES):
                 m_q = o_c[None, :] < width - o_q
                 z = tl.load(p_z + o_q, mask=m_t & m_q, other=0.0)
-                z = _update(z, hs, _weights(p_b + o_n + o_q, o_w, m_w & m_q, left, STEP, S), S)
+                bs = _weights(p_b + o_n + o_q, o_w, m_q, left, D, R, RP, Q, S)
+                z = _update(z, hs, bs, S * Q)
                 tl.store(p_z + o_q, z, mask=m_t & m_q)
 
     # ---- y: of this CTA where there is one lane, else of the last lane to arrive
@@ -361,8 +405,8 @@ def decode_kernel(
         tl.debug_barrier()
         if tl.atomic_add(p_exit, 1, sem="acq_rel") == C - 1:
             if not DETERMINISTIC:
-                for i in range(PARTS):
-                    p_last = p_p + ((ROUNDS - 1) % RING) * BUFFER + i * TILE + o_p
-                    tl.store(p_last, tl.zeros((BM, RP), tl.float32), mask=m_p)
+                for t in range(TILES):
+                    p_last = p_p + ((ROUNDS - 1) % RING) * BUFFER + t * TILE + o_p
+                    tl.store(p_last, tl.zeros((BM, RP), tl.float32), mask=m_t)
             tl.store(p_barrier, 0)
             tl.store(p_exit, 0)

@@ -2,8 +2,8 @@
 
 The kernel (`decode.py`) and the step interpreter (`decode_steps.py`) both take every number from here.
 
-Workspace, float32 values: per lane a ring of three buffers of P, one buffer a round, [slot, part, token,
-rank] with a part for every step (and gate) of the round; then Y [slot, token, d]; then, where a slice is too
+Workspace, float32 values: per lane a ring of three buffers of P, one buffer a round, [slot, tile, token,
+row] with the parts of every step (and gate) of the round; then Y [slot, token, d]; then, where a slice is too
 wide for registers, the state [lane, token, d]. P and Y have one slot that all add into, in the order they
 come; or, for `deterministic`, one a writer, summed in their order by the reader. int32 counters, each on a
 line of its own: a barrier and an exit counter a lane, a turn counter a slice.
@@ -20,17 +20,26 @@ What is added into is zero between launches, and nothing else is read before it 
 """
 
 from dataclasses import dataclass
+from itertools import product
 from math import ceil
 
 import torch
 from torch import Tensor
 
-MAX_WIDTH = 256  # of a round, in columns of P: the Gram bytes that every CTA reads grow with its square
-MAX_STEPS = 8  # of a round: its solve is unrolled
-# Registers of a thread that `_registers` may count, of 255, by the rows of a tile. Of 41 shapes compiled for
-# sm_90 (d = 576 to 5120, 1 to 32 lanes, ranks of 16 to 128) three then use a stack, of 8 to 80 bytes; most
-# above do. Telling ptxas to use up to 255 (maxnreg) frees two of them and gives two others a stack.
-MAX_REGISTERS = {16: 160, 32: 160, 64: 100}
+# Of a round of several steps, in columns of P. A step costs a S-th of a barrier, of 1 us, and reading (S - 1) / 2 Gram
+# tiles of r^2 elements, at 107 GB/s: together the least at about 330 columns, at any rank.
+MAX_WIDTH = 384
+MAX_STEPS = 12  # of a round: its solve is unrolled
+MAX_PRODUCTS = 72  # of Gram tiles in a round, for the time to compile: 12 steps of one part, 4 of three
+# Rows of a part and the fewest columns of a tile, by the tokens of a plan. Where a product that stands alone or a tile
+# of the state is not wider than its 16 or 32 tokens, Triton gives every warp the whole of all products: 2 to 8 times
+# the instructions and up to 2.5 times the registers. From 64 tokens on it divides them in another way.
+PARTS = {16: (32, 64, 128), 32: (32, 64, 128), 64: (16, 32, 64, 128)}
+MIN_TILE = {16: 32, 32: 64, 64: 32}
+# Registers of a thread that `_registers` may count, of 255, by the tokens of a plan. Of 31 shapes compiled for sm_90
+# (d = 576 to 8192, 1 to 64 lanes, ranks of 16 to 672) none takes a stack for 16 tokens, six for 32, of 16 to 32 bytes,
+# and for 64 those of which not even one step fits: 16 to 656 bytes.
+MAX_REGISTERS = {16: 170, 32: 170, 64: 128}
 MAX_SHARED = 128 * 1024  # bytes of the software pipeline, where a slice is more than a tile
 
 STAGES = 3  # of the software pipeline over the tiles of a slice
@@ -51,6 +60,7 @@ class DecodePlan:
     steps: int  # of a round, S
     slices: int  # CTAs a lane, C
     tile: int  # columns of the state that are held at once: a power of two
+    part: int  # rows of the rank that are held as one tile: a power of two
     num_warps: int = 8
     deterministic: bool = False  # the same bits every time, for more traffic: C times P, L times Y
 
@@ -62,6 +72,8 @@ class DecodePlan:
             raise ValueError(f"a decode plan is for 16, 32 or 64 tokens, not {self.tokens}")
         if self.tile < 16 or self.tile & (self.tile - 1):
             raise ValueError(f"a tile is a power of two of at least 16 columns, not {self.tile}")
+        if self.part < 16 or self.part & (self.part - 1):
+            raise ValueError(f"a part is a power of two of at least 16 rows, not {self.part}")
         if (self.slices - 1) * self.slice_width >= self.hidden:
             raise ValueError(
                 f"{self.slices} slices of {self.slice_width} columns leave some of {self.hidden} empty"
@@ -89,8 +101,9 @@ class DecodePlan:
 
         Every multiprocessor gets one CTA, as far as slices of a multiple of 16 columns divide them among the
         lanes. A tile is the whole slice where a round of one step then fits the registers, else 64 columns or
-        fewer. A round is as many steps as fit the registers, MAX_STEPS and MAX_WIDTH, and divide
-        `block_steps`, the steps of a stored Gram block. Raises ValueError where there are more lanes than
+        fewer. A round is as many steps as fit the registers, MAX_STEPS, MAX_WIDTH and MAX_PRODUCTS, and divide
+        `block_steps`, the steps of a stored Gram block; where that holds all steps, any number, shared out
+        evenly. A step is as few parts as then fit. Raises ValueError where there are more lanes than
         multiprocessors, or more than 64 tokens.
         """
         if not 1 <= tokens <= 64:
@@ -99,27 +112,34 @@ class DecodePlan:
             raise ValueError(f"{lanes} lanes do not fit {sms} multiprocessors at once")
         slice_width = _up_to(ceil(hidden / (sms // lanes)), 16)
         rows = _power_of_two(tokens)
-        fitting = [s for s in range(min(block_steps, depth, MAX_STEPS), 0, -1) if block_steps % s == 0]
-        fitting = [s for s in fitting if s * padded_rank(rank) <= MAX_WIDTH] or [1]
+        maps = 2 if gated else 1
+        most = min(block_steps, depth, MAX_STEPS, max(1, MAX_WIDTH // rank))
+        if block_steps >= depth:
+            fitting = list(dict.fromkeys(ceil(depth / ceil(depth / s)) for s in range(most, 0, -1)))
+        else:
+            fitting = [s for s in range(most, 0, -1) if block_steps % s == 0]
+        # The fewest tiles first: each is a product and an exchange between warps of its own.
+        parts = sorted(PARTS[rows], key=lambda part: (ceil(rank / part), part))
 
-        def most_steps(tile: int) -> int:
-            """Steps of a round with such a tile; 0 where not even one fits."""
-            for steps in fitting:
-                shared = (
-                    STAGES * tile * (4 * rows + itemsize * steps * padded_rank(rank) * (2 if gated else 1))
-                )
-                if tile < slice_width and shared > MAX_SHARED:
-                    continue
+        def most_steps(tile: int) -> tuple[int, int] | None:
+            """Steps of a round with such a tile, and rows of a part; None where not even one step fits."""
+            for steps, part in product(fitting, parts):
+                tiles = ceil(rank / part)
+                shared = STAGES * tile * (4 * rows + itemsize * maps * steps * tiles * part)
+                whole = tile >= slice_width
                 if (
-                    _registers(rows, steps, rank, tile, itemsize, gated, tile >= slice_width)
+                    (whole or (shared <= MAX_SHARED and (part > rows or rows == 64)))
+                    and maps * tiles**2 * steps * (steps - 1) // 2 <= MAX_PRODUCTS
+                    and _registers(rows, steps, rank, part, tile, itemsize, maps, whole)
                     <= MAX_REGISTERS[rows]
                 ):
-                    return steps
-            return 0
+                    return steps, part
+            return None
 
-        tile = _power_of_two(slice_width)
-        if not most_steps(tile):
-            tile = next((t for t in (64, 32) if t < tile and most_steps(t)), 16)
+        least = MIN_TILE[rows]
+        widest = max(least, _power_of_two(slice_width))
+        tile = next((t for t in (widest, 64, least) if t <= widest and most_steps(t)), least)
+        steps, part = most_steps(tile) or (1, 64)
         return DecodePlan(
             lanes=lanes,
             depth=depth,
@@ -127,17 +147,28 @@ class DecodePlan:
             hidden=hidden,
             tokens=rows,
             gated=gated,
-            steps=most_steps(tile) or 1,
+            steps=steps,
             slices=ceil(hidden / slice_width),
             tile=tile,
+            part=part,
             deterministic=deterministic,
         )
 
     # ---- who holds what
 
     @property
-    def padded_rank(self) -> int:
-        return padded_rank(self.rank)
+    def maps(self) -> int:
+        """Weights that read the state: A and, for gated steps, G."""
+        return 2 if self.gated else 1
+
+    @property
+    def parts(self) -> int:
+        """Tiles of a step, Q."""
+        return ceil(self.rank / self.part)
+
+    def part_rows(self, part: int) -> slice:
+        """The rows of a part of a step; the last part may have fewer than `part`."""
+        return slice(part * self.part, min((part + 1) * self.part, self.rank))
 
     @property
     def rounds(self) -> int:
@@ -165,14 +196,18 @@ class DecodePlan:
     # ---- the workspace
 
     @property
-    def parts(self) -> int:
-        """Tiles [tokens, padded_rank] of P in a round: one a step, two where it is gated."""
-        return self.steps * (2 if self.gated else 1)
+    def p_tiles(self) -> int:
+        """Tiles [tokens, part] of P in a round: as many as parts a step, twice that where it is gated."""
+        return self.maps * self.steps * self.parts
+
+    def p_tile(self, gate: int, step: int, part: int) -> int:
+        """Which tile of P belongs to a part of a round's step; gate: 0 for A, 1 for G."""
+        return (gate * self.steps + step) * self.parts + part
 
     @property
     def p_slot(self) -> int:
         """float32 values of a slot of P."""
-        return self.parts * self.tokens * self.padded_rank
+        return self.p_tiles * self.tokens * self.part
 
     @property
     def p_slots(self) -> int:
@@ -236,10 +271,10 @@ class DecodePlan:
     def constants(self) -> dict[str, int | bool]:
         """The kernel's compile-time arguments."""
         return {
-            "L": self.lanes, "K": self.depth, "R": self.rank, "RP": self.padded_rank, "D": self.hidden,
-            "BM": self.tokens, "S": self.steps, "ROUNDS": self.rounds, "C": self.slices,
-            "DS": self.slice_width, "DC": self.tile, "CHUNKS": self.chunks, "STAGES": STAGES,
-            "PARTS": self.parts, "P_SLOT": self.p_slot, "P_SLOTS": self.p_slots, "RING": RING,
+            "L": self.lanes, "K": self.depth, "R": self.rank, "D": self.hidden, "BM": self.tokens,
+            "S": self.steps, "Q": self.parts, "RP": self.part, "TILES": self.p_tiles, "ROUNDS": self.rounds,
+            "C": self.slices, "DS": self.slice_width, "DC": self.tile, "CHUNKS": self.chunks, "STAGES": STAGES,
+            "P_SLOT": self.p_slot, "P_SLOTS": self.p_slots, "RING": RING,
             "SHARE": self.p_share, "Y_START": self.y_start, "Y_SLOTS": self.y_slots, "Z_START": self.z_start,
             "EXITS": self.exits, "TURNS": self.turns, "LINE": LINE, "GATED": self.gated,
             "DETERMINISTIC": self.deterministic,
@@ -267,7 +302,8 @@ class DecodePlan:
                 continue
             lanes, blocks, rows, width = g.shape if g is not None and g.dim() == 4 else (0, 0, 0, 0)
             block = width // self.rank
-            fits = lanes == self.lanes and rows == width > 0 and width % self.rank == 0 == block % self.steps
+            fits = lanes == self.lanes and rows == width > 0 and width % self.rank == 0
+            fits = fits and (blocks == 1 or block % self.steps == 0)
             if not fits or blocks * block < self.depth:
                 raise ValueError(
                     f"Gram blocks must be [{self.lanes}, N, m, m], m a multiple of {self.steps * self.rank},"
@@ -285,27 +321,30 @@ class Workspace:
 
 def workspace(plan: DecodePlan, device: torch.device | str) -> Workspace:
     """Zeroed memory for `decode` with this plan. Launches that may overlap (two streams) need one each."""
-    return Workspace(
-        torch.zeros(plan.values, dtype=torch.float32, device=device),
-        torch.zeros(plan.counters, dtype=torch.int32, device=device),
-    )
+    values = _up_to(plan.values, LINE)
+    zeros = torch.zeros(
+        values + plan.counters, dtype=torch.int32, device=device
+    )  # one launch, where it counts
+    return Workspace(zeros[: plan.values].view(torch.float32), zeros[values:])
 
 
 def _registers(
-    rows: int, steps: int, rank: int, tile: int, itemsize: int, gated: bool, whole: bool, threads: int = 256
+    rows: int, steps: int, rank: int, part: int, tile: int, itemsize: int, maps: int, whole: bool
 ) -> int:
-    """Registers of a thread for the tiles that live at once, in a round of `steps`; whole: a tile is a slice.
+    """Registers of a thread for what is held or on its way at once, in a round of `steps`; whole: a tile is a slice.
 
-    The left operand of a product is held by every warp (by every warp group, from 64 rows on).
+    Before the wait that is the next A (and G), B and the Gram tiles; after it the next A, P, and left operands.
     """
-    copies = threads // 128 if rows == 64 else threads // 32
-    operand = rows * tile * itemsize * copies
-    hidden = steps * rows * padded_rank(rank) * itemsize * copies
-    sums = steps * rows * padded_rank(rank) * 4 * (2 if gated else 1)
-    grams = steps * (steps - 1) // 2 * padded_rank(rank) ** 2 * itemsize * (2 if gated else 1)
-    weights = steps * rank * tile * itemsize if whole else 0
-    state = rows * tile * 4 + weights * (2 if gated else 1)
-    return (state + max(operand + sums, weights + grams, sums + hidden)) // (4 * threads)
+    tiles = steps * ceil(rank / part)
+    weights = tiles * part * tile * itemsize if whole else 0
+    grams = maps * steps * (steps - 1) // 2 * (ceil(rank / part) * part) ** 2 * itemsize
+    # In products of 16 or 32 rows and less than 64 columns some of the warps hold the same.
+    sums = maps * tiles * rows * (part if rows == 64 else max(part, 64)) * 4
+    # From 64 rows on, a sum and what is made of it are held together; and for later steps h, by both groups of warps
+    # and once more on its way.
+    hidden = 3 * tiles * rows * part * itemsize if rows == 64 and steps > 1 else 0
+    state = rows * tile * 4 + maps * weights
+    return (state + max(weights + grams, sums * (2 if rows == 64 else 1) + hidden)) // 1024
 
 
 def padded_rank(rank: int) -> int:

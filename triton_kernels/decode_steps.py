@@ -10,6 +10,7 @@ tested here.
 import random
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -105,31 +106,33 @@ class Cta:
         return t[..., self.columns]
 
     def project(self, n: int) -> dict[int, Tensor]:
-        """This slice's share of P of round n: part -> [T, r]."""
+        """This slice's share of P of round n: tile -> [T, rows of the part]."""
         ps = {}
-        for part, weights in enumerate((self.chain.A, self.chain.G)):
+        for gate, weights in enumerate((self.chain.A, self.chain.G)):
             if weights is None:
                 continue
             for i, k in enumerate(self.plan.round_steps(n)):
                 w = self.slice_of(weights[self.lane, k])
                 z = self.z.to(w.dtype)
-                p = torch.stack([z[:, t] @ w[:, t].T for t in self.tiles()]).sum(0)
-                ps[part * self.plan.steps + i] = p.to(self.z.dtype)
+                p = torch.stack([z[:, t] @ w[:, t].T for t in self.tiles()]).sum(0).to(self.z.dtype)
+                for part in range(self.plan.parts):
+                    ps[self.plan.p_tile(gate, i, part)] = p[:, self.plan.part_rows(part)]
         return ps
 
-    def part(self, n: int, slot: int, part: int) -> Tensor:
-        """A tile [T, r] of the lane's P."""
+    def part(self, n: int, slot: int, tile: int) -> Tensor:
+        """A tile [T, rows of the part] of the lane's P."""
         start = self.plan.p_start(self.lane, n, slot)
         tiles = self.memory.values[start : start + self.plan.p_slot]
-        tiles = tiles.view(self.plan.parts, self.plan.tokens, self.plan.padded_rank)
-        return tiles[part, : self.tokens, : self.plan.rank]
+        tiles = tiles.view(self.plan.p_tiles, self.plan.tokens, self.plan.part)
+        rows = self.plan.part_rows(tile % self.plan.parts)
+        return tiles[tile, : self.tokens, : rows.stop - rows.start]
 
     def publish(self, n: int, ps: dict[int, Tensor]) -> Iterator[str]:
-        for part, p in ps.items():
+        for tile, p in ps.items():
             if self.plan.deterministic:
-                self.part(n, self.cta, part).copy_(p)
+                self.part(n, self.cta, tile).copy_(p)
             else:
-                self.part(n, 0, part).add_(p)
+                self.part(n, 0, tile).add_(p)
             yield "added"
 
     def arrive(self) -> Iterator[str]:
@@ -142,14 +145,12 @@ class Cta:
         yield "passed"
 
     def gather(self, n: int) -> Generator[str, None, dict[int, Tensor]]:
-        """P of round n, complete: part -> [T, r], the generator's value."""
+        """P of round n, complete: tile -> [T, rows of the part], the generator's value."""
         ps = {}
-        gates = 2 if self.plan.gated else 1
-        for part in [
-            g * self.plan.steps + i for g in range(gates) for i in range(len(self.plan.round_steps(n)))
-        ]:
-            slots = [self.part(n, slot, part) for slot in range(self.plan.p_slots)]
-            ps[part] = torch.stack(slots).sum(0)
+        places = product(range(self.plan.maps), range(len(self.plan.round_steps(n))), range(self.plan.parts))
+        for tile in [self.plan.p_tile(*place) for place in places]:
+            slots = [self.part(n, slot, tile) for slot in range(self.plan.p_slots)]
+            ps[tile] = torch.stack(slots).sum(0)
             yield "read"
         return ps
 
@@ -166,10 +167,8 @@ class Cta:
         hs: list[Tensor] = []
         for i in range(len(self.plan.round_steps(n))):
             sums = []
-            for part, gram in ((i, self.chain.gram), (self.plan.steps + i, self.chain.gate_gram)):
-                if part not in ps:
-                    continue
-                p = ps[part].clone()
+            for gate, gram in enumerate((self.chain.gram, self.chain.gate_gram)[: self.plan.maps]):
+                p = torch.cat([ps[self.plan.p_tile(gate, i, part)] for part in range(self.plan.parts)], 1)
                 for j, h in enumerate(hs):
                     assert gram is not None  # `check` refuses rounds of several steps without
                     block, step = divmod(first, gram.shape[-1] // rank)
@@ -221,8 +220,8 @@ class Cta:
         yield "left"
         if last:
             if not self.plan.deterministic:
-                for part in range(self.plan.parts):
-                    self.part(self.plan.rounds - 1, 0, part).zero_()
+                for tile in range(self.plan.p_tiles):
+                    self.part(self.plan.rounds - 1, 0, tile).zero_()
                     yield "cleared"
             self.memory.counters[self.barrier] = 0
             yield "reset"

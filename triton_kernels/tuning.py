@@ -55,9 +55,10 @@ def candidates(shape: Shape, device: Device, steps: int, deterministic: bool) ->
     plan = decode_plan(shape, device, steps, deterministic)
     if plan is None:
         return [None]
-    divisors = [s for s in range(1, min(steps, shape.depth, 2 * MAX_STEPS) + 1) if steps % s == 0]
-    at = divisors.index(plan.steps)
-    near = divisors[max(0, at - 1) : at + 2]
+    most = min(steps, shape.depth, 2 * MAX_STEPS)
+    fitting = sorted({plan.steps, *(s for s in range(1, most + 1) if steps % s == 0)})
+    at = fitting.index(plan.steps)
+    near = fitting[max(0, at - 1) : at + 2]
     variants = [replace(plan, steps=s, num_warps=w) for s in near for w in (plan.num_warps, 4)]
     return list(dict.fromkeys([first, None, plan, *variants]))
 

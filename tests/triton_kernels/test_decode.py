@@ -30,10 +30,10 @@ ORDERS = tuple(orders(0))
 
 
 def make_plan(L: int, K: int, r: int, d: int, S: int, C: int, tile: int = 0, **options) -> DecodePlan:
-    """A plan of exactly these numbers; tile 0: the whole slice."""
+    """A plan of exactly these numbers; tile 0: the whole slice. A step is one part unless options say so."""
     width = math.ceil(d / C / 16) * 16
     tile = tile or max(16, 1 << (width - 1).bit_length())
-    options = {"tokens": 16, "gated": False} | options
+    options = {"tokens": 16, "gated": False, "part": max(16, 1 << (r - 1).bit_length())} | options
     return DecodePlan(lanes=L, depth=K, rank=r, hidden=d, steps=S, slices=C, tile=tile, **options)
 
 
@@ -90,6 +90,11 @@ PLANS = [  # L, K, r, d, S, C, T, options
     (8, 3, 16, 48, 1, 3, 2, {"gated": True}),
     (8, 4, 16, 64, 4, 4, 2, {}),
     (1, 12, 16, 64, 1, 4, 2, {}),
+    (1, 6, 48, 64, 3, 4, 2, {"part": 16}),
+    (2, 5, 80, 48, 2, 3, 3, {"part": 32}),  # a ragged last part
+    (1, 3, 100, 80, 1, 2, 1, {"part": 32}),  # as 336 in parts of 64 or 128: a step a round
+    (2, 4, 40, 64, 2, 2, 5, {"part": 32, "gated": True}),
+    (1, 4, 41, 72, 4, 1, 2, {"part": 16, "tile": 32, "gated": True}),
 ]
 
 
@@ -118,6 +123,7 @@ def test_schedule_random() -> None:
         r, d = pick(16, 32, 48), pick(16, 33, 64, 112, 130)
         C = math.ceil(d / (16 * math.ceil(d / pick(1, 2, 3, 5) / 16)))
         options = {"gated": bool(pick(0, 1)), "deterministic": bool(pick(0, 0, 1)), "tile": pick(0, 16, 32)}
+        options["part"] = pick(16, 32, 64)
         plan = make_plan(L, K, r, d, S, C, **options)
         chain = make_chain(plan, pick(1, 2, 16), seed=case, blocks=pick(1, 3))
         y = run(plan, Memory(plan), orders(case)["random"], **chain, act="gelu")
@@ -159,6 +165,19 @@ class WaitsForTooMany(Cta):
 class NobodyLeaves(Cta):
     def leave(self) -> Iterator[str]:
         yield "gone"
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_rounds_that_do_not_divide_a_block_of_all_steps(gated: bool) -> None:
+    plan = make_plan(2, 7, 40, 64, 3, 2, part=32, gated=gated)
+    chain = make_chain(plan, 2)
+    for name, weights in {"gram": "A", "gate_gram": "G"}.items():
+        chain[name] = stored_gram(chain[weights], chain["B"], 7) if weights in chain else None
+    y = run(plan, Memory(plan), orders(0)["random"], **chain)
+    assert_same(y, wanted(chain), 1e-12)
+    two = chain | {"gram": chain["gram"].expand(2, 2, -1, -1)}
+    with pytest.raises(ValueError, match="multiple of 120"):
+        plan.check(*(two[name] for name in ("x", "A", "B")), two.get("G"), two["gram"], two["gate_gram"])
 
 
 def broken_gram(chain: dict) -> dict:
@@ -203,12 +222,36 @@ def test_plan_chosen() -> None:
         columns = [plan.columns(c) for c in range(plan.slices)]
         assert [c.start for c in columns] == [0] + [c.stop for c in columns[:-1]]
         assert columns[-1].stop == d
+        rows = [plan.part_rows(q) for q in range(plan.parts)]
+        assert [q for part in rows for q in range(plan.rank)[part]] == list(range(plan.rank))
     with pytest.raises(ValueError, match="133 lanes do not fit 132"):
         DecodePlan.choose(lanes=133, depth=1, rank=16, hidden=64, tokens=1, sms=132)
     with pytest.raises(ValueError, match="65"):
         DecodePlan.choose(lanes=1, depth=1, rank=16, hidden=64, tokens=65, sms=132)
     with pytest.raises(ValueError, match="empty"):
         make_plan(1, 1, 16, 64, 1, 7)
+
+
+@pytest.mark.parametrize(
+    ("lanes", "depth", "rank", "hidden"),
+    [(1, 32, 672, 4096), (1, 64, 336, 4096), (1, 128, 160, 4096), (8, 64, 48, 4096), (1, 64, 192, 2048)],
+)
+def test_weights_of_a_slice_are_requested_at_once(lanes: int, depth: int, rank: int, hidden: int) -> None:
+    """At few tokens a slice is one tile, and a round as wide as its Gram tiles allow."""
+    plan = DecodePlan.choose(lanes=lanes, depth=depth, rank=rank, hidden=hidden, tokens=1, sms=132)
+    assert plan.chunks == 1
+    assert plan.steps == (1 if rank > 192 else 2)
+    assert plan.parts * plan.part < 1.34 * rank
+
+
+def test_block_of_all_steps_is_shared_out_evenly() -> None:
+    def steps(depth: int, block: int) -> int:
+        plan = DecodePlan.choose(
+            lanes=1, depth=depth, rank=16, hidden=2048, tokens=1, sms=132, block_steps=block
+        )
+        return plan.steps
+
+    assert [steps(22, 22), steps(23, 32), steps(44, 22), steps(44, 24)] == [11, 8, 11, 8]
 
 
 @pytest.mark.parametrize(
@@ -233,6 +276,7 @@ def test_tensors_that_do_not_fit(change: dict, message: str) -> None:
 def interpreted_alone() -> None:
     """One CTA a lane, so that the interpreter, which runs CTAs one after another, comes to an end."""
     acts = list({kernel: name for name, kernel in KERNEL_ACTS.items()}.values())
+    tried = set()
     for seed, (L, K, r, d, S, T, options) in enumerate(
         [
             (1, 1, 16, 16, 1, 1, {}),
@@ -244,10 +288,21 @@ def interpreted_alone() -> None:
             (2, 3, 16, 50, 3, 2, {"deterministic": True}),
             (1, 6, 32, 64, 3, 16, {}),
             (2, 2, 16, 20, 2, 2, {"gated": True}),
+            (1, 4, 48, 40, 4, 2, {"part": 16}),
+            (2, 3, 80, 33, 2, 3, {"part": 32, "gated": True}),
+            (1, 2, 84, 40, 1, 2, {"part": 16}),
+            (1, 3, 40, 72, 2, 2, {"part": 32, "tile": 32}),
+            (1, 3, 40, 24, 3, 2, {"part": 16, "gated": True, "deterministic": True}),
         ]
     ):
+        acts = acts or ["sigmoid", "silu"]
+        tried.add(acts[-1])
         launch_twice(make_plan(L, K, r, d, S, 1, **options), T, seed, acts.pop())
-    assert not acts
+    assert {KERNEL_ACTS[act] for act in tried} == set(KERNEL_ACTS.values())
+    plan = make_plan(1, 5, 40, 40, 3, 1, part=32)
+    chain = make_chain(plan, 2, dtype=torch.float32)
+    chain["gram"] = stored_gram(chain["A"], chain["B"], 5)  # of all steps: no multiple of a round's
+    assert_same(decode(**chain, plan=plan, workspace=workspace(plan, "cpu")), wanted(chain), 2e-6)
 
 
 def interpreted_together() -> None:
@@ -260,6 +315,11 @@ def interpreted_together() -> None:
             (2, 4, 16, 80, 2, 2, 17, {"tokens": 32, "tile": 16}),
             (2, 3, 16, 48, 1, 3, 1, {"gated": True}),
             (2, 4, 16, 48, 2, 3, 2, {"deterministic": True}),
+            (1, 5, 48, 72, 3, 3, 2, {"part": 16}),
+            (2, 3, 80, 48, 2, 2, 3, {"part": 32, "gated": True}),
+            (1, 3, 84, 64, 1, 4, 1, {"part": 32}),
+            (2, 3, 40, 80, 2, 2, 17, {"tokens": 32, "part": 16, "tile": 16}),
+            (1, 3, 40, 48, 2, 3, 2, {"part": 32, "gated": True, "deterministic": True}),
         ]
     ):
         launch_twice(make_plan(L, K, r, d, S, C, **options), T, seed, "silu")
@@ -321,9 +381,16 @@ def compiled() -> None:
     for (lanes, depth, rank, gated), tokens in [
         ((1, 168, 128, False), 1),
         ((1, 336, 64, False), 1),
+        ((1, 128, 160, False), 1),
+        ((1, 64, 336, False), 16),
+        ((1, 32, 672, False), 1),
+        ((4, 64, 80, False), 1),
         ((8, 64, 48, False), 1),
         ((8, 42, 64, True), 1),
+        ((1, 80, 160, True), 1),
+        ((1, 128, 160, False), 32),
         ((1, 336, 64, False), 64),
+        ((1, 128, 160, False), 64),
         ((8, 64, 48, False), 64),
     ]:
         plan = DecodePlan.choose(

@@ -104,3 +104,8 @@ def test_the_cost_models_choice_is_among_the_candidates() -> None:
         shape = replace(SHAPE, tokens=tokens)
         tried = tuning.candidates(shape, H200, 16, False)
         assert choose(shape, H200, 16) == tried[0] and None in tried and len(tried) == len(set(tried))
+
+
+def test_one_block_of_all_steps_has_candidates_too() -> None:
+    shape = Shape(lanes=1, depth=23, rank=16, hidden=2048, tokens=1)
+    assert decode_plan(shape, H200, 23) in tuning.candidates(shape, H200, 23, False)
