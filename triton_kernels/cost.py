@@ -17,7 +17,7 @@ from .lookahead import BLOCK, block_steps
 MAX_DECODE_TOKENS = 64
 SOLVE_WIDTH = 512  # columns of one solve: the most whose steps stay in registers, half of it for gated steps
 SOLVE_STEPS = 16  # steps of one solve, which is unrolled: 120 small products
-_GRAM_SHARE = 1 / 8  # of the weights' memory, which wide Gram blocks may take
+_GRAM_SHARE = 1 / 8  # of the weights' memory, which Gram blocks wider than one solve may take
 USUAL_TOKENS = 4096  # of a prefill, which the width of Gram blocks is chosen for
 
 
@@ -194,7 +194,7 @@ def best_width(shape: Shape, device: Device) -> int:
     part = solve_columns(lane, shape.rank, shape.gated)
     even = shape.rank << (part // shape.rank).bit_length() - 1
     widths = sorted({min(lane, size * n) for size in (part, even) for n in (1, 2, 4, 8)})
-    fitting = [w for w in widths if shape.gram_bytes(w) <= _GRAM_SHARE * shape.weight_bytes] or widths[:1]
+    fitting = [w for w in widths if w <= part or shape.gram_bytes(w) <= _GRAM_SHARE * shape.weight_bytes]
     usual = (replace(shape, tokens=1), shape)
     return min(fitting, key=lambda w: math.prod(_over_floor(s, w, device) for s in usual))
 
