@@ -185,7 +185,7 @@ def gram_width(shape: tuple[int, ...], gated: bool, itemsize: int, device: torch
 @cache
 def best_width(shape: Shape, device: Device) -> int:
     """The width at which one token and shape.tokens are predicted to be nearest to their floors (the product of the
-    two ratios), with Gram blocks of at most an eighth of the weights' bytes.
+    two ratios), with Gram blocks of one solve, or of at most an eighth of the weights' bytes.
 
     Tried are whole solves, and solves of a power of two of steps, which decode's rounds divide in more ways; once
     to eight times.

@@ -54,12 +54,12 @@ def test_massive_activations_of_a_few_tokens_do_not_spoil_the_rest() -> None:
     y = run(weights, x)
     _, clean = fit(x, y)
     spike = torch.randn(D)
-    x[::128], y[::128] = 30 * torch.randn(D), 100 * spike  # the first token of each sequence of 128
+    x[::128], y[::128] = 30 * torch.randn(D), 30 * spike  # the first token of each sequence of 128
     net, spoiled = fit(x, y)
     assert spoiled.rel_error < 1.3 * clean.rel_error
     with torch.no_grad():
         error = (net(x[:1]) - y[:1]).norm() / y[0].norm()
-    assert error < 0.8  # of 1 for a chain that ignores them; measured 0.3 to 0.5
+    assert error < 0.5  # 1.0 for a chain fitted without them; measured 0.14 to 0.28
 
 
 def test_the_aligned_start_fits_better() -> None:
