@@ -1,9 +1,11 @@
-"""Imported before torch: OpenMP threads that wait must not spin.
+"""Imported before torch: OpenMP threads that wait spin for some microseconds, not for milliseconds.
 
-The distillation runs a product in every thread of its own; the idle team of the main thread, spinning as OpenMP's
-default is, takes the cores from them: 1,000 ms a step instead of 60 beside one other busy process.
+The distillation runs a product in every thread of its own; the idle team of the main thread, spinning as long as
+OpenMP's default is, takes the cores from them: 1,000 ms a step instead of 60 beside one other busy process. Not to
+spin at all costs a chain's 100 products a wake-up each: 8.4 ms at 16 tokens instead of 1.8.
 """
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")

@@ -32,14 +32,15 @@ def reference(x: Tensor, w: dict[str, Tensor]) -> Tensor:
 
 
 def assert_close(y: Tensor, wanted: Tensor) -> None:
-    ratio = ((y - wanted).square().mean() / wanted.square().mean()).sqrt()
+    ratio = ((y - wanted).square().sum() / wanted.square().sum().clamp(min=1e-30)).sqrt()
     assert ratio < 2e-6  # float32; a chain whose Gram blocks are left out is off by more than 0.1
 
 
 @pytest.mark.parametrize("name", ["auto", "lookahead", "naive"])
 @pytest.mark.parametrize("gated", [False, True])
-def test_every_backend_is_the_chain(name: str, gated: bool) -> None:
-    w, x = chain(gated=gated), torch.randn(2, 3, 48)
+@pytest.mark.parametrize("shape", [(48,), (2, 3, 48), (0, 48)])
+def test_every_backend_is_the_chain(name: str, gated: bool, shape: tuple[int, ...]) -> None:
+    w, x = chain(gated=gated), torch.randn(shape)
     with backend(name), torch.no_grad():
         y = dlr_net(x, **w)
         assert y.shape == x.shape and y.dtype == x.dtype
@@ -49,7 +50,7 @@ def test_every_backend_is_the_chain(name: str, gated: bool) -> None:
 
 
 def test_the_variable_chooses_and_the_innermost_block_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    w, x = chain(), torch.randn(3, 48, requires_grad=True)
+    w, x = chain(), torch.randn(5, 48, requires_grad=True)
     monkeypatch.setenv("DLR_LOCK_BACKEND", "naive")
     assert dlr_net(x, **w).requires_grad
     with backend("lookahead"), backend("naive"):
@@ -62,11 +63,11 @@ def test_the_variable_chooses_and_the_innermost_block_wins(monkeypatch: pytest.M
 
 
 def test_a_gradient_is_refused_at_forward_and_names_the_way_out() -> None:
-    net, x = filled(), torch.randn(3, 48, requires_grad=True)
+    net, x = filled(), torch.randn(5, 48, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"no backward.*backend\('naive'\)"):
         net(x)
     with pytest.raises(RuntimeError, match="no backward"):
-        filled().requires_grad_(True)(torch.randn(3, 48))
+        filled().requires_grad_(True)(torch.randn(5, 48))
     with torch.no_grad():
         assert not net(x).requires_grad
     with torch.inference_mode():
@@ -78,14 +79,14 @@ def test_a_gradient_is_refused_at_forward_and_names_the_way_out() -> None:
 
 def test_triton_on_a_cpu_is_a_clear_error() -> None:
     with backend("triton"), torch.no_grad(), pytest.raises(ValueError, match="wants tensors on a CUDA"):
-        dlr_net(torch.randn(3, 48), **chain())
+        dlr_net(torch.randn(5, 48), **chain())
 
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_opcheck(gated: bool) -> None:
     w = chain(gated=gated)
     gram = gram_blocks(w["A"], w["B"], w.get("G"))
-    args = (torch.randn(3, 48), w["A"], w["B"], w["scale"], w["bias"], w.get("G"), "silu", gram, "auto")
+    args = (torch.randn(5, 48), w["A"], w["B"], w["scale"], w["bias"], w.get("G"), "silu", gram, "auto")
     torch.library.opcheck(torch.ops.dlr_lock.dlr_net.default, args)
 
 
@@ -99,16 +100,16 @@ def test_the_fake_kernel_gives_shape_and_dtype_of_any_input() -> None:
 
 
 def test_compiles_into_one_graph() -> None:
-    net, x = filled(), torch.randn(3, 48)
+    net, x = filled(), torch.randn(5, 48)
     with torch.no_grad():
         wanted = net(x)
         compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x), wanted)
-        assert_close(compiled(torch.cat([x, x]))[:3], wanted)  # another number of tokens is summed otherwise
+        assert_close(compiled(torch.cat([x, x]))[:5], wanted)  # another number of tokens is summed otherwise
 
 
 def test_weights_that_changed_get_new_gram_blocks() -> None:
-    net, x = filled(), torch.randn(3, 48)
+    net, x = filled(), torch.randn(5, 48)
     with torch.no_grad():
         net(x)
         net.dlr_B.mul_(0.5)
@@ -123,13 +124,13 @@ def test_weights_that_changed_get_new_gram_blocks() -> None:
 def test_gram_blocks_are_not_part_of_a_checkpoint() -> None:
     net = filled()
     with torch.no_grad():
-        net(torch.randn(3, 48))
+        net(torch.randn(5, 48))
     assert "dlr_gram" not in net.state_dict()
 
 
 def test_fused_training_between_two_inferences_is_seen() -> None:
     """Fused optimizers do not count their writes."""
-    net, x = filled(), torch.randn(3, 48)
+    net, x = filled(), torch.randn(5, 48)
     with torch.no_grad():
         net(x)
     net.requires_grad_(True)
@@ -146,7 +147,7 @@ def test_fused_training_between_two_inferences_is_seen() -> None:
 
 @pytest.mark.parametrize("way", ["assign", "parameter", "data", "vector", "functional"])
 def test_weights_that_are_swapped_get_new_gram_blocks(way: str) -> None:
-    net, x, w = filled(), torch.randn(3, 48), chain()
+    net, x, w = filled(), torch.randn(5, 48), chain()
     state = {f"dlr_{name}": t for name, t in w.items()}
     with torch.no_grad():
         net(x)
@@ -169,7 +170,7 @@ def test_weights_that_are_swapped_get_new_gram_blocks(way: str) -> None:
 
 
 def test_autocast_does_not_reach_into_a_chain() -> None:
-    net, x = filled(), torch.randn(3, 48)
+    net, x = filled(), torch.randn(5, 48)
     with torch.no_grad():
         wanted = net(x)
         fresh = filled()
@@ -181,12 +182,12 @@ def test_autocast_does_not_reach_into_a_chain() -> None:
 
 def test_weights_that_were_not_loaded_are_an_error() -> None:
     with torch.no_grad(), pytest.raises(ValueError, match="several devices: cpu, meta"):
-        filled().to("meta")(torch.randn(3, 48))
+        filled().to("meta")(torch.randn(5, 48))
 
 
 def test_inference_mode_from_the_start() -> None:
     with torch.inference_mode():
-        net, x = filled(), torch.randn(3, 48)
+        net, x = filled(), torch.randn(5, 48)
         w = {name.removeprefix("dlr_"): p for name, p in net.named_parameters()}
         assert_close(net(x), reference(x, w))
 
@@ -200,7 +201,7 @@ def test_scale_and_bias_stay_float32() -> None:
 
 
 def test_forward_derivatives_are_refused_too() -> None:
-    net, x = filled(), torch.randn(3, 48)
+    net, x = filled(), torch.randn(5, 48)
     with pytest.raises(RuntimeError, match="no backward"):
         torch.func.jvp(net, (x,), (x,))
 
@@ -216,7 +217,7 @@ def test_blocks_of_two_threads_may_end_in_any_order() -> None:
 
 
 def test_tensors_that_do_not_fit_are_named() -> None:
-    w, x = chain(), torch.randn(3, 48)
+    w, x = chain(), torch.randn(5, 48)
     gram = gram_blocks(w["A"], w["B"])
     wrong = {
         "scale and bias must be": {"scale": torch.ones(1)},
