@@ -79,13 +79,11 @@ class DLRNet(nn.Module):
         if torch.compiler.is_compiling():  # cannot be traced; what is compiled is inference
             return self.dlr_gram
         weights = self._weights()
+        seen = [(id(ref()), count) for ref, count in self._prepared]
         if (
             any(w.requires_grad for w in weights)
             or self.dlr_gram is None
-            or not all(
-                ref() is w and count == _writes(w)
-                for w, (ref, count) in zip(weights, self._prepared, strict=True)
-            )
+            or seen != [(id(w), _writes(w)) for w in weights]
         ):
             if self.dlr_A.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("call a DLRNet, or its prepare(), before it is captured in a CUDA graph")
@@ -108,8 +106,10 @@ class DLRNet(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__() if hasattr(super(), "__getstate__") else self.__dict__.copy()
-        return {**state, "_prepared": []}
+        return {
+            **self.__dict__,
+            "_prepared": [],
+        }  # a copy has weights of its own, and references cannot be pickled
 
     @torch.no_grad()
     def assign(self, tensors: dict[str, Tensor]) -> None:

@@ -1,5 +1,9 @@
 """The op as its users meet it: chosen by backend, compiled, checked by torch, and refusing gradients."""
 
+import copy
+import pickle
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -167,6 +171,19 @@ def test_weights_that_are_swapped_get_new_gram_blocks(way: str) -> None:
                 else:
                     getattr(net, name).data = t
         assert_close(net(x), reference(x, w))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_a_copy_runs_on_weights_of_its_own(copied: Callable[[DLRNet], DLRNet]) -> None:
+    net, x = filled(), torch.randn(5, 48)
+    with torch.no_grad():
+        wanted = net(x)
+        other = copied(net)
+        assert torch.equal(other(x), wanted)
+        other.dlr_B.mul_(0.5)
+        w = {name.removeprefix("dlr_"): p for name, p in other.named_parameters()}
+        assert_close(other(x), reference(x, w))
+        assert torch.equal(net(x), wanted)
 
 
 def test_autocast_does_not_reach_into_a_chain() -> None:
