@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..runtime import DLRError, DLRNet, DLRSpec, load, lock
 from ..runtime.checkpoint import write_manifest
+from ..runtime.dtypes import DTYPES, dtype_name
 from ..runtime.files import check_space, check_target, whole_directory
 from ..runtime.generation import positions
 from .capture import capture
@@ -21,7 +22,7 @@ from .card import model_card
 from .distill import Recipe, distill, measure
 from .evaluate import Evaluation, evaluate
 from .mlps import MLP, find_mlps, select_layers, teacher_weights
-from .options import DTYPES, Options
+from .options import Options
 from .report import ConversionReport, ModuleReport
 from .source import Source, compute_dtype, open_source
 from .text import CalibrationText, load_text
@@ -80,7 +81,7 @@ def convert_model(
         report = ConversionReport(
             source=_public_name(original.name),
             out=str(out),
-            options=chosen.said() | {"dtype": str(stored).removeprefix("torch."), "data": text.source},
+            options=chosen.said() | {"dtype": dtype_name(stored), "data": text.source},
             modules=modules,
             mlps=len(every),
             params_original=parameters,

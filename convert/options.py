@@ -5,12 +5,10 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from ..runtime import DLRError
 from ..runtime.checkpoint import usable_device
+from ..runtime.dtypes import DTYPES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..runtime.dtypes import dtype_name
 from ..runtime.errors import DLRError
 from ..runtime.files import read_json
 from ..triton_kernels.cache import cache_folder
@@ -278,7 +279,7 @@ def _check_missing(info: dict[str, Any], where: Path) -> None:
 def _check_finite(model: PreTrainedModel, where: Path) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not parameter.isfinite().all():
-            kind = str(parameter.dtype).removeprefix("torch.")
+            kind = dtype_name(parameter.dtype)
             raise DLRError(f"{where}: {name} has NaN or infinity in its weights (as {kind})")
 
 

@@ -131,7 +131,7 @@ def print_benchmark(console: Console, document: dict[str, Any]) -> None:
         console.print(f"\n[bold]{case}[/bold]")
         cells = [_benchmark_cells(row) for row in rows]
         names = [name for name in cells[0] if any(cell[name] for cell in cells)]
-        table = _plain_table(*names)
+        table = _table(*names, rules=False)
         for cell in cells:
             table.add_row(*(cell[name] or "-" for name in names))
         console.print(table)
@@ -174,9 +174,10 @@ def print_explanation(console: Console, facts: dict[str, Any]) -> None:
         f"on {chain['hidden_size']} features, {facts['dtype']}; Gram blocks of m = {gram['m']} ({gram['S']} steps), "
         f"{gram['bytes'] / 1e6:.1f} MB, solved {facts['solve_columns']} columns at a time"
     )
-    table = _plain_table(
-        "tokens", "path", "choice", "us", "floor\nus", "rounds", "launches", "m", "S", "CTAs\na lane", "warps"
-    )
+    table = _table(
+        "tokens", "path", "choice", "us", "floor\nus", "rounds", "launches", "m", "S", "CTAs\na lane", "warps",
+        rules=False,
+    )  # fmt: skip
     for row in facts["rows"]:
         for path in ("dense", "decode", "prefill"):
             if (f := row[path]) is None:
@@ -197,16 +198,9 @@ def print_explanation(console: Console, facts: dict[str, Any]) -> None:
     )
 
 
-def _table(*columns: str) -> Table:
-    table = Table()
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    return table
-
-
-def _plain_table(*columns: str) -> Table:
-    """Without rules, for many columns in 80."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+def _table(*columns: str, rules: bool = True) -> Table:
+    """A table; without rules there is room for many columns in 80."""
+    table = Table() if rules else Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     return table

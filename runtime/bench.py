@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from ..triton_kernels import chain_reference, cost
+from .dtypes import dtype_name
 from .errors import DLRError
-from .slot import CPU_PROVIDERS, PROVIDERS, Case, Slot, dense_mlp, dtype_name, dtype_of
+from .slot import CPU_PROVIDERS, PROVIDERS, Case, Slot, dense_mlp, dtype_of
 from .spec import DLRSpec
 from .timing import Rates, Runner, machine, measured_rates
 

@@ -9,8 +9,9 @@ import torch
 from ..triton_kernels import cost
 from ..triton_kernels.cost import Prediction
 from ..triton_kernels.lookahead import block_steps
+from .dtypes import dtype_name
 from .errors import DLRError
-from .slot import Case, dtype_name, dtype_of
+from .slot import Case, dtype_of
 
 
 def explain(cases: Sequence[Case], *, device: torch.device, dtype: str = "auto") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch.nn.functional import linear, silu
 
 from ..triton_kernels import backend, chain_reference, cost, dlr_net, gram_blocks, gram_width, lookahead
 from ..triton_kernels.cost import Shape
+from .dtypes import DTYPES
 from .errors import DLRError
 from .spec import DLRSpec
 from .timing import Call
@@ -26,7 +27,6 @@ PROVIDERS = (
     "lookahead-eager", "ours-eager", "ours-graph", "prefill-graph", "decode-graph",
 )  # fmt: skip
 CPU_PROVIDERS = ("dense-eager", "naive-eager", "lookahead-eager")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +64,6 @@ def dtype_of(name: str, *, gpu: bool) -> torch.dtype:
     if name not in DTYPES:
         raise DLRError(f"unknown dtype {name!r}; one of auto, {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The dtype's name without its module: "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
 
 
 class Slot:

@@ -24,9 +24,8 @@ from .decode_plan import MAX_STEPS, DecodePlan
 VARIABLE = "DLR_LOCK_TUNE"
 _FORMAT = 1
 _ROUNDS = 7  # samples a candidate, of which the median counts
-_FLUSH_BYTES = (
-    256 * 2**20
-)  # written between two samples: weights do not stay in L2 from one layer's turn to the next
+# Written between two samples: weights do not stay in L2 from one layer's turn to the next.
+_FLUSH_BYTES = 256 * 2**20
 _PREFILL = "prefill"
 
 

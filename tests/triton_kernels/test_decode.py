@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from aot import MATRIX_UNITS, cubin_resources
 
 from dlr_lock.triton_kernels import chain_reference
 from dlr_lock.triton_kernels.decode import DecodePlan, decode, workspace
@@ -427,18 +427,8 @@ def resources(plan: DecodePlan) -> dict[str, int]:
         target=GPUTarget("cuda", 90, 32),
         options=launch_options(plan),
     )
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(kernel.asm["cubin"])
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        )
-    used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout))
-    products = len(re.findall(r"mma\.sync|wgmma\.mma_async", kernel.asm["ptx"]))
-    return {k.lower(): int(v) for k, v in used.items()} | {
-        "shared": kernel.metadata.shared,
-        "products": products,
-    }
+    products = len(re.findall(MATRIX_UNITS, kernel.asm["ptx"]))
+    return cubin_resources(kernel.asm["cubin"]) | {"shared": kernel.metadata.shared, "products": products}
 
 
 def run_here(name: str, tmp_path: Path, interpret: bool) -> str:
