@@ -127,8 +127,7 @@ def capture(
         try:
             for mlp in group:
                 x, y = (
-                    _storage(tokens.numel(), mlp.hidden_size, dtype, scratch if mapped else None)
-                    for _ in "xy"
+                    storage(tokens.numel(), mlp.hidden_size, dtype, scratch if mapped else None) for _ in "xy"
                 )
                 held.append(Activations(x, y, first.flatten(), mapped))
             _fill(model, group, held, tokens, progress)
@@ -145,8 +144,11 @@ def _bytes(mlp: MLP, tokens: int, dtype: torch.dtype) -> int:
     return 2 * tokens * mlp.hidden_size * dtype.itemsize
 
 
-def _storage(rows: int, width: int, dtype: torch.dtype, scratch: Path | None) -> Tensor:
-    """[rows, width], in memory or in a nameless file in `scratch`."""
+def storage(rows: int, width: int, dtype: torch.dtype, scratch: Path | None) -> Tensor:
+    """[rows, width], in memory, or in a nameless file in `scratch` that vanishes with the process.
+
+    Raises DLRError where the disk has no room for it.
+    """
     if scratch is None:
         return torch.empty(rows, width, dtype=dtype)
     size = rows * width * dtype.itemsize
@@ -197,7 +199,7 @@ def _fill(
                     f"{mlp.module} is called more than once in a pass: such a module cannot be replaced"
                 )
             part = held[index].x if side == "input" else held[index].y
-            _store(part[rows], value, f"the {side} of {mlp.module if side == 'input' else mlp.output}")
+            checked_store(part[rows], value, f"the {side} of {mlp.module if side == 'input' else mlp.output}")
             wanted.remove((mlp.module, side))
             if not wanted:
                 raise _Stop
@@ -209,8 +211,8 @@ def _fill(
             progress(min(begin + at_once, sequences), sequences)
 
 
-def _store(part: Tensor, value: Any, what: str) -> None:
-    """Copy value [..., d] to part [rows, d], casting it."""
+def checked_store(part: Tensor, value: Any, what: str) -> None:
+    """Copies value [..., d] to part [rows, d], casting it. Raises DLRError where it does not fit or is not finite."""
     if not isinstance(value, Tensor) or value.shape[-1] != part.shape[-1] or value.numel() != part.numel():
         shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise DLRError(f"{what} is {shape}, not one row of {part.shape[-1]} for each of {len(part)} tokens")

@@ -44,6 +44,23 @@ class Evaluation:
         return {key: None if value == math.inf else value for key, value in asdict(self).items()}
 
 
+@dataclass(frozen=True)
+class StateEvaluation:
+    """How far a model without a language-model head is from its original, over `tokens` tokens.
+
+    state_error: mean over tokens of |locked - original|^2 / |original|^2 of the last hidden states; cosine: mean
+    over sequences of the cosine between their mean-pooled last hidden states.
+    """
+
+    state_error: float
+    cosine: float
+    tokens: int
+
+    def to_dict(self) -> dict[str, float | int]:
+        """The fields by name, fit for JSON."""
+        return asdict(self)
+
+
 @contextmanager
 def frozen(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode without gradients; the model's own modes come back at the end.
@@ -134,6 +151,43 @@ def evaluate(
         kl=max(0.0, kl / count),  # rounding can leave a zero just below zero
         flips=flips / count,
     )
+
+
+def compare(
+    model: PreTrainedModel,
+    original: PreTrainedModel,
+    tokens: Tensor,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation | StateEvaluation:
+    """`evaluate` where there is a language-model head, `evaluate_states` where there is none."""
+    if original.get_output_embeddings() is None:
+        return evaluate_states(model, tokens, original, progress=progress)
+    return evaluate(model, tokens, original=original, progress=progress)
+
+
+def evaluate_states(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    original: PreTrainedModel,
+    *,
+    batch: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> StateEvaluation:
+    """Last hidden states of two models on tokens [S, n], compared. Raises DLRError where they are not finite."""
+    error, cosine = 0.0, 0.0
+    for begin in range(0, len(tokens), batch):
+        ids = tokens[begin : begin + batch]
+        with frozen(model), frozen(original):
+            got, wanted = (
+                m.base_model(input_ids=ids.to(m.device))[0].float().cpu() for m in (model, original)
+            )
+        error += ((got - wanted).square().sum(-1) / wanted.square().sum(-1)).double().sum().item()
+        cosine += torch.cosine_similarity(got.mean(1), wanted.mean(1)).double().sum().item()
+        if progress is not None:
+            progress(min(begin + batch, len(tokens)), len(tokens))
+    if not math.isfinite(error):
+        raise DLRError("the hidden states contain NaN or infinity: are the model's weights sound?")
+    return StateEvaluation(error / tokens.numel(), cosine / len(tokens), tokens.numel())
 
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:

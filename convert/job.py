@@ -1,10 +1,8 @@
 """A conversion from end to end: source, text, activations, distillation, checkpoint, figures."""
 
+import hashlib
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,24 +10,23 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..runtime import DLRError, DLRNet, DLRSpec, load, lock
+from ..runtime import DLRError, DLRNet, load, lock
 from ..runtime.checkpoint import write_manifest
 from ..runtime.dtypes import DTYPES, dtype_name
 from ..runtime.files import check_space, check_target, whole_directory
 from ..runtime.generation import positions
-from .capture import capture
 from .card import model_card
-from .distill import Recipe, distill, measure
-from .evaluate import Evaluation, evaluate
-from .mlps import MLP, find_mlps, select_layers, teacher_weights
+from .endtoend import EndToEnd, flatten_gaps, train_together, with_chains
+from .evaluate import Evaluation, StateEvaluation, compare
+from .kept import Kept
+from .mlps import MLP, find_mlps, select_layers
+from .modules import Modules, Progress, lock_modules, spec_of
 from .options import Options
-from .report import ConversionReport, ModuleReport
+from .report import ConversionReport, Together
 from .source import Source, compute_dtype, open_source
-from .text import CalibrationText, load_text
+from .text import CalibrationText, load_text, poor_text
 
 SEQUENCE_LENGTH = 512
-
-Progress = Callable[[str, int, int], None]  # (what is being done, done, total)
 
 
 def convert_model(
@@ -43,12 +40,12 @@ def convert_model(
     """Locks a model: replaces its MLPs by DLR-Nets fitted to them and writes the checkpoint `out`.
 
     source: a transformers directory, a hub id or a .gguf file. options: the fields of `Options`. progress is
-    called with (what, done, total) as the work goes on. `out` appears whole, at the end; a failure or Ctrl-C
-    leaves nothing behind. Raises DLRError on everything that the user can correct.
+    called with (what, done, total) as the work goes on. `out` appears whole, at the end. Finished modules are kept
+    in `<out>.partial` until then: the same call goes on from there after a failure or Ctrl-C. Raises DLRError on
+    everything that the user can correct.
     """
     started = time.monotonic()
     chosen = Options(**options).resolved()
-    recipe = Recipe(visits=chosen.visits, batch=chosen.batch, start=chosen.start, seed=chosen.seed)  # type: ignore[arg-type]
     target = Path(out).expanduser().absolute()
     given = Path(source).expanduser().resolve()
     if given.exists() and (given.is_relative_to(target.resolve()) or target.resolve().is_relative_to(given)):
@@ -56,63 +53,118 @@ def convert_model(
     check_target(target, overwrite=overwrite)
     report_progress = progress or (lambda what, done, total: None)
     device = torch.device(str(chosen.device))
-    with whole_directory(target, overwrite=overwrite) as work:
-        scratch = work / "scratch"
-        scratch.mkdir()
-        report_progress("reading the model", 0, 1)
-        original = open_source(source, dtype=compute_dtype(device), device=device)
-        model = original.model
-        every = find_mlps(model, chosen.mlps)
-        mlps = select_layers(every, chosen.layers)
-        for mlp in mlps:
-            _check(mlp, chosen)
-        stored = DTYPES.get(chosen.dtype) or original.dtype
-        parameters = sum(p.numel() for p in model.parameters())
-        check_space(target, parameters * stored.itemsize)
-        report_progress("reading the model", 1, 1)
+    kept: Kept | None = None
+    try:
+        with whole_directory(target, overwrite=overwrite) as work:
+            scratch = work / "scratch"
+            scratch.mkdir()
+            report_progress("reading the model", 0, 1)
+            original = open_source(source, dtype=compute_dtype(device), device=device)
+            model = original.model
+            every = find_mlps(model, chosen.mlps)
+            mlps = select_layers(every, chosen.layers)
+            for mlp in mlps:
+                _check(mlp, chosen)
+            stored = DTYPES.get(chosen.dtype) or original.dtype
+            parameters = sum(p.numel() for p in model.parameters())
+            check_space(target, parameters * stored.itemsize)
+            report_progress("reading the model", 1, 1)
 
-        text = _text(original, chosen, report_progress)
-        chains, modules = _distil_all(model, mlps, text, recipe, chosen, stored, scratch, report_progress)
+            text = _text(original, chosen, report_progress)
+            kept = Kept(target, _facts(original, mlps, text, chosen, stored))
+            modules = lock_modules(
+                model, mlps, text, chosen, stored, kept=kept, scratch=scratch, progress=report_progress
+            )
+            together = _together(model, mlps, modules, text, chosen, report_progress)
 
-        report_progress("writing the checkpoint", 0, 1)
-        locked_parameters = _write(original, chains, mlps, stored, work)
-        shutil.rmtree(scratch)
-        report_progress("writing the checkpoint", 1, 1)
-        report = ConversionReport(
-            source=_public_name(original.name),
-            out=str(out),
-            options=chosen.said() | {"dtype": dtype_name(stored), "data": text.source},
-            modules=modules,
-            mlps=len(every),
-            params_original=parameters,
-            params_locked=locked_parameters,
-            evaluation=_evaluate(work, original, text, report_progress),
-            seconds=time.monotonic() - started,
-            program={name: version(name) for name in ("dlr-lock", "torch", "transformers")},
-        )
-        (work / "README.md").write_text(model_card(report), encoding="utf-8")
-        facts = report.to_dict() | {"fingerprint": original.fingerprint}
-        facts["source"] = report.source
-        del facts["out"]
-        write_manifest(work, {"conversion": facts})
+            report_progress("writing the checkpoint", 0, 1)
+            locked_parameters = _write(original, modules.chains, mlps, stored, work)
+            shutil.rmtree(scratch)
+            report_progress("writing the checkpoint", 1, 1)
+            report = ConversionReport(
+                source=_public_name(original.name),
+                out=str(out),
+                options=chosen.said() | {"dtype": dtype_name(stored), "data": text.source},
+                modules=modules.reports,
+                mlps=len(every),
+                params_original=parameters,
+                params_locked=locked_parameters,
+                evaluation=_evaluate(
+                    load(work, dtype=model.dtype, device=device), original, text, report_progress
+                ),
+                seconds=time.monotonic() - started,
+                across=modules.across,
+                together=together,
+                warnings=[note for note in (modules.note, poor_text(text.train)) if note],
+                program={name: version(name) for name in ("dlr-lock", "torch", "transformers")},
+            )
+            (work / "README.md").write_text(model_card(report), encoding="utf-8")
+            facts = report.to_dict() | {"fingerprint": original.fingerprint}
+            facts["source"] = report.source
+            del facts["out"]
+            write_manifest(work, {"conversion": facts})
+    except KeyboardInterrupt as stop:
+        if kept is None or not kept.count:
+            raise
+        raise KeyboardInterrupt(
+            f"interrupted; {kept.count} of {len(mlps)} modules are kept in {kept.folder}: "
+            "the same command goes on from there"
+        ) from stop
+    kept.remove()
     return report
 
 
-def _spec(mlp: MLP, options: Options) -> DLRSpec:
-    return DLRSpec.of_params(
-        mlp.hidden_size,
-        mlp.params,
-        lanes=options.lanes,
-        depth=options.depth,
-        rank=options.rank,
-        act=options.act,
-        gated=options.gated,
+def _facts(
+    original: Source, mlps: list[MLP], text: CalibrationText, options: Options, stored: torch.dtype
+) -> dict[str, Any]:
+    """All that the modules of a conversion depend on; a module made with other facts is not reused."""
+    free = ("device", "max_memory", "together", "data", "heldout", "layers", "dtype", "effort", "temperature")
+    chosen = {name: value for name, value in options.said().items() if name not in free}
+    ids = torch.cat([text.train.flatten(), text.heldout.flatten()])
+    return chosen | {
+        "source": original.fingerprint,
+        "layers": [mlp.module for mlp in mlps],
+        "text": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+        "dtype": dtype_name(stored),
+        "program": version("dlr-lock"),
+    }
+
+
+def _together(
+    model: PreTrainedModel,
+    mlps: list[MLP],
+    modules: Modules,
+    text: CalibrationText,
+    options: Options,
+    progress: Progress,
+) -> Together | None:
+    """The end-to-end phase, which changes modules.chains; None where none was asked for."""
+    if not options.together:
+        return None
+    started = time.monotonic()
+    identity = [name for mlp in mlps for name in mlp.identity]
+
+    def figures(what: str) -> tuple[Evaluation | StateEvaluation, float]:
+        locked = with_chains(model, modules.chains, identity)
+        evaluation = compare(locked, model, text.heldout, lambda a, b: progress(f"measuring {what}", a, b))
+        return evaluation, min(flatten_gaps(locked, modules.chains, text.heldout).values())
+
+    before = figures("the modules")
+    modules.chains = train_together(
+        model,
+        modules.chains,
+        identity,
+        text.train,
+        EndToEnd(options.together, seed=options.seed),
+        progress=lambda done, total: progress("end-to-end phase", done, total),
     )
+    after = figures("the end-to-end phase")
+    return Together(options.together, time.monotonic() - started, before[0], after[0], before[1], after[1])
 
 
 def _check(mlp: MLP, options: Options) -> None:
     """Raises DLRError, before any long work, where no such chain can be made for this MLP."""
-    _spec(mlp, options)
+    spec_of(mlp, options)
     if options.start == "aligned" and (mlp.up is None or (options.gated and mlp.gate is None)):
         kind = "a gated MLP" if options.gated else "an MLP of a known form"
         raise DLRError(f"{mlp.module} is not {kind}, which the aligned start needs: use --start random")
@@ -125,60 +177,12 @@ def _text(original: Source, options: Options, progress: Progress) -> Calibration
         original.tokenizer,
         tokens=options.tokens,
         heldout_tokens=options.heldout,
-        sequence_length=sequence_length(original.model),
+        sequence_length=options.sequence or sequence_length(original.model),
         model=original.model,
         seed=options.seed,
         temperature=options.temperature,
         progress=lambda done, total: progress("calibration text", done, total),
     )
-
-
-def _distil_all(
-    model: PreTrainedModel,
-    mlps: list[MLP],
-    text: CalibrationText,
-    recipe: Recipe,
-    options: Options,
-    stored: torch.dtype,
-    scratch: Path,
-    progress: Progress,
-) -> tuple[dict[str, DLRNet], list[ModuleReport]]:
-    """The fitted chains by module name, in the checkpoint's dtype on the CPU, and what became of each."""
-    device = torch.device(str(options.device))
-    chains, reports = {}, []
-    tokens = torch.cat([text.train, text.heldout])
-    activations = capture(
-        model,
-        mlps,
-        tokens,
-        max_memory=int(options.max_memory or 0),
-        scratch=scratch,
-        progress=lambda done, total: progress("teacher's activations", done, total),
-    )
-    for number, (mlp, pairs) in enumerate(activations, 1):
-        started = time.monotonic()
-        spec = _spec(mlp, options)
-        title = f"distilling {mlp.module} ({number} of {len(mlps)}, {spec})"
-        tensors = distill(
-            pairs,
-            text.train.numel(),
-            spec,
-            replace(recipe, seed=recipe.seed + mlp.layer),
-            name=mlp.module,
-            device=device,
-            teacher=teacher_weights(model, mlp) if recipe.start == "aligned" else None,
-            progress=partial(progress, title),
-        )
-        net = DLRNet(spec, dtype=stored)
-        net.assign(tensors)
-        held = torch.arange(text.train.numel(), len(pairs))
-        fidelity = measure(net, *pairs.rows(held), device)
-        chains[mlp.module] = net
-        seconds = time.monotonic() - started
-        reports.append(
-            ModuleReport(mlp.module, mlp.layer, spec, mlp.params, fidelity, recipe.visits, seconds)
-        )
-    return chains, reports
 
 
 def sequence_length(model: PreTrainedModel) -> int:
@@ -207,14 +211,13 @@ def _write(
     return sum(p.numel() for p in model.parameters())
 
 
-def _evaluate(work: Path, original: Source, text: CalibrationText, progress: Progress) -> Evaluation | None:
+def _evaluate(
+    locked: PreTrainedModel, original: Source, text: CalibrationText, progress: Progress
+) -> Evaluation | StateEvaluation:
     """The checkpoint, read back as its users will, against the original on the held-out text."""
-    if original.model.get_output_embeddings() is None:
-        return None
-    locked = load(work, dtype=original.model.dtype, device=original.model.device)
-    return evaluate(
+    return compare(
         locked,
+        original.model,
         text.heldout,
-        original=original.model,
-        progress=lambda done, total: progress("measuring the locked model", done, total),
+        lambda done, total: progress("measuring the locked model", done, total),
     )

@@ -134,18 +134,23 @@ def find_mlps(model: PreTrainedModel, pattern: str | None = None) -> list[MLP]:
 
 
 def select_layers(mlps: Sequence[MLP], layers: str | None) -> list[MLP]:
-    """The MLPs of the layers named, as in "2-5,9", in model order; all of them for None.
+    """The MLPs of the layers named, as in "2-5,9" or "last-6", in model order; all of them for None.
 
     Raises DLRError for what is not such a list and for a layer that has no MLP.
     """
     if layers is None:
         return list(mlps)
+    if last := re.fullmatch(r"\s*last-(\d+)\s*", layers):
+        count = int(last[1])
+        if not 1 <= count <= len(mlps):
+            raise DLRError(f"layers {layers!r}: the model has {len(mlps)} MLPs")
+        return list(mlps[-count:])
     wanted: set[int] = set()
     for part in layers.split(","):
         ends = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if ends is None or (ends[2] is not None and int(ends[2]) < int(ends[1])):
             raise DLRError(
-                f"layers {layers!r}: {part.strip()!r} is not a layer or a range; write for example 2-5,9"
+                f"layers {layers!r}: {part.strip()!r} is not a layer or a range; write for example 2-5,9 or last-6"
             )
         wanted |= _range(int(ends[1]), int(ends[2] or ends[1]), mlps)
     return [mlp for mlp in mlps if mlp.layer in wanted]

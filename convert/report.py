@@ -1,16 +1,22 @@
 """What a conversion did, as figures: for --json, for the manifest and for the model card."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..runtime import DLRSpec
-from .distill import Fidelity
-from .evaluate import Evaluation
+from .evaluate import Evaluation, StateEvaluation
+from .fidelity import Fidelity
+from .unlock import Unlocking
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleReport:
-    """One locked module. tokens: token visits of its distillation; seconds: of the distillation alone."""
+    """One locked module. tokens: token visits of its distillation; seconds: of the distillation alone.
+
+    drift: how far the locked model's hidden states are from the original's behind the layer, the mean over tokens
+    of |locked - original|^2 / |original|^2; None where modules were distilled independently. unlocking: the
+    attack on it, where that was measured.
+    """
 
     module: str
     layer: int
@@ -19,6 +25,8 @@ class ModuleReport:
     fidelity: Fidelity
     tokens: int
     seconds: float
+    drift: float | None = None
+    unlocking: Unlocking | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -30,6 +38,53 @@ class ModuleReport:
             "params_original": self.params_original,
             "params_locked": self.spec.params,
             "spec": self.spec.to_dict(),
+            "drift": self.drift,
+            "unlocking": self.unlocking.to_dict() if self.unlocking else None,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ModuleReport":
+        """The inverse of `to_dict`."""
+
+        def part(kind: type) -> Any:
+            source = values["unlocking"] if kind is Unlocking else values
+            return kind(**{field.name: source[field.name] for field in fields(kind)})
+
+        return cls(
+            values["module"],
+            values["layer"],
+            DLRSpec.from_dict(values["spec"]),
+            values["params_original"],
+            part(Fidelity),
+            values["tokens"],
+            values["seconds"],
+            values["drift"],
+            part(Unlocking) if values["unlocking"] else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """The end-to-end phase: its token visits and seconds, and the figures before and after it.
+
+    gaps: the smallest flatten gap of any module, over |chain|^2, on the locked model's own held-out activations.
+    """
+
+    visits: int
+    seconds: float
+    evaluation_before: Evaluation | StateEvaluation
+    evaluation_after: Evaluation | StateEvaluation
+    smallest_gap_before: float
+    smallest_gap_after: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "visits": self.visits,
+            "seconds": round(self.seconds, 2),
+            "evaluation_before": self.evaluation_before.to_dict(),
+            "evaluation_after": self.evaluation_after.to_dict(),
+            "smallest_gap_before": self.smallest_gap_before,
+            "smallest_gap_after": self.smallest_gap_after,
         }
 
 
@@ -38,8 +93,9 @@ class ConversionReport:
     """A conversion: `out` is the checkpoint, `options` every choice that led to it.
 
     mlps: how many MLPs the original has, locked or not. params_original, params_locked: of the whole models.
-    evaluation: the locked model against the original on held-out text, None without a language-model head.
-    seconds: of the whole conversion.
+    evaluation: the locked model against the original on held-out text. across: 'sequential' or 'independent'.
+    together: the end-to-end phase, where there was one. warnings: what the owner should know, a sentence each.
+    seconds: of the whole conversion, an interrupted one's first part left out.
     """
 
     source: str
@@ -49,8 +105,11 @@ class ConversionReport:
     mlps: int
     params_original: int
     params_locked: int
-    evaluation: Evaluation | None
+    evaluation: Evaluation | StateEvaluation
     seconds: float
+    across: str
+    together: Together | None = None
+    warnings: list[str] = field(default_factory=list)
     program: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -69,7 +128,10 @@ class ConversionReport:
             "not_locked": self.not_locked,
             "params_original": self.params_original,
             "params_locked": self.params_locked,
-            "evaluation": self.evaluation.to_dict() if self.evaluation else None,
+            "evaluation": self.evaluation.to_dict(),
+            "across": self.across,
+            "together": self.together.to_dict() if self.together else None,
+            "warnings": self.warnings,
             "seconds": round(self.seconds, 2),
             "program": self.program,
         }

@@ -24,6 +24,7 @@ from .evaluate import frozen
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+DIVERSE = 0.5  # share of distinct 4-grams below which a calibration text is called poor
 FILE_TYPES = (".txt", ".jsonl", ".parquet")
 
 # Longest stretch handed to the tokenizer at once. Short enough that little is read in vain, long enough that
@@ -102,6 +103,20 @@ def load_text(
     keep = torch.zeros(total, dtype=torch.bool)
     keep[index] = True
     return CalibrationText(train=packed[~keep], heldout=packed[keep], source=label)
+
+
+def poor_text(tokens: Tensor) -> str | None:
+    """A warning where text [S, n] repeats itself, None where it does not: the share of its 4-grams that are
+    distinct. A chain is as good as the inputs it has seen: on SmolLM2's layer 12, 1.64 M visits gave a relative
+    error of 0.215 with 160,000 distinct tokens and 0.175 with 494,000."""
+    grams = tokens.unfold(1, min(4, tokens.shape[1]), 1).flatten(0, 1)
+    distinct = len(torch.unique(grams, dim=0)) / len(grams)
+    if distinct >= DIVERSE:
+        return None
+    return (
+        f"the calibration text repeats itself: {100 * distinct:.0f}% of its 4-grams are distinct (prose: 75% and "
+        "more); text of more variety gives a better fit"
+    )
 
 
 def read_text(

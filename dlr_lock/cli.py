@@ -48,7 +48,7 @@ def demo(
 def convert(
     source: Annotated[str, typer.Argument(help="A transformers directory, a hub id or a .gguf file.")],
     out: Annotated[Path, typer.Argument(help="The directory to write the locked checkpoint to.")],
-    layers: Annotated[str | None, typer.Option(help="Which layers, such as 2-5,9.  [default: all]")] = None,
+    layers: Annotated[str | None, typer.Option(help="Which layers: 2-5,9 or last-6.  [default: all]")] = None,
     mlps: Annotated[
         str | None, typer.Option(help="Regular expression of MLP module names, for models not recognised.")
     ] = None,
@@ -59,14 +59,33 @@ def convert(
     lanes: Annotated[int, typer.Option(help="Chains side by side in a module.")] = 1,
     gated: Annotated[bool, typer.Option("--gated", help="Gated steps: three matrices a step.")] = False,
     act: Annotated[str, typer.Option(help="Activation of the steps, by transformers' name.")] = "silu",
+    params: Annotated[float, typer.Option(help="Parameters of a chain over those of its MLP.")] = 1.0,
     start: Annotated[
         str, typer.Option(help="random, or aligned with the teacher: fits better, easier to undo.")
     ] = "random",
     data: Annotated[
         str, typer.Option(help="Calibration text: .txt, .jsonl, .parquet, a datasets name, or self.")
     ] = "self",
+    effort: Annotated[
+        str, typer.Option(help="quick, standard or best: chooses what is not given below; see the README.")
+    ] = "standard",
     tokens: Annotated[int | None, typer.Option(help="Tokens of calibration text.")] = None,
     visits: Annotated[int | None, typer.Option(help="Token visits of each module's distillation.")] = None,
+    together: Annotated[
+        int | None,
+        typer.Option(help="Token visits of the end-to-end phase, all chains together; 0 for none."),
+    ] = None,
+    unlock: Annotated[
+        float | None,
+        typer.Option(help="Visits of the attack on each module, as a share of the conversion's; 0 for none."),
+    ] = None,
+    sequence: Annotated[
+        int | None, typer.Option(help="Tokens a sequence of calibration text.  [default: 512]")
+    ] = None,
+    across: Annotated[
+        str | None,
+        typer.Option(help="sequential: modules correct one another's errors; independent: they do not."),
+    ] = None,
     batch: Annotated[int | None, typer.Option(help="Tokens a batch.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of starts, batches and sampled text.")] = 0,
     temperature: Annotated[float, typer.Option(help="Temperature of text sampled by --data self.")] = 1.0,
@@ -84,8 +103,9 @@ def convert(
     from .convert import Options, convert_model
 
     options = Options(
-        layers=layers, mlps=mlps, depth=depth, rank=rank, lanes=lanes, gated=gated, act=act, start=start,
-        data=data, tokens=tokens, visits=visits, batch=batch, seed=seed, temperature=temperature, dtype=dtype,
+        layers=layers, mlps=mlps, depth=depth, rank=rank, lanes=lanes, gated=gated, act=act, params=params,
+        start=start, data=data, effort=effort, tokens=tokens, visits=visits, together=together, unlock=unlock,
+        sequence=sequence, across=across, batch=batch, seed=seed, temperature=temperature, dtype=dtype,
         device=device, max_memory=max_memory,
     )  # fmt: skip
     if not as_json:
@@ -239,8 +259,8 @@ def main() -> None:
 def _one_line_errors():
     try:
         yield
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; nothing was written")
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        _fail(str(stop) or "interrupted; nothing was written")
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has left: no more to say to anyone
         sys.exit(0)

@@ -7,7 +7,8 @@ from rich.table import Table
 
 from .audit.demo import DemoResult
 from .convert import ConversionReport, Evaluation, Options
-from .convert.card import lock_status
+from .convert.card import evaluation_words, lock_status, unlock_words
+from .convert.evaluate import StateEvaluation
 
 
 def choices(options: Options) -> str:
@@ -17,25 +18,40 @@ def choices(options: Options) -> str:
         if not (options.depth and options.rank)
         else f"{options.depth}x{options.rank}"
     )
+    memory = int(options.max_memory or 0) / 2**30
     return (
-        f"layers {options.layers or 'all'}; {options.lanes} lane(s), {shape}; {options.start} start; "
-        f"{options.tokens:,} tokens of {options.data}; {options.visits:,} token visits a module in batches of "
-        f"{options.batch:,}; on {options.device}, {int(options.max_memory or 0) / 2**30:.1f} GiB for activations"
+        f"effort {options.effort}: {options.tokens:,} tokens of {options.data}; {options.visits:,} token visits a "
+        f"module in batches of {options.batch:,}, {options.together:,} of all together; layers "
+        f"{options.layers or 'all'}; {options.lanes} lane(s), {shape}; {options.start} start; on {options.device}, "
+        f"{memory:.1f} GiB for activations"
     )
 
 
 def print_report(console: Console, report: ConversionReport) -> None:
     """The modules, the fidelity and the totals of a conversion."""
-    table = _table("module", "chain", "relative\nerror", "flatten\ngap", "coupling", "seconds")
+    columns = ["module", "chain", "relative\nerror", "flatten\ngap", "coupling", "hidden\nstates", "seconds"]
+    attacked = any(m.unlocking for m in report.modules)
+    table = _table(*columns, *(["undoing it"] if attacked else []))
     for m in report.modules:
         gap = f"{m.fidelity.flatten_gap:.2f}" + ("" if m.fidelity.locked else " NOT LOCKED")
         table.add_row(
             m.module, str(m.spec), f"{m.fidelity.rel_error:.4f}", gap, f"{m.fidelity.coupling:.2f}",
-            f"{m.seconds:.0f}",
+            "-" if m.drift is None else f"{m.drift:.4f}", f"{m.seconds:.0f}",
+            *([unlock_words(m.unlocking)] if attacked else []),
         )  # fmt: skip
     console.print(table)
-    if report.evaluation:
+    if isinstance(report.evaluation, StateEvaluation):
+        console.print(evaluation_words(report.evaluation))
+    else:
         print_evaluation(console, report.evaluation)
+    if report.together:
+        t = report.together
+        console.print(
+            f"before {t.visits:,} token visits of the end-to-end phase: {evaluation_words(t.evaluation_before)} "
+            f"Smallest flatten gap, over |chain|^2: {t.smallest_gap_before:.2f}, then {t.smallest_gap_after:.2f}"
+        )
+    for warning in report.warnings:
+        console.print(f"note: {warning}")
     ratio = report.params_locked / report.params_original
     console.print(
         f"parameters {report.params_locked:,} (original {report.params_original:,}, ratio {ratio:.4f}); "

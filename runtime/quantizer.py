@@ -77,9 +77,9 @@ def install(model: nn.Module, config: DLRConfig) -> None:
     """
     local = _names_in(model)
     for name, spec in config.modules.items():
-        _replace(model, local(name), DLRNet(spec))
+        replace_module(model, local(name), DLRNet(spec))
     for name in config.identity:
-        _replace(model, local(name), nn.Identity())
+        replace_module(model, local(name), nn.Identity())
 
 
 def lock(model: PreTrainedModel, chains: dict[str, DLRNet], identity: list[str]) -> None:
@@ -90,9 +90,9 @@ def lock(model: PreTrainedModel, chains: dict[str, DLRNet], identity: list[str])
     tripwires = [f"{name}.{_first_weight(model.get_submodule(name))}" for name in chains]
     config = DLRConfig({name: net.spec for name, net in chains.items()}, identity, tripwires)
     for name, net in chains.items():
-        _replace(model, name, net)
+        replace_module(model, name, net)
     for name in identity:
-        _replace(model, name, nn.Identity())
+        replace_module(model, name, nn.Identity())
     model.config.quantization_config = config
     model.hf_quantizer = DLRQuantizer(config, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, METHOD
@@ -118,7 +118,7 @@ def _names_in(model: nn.Module) -> Callable[[str], str]:
     return lambda name: name.removeprefix(prefix) if is_body else name
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     try:
         owner = model.get_submodule(parent)

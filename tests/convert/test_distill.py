@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from dlr_lock.convert.capture import Activations
-from dlr_lock.convert.distill import Recipe, distill, measure
+from dlr_lock.convert.distill import distill
+from dlr_lock.convert.fidelity import measure
 from dlr_lock.convert.mlps import TeacherWeights
+from dlr_lock.convert.recipe import Recipe
 from dlr_lock.runtime import DLRError, DLRNet, DLRSpec
 
 CPU = torch.device("cpu")

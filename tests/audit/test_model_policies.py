@@ -1,0 +1,97 @@
+"""A whole model trained by every policy has the gradients of plain autograd, and is left as it was."""
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from dlr_lock.audit.systems.model import (
+    ModelPolicy,
+    attention_linears,
+    layer_of,
+    measure_model,
+    model_policies,
+    prepared,
+)
+from dlr_lock.runtime import DLRError, DLRNet, DLRSpec
+
+MLPS = ["model.layers.0.mlp", "model.layers.1.mlp"]
+
+
+def model_of(*, locked: bool, arch: str = "llama") -> PreTrainedModel:
+    model = tiny_model(arch)
+    for name in MLPS if locked else ():
+        net = DLRNet(DLRSpec(64, 2, 10, 16))
+        net.assign({n: torch.randn_like(p) / 8 for n, p in net.named_parameters()})
+        model.set_submodule(name, net)
+    return model
+
+
+def gradients(model: PreTrainedModel, policy: ModelPolicy, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+    torch.manual_seed(0)  # adapters start at random
+    with prepared(model, MLPS, policy) as trained:
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        return loss, list(torch.autograd.grad(loss, trained))
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_gradients(locked: bool) -> None:
+    model, ids = model_of(locked=locked).double(), torch.randint(320, (2, 9))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    policies = model_policies(locked=locked)
+    plain = {}
+    for policy in policies:
+        loss, got = gradients(model, policy, ids)
+        wanted = plain.setdefault(policy.aim, got)  # plain comes first
+        assert len(got) == len(wanted) and torch.cat([g.flatten() for g in wanted]).norm() > 1e-4
+        for a, b in zip(got, wanted, strict=True):
+            assert (a - b).norm() <= 1e-10 * (1e-6 + b.norm()), policy.name
+        assert loss.isfinite()
+    assert len(plain["adapters"]) == (2 * 2 * 2 if locked else 2 * 3 * 2)
+    assert len(plain["nothing"]) == 2 * 4 * 2  # q, k, v and o of both layers
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) and p.requires_grad == (
+            not name.rpartition(".")[2].startswith("dlr_")
+        )
+    assert all("forward" not in vars(m) and not m._forward_hooks for m in model.modules())
+
+
+def test_costs_of_a_whole_model() -> None:
+    """Each layer keeps its chain's states, a checkpoint its input, in a model that is never given memory."""
+    held = {}
+    with FakeTensorMode():
+        for locked in (True, False):
+            model, ids = model_of(locked=locked), torch.zeros(4, 64, dtype=torch.int64)
+            for policy in model_policies(locked=locked):
+                if policy.aim == "weights":
+                    row = measure_model(model, MLPS, policy, ids)
+                    assert row.counts is not None and row.seconds is None
+                    held[locked, policy.name] = row.counts
+    state = 4 * 4 * 64 * 64  # of a lane in float32
+    assert held[True, "plain"].held - held[True, "inversion"].held > 2 * 2 * 8 * state
+    assert held[True, "layer checkpoint, plain"].held == held[False, "layer checkpoint, plain"].held
+    assert held[True, "layer checkpoint, inversion"].peak < held[True, "layer checkpoint, plain"].peak
+    assert held[True, "inversion"].held < held[False, "plain"].held
+    assert held[True, "plain"].flops == pytest.approx(
+        held[False, "plain"].flops, rel=0.06
+    )  # 320 to 240 x 1.5
+
+
+def test_layers_are_numbered_and_adapters_find_their_linear_layers() -> None:
+    assert layer_of("model.layers.11.mlp") == "model.layers.11" and layer_of("h.3.mlp.c") == "h.3"
+    with pytest.raises(DLRError, match="no numbered layer"):
+        layer_of("model.mlp")
+    model = model_of(locked=False)
+    names = {m: name for name, m in model.named_modules()}
+    found = [names[m].rpartition(".")[2] for m in attention_linears(model, MLPS[:1])]
+    assert found == ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def test_a_model_without_linear_layers_has_no_adapters() -> None:
+    model = tiny_model("gpt2")
+    assert not any(isinstance(m, nn.Linear) for m in model.transformer.modules())
+    policy = next(p for p in model_policies(locked=False) if p.aim == "adapters")
+    with pytest.raises(DLRError, match="nothing to train"), prepared(model, ["transformer.h.0.mlp"], policy):
+        pass
