@@ -21,7 +21,7 @@ lint: $(VENV)/ready
 	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p dlr_lock
 
 bench: $(VENV)/ready
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m pytest benchmarks/test_kernels.py benchmarks/asymmetry.py --benchmark-only
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,5 +1,5 @@
 """What a lock costs whoever trains the locked model."""
 
-from .cost import StepCost, saved_bytes, step_cost
+from .meters import Meter, StepCounts, count_step, saved_bytes, time_step
 
-__all__ = ["StepCost", "saved_bytes", "step_cost"]
+__all__ = ["Meter", "StepCounts", "count_step", "saved_bytes", "time_step"]

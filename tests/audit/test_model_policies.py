@@ -23,7 +23,7 @@ MLPS = ["model.layers.0.mlp", "model.layers.1.mlp"]
 def model_of(*, locked: bool, arch: str = "llama") -> PreTrainedModel:
     model = tiny_model(arch)
     for name in MLPS if locked else ():
-        net = DLRNet(DLRSpec(64, 2, 10, 16))
+        net = DLRNet(DLRSpec(64, 3, 5, 16))
         net.assign({n: torch.randn_like(p) / 8 for n, p in net.named_parameters()})
         model.set_submodule(name, net)
     return model
@@ -65,18 +65,18 @@ def test_costs_of_a_whole_model() -> None:
         for locked in (True, False):
             model, ids = model_of(locked=locked), torch.zeros(4, 64, dtype=torch.int64)
             for policy in model_policies(locked=locked):
-                if policy.aim == "weights":
+                if policy.aim == "weights" and policy.name.endswith(("plain", "inversion")):
                     row = measure_model(model, MLPS, policy, ids)
                     assert row.counts is not None and row.seconds is None
                     held[locked, policy.name] = row.counts
-    state = 4 * 4 * 64 * 64  # of a lane in float32
-    assert held[True, "plain"].held - held[True, "inversion"].held > 2 * 2 * 8 * state
+    # A token's numbers in a layer: three lanes of five states, which share the first, what the steps read and give, and
+    # the sum of updates; against three last states and what the steps read.
+    less = (15 * 64 - 2 * 64 + 2 * 240 + 64) - (3 * 64 + 240)
+    assert held[True, "plain"].held - held[True, "inversion"].held == 2 * 4 * 256 * less
     assert held[True, "layer checkpoint, plain"].held == held[False, "layer checkpoint, plain"].held
     assert held[True, "layer checkpoint, inversion"].peak < held[True, "layer checkpoint, plain"].peak
     assert held[True, "inversion"].held < held[False, "plain"].held
-    assert held[True, "plain"].flops == pytest.approx(
-        held[False, "plain"].flops, rel=0.06
-    )  # 320 to 240 x 1.5
+    assert held[True, "plain"].flops == held[False, "plain"].flops
 
 
 def test_layers_are_numbered_and_adapters_find_their_linear_layers() -> None:

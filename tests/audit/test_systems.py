@@ -206,6 +206,10 @@ def test_costs_of_look_ahead(lanes: int) -> None:
     states = 4 * TOKENS * (lanes * blocks * d - (lanes - 1) * d + 2 * reads + d)
     assert states < wide.held <= states + 4 * gram + blocks * m * m  # Gram blocks, and their masks in bytes
     assert back.held == 4 * TOKENS * (lanes * d + reads)
+    redone = row(spec, f"look-ahead {m}, recomputed").counts
+    assert redone is not None
+    assert redone.held == 4 * TOKENS * (lanes * blocks * d - (lanes - 1) * d + d)
+    assert 1.1 < redone.flops / wide.flops < 4 / 3
     assert 1 < wide.flops / plain < 1.02 + m / (3 * d) + m * reads / (TOKENS * reads)
     assert 7 / 6 < back.flops / plain < 7 / 6 + 0.02 + m / (3 * d) + m * reads / (TOKENS * reads)
 

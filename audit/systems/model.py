@@ -1,0 +1,170 @@
+"""The training step of a whole model, locked or original, by every policy: attention, norms and logits included."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...runtime import DLRError, DLRNet, DLRSpec
+from ...triton_kernels import chain_reference
+from ..meters import count_step, time_step
+from .checkpoint import checkpointed, segmented, selective
+from .inversion import inverted
+from .lookahead import lookahead_trained
+from .lora import Adapter, adapted_chain, attached, merged_chain, new_adapter
+from .policies import ADAPTER_RANK, Aim, adapter_rank, best_segment
+from .slot import Row
+
+BLOCK = 256  # of look-ahead
+Forward = Callable[..., Any]
+Form = Callable[[DLRSpec], Forward]  # of the chain: takes what `chain_reference` takes
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPolicy:
+    """form: that a chain is run by. wrap: what is put around an MLP's or a chain's forward, given the hidden size.
+    layers: checkpoint every layer, too. aim: all weights of the model, adapters of its chains or MLPs, or (nothing in
+    the slots) adapters of its attention."""
+
+    name: str
+    aim: Aim
+    form: Form
+    wrap: Callable[[Forward, int], Forward]
+    layers: bool = False
+
+
+def model_policies(*, locked: bool) -> list[ModelPolicy]:
+    """Those of a locked model, or of an original one, which has no chains."""
+    plain: Form = lambda spec: chain_reference  # noqa: E731
+    forms: dict[str, Form] = {
+        "segments": lambda spec: partial(segmented, steps=best_segment(spec)),
+        "inversion": lambda spec: inverted,
+        f"look-ahead {BLOCK}": lambda spec: partial(lookahead_trained, block=BLOCK),
+        f"look-ahead {BLOCK}, inverted": lambda spec: partial(inverted, block=BLOCK),
+    }
+    policies: list[ModelPolicy] = []
+    aims: dict[Aim, str] = {"weights": "", "adapters": "LoRA, ", "nothing": "LoRA on attention, "}
+    for aim, prefix in aims.items():
+        chains = forms if locked else {}
+        policies += [
+            ModelPolicy(f"{prefix}plain", aim, plain, _bare),
+            ModelPolicy(f"{prefix}checkpointed MLPs", aim, plain, lambda forward, _: checkpointed(forward)),
+            ModelPolicy(f"{prefix}selective", aim, plain, selective),
+            *(ModelPolicy(prefix + name, aim, form, _bare) for name, form in chains.items()),
+            *(
+                ModelPolicy(f"{prefix}layer checkpoint, {name}", aim, form, _bare, layers=True)
+                for name, form in {"plain": plain, **chains}.items()
+            ),
+        ]
+    return policies
+
+
+def measure_model(
+    model: PreTrainedModel, mlps: Sequence[str], policy: ModelPolicy, tokens: Tensor, *, repeats: int = 0
+) -> Row:
+    """The row of one policy: loss and backward on tokens [S, n] int64. mlps: names of the modules in the MLPs' place.
+
+    Raises DLRError where a name is no module of a numbered layer. The model is left as it was.
+    """
+    with prepared(model, mlps, policy) as trained:
+
+        def loss(ids: Tensor) -> Tensor:
+            return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+        counts = count_step(loss, tokens, trained)
+        seconds = time_step(loss, tokens, trained, repeats=repeats) if repeats else None
+    return Row(policy.name, policy.aim, counts.saved, counts, seconds)
+
+
+@contextmanager
+def prepared(model: PreTrainedModel, mlps: Sequence[str], policy: ModelPolicy) -> Iterator[list[Tensor]]:
+    """The model as the policy trains it, within the block; gives what is to be trained."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    hidden_size = model.config.get_text_config().hidden_size
+    with ExitStack() as stack:
+        try:
+            model.requires_grad_(policy.aim == "weights")
+            trained = [p for p in model.parameters() if p.requires_grad]
+            if policy.aim == "nothing":
+                trained += stack.enter_context(attached(attention_linears(model, mlps), ADAPTER_RANK))
+            for name in mlps:
+                module = model.get_submodule(name)
+                forward = module.forward
+                if isinstance(module, DLRNet):
+                    adapters = None
+                    if policy.aim == "adapters":
+                        weights = [getattr(module, w) for w in module.weight_names(module.spec)]
+                        adapters = [new_adapter(w.detach(), adapter_rank(module.spec)) for w in weights]
+                        trained += [t for adapter in adapters for t in adapter]
+                    forward = _chain(module, policy.form(module.spec), adapters)
+                elif policy.aim == "adapters":
+                    linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
+                    trained += stack.enter_context(attached(linears, ADAPTER_RANK))
+                stack.enter_context(replaced(module, policy.wrap(forward, hidden_size)))
+            if policy.layers:
+                for layer in dict.fromkeys(map(layer_of, mlps)):
+                    module = model.get_submodule(layer)
+                    stack.enter_context(replaced(module, checkpointed(module.forward)))
+            if not trained:
+                raise DLRError(
+                    f"policy {policy.name!r} has nothing to train: it adapts nn.Linear layers, and finds none"
+                )
+            yield trained
+        finally:
+            for parameter, wanted in before:
+                parameter.requires_grad_(wanted)
+
+
+@contextmanager
+def replaced(module: nn.Module, forward: Forward) -> Iterator[None]:
+    """The module with another forward, within the block."""
+    module.forward = forward  # an instance's attribute: the class keeps its own
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def layer_of(name: str) -> str:
+    """The layer that a module is in: its name up to the first number. Raises DLRError where there is none."""
+    found = re.match(r"(?:.*?\.)??\d+(?=\.|$)", name)
+    if found is None:
+        raise DLRError(f"{name} is in no numbered layer, so its layer cannot be checkpointed")
+    return found[0]
+
+
+def attention_linears(model: nn.Module, mlps: Sequence[str]) -> list[nn.Linear]:
+    """The linear layers of the MLPs' layers that are not within the MLPs."""
+    layers = tuple(f"{layer_of(name)}." for name in mlps)
+    within = tuple(f"{name}." for name in mlps)
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(layers) and not f"{name}.".startswith(within)
+    ]
+
+
+def chain_weights(net: DLRNet) -> dict[str, Tensor]:
+    """The weights by the names of `chain_reference`'s arguments."""
+    named: Mapping[str, Tensor | None] = {
+        "A": net.dlr_A, "B": net.dlr_B, "G": net.dlr_G, "scale": net.dlr_scale, "bias": net.dlr_bias,
+    }  # fmt: skip
+    return {name: w for name, w in named.items() if w is not None}
+
+
+def _bare(forward: Forward, hidden_size: int) -> Forward:
+    return forward
+
+
+def _chain(net: DLRNet, form: Forward, adapters: list[Adapter] | None) -> Forward:
+    run = partial(form, act=net.spec.act)
+    if adapters is None:
+        return lambda x: run(x, **chain_weights(net))
+    if form is chain_reference:
+        return lambda x: adapted_chain(x, **chain_weights(net), act=net.spec.act, adapters=adapters)
+    return lambda x: merged_chain(x, **chain_weights(net), adapters=adapters, form=run)

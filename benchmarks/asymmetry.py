@@ -1,0 +1,231 @@
+"""What training a locked slot takes against training the MLP: counted tables, and timed forward and backward passes.
+
+    python -m benchmarks.asymmetry [--shapes 576x1536,4096x14336] [--chains 1x36,16x16] [--tokens 4096] [--layers 30]
+                                   [--model]
+    pytest benchmarks/asymmetry.py --benchmark-only
+
+The first counts every policy of both sides on tensors without data, for any size on any machine: of one slot, or of a
+whole model of such slots. The second, with pytest-benchmark, times a small slot on the best device there is.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from dlr_lock import DLRError
+from dlr_lock.audit.asymmetry import asymmetries
+from dlr_lock.audit.systems.compare import compare
+from dlr_lock.audit.systems.compiled import compiler_errors
+from dlr_lock.audit.systems.model import measure_model, model_policies
+from dlr_lock.audit.systems.slot import Arm, Row, arms, rows
+from dlr_lock.runtime import DLRNet, DLRSpec, best_device
+from dlr_lock.runtime.dtypes import DTYPES
+from dlr_lock.runtime.slot import dtype_of
+
+DEVICE = best_device()
+HIDDEN, WIDTH, DEPTH = 576, 1536, 36  # the timed slot: SmolLM2-135M's
+POLICIES = {
+    "locked": ("plain", "compiled", "checkpoint", "inversion", "look-ahead 256"),
+    "original": ("plain", "compiled", "checkpoint", "selective"),
+}
+
+
+@pytest.fixture(scope="module")
+def slot() -> dict[str, Arm]:
+    gpu = DEVICE.type == "cuda"
+    device = torch.device(DEVICE.type, torch.cuda.current_device() if gpu else None)
+    spec = DLRSpec.matching(HIDDEN, WIDTH, mlp_gated=True, depth=DEPTH)
+    tokens = 4096 if gpu else 256
+    return dict(
+        zip(
+            POLICIES,
+            arms(spec, WIDTH, tokens=tokens, dtype=dtype_of("auto", gpu=gpu), device=device),
+            strict=True,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("side", "forward"), [("locked", "reference"), ("locked", "runtime"), ("original", "reference")]
+)
+def test_inference(benchmark: BenchmarkFixture, slot: dict[str, Arm], side: str, forward: str) -> None:
+    arm = slot[side]
+    benchmark.group = "inference"
+    with torch.no_grad():
+        benchmark(_finished(lambda: arm.inference[forward](arm.x)))
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("side", "name"), [(side, name) for side, names in POLICIES.items() for name in names]
+)
+def test_training(
+    benchmark: BenchmarkFixture, slot: dict[str, Arm], side: str, name: str, phase: str
+) -> None:
+    """A forward pass that can be trained, or the backward pass after it, which frees it."""
+    arm = slot[side]
+    function, trained = arm.prepare(arm.policy(name))
+    x = arm.x.detach().requires_grad_()
+    dy = torch.ones_like(x)
+
+    def forward() -> Tensor:
+        return function(x)
+
+    def backward(y: Tensor) -> None:
+        _finished(lambda: torch.autograd.grad(y, [x, *trained], dy))()
+
+    try:
+        with compiler_errors():
+            backward(forward())
+    except DLRError as error:
+        pytest.skip(str(error))
+    benchmark.group = phase
+    if phase == "forward":
+        benchmark(_finished(forward))
+    else:
+        benchmark.pedantic(backward, setup=lambda: ((forward(),), {}), rounds=10, warmup_rounds=2)
+
+
+def _finished(work: Callable[[], object]) -> Callable[[], None]:
+    """`work`, over on return."""
+
+    def run() -> None:
+        work()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the counted tables that the command line asks for; exit status 2, and one line, on bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.asymmetry", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--shapes", default="576x1536", help="MLPs, hidden x intermediate")
+    parser.add_argument("--chains", default="1x36", help="lanes x depth, at equal parameters")
+    parser.add_argument("--tokens", type=int, default=4096, help="of a training step")
+    parser.add_argument("--layers", type=int, default=30, help="slots that the compared memory is of")
+    parser.add_argument("--model", action="store_true", help="a whole model, in sequences of 1024 tokens")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and x")
+    options = parser.parse_args(arguments)
+    screen = Console(highlight=False)
+    try:
+        for shape in options.shapes.split(","):
+            hidden, width = _sizes(shape)
+            for chain in options.chains.split(","):
+                lanes, depth = _sizes(chain)
+                spec = DLRSpec.matching(hidden, width, mlp_gated=True, lanes=lanes, depth=depth)
+                title = f"{hidden}x{width} as {spec}, {options.tokens} tokens"
+                with FakeTensorMode():
+                    if options.model:
+                        ours, theirs = _whole_models(spec, width, options)
+                        title, layers = f"model of {options.layers} layers, {title}", 1
+                    else:
+                        dtype, device = DTYPES[options.dtype], torch.device("cpu")
+                        locked, original = arms(
+                            spec, width, tokens=options.tokens, dtype=dtype, device=device
+                        )
+                        ours, theirs, layers = rows(locked), rows(original), options.layers
+                        screen.print(_asymmetry(title, locked, original))
+                screen.print(_policies(title, {"original": theirs, "locked": ours}))
+                if layers > 1:
+                    title += f", {layers} layers"
+                screen.print(_comparison(title, ours, theirs, layers))
+    except DLRError as error:
+        print(f"benchmarks.asymmetry: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _whole_models(spec: DLRSpec, width: int, options: argparse.Namespace) -> tuple[list[Row], list[Row]]:
+    """(locked, original) rows of a Llama of such MLPs, with heads of 64 features and 49,152 words."""
+    heads = max(1, spec.hidden_size // 64)
+    config = LlamaConfig(
+        hidden_size=spec.hidden_size,
+        intermediate_size=width,
+        num_hidden_layers=options.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=next(heads // n for n in (4, 3, 1) if heads % n == 0),
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    )
+    dtype = DTYPES[options.dtype]
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    length = min(1024, options.tokens)
+    tokens = torch.zeros(options.tokens // length, length, dtype=torch.int64)
+    mlps = [f"model.layers.{n}.mlp" for n in range(options.layers)]
+    original = [measure_model(model, mlps, p, tokens) for p in model_policies(locked=False)]
+    for name in mlps:
+        model.set_submodule(name, DLRNet(spec, dtype=dtype))
+    return [measure_model(model, mlps, p, tokens) for p in model_policies(locked=True)], original
+
+
+def _policies(title: str, sides: dict[str, list[Row]]) -> Table:
+    """Each policy against the original's plain step of the same aim."""
+    table = _table(f"{title}: against the original's plain step", "side", "aim", "policy")
+    for column in ("held", "peak", "FLOPs", "launches", "in a row: forward", "backward"):
+        table.add_column(column, justify="right")
+    for side, of_side in sides.items():
+        for row in of_side:
+            base = next(r for r in sides["original"] if r.aim == row.aim).counts
+            counts = row.counts
+            assert base is not None and counts is not None
+            ratios = (counts.held / base.held, counts.peak / base.peak, counts.flops / base.flops)
+            numbers = (
+                counts.forward.launches + counts.backward.launches,
+                counts.forward.dependent,
+                counts.backward.dependent,
+            )
+            table.add_row(side, row.aim, row.policy, *(f"{r:.2f}" for r in ratios), *map(str, numbers))
+    return table
+
+
+def _comparison(title: str, locked: list[Row], original: list[Row], layers: int) -> Table:
+    table = _table(f"{title}: each with its best policy", "aim", "objective", "locked", "original")
+    table.add_column("ratio", justify="right")
+    for line in compare(locked, original, layers=layers):
+        if line.objective.minimise == "seconds":
+            continue
+        names = (row.policy if row else "none meets it" for row in (line.locked, line.original))
+        ratio = "" if line.ratio is None else f"{line.ratio:.2f}"
+        table.add_row(line.aim, str(line.objective), *names, ratio)
+    return table
+
+
+def _asymmetry(title: str, locked: Arm, original: Arm) -> Table:
+    table = _table(
+        f"{title}: (backward / forward) locked over original", "mode", "measure", "policies", "locked forward"
+    )
+    table.add_column("ratio", justify="right")
+    for a in asymmetries(locked, original):
+        table.add_row(a.mode, a.measure, f"{a.locked} / {a.original}", a.forward, f"{a.value:.2f}")
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0), title_justify="left")
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+def _sizes(text: str) -> tuple[int, int]:
+    """The numbers in "576x1536"."""
+    sizes = text.split("x")
+    if len(sizes) != 2 or not all(size.isdecimal() for size in sizes):
+        raise DLRError(f"{text!r} is not of the form 576x1536 (a shape) or 1x36 (a chain)")
+    return int(sizes[0]), int(sizes[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
