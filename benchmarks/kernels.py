@@ -9,12 +9,8 @@ appear whole: an interrupted run leaves those of the case before.
 import argparse
 import csv
 import io
-import json
 import math
-import os
-import re
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +23,8 @@ from dlr_lock.runtime.bench import COLD_BYTES, ROUNDS, chain_cases, numbers, run
 from dlr_lock.runtime.checkpoint import usable_device
 from dlr_lock.tables import print_benchmark
 
-RESULTS = Path(__file__).parent / "results"
+from .output import target, write_json, write_whole
+
 SHAPES = "576x1536,2048x8192,4096x14336"  # hidden x intermediate
 CHAINS = "1x32,1x64,1x128,4x64,8x64,64x12"  # lanes x depth, and x rank where it is not left to parity
 TOKENS = "1,4,16,64,512,4096"
@@ -84,8 +81,8 @@ def save(document: dict[str, Any], out: Path | None) -> None:
         writer = csv.DictWriter(text, list(document["rows"][0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(document["rows"])
-    _write(json_file, lambda path: path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n"))
-    _write(csv_file, lambda path: path.write_text(text.getvalue()))
+    write_json(json_file, document)
+    write_whole(csv_file, lambda path: path.write_text(text.getvalue()))
 
 
 def plot(document: dict[str, Any], out: Path | None) -> list[Path]:
@@ -112,27 +109,15 @@ def plot(document: dict[str, Any], out: Path | None) -> list[Path]:
             panel.legend(fontsize="x-small")
         figure.suptitle(f"MLP {hidden} x {intermediate}, {document['device']}")
         path = _targets(document, out)[0].with_suffix(f".{hidden}x{intermediate}.png")
-        _write(path, partial(figure.savefig, format="png", dpi=120))
+        write_whole(path, partial(figure.savefig, format="png", dpi=120))
         written.append(path)
     return written
 
 
 def _targets(document: dict[str, Any], out: Path | None) -> tuple[Path, Path]:
-    """The JSON and the CSV file: in `out`, or in the device's folder of the results."""
-    slug = re.sub(r"[^a-z0-9]+", "-", document["device"].lower()).strip("-")
-    date = re.sub(r"[-:]|\+.*", "", document["date"])
-    path = (out or RESULTS / slug) / f"kernels-{date}.json"
+    """The JSON and the CSV file."""
+    path = target(document, "kernels", out)
     return path, path.with_suffix(".csv")
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.partial")
-    try:
-        write(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _sizes(text: str, least: int, most: int) -> list[int]:

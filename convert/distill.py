@@ -6,7 +6,6 @@ the chain a lock. Small batches fit better (relative error 0.255 at 1024 tokens,
 shrink the flatten gap (0.74, 0.53, 0.48); the reading metric brings it back (1.5) for one percent of the error.
 """
 
-import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -50,8 +49,9 @@ def distill(
     """Fits a chain to y = mlp(x) and returns DLRNet's tensors in float32 on the CPU.
 
     The first `tokens` rows of `activations` are trained on. name: the module's, for errors. teacher: the MLP's
-    weights, which the aligned start wants. start: a chain's tensors to go on from, instead of the recipe's start;
-    its bias is dropped. progress is called with (visits done, visits in all), watch up to 32 times with (visits done, the tensors).
+    weights, which the aligned start wants. start: tensors of a chain of one step to start from instead (one step
+    writes what it likes: its output scale is brought to the recipe's, its bias dropped). progress is called with
+    (visits done, visits in all), watch up to 32 times with (visits done, the tensors).
     A fit whose loss rises or is not a number goes on from its last good state at half the rate, at most twice.
     Raises DLRError if it diverges even so, and where the MLP's input or output is zero.
     """
@@ -60,13 +60,10 @@ def distill(
     if not (rms_x and rms_y):
         side = "output" if rms_x else "input"
         raise DLRError(f"the {side} of {name} is zero for most tokens: leave it out with --layers")
-    if start is not None:
-        rms_y = float(start["dlr_scale"].mean()) * rms_x / recipe.scale  # keep its output scale
     generator = torch.Generator().manual_seed(recipe.seed)
     if start is not None:
-        weights = {
-            key: start[key] * (1 / rms_x if key == "dlr_B" else rms_x) for key in DLRNet.weight_names(spec)
-        }
+        weights = {key: start[key] * rms_x for key in DLRNet.weight_names(spec)}
+        weights["dlr_B"] = start["dlr_B"] * start["dlr_scale"] / (recipe.scale * rms_y)
     elif recipe.start == "aligned":
         weights = aligned_start(spec, generator, rms_x, teacher)
     else:
@@ -132,12 +129,14 @@ class _Guard:
         self._every = max(_LOOK * recipe.batch, recipe.visits // _WATCHES)
         self._next = self._every
         self._losses: list[Tensor] = []
-        self._best = math.inf
+        self._best: float | None = None
         self._left = _RESTARTS
         self._keep()
 
     def look(self, visited: int, loss: Tensor) -> bool:
         """Takes note of a batch's loss; true at one of the looks, where all is well."""
+        if self._best is None:
+            self._best = loss.item()  # of the start
         self._losses.append(loss)
         if visited < min(self._next, self._recipe.visits):
             return False

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -47,7 +48,10 @@ class Kept:
         path = self._path(module)
         if not path.is_file():
             return None
-        return load_file(path), read_json(path.with_suffix(".json"))
+        try:
+            return load_file(path), read_json(path.with_suffix(".json"))
+        except (SafetensorError, DLRError) as error:
+            raise DLRError(f"{path} is damaged: delete it, and its module is distilled again") from error
 
     def put(self, module: str, tensors: dict[str, Tensor], figures: dict[str, Any]) -> None:
         """Keeps a finished module: whole or not at all, whatever interrupts."""

@@ -63,6 +63,8 @@ class Stack:
     """
 
     def __init__(self, model: PreTrainedModel, mlps: list[MLP], tokens: Tensor) -> None:
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise Unrepeatable("its decoder's layers are given what the encoder read")
         self._model = model
         self._tokens = tokens
         self._layers, places = _layers_of(model, mlps)

@@ -1,0 +1,390 @@
+"""How well chains do what their MLPs did, and what undoing them costs.
+
+    python -m benchmarks.fidelity modules MODEL --data text.txt --layers 1,12,25 --visits 102400,409600
+    python -m benchmarks.fidelity model   MODEL --data text.txt --layers 12-17 --across independent,sequential
+    python -m benchmarks.fidelity sentences ENCODER --data text.txt --sentences sentences.txt
+
+`modules` fits chains to single MLPs: error, gap and the attack's cost against visits, FLOPs and seconds. `model`
+locks layers and measures the whole: loss, KL and flips, before and after an end-to-end phase. `sentences` locks a
+sentence encoder and compares embeddings. Writes JSON and, where matplotlib is installed, a plot of `modules`.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from dlr_lock import DLRError, DLRNet
+from dlr_lock.convert.capture import Activations, capture
+from dlr_lock.convert.distill import distill
+from dlr_lock.convert.endtoend import EndToEnd, flatten_gaps, train_together, with_chains
+from dlr_lock.convert.evaluate import compare, frozen
+from dlr_lock.convert.fidelity import measure
+from dlr_lock.convert.job import sequence_length
+from dlr_lock.convert.kept import Kept
+from dlr_lock.convert.mlps import MLP, find_mlps, select_layers, teacher_weights
+from dlr_lock.convert.modules import lock_modules, spec_of
+from dlr_lock.convert.options import Options
+from dlr_lock.convert.recipe import Recipe
+from dlr_lock.convert.source import Source, compute_dtype, open_source
+from dlr_lock.convert.text import CalibrationText, load_text
+from dlr_lock.convert.unlock import undo
+from dlr_lock.progress import Steps
+from dlr_lock.runtime.checkpoint import usable_device
+from dlr_lock.runtime.timing import machine
+
+from .output import target, write_json, write_whole
+
+FLOPS = 6  # a parameter and token visit: a multiplication and an addition forward, twice that backward
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the study that the command line asks for; exit status 2, and one line, on bad input."""
+    options = _parser().parse_args(arguments)
+    try:
+        document = machine(usable_device(options.device)) | {"study": options.study, "rows": []}
+        document["options"] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+        for private in ("out", "model", "data", "sentences"):  # paths of this machine
+            given = document["options"].pop(private, None)
+            if given and private != "out":
+                document["options"][private] = Path(given).name
+        path = target(document, f"fidelity-{options.study}", options.out)
+        with Steps(Console(stderr=True, highlight=False)) as steps:
+            for row in _STUDIES[options.study](options, steps):
+                document["rows"].append(row)
+                write_json(path, document)  # after every row: an interruption costs the one at work
+    except (DLRError, OSError) as error:
+        print(f"benchmarks.fidelity: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("benchmarks.fidelity: interrupted; the rows that were finished are written", file=sys.stderr)
+        return 130
+    _show(document["rows"])
+    print(f"written to {path}")
+    if options.study == "modules" and (drawn := _plot(document, path.with_suffix(".png"))):
+        print(f"written to {drawn}")
+    return 0
+
+
+def modules(options: argparse.Namespace, progress: Steps) -> Iterator[dict[str, Any]]:
+    """Rows of layers x visits: `Fidelity`, the curve while it was fitted, and the attack at each share."""
+    chosen = _options(options)
+    source, mlps, text = _open(options, chosen, progress)
+    device, train = torch.device(str(chosen.device)), text.train.numel()
+    with TemporaryDirectory() as scratch:
+        captured = capture(
+            source.model,
+            mlps,
+            torch.cat([text.train, text.heldout]),
+            max_memory=int(chosen.max_memory or 0),
+            scratch=Path(scratch),
+            progress=partial(progress, "activations"),
+        )
+        for mlp, pairs in captured:
+            for visits in _numbers(options.visits):
+                recipe = Recipe(visits, int(chosen.batch or 0), chosen.start, chosen.seed + mlp.layer)
+                given = {name: getattr(options, name) for name in ("rate", "momentum", "scale", "metric")}
+                recipe = replace(
+                    recipe, **{name: value for name, value in given.items() if value is not None}
+                )
+                yield _fit(
+                    source, mlp, pairs, train, chosen, recipe, _shares(options.unlock), device, progress
+                )
+
+
+def _fit(
+    source: Source,
+    mlp: MLP,
+    pairs: Activations,
+    train: int,
+    chosen: Options,
+    recipe: Recipe,
+    shares: list[float],
+    device: torch.device,
+    progress: Steps,
+) -> dict[str, Any]:
+    spec = spec_of(mlp, chosen)
+    x, y = pairs.rows(torch.arange(train, len(pairs)))
+    first = pairs.first[train:]
+    net = DLRNet(spec, dtype=torch.float32)
+    curve: list[dict[str, float]] = []
+    watching = 0.0
+    started = time.monotonic()
+
+    def watch(visits: int, tensors: dict[str, Tensor]) -> None:
+        nonlocal watching
+        began = time.monotonic()
+        net.assign(tensors)
+        now = measure(net, x, y, device, first)
+        curve.append({"visits": visits, "seconds": began - started - watching, **now.to_dict()})
+        watching += time.monotonic() - began
+
+    tensors = distill(
+        pairs,
+        train,
+        spec,
+        recipe,
+        name=mlp.module,
+        device=device,
+        teacher=teacher_weights(source.model, mlp) if recipe.start == "aligned" else None,
+        progress=partial(progress, f"layer {mlp.layer}, {recipe.visits:,} visits"),
+        watch=watch,
+    )
+    seconds = time.monotonic() - started - watching
+    net.assign(tensors)
+    fidelity = measure(net, x, y, device, first)
+    attacks = []
+    for share in shares:
+        for start in ("linear", "flat", "random"):
+            attack = undo(
+                net,
+                pairs,
+                train,
+                fidelity.rel_error,
+                visits=round(share * recipe.visits),
+                conversion=recipe.visits,
+                name=mlp.module,
+                device=device,
+                start=start,
+                progress=partial(progress, f"undoing layer {mlp.layer} at {share:g}, {start} start"),
+            )
+            attacks.append({"start": start, **attack.to_dict()})
+    return {
+        "layer": mlp.layer,
+        "chain": str(spec),
+        **asdict(recipe),
+        **fidelity.to_dict(),
+        "seconds": seconds,
+        "flops": FLOPS * spec.params * recipe.visits,
+        "tokens": train,
+        "curve": curve,
+        "attacks": attacks,
+    }
+
+
+def model(options: argparse.Namespace, progress: Steps) -> Iterator[dict[str, Any]]:
+    """A row for each way across the layers, and one more after the end-to-end phase."""
+    for across in options.across.split(","):
+        yield from _whole(options, progress, across, lambda locked, original, text: {})
+
+
+def sentences(options: argparse.Namespace, progress: Steps) -> Iterator[dict[str, Any]]:
+    """As `model`, with the embeddings of sentences: mean cosine of locked and original, and Spearman's correlation
+    of all pairs' similarities."""
+    lines = [line for line in options.sentences.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if len(lines) < 3:
+        raise DLRError(f"{options.sentences} has {len(lines)} lines: give sentences, one a line")
+
+    def figures(locked: Any, original: Any, tokenizer: Any) -> dict[str, Any]:
+        ours, theirs = (embed(m, tokenizer, lines) for m in (locked, original))
+        cosines = (ours * theirs).sum(1)
+        return {
+            "sentences": len(lines),
+            "cosine": cosines.mean().item(),
+            "worst_cosine": cosines.min().item(),
+            "spearman": spearman(*((e @ e.T)[_pairs(len(lines))] for e in (ours, theirs))),
+        }
+
+    yield from _whole(options, progress, options.across, figures)
+
+
+def embed(model: Any, tokenizer: Any, lines: list[str]) -> Tensor:
+    """[N, d] float32 of length 1: the mean of the last hidden states over a sentence's tokens."""
+    parts = []
+    for begin in range(0, len(lines), 64):
+        batch = tokenizer(lines[begin : begin + 64], padding=True, truncation=True, return_tensors="pt")
+        batch = batch.to(model.device)
+        with frozen(model):
+            states = model(**batch)[0].float()
+        there = batch["attention_mask"][..., None].float()
+        mean = (states * there).sum(1) / there.sum(1)
+        parts.append(torch.nn.functional.normalize(mean, dim=1).cpu())
+    return torch.cat(parts)
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Spearman's rank correlation of two samples [N]; ties in the order they come."""
+    ranks = [np.argsort(np.argsort(t.numpy(), kind="stable"), kind="stable") for t in (a, b)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _pairs(count: int) -> tuple[Tensor, Tensor]:
+    rows, columns = torch.triu_indices(count, count, 1)
+    return rows, columns
+
+
+def _whole(options: argparse.Namespace, progress: Steps, across: str, more: Any) -> Iterator[dict[str, Any]]:
+    chosen = replace(_options(options), visits=_numbers(options.visits)[0], across=across, unlock=0.0)
+    source, mlps, text = _open(options, chosen, progress)
+    original, identity = source.model, [name for mlp in mlps for name in mlp.identity]
+    with TemporaryDirectory() as scratch:
+        started = time.monotonic()
+        done = lock_modules(
+            original,
+            mlps,
+            text,
+            chosen,
+            torch.float32,
+            kept=Kept(Path(scratch) / "kept", {}),
+            scratch=Path(scratch),
+            progress=progress,
+        )
+
+    def row(phase: str, chains: dict[str, DLRNet]) -> dict[str, Any]:
+        seconds = time.monotonic() - started
+        locked = with_chains(original, chains, identity)
+        return {
+            "phase": phase,
+            "across": done.across,
+            "layers": len(mlps),
+            "seconds": seconds,
+            **compare(locked, original, text.heldout).to_dict(),
+            **more(locked, original, source.tokenizer),
+            "gaps": flatten_gaps(locked, chains, text.heldout),
+        }
+
+    yield row("modules", done.chains) | {"modules": [r.to_dict() for r in done.reports]}
+    if chosen.together:
+        started = time.monotonic()
+        losses: list[tuple[int, float]] = []
+        chains = train_together(
+            original,
+            done.chains,
+            identity,
+            text.train,
+            EndToEnd(chosen.together, seed=chosen.seed),
+            progress=partial(progress, "end-to-end phase"),
+            watch=lambda visits, loss: losses.append((visits, loss)),
+        )
+        yield row("together", chains) | {"visits": chosen.together, "curve": losses}
+
+
+_STUDIES = {"modules": modules, "model": model, "sentences": sentences}
+
+
+def _options(options: argparse.Namespace) -> Options:
+    names = ("layers", "depth", "rank", "lanes", "gated", "act", "params", "start", "tokens", "batch", "seed")
+    names = (*names, "sequence", "together", "device")
+    given = {name: getattr(options, name, None) for name in names}
+    return Options(**{k: v for k, v in given.items() if v is not None}, data=str(options.data)).resolved()
+
+
+def _open(
+    options: argparse.Namespace, chosen: Options, progress: Steps
+) -> tuple[Source, list[MLP], CalibrationText]:
+    device = torch.device(str(chosen.device))
+    source = open_source(options.model, dtype=compute_dtype(device), device=device)
+    assert chosen.tokens and chosen.heldout
+    text = load_text(
+        chosen.data,
+        source.tokenizer,
+        tokens=chosen.tokens,
+        heldout_tokens=chosen.heldout,
+        sequence_length=chosen.sequence or sequence_length(source.model),
+        model=source.model,
+        seed=chosen.seed,
+        progress=partial(progress, "calibration text"),
+    )
+    return source, select_layers(find_mlps(source.model), chosen.layers), text
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    """The plain figures of every row, as a table."""
+    plain = [
+        {k: v for k, v in row.items() if isinstance(v, int | float | str) and k != "seed"} for row in rows
+    ]
+    names = list(dict.fromkeys(name for row in plain for name in row))
+    table = Table(*names)
+    for row in plain:
+        cells = (row.get(name, "-") for name in names)
+        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
+    Console(highlight=False).print(table)
+
+
+def _plot(document: dict[str, Any], path: Path) -> Path | None:
+    """Error against visits, a line a fit, on logarithmic axes; None without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    for row in document["rows"]:
+        line = [(point["visits"], point["rel_error"]) for point in row["curve"]]
+        label = f"layer {row['layer']}, {row['visits']:,} visits, gap {row['flatten_gap']:.2f}"
+        axes.loglog(*zip(*line, strict=True), marker=".", label=label)
+    axes.set(xlabel="token visits", ylabel="relative error on held-out tokens", title=document["device"])
+    axes.legend(fontsize="small")
+    write_whole(path, partial(figure.savefig, format="png", dpi=120))
+    return path
+
+
+def _numbers(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise DLRError(f"{text!r} is not a list of whole numbers such as 102400,409600")
+    return [int(part) for part in parts]
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        shares = [float(part) for part in text.split(",") if part]
+    except ValueError as error:
+        raise DLRError(f"{text!r} is not a list of shares such as 0.25,1") from error
+    if not all(0 < share <= 100 for share in shares):
+        raise DLRError(f"the attack's shares of the visits must be above 0 and at most 100, not {text}")
+    return shares
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fidelity")
+    studies = parser.add_subparsers(dest="study", required=True)
+    for name, about in (
+        ("modules", "fit chains to single MLPs"),
+        ("model", "lock layers and measure the whole model"),
+        ("sentences", "lock a sentence encoder and compare embeddings"),
+    ):
+        study = studies.add_parser(name, help=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        study.add_argument("model", help="a transformers directory, a hub id or a .gguf file")
+        study.add_argument("--data", required=True, help="calibration text, as `dlr-lock convert` takes it")
+        study.add_argument("--layers", help="such as 1,12,25 or last-6; all by default")
+        study.add_argument("--visits", default="409600", help="token visits a module")
+        for option in ("tokens", "batch", "depth", "rank", "lanes", "sequence"):
+            study.add_argument(f"--{option}", type=int)
+        study.add_argument("--seed", type=int, default=0)
+        study.add_argument("--params", type=float, help="parameters of a chain over its MLP's")
+        study.add_argument("--gated", action="store_true", help="gated steps")
+        study.add_argument("--act", help="activation of the steps")
+        study.add_argument("--start", help="random or aligned")
+        study.add_argument("--device", help="cpu, cuda, cuda:1; the best there is by default")
+        study.add_argument(
+            "--out", type=Path, help="folder of the files, instead of one a device under results"
+        )
+        if name == "modules":
+            study.add_argument(
+                "--unlock", default="", help="visits of attacks, as shares of the fit's: 0.25,1"
+            )
+            for option in ("rate", "momentum", "scale", "metric"):
+                study.add_argument(f"--{option}", type=float, help="of the recipe, see Recipe")
+        else:
+            both = "independent,sequential"
+            study.add_argument("--across", default=both if name == "model" else "sequential")
+            study.add_argument("--together", type=int, default=0, help="visits of the end-to-end phase")
+        if name == "sentences":
+            study.add_argument("--sentences", type=Path, required=True, help="a file, one sentence a line")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
