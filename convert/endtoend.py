@@ -46,14 +46,20 @@ class Trainable(nn.Module):
     """A chain as its owner, or an attacker, trains it: the reference with float32 parameters, recomputed in
     backward so that one chain's steps at a time are held."""
 
+    dlr_A: nn.Parameter
+    dlr_B: nn.Parameter
+    dlr_G: nn.Parameter | None
+    dlr_scale: nn.Parameter
+    dlr_bias: nn.Parameter
+
     def __init__(self, net: DLRNet, device: torch.device) -> None:
         super().__init__()
+        self.register_parameter("dlr_G", None)
         self.act = net.spec.act
         for name, weight in net.named_parameters():
             trains = name in net.weight_names(net.spec)
             value = weight.detach().to(device, torch.float32, copy=True)
             self.register_parameter(name, nn.Parameter(value, requires_grad=trains))
-        self.dlr_G = getattr(self, "dlr_G", None)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
@@ -175,9 +181,8 @@ def flatten_gaps(model: PreTrainedModel, chains: dict[str, DLRNet], tokens: Tens
         def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
             net, x = chains[name], args[0].float().flatten(0, -2)
             vectors = net.dlr_scale.to(x.device), net.dlr_bias.to(x.device)
-            A, B, G = (
-                None if w is None else w.to(x.device, x.dtype) for w in (net.dlr_A, net.dlr_B, net.dlr_G)
-            )
+            A, B = (w.to(x.device, x.dtype) for w in (net.dlr_A, net.dlr_B))
+            G = None if net.dlr_G is None else net.dlr_G.to(x.device, x.dtype)
             chain, flat = (
                 f(x, A, B, *vectors, G, net.spec.act) for f in (chain_reference, flattened_reference)
             )

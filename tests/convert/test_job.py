@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny import VOCABULARY, save_tiny
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import dlr_lock
 from dlr_lock import DLRError, convert_model
+from dlr_lock.convert.evaluate import StateEvaluation
+from dlr_lock.convert.layers import Stack, Unrepeatable
 from dlr_lock.convert.text import english_topics
 from dlr_lock.runtime import locked_modules, verify
 
@@ -121,8 +123,56 @@ def test_no_text_is_needed(tmp_path: Path) -> None:
 def test_an_encoder_without_a_language_model_head(text: Path, tmp_path: Path) -> None:
     save_tiny("bert", tmp_path / "source")
     report = convert_model(tmp_path / "source", tmp_path / "out", data=str(text), **QUICK)
-    assert report.evaluation is None and len(report.modules) == 2
+    assert isinstance(report.evaluation, StateEvaluation) and len(report.modules) == 2
+    original, locked = AutoModel.from_pretrained(tmp_path / "source"), dlr_lock.load(tmp_path / "out")
+    ids = torch.randint(0, VOCABULARY, (4, 64))
+    with torch.no_grad():
+        ours, theirs = (m(ids)[0] for m in (locked, original))
+    error = ((ours - theirs).square().sum(-1) / theirs.square().sum(-1)).mean().item()
+    assert error == pytest.approx(report.evaluation.state_error, rel=0.5)  # random tokens, not text
+    assert f"{report.evaluation.cosine:.4f}" in (tmp_path / "out" / "README.md").read_text()
     assert len(locked_modules(dlr_lock.load(tmp_path / "out"))) == 2
+
+
+def test_all_that_a_conversion_can_measure_stands_in_the_card(text: Path, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source", layers=3)
+    options = QUICK | {"visits": 8192, "rank": None, "params": 1.5, "layers": "last-2", "unlock": 0.5}
+    report = convert_model(tmp_path / "source", tmp_path / "out", data=str(text), together=4096, **options)
+    assert [m.layer for m in report.modules] == [1, 2] and report.across == "sequential"
+    card = (tmp_path / "out" / "README.md").read_text()
+    for m in report.modules:
+        assert m.spec.params == pytest.approx(1.5 * m.params_original, rel=0.15)
+        assert m.unlocking is not None and m.unlocking.cost == 0.5 and m.unlocking.visits == 4096
+        assert f"{m.unlocking.error:.3f} at 0.5x" in card and f"{m.drift:.4f}" in card
+    assert report.together is not None
+    before, after = report.together.evaluation_before, report.together.evaluation_after
+    assert after.kl is not None and after.kl < before.kl  # trained on just that
+    assert after.kl == pytest.approx(report.evaluation.kl, rel=1e-3)
+    assert f"{before.loss:.4f}" in card and f"{report.together.smallest_gap_after:.2f}" in card
+
+
+def test_text_that_repeats_itself_is_warned_of(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source")
+    (tmp_path / "dull.txt").write_text("All work and no play makes Jack a dull boy. " * 1000)
+    report = convert_model(tmp_path / "source", tmp_path / "out", data=str(tmp_path / "dull.txt"), **QUICK)
+    assert any("repeats itself" in warning for warning in report.warnings)
+    assert "repeats itself" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_where_layers_cannot_be_run_alone_modules_are_independent_and_that_is_said(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny("llama", tmp_path / "source")
+
+    def refuse(*args: object) -> None:
+        raise Unrepeatable("its layers dance")
+
+    monkeypatch.setattr(Stack, "_check", refuse)
+    report = convert_model(tmp_path / "source", tmp_path / "out", data=str(text), **QUICK)
+    assert report.across == "independent" and "dance" in report.warnings[0]
+    assert all(m.drift is None for m in report.modules)
+    with pytest.raises(DLRError, match="dance"):
+        convert_model(tmp_path / "source", tmp_path / "no", data=str(text), across="sequential", **QUICK)
 
 
 def spoil(source: Path, value: float) -> None:
@@ -147,6 +197,13 @@ def spoil(source: Path, value: float) -> None:
         ({"max_memory": "lots"}, "lots"),
         ({"data": "missing.txt"}, r"missing\.txt"),
         ({"mlps": "("}, r"\("),
+        ({"effort": "heroic"}, "heroic"),
+        ({"across": "sideways"}, "sideways"),
+        ({"params": 0.0}, "params"),
+        ({"together": -1}, "together"),
+        ({"unlock": -0.5}, "unlock"),
+        ({"sequence": 0}, "sequence"),
+        ({"layers": "last-3"}, "2 MLPs"),
     ],
 )
 def test_bad_arguments_leave_nothing_behind(change: dict, says: str, text: Path, tmp_path: Path) -> None:
