@@ -37,7 +37,7 @@ class EndToEnd:
 
     visits: int
     batch: int = 2048
-    rate: float = 0.002
+    rate: float = 0.0005
     momentum: float = 0.9
     seed: int = 0
 

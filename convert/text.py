@@ -68,8 +68,8 @@ def load_text(
       - a dataset: `name`, `name:split` or `name:config:split` (split `train` unless said otherwise);
       - `self`: sequences sampled from `model` at `temperature`, always the same for the same `seed`.
 
-    Documents are joined with the EOS token where the tokenizer has one. A sequence starts with the tokens
-    (BOS) that the tokenizer puts in front of a text by default, if it does. progress is called with (tokens
+    Documents are joined with the EOS token where the tokenizer has one. A sequence starts and ends with the tokens
+    (BOS; CLS and SEP) that the tokenizer puts around a text by default, if it does. progress is called with (tokens
     so far, wanted).
     Raises DLRError when the text cannot be read or there is too little of it.
     """
@@ -134,7 +134,7 @@ def read_text(
     if str(source) == "self":
         raise DLRError("'self' is no text to measure a model on: give a file or a dataset")
     documents, label = _open(str(source))
-    prefix = _prefix(tokenizer)
+    prefix, suffix = _frame(tokenizer)
     ids = array("q")
     for document in documents:
         for piece in document:
@@ -143,12 +143,13 @@ def read_text(
                 break
         if len(ids) >= tokens:
             break
-    body = min(sequence_length - len(prefix), len(ids), tokens)
-    if body < 1 or body + len(prefix) < 2:
+    body = min(sequence_length - len(prefix) - len(suffix), len(ids), tokens)
+    if body < 1 or body + len(prefix) + len(suffix) < 2:
         raise DLRError(f"{label} has no text to predict")
     rows = min(len(ids), tokens) // body
     text = torch.tensor(ids[: rows * body], dtype=torch.int64).view(rows, body)
-    return torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(rows, -1), text], 1)
+    frame = [torch.tensor(part, dtype=torch.int64).expand(rows, -1) for part in (prefix, suffix)]
+    return torch.cat([frame[0], text, frame[1]], 1)
 
 
 def english_topics() -> str:
@@ -312,11 +313,12 @@ def _pack(
     progress: Callable[[int, int], None] | None,
 ) -> Tensor:
     """[sequences, n] int64 from the beginning of the documents."""
-    prefix = _prefix(tokenizer)
-    body = n - len(prefix)  # tokens of text in a sequence
+    prefix, suffix = _frame(tokenizer)
+    body = n - len(prefix) - len(suffix)  # tokens of text in a sequence
     if body < 1:
         raise DLRError(
-            f"sequence length {n} leaves no room behind the {len(prefix)} tokens that start a sequence"
+            f"sequence length {n} leaves no room between the {len(prefix)} tokens that start a sequence and the "
+            f"{len(suffix)} that end it"
         )
     enough = sequences * body
     ids = array("q")
@@ -343,7 +345,10 @@ def _pack(
         )
     packed = torch.empty(sequences, n, dtype=torch.int64)
     packed[:, : len(prefix)] = torch.tensor(prefix, dtype=torch.int64)
-    packed[:, len(prefix) :] = torch.frombuffer(ids, dtype=torch.int64)[:enough].view(sequences, body)
+    packed[:, len(prefix) : n - len(suffix)] = torch.frombuffer(ids, dtype=torch.int64)[:enough].view(
+        sequences, body
+    )
+    packed[:, n - len(suffix) :] = torch.tensor(suffix, dtype=torch.int64)
     return packed
 
 
@@ -354,13 +359,13 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False
     return list(encoded["input_ids"])
 
 
-def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What this tokenizer puts in front of a text of its own accord: [BOS], [CLS], or nothing."""
+def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What this tokenizer puts around a text of its own accord: [BOS] before it; [CLS] before and [SEP] behind."""
     plain, full = _encode(tokenizer, "a"), _encode(tokenizer, "a", special=True)
     for start in range(len(full) - len(plain) + 1):
         if full[start : start + len(plain)] == plain:
-            return full[:start]
-    return []
+            return full[:start], full[start + len(plain) :]
+    return [], []
 
 
 # --- text from the model itself
