@@ -9,6 +9,7 @@ from .audit.demo import DemoResult
 from .convert import ConversionReport, Evaluation, Options
 from .convert.card import evaluation_words, lock_status, unlock_words
 from .convert.evaluate import StateEvaluation
+from .convert.options import EFFORTS
 
 
 def choices(options: Options) -> str:
@@ -20,10 +21,10 @@ def choices(options: Options) -> str:
     )
     memory = int(options.max_memory or 0) / 2**30
     return (
-        f"effort {options.effort}: {options.tokens:,} tokens of {options.data}; {options.visits:,} token visits a "
-        f"module in batches of {options.batch:,}, {options.together:,} of all together; layers "
-        f"{options.layers or 'all'}; {options.lanes} lane(s), {shape}; {options.start} start; on {options.device}, "
-        f"{memory:.1f} GiB for activations"
+        f"effort {options.effort} (on a CPU {EFFORTS[options.effort].words}): {options.tokens:,} tokens of "
+        f"{options.data}; {options.visits:,} token visits a module in batches of {options.batch:,}, "
+        f"{options.together:,} of all together; layers {options.layers or 'all'}; {options.lanes} lane(s), {shape}; "
+        f"{options.start} start; on {options.device}, {memory:.1f} GiB for activations"
     )
 
 
