@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
             for row in _STUDIES[options.study](options, steps):
                 document["rows"].append(row)
                 write_json(path, document)  # after every row: an interruption costs the one at work
-    except (DLRError, OSError) as error:
+    except (DLRError, OSError, UnicodeError) as error:
         print(f"benchmarks.fidelity: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -225,7 +225,10 @@ def _pairs(count: int) -> tuple[Tensor, Tensor]:
 
 
 def _whole(options: argparse.Namespace, progress: Steps, across: str, more: Any) -> Iterator[dict[str, Any]]:
-    chosen = replace(_options(options), visits=_numbers(options.visits)[0], across=across, unlock=0.0)
+    visits = _numbers(options.visits)
+    if len(visits) > 1:
+        raise DLRError(f"--visits {options.visits}: only the study of modules takes several")
+    chosen = replace(_options(options), visits=visits[0], across=across, unlock=0.0).resolved()
     source, mlps, text = _open(options, chosen, progress)
     original, identity = source.model, [name for mlp in mlps for name in mlp.identity]
     with TemporaryDirectory() as scratch:

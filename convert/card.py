@@ -5,6 +5,15 @@ from .fidelity import LOCKED_GAP
 from .report import ConversionReport, ModuleReport
 from .unlock import Unlocking
 
+_LOAD = """\
+import dlr_lock  # registers the format with transformers
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")"""
+_LOAD_OTHER = """\
+import dlr_lock
+
+model = dlr_lock.load("path/to/this/directory")"""
 _TARGETS = {
     "sequential": "what brings the locked model's hidden states back to the original's",
     "independent": "the MLP's output in the original",
@@ -21,10 +30,7 @@ tags: [dlr-lock]
 {summary}
 
 ```python
-import dlr_lock  # registers the format with transformers
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
+{load}
 ```
 
 {status}
@@ -42,7 +48,7 @@ the target is {target}. Flatten gap: how far the chain is from its own flattened
 module below {gap} is not called locked. Coupling: RMS of the chain's update over RMS of its input. Hidden
 states: their relative error behind the layer, with all that was locked before. Unlocking: the best attack known
 to us on a single module, distilling the chain back into an MLP: the relative error of its copy, and the share of
-the module's own token visits that it took; "undone" where the copy is as good as the chain.{notes}
+the module's own token visits that it was given; "undone" where the copy is as good as the chain.{notes}
 
 ## What the lock does not stop
 
@@ -65,6 +71,7 @@ def model_card(report: ConversionReport) -> str:
             f"{len(report.modules)} of the {report.mlps} MLPs of this model are DLR-Nets: deep chains of low-rank "
             "steps that run like an MLP and are expensive to train. Load it with `pip install dlr-lock`:"
         ),
+        load=_LOAD if isinstance(report.evaluation, Evaluation) else _LOAD_OTHER,
         status=lock_status(report),
         fidelity=_fidelity(report),
         rows="\n".join(map(_row, report.modules)),
@@ -124,7 +131,7 @@ def _fidelity(report: ConversionReport) -> str:
     return (
         f"{words}\n\nThe last {t.visits:,} token visits trained all chains together on the original's output. "
         f"Before: {evaluation_words(t.evaluation_before)} The smallest flatten gap of a module, over |chain|^2, was "
-        f"{t.smallest_gap_before:.2f} before and is {t.smallest_gap_after:.2f}."
+        f"{t.smallest_gap_before:.2f} before and is {t.smallest_gap_after:.2f}. The table is of the modules before it."
     )
 
 

@@ -45,6 +45,7 @@ def distill(
     start: Weights | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     watch: Callable[[int, Weights], None] | None = None,
+    note: Callable[[str], object] = lambda sentence: None,
 ) -> Weights:
     """Fits a chain to y = mlp(x) and returns DLRNet's tensors in float32 on the CPU.
 
@@ -52,10 +53,14 @@ def distill(
     weights, which the aligned start wants. start: tensors of a chain of one step to start from instead (one step
     writes what it likes: its output scale is brought to the recipe's, its bias dropped). progress is called with
     (visits done, visits in all), watch up to 32 times with (visits done, the tensors).
-    A fit whose loss rises or is not a number goes on from its last good state at half the rate, at most twice.
+    A fit whose loss rises or is not a number goes on from its last good state at half the rate, at most twice;
+    note is called with a sentence each time.
     Raises DLRError if it diverges even so, and where the MLP's input or output is zero.
     """
-    sample = torch.arange(0, tokens, max(1, tokens // _ROWS))
+    # At random: every so many-th token can be the first of its sequence each time.
+    sample = (
+        torch.randperm(tokens, generator=torch.Generator().manual_seed(recipe.seed))[:_ROWS].sort().values
+    )
     rms_x, rms_y = (_typical_rms(t) for t in activations.rows(sample))
     if not (rms_x and rms_y):
         side = "output" if rms_x else "input"
@@ -82,7 +87,7 @@ def distill(
         return tensors
 
     first = activations.first[:tokens].nonzero()[:, 0]
-    guard = _Guard(recipe, optimizer, weights, name)
+    guard = _Guard(recipe, optimizer, weights, name, note)
     visited = 0
     with _Gradients(spec, device, recipe.scale) as gradients:
         for rows in recipe.batches(tokens, first, generator):
@@ -123,8 +128,12 @@ def _groups(weights: Weights, recipe: Recipe, metric: Tensor) -> list[dict[str, 
 class _Guard:
     """Watches the loss, and takes a fit that diverges back to its last good state, at half the rate."""
 
-    def __init__(self, recipe: Recipe, optimizer: Muon, weights: Weights, name: str) -> None:
+    def __init__(
+        self, recipe: Recipe, optimizer: Muon, weights: Weights, name: str, note: Callable[[str], object]
+    ) -> None:
         self.share = 1.0  # of the recipe's rate
+        self._note = note
+        self._learnt = False
         self._recipe, self._optimizer, self._weights, self._name = recipe, optimizer, weights, name
         self._every = max(_LOOK * recipe.batch, recipe.visits // _WATCHES)
         self._next = self._every
@@ -148,12 +157,17 @@ class _Guard:
         if sound and mean <= max(1.0, _RISE * self._best):
             self._best = min(mean, self._best)
             self._keep()
+            self._learnt = True
             return True
-        if not self._left:
+        ended = visited >= self._recipe.visits and not self._learnt
+        if not self._left or ended:
             raise DLRError(
-                f"the distillation of {self._name} diverged {_RESTARTS + 1} times in {self._recipe.visits} visits: "
-                "try another --seed or a larger --batch"
+                f"the distillation of {self._name} diverged {_RESTARTS + 1 - self._left} times in "
+                f"{self._recipe.visits} visits: try another --seed or a larger --batch"
             )
+        self._note(
+            f"the distillation of {self._name} diverged near visit {visited:,} and went on at half the rate"
+        )
         self._left -= 1
         self.share /= 2
         with torch.no_grad():

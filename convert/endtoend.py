@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..runtime import DLRError, DLRNet
 from ..runtime.quantizer import replace_module
 from ..triton_kernels import chain_reference, flattened_reference
+from .evaluate import predicts_next
 from .fidelity import relative_error
 from .muon import Muon
 
@@ -98,7 +98,7 @@ def train_together(
     )
     generator = torch.Generator().manual_seed(plan.seed)
     sequences, n = tokens.shape
-    at_once = max(1, min(plan.batch // n, _LOGIT_BYTES // (4 * n * _width(model))))
+    at_once = max(1, min(plan.batch // n, _LOGIT_BYTES // (4 * n * _width(model)), sequences))
     parts = max(1, round(plan.batch / (n * at_once)))
     order = torch.empty(0, dtype=torch.int64)
     steps = max(1, math.ceil(plan.visits / (n * at_once * parts)))
@@ -131,7 +131,7 @@ def distance(student: nn.Module, original: PreTrainedModel, ids: Tensor) -> Tens
     with torch.no_grad():
         wanted = _output(original, ids)
     got = _output(student, ids)
-    if original.get_output_embeddings() is None:
+    if not predicts_next(original):
         return relative_error(got, wanted).mean()
     # One part after the other through the softmax, computed again in backward: at 49,152 tokens of vocabulary
     # the log-probabilities of 1024 positions are 200 MB.
@@ -145,13 +145,13 @@ def distance(student: nn.Module, original: PreTrainedModel, ids: Tensor) -> Tens
 
 def _kl(got: Tensor, wanted: Tensor) -> Tensor:
     """Summed over positions; logits [T, V]."""
-    return F.kl_div(got.log_softmax(-1), wanted.log_softmax(-1), reduction="sum", log_target=True)
+    log_q, log_p = got.log_softmax(-1), wanted.log_softmax(-1)
+    return torch.where(log_p > -math.inf, log_p.exp() * (log_p - log_q), 0.0).sum()
 
 
 def _output(model: Any, ids: Tensor) -> Tensor:
     """Logits [T, V], or last hidden states [T, d], in float32."""
-    out = model(input_ids=ids)
-    states = out.logits if model.get_output_embeddings() is not None else out[0]
+    states = model(input_ids=ids).logits if predicts_next(model) else model.base_model(input_ids=ids)[0]
     return states.float().flatten(0, 1)
 
 
@@ -166,7 +166,13 @@ def with_chains(model: PreTrainedModel, chains: dict[str, Any], identity: list[s
     shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     student = copy.deepcopy(model, memo=shared)
     for name, chain in chains.items():
-        replace_module(student, name, chain)
+        # on the model's device; a chain that is there already stays the very module, for it is being trained
+        here = (
+            chain
+            if next(chain.parameters()).device == model.device
+            else copy.deepcopy(chain).to(model.device)
+        )
+        replace_module(student, name, here)
     for name in identity:
         replace_module(student, name, nn.Identity())
     return student

@@ -153,14 +153,27 @@ def evaluate(
     )
 
 
+def predicts_next(model: PreTrainedModel) -> bool:
+    """Whether the model gives chances for the next token, as a masked language model or a classifier does not."""
+    return model.get_output_embeddings() is not None and model.can_generate()
+
+
+def distance_of(evaluation: Evaluation | StateEvaluation) -> float:
+    """How far the model is from its original: the KL, or the error of the last hidden states."""
+    if isinstance(evaluation, StateEvaluation):
+        return evaluation.state_error
+    assert evaluation.kl is not None  # compared with an original
+    return evaluation.kl
+
+
 def compare(
     model: PreTrainedModel,
     original: PreTrainedModel,
     tokens: Tensor,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation | StateEvaluation:
-    """`evaluate` where there is a language-model head, `evaluate_states` where there is none."""
-    if original.get_output_embeddings() is None:
+    """`evaluate` where the model predicts the next token, `evaluate_states` where it does not."""
+    if not predicts_next(original):
         return evaluate_states(model, tokens, original, progress=progress)
     return evaluate(model, tokens, original=original, progress=progress)
 

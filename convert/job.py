@@ -17,7 +17,7 @@ from ..runtime.files import check_space, check_target, whole_directory
 from ..runtime.generation import positions
 from .card import model_card
 from .endtoend import EndToEnd, flatten_gaps, train_together, with_chains
-from .evaluate import Evaluation, StateEvaluation, compare
+from .evaluate import Evaluation, StateEvaluation, compare, distance_of
 from .kept import Kept
 from .mlps import MLP, find_mlps, select_layers
 from .modules import Modules, Progress, lock_modules, spec_of
@@ -27,6 +27,7 @@ from .source import Source, compute_dtype, open_source
 from .text import CalibrationText, load_text, poor_text
 
 SEQUENCE_LENGTH = 512
+_KEPT_GAP = 0.95  # share of the smallest flatten gap that the end-to-end phase must leave
 
 
 def convert_model(
@@ -95,7 +96,7 @@ def convert_model(
                 seconds=time.monotonic() - started,
                 across=modules.across,
                 together=together,
-                warnings=[note for note in (modules.note, poor_text(text.train)) if note],
+                warnings=[note for note in (*modules.notes, poor_text(text.train)) if note],
                 program={name: version(name) for name in ("dlr-lock", "torch", "transformers")},
             )
             (work / "README.md").write_text(model_card(report), encoding="utf-8")
@@ -118,7 +119,18 @@ def _facts(
     original: Source, mlps: list[MLP], text: CalibrationText, options: Options, stored: torch.dtype
 ) -> dict[str, Any]:
     """All that the modules of a conversion depend on; a module made with other facts is not reused."""
-    free = ("device", "max_memory", "together", "data", "heldout", "layers", "dtype", "effort", "temperature")
+    free = (
+        "device",
+        "max_memory",
+        "together",
+        "data",
+        "heldout",
+        "layers",
+        "dtype",
+        "effort",
+        "temperature",
+        "unlock",
+    )
     chosen = {name: value for name, value in options.said().items() if name not in free}
     ids = torch.cat([text.train.flatten(), text.heldout.flatten()])
     return chosen | {
@@ -149,17 +161,31 @@ def _together(
         evaluation = compare(locked, model, text.heldout, lambda a, b: progress(f"measuring {what}", a, b))
         return evaluation, min(flatten_gaps(locked, modules.chains, text.heldout).values())
 
-    before = figures("the modules")
-    modules.chains = train_together(
-        model,
-        modules.chains,
-        identity,
-        text.train,
-        EndToEnd(options.together, seed=options.seed),
-        progress=lambda done, total: progress("end-to-end phase", done, total),
-    )
-    after = figures("the end-to-end phase")
-    return Together(options.together, time.monotonic() - started, before[0], after[0], before[1], after[1])
+    before, fitted = figures("the modules"), modules.chains
+    try:
+        modules.chains = train_together(
+            model,
+            fitted,
+            identity,
+            text.train,
+            EndToEnd(options.together, seed=options.seed),
+            progress=lambda done, total: progress("end-to-end phase", done, total),
+        )
+        after = figures("the end-to-end phase")
+    except DLRError as error:
+        modules.chains = fitted
+        modules.notes.append(f"the end-to-end phase was dropped: {error}")
+        return None
+    done = Together(options.together, time.monotonic() - started, before[0], after[0], before[1], after[1])
+    if distance_of(after[0]) > distance_of(before[0]) or after[1] < _KEPT_GAP * before[1]:
+        modules.chains = fitted
+        modules.notes.append(
+            "the end-to-end phase was dropped, for it lowered a flatten gap or led away from the original: "
+            f"distance {distance_of(before[0]):.4f}, then {distance_of(after[0]):.4f}; smallest gap "
+            f"{before[1]:.3f}, then {after[1]:.3f}"
+        )
+        return None
+    return done
 
 
 def _check(mlp: MLP, options: Options) -> None:
@@ -172,6 +198,9 @@ def _check(mlp: MLP, options: Options) -> None:
 
 def _text(original: Source, options: Options, progress: Progress) -> CalibrationText:
     assert options.tokens and options.heldout  # resolved
+    room = positions(original.model)
+    if options.sequence and room and options.sequence > room:
+        raise DLRError(f"--sequence {options.sequence}: the model takes at most {room} tokens")
     return load_text(
         options.data,
         original.tokenizer,

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,12 @@ class Kept:
     def __init__(self, target: Path, facts: dict[str, Any]) -> None:
         self.folder = target.with_name(f"{target.name}.partial")
         self._about = json.dumps(facts, sort_keys=True, default=str)
-        if (self.folder / _ABOUT).is_file():
+        if self.folder.exists() and not (self.folder / _ABOUT).is_file():
+            if not self.folder.is_dir() or any(self.folder.iterdir()):
+                raise DLRError(
+                    f"{self.folder} is in the way and not of an interrupted conversion: move it away"
+                )
+        elif self.folder.exists():
             before = read_json(self.folder / _ABOUT)
             other = sorted(
                 key for key in {*before, *facts} if before.get(key) != json.loads(self._about).get(key)
@@ -56,6 +61,9 @@ class Kept:
     def put(self, module: str, tensors: dict[str, Tensor], figures: dict[str, Any]) -> None:
         """Keeps a finished module: whole or not at all, whatever interrupts."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        about = self.folder / _ABOUT
+        if about.is_file() and about.read_text(encoding="utf-8") != self._about:
+            raise DLRError(f"another conversion is writing to {self.folder}: give this one another output")
         path = self._path(module)
         for file, write in (
             (self.folder / _ABOUT, lambda p: p.write_text(self._about, encoding="utf-8")),
@@ -67,8 +75,15 @@ class Kept:
             os.replace(part, file)
 
     def remove(self) -> None:
-        """Gives the disk space back, once the checkpoint is written."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Gives the disk space back, once the checkpoint is written. What is not ours stays."""
+        for file in [
+            *self.folder.glob("*.safetensors"),
+            *self.folder.glob("*.json"),
+            *self.folder.glob("*.part"),
+        ]:
+            file.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.folder.rmdir()
 
     def _path(self, module: str) -> Path:
         # A module's name may be longer than a file's can be.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .mlps import MLP
-
-# How far a sum may be from y's share plus the rest: rounding, or something that is no sum.
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
-_TOLERANCE_HALF = 5e-2
 
 
 @dataclass(frozen=True)
@@ -139,7 +135,7 @@ class Stack:
         plain_y, plain = self._inputs_behind(mlp, hidden, None)
         moved_y, moved = self._inputs_behind(mlp, hidden, changed)
         delta = moved_y.float() - plain_y.float()
-        tolerance = _TOLERANCE.get(hidden.dtype, _TOLERANCE_HALF)
+        rounding = 4 * torch.finfo(hidden.dtype).eps
         for (name, before), (_, after) in zip(plain, moved, strict=True):
             if before.numel() != plain_y.numel() or before.shape[-1] != plain_y.shape[-1]:
                 continue
@@ -147,7 +143,9 @@ class Stack:
             if torch.equal(before.view_as(plain_y), plain_y):
                 continue  # y itself, on its way
             factor = ((change * delta).sum() / delta.square().sum()).item()
-            if factor and (change - factor * delta).norm() <= tolerance * abs(factor) * delta.norm():
+            if factor and (change - factor * delta).norm() <= (
+                1e-3 * abs(factor) * delta.norm() + rounding * before.float().norm()
+            ):
                 return Sum(name, factor)
         return None
 
@@ -178,7 +176,9 @@ class Stack:
     def _calls(self, sequences: int) -> list[_Call]:
         """What the layers are called with for so many sequences."""
         if sequences not in self._extras:
-            self._extras[sequences] = self._catch(self._tokens[:sequences])
+            calls = self._catch(self._tokens[:sequences])
+            nothing = torch.empty(0)  # the states are not wanted again, and are large
+            self._extras[sequences] = [replace(call, hidden=nothing, output=nothing) for call in calls]
         return self._extras[sequences]
 
     def _catch(self, ids: Tensor, stop: bool = False) -> list[_Call]:

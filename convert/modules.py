@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,6 @@ from .kept import Kept
 from .layers import Unrepeatable
 from .mlps import MLP, teacher_weights
 from .options import Options
-from .recipe import Recipe
 from .report import ModuleReport
 from .streams import Streams
 from .text import CalibrationText
@@ -30,19 +29,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Progress = Callable[[str, int, int], None]  # (what is being done, done, total)
+_Module = tuple[DLRNet, ModuleReport]
 
 
 @dataclass
 class Modules:
     """The fitted chains by module name, in the checkpoint's dtype on the CPU; a report each, in model order.
 
-    across: 'sequential' or 'independent', as it was done; note: why not sequentially, where that was wished.
+    across: 'sequential' or 'independent', as it was done. notes: what the owner should know, a sentence each.
     """
 
     chains: dict[str, DLRNet]
     reports: list[ModuleReport]
     across: str
-    note: str | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def lock_modules(
@@ -78,31 +78,41 @@ def lock_modules(
         except Unrepeatable as error:
             if options.across:
                 raise DLRError(f"the model cannot be distilled sequentially: {error}") from error
-            done.across, done.note = "independent", f"modules were distilled independently: {error}"
-    missing = [mlp for mlp in mlps if kept.get(mlp.module) is None]
+            done.across = "independent"
+            done.notes.append(f"modules were distilled independently: {error}")
+    before = {mlp.module: _restored(kept, mlp, stored) for mlp in mlps}
+    todo = [mlp for mlp in mlps if not _finished(before[mlp.module], options)]
     independent = capture(
         model,
-        missing if streams is None else [],
+        todo if streams is None else [],
         tokens,
         max_memory=int(options.max_memory or 0),
         scratch=scratch,
         progress=passing,
     )
     for number, mlp in enumerate(mlps, 1):
-        before = kept.get(mlp.module)
-        if before is not None:
-            net, report = _restored(before, stored)
-            drift = streams.put(mlp, net) if streams else None
-        else:
-            pairs = streams.pairs(mlp) if streams else _next(independent)
+        module = before[mlp.module]
+        if mlp in todo:
+            pairs = streams.pairs(mlp) if streams else next(independent)[1]
             title = f"{mlp.module} ({number} of {len(mlps)})"
-            net, report = _one(model, mlp, pairs, text, options, stored, title, progress)
+            if module is None:
+                module = _fit(model, mlp, pairs, text, options, stored, title, progress, done.notes)
+                kept.put(mlp.module, module[0].state_dict(), module[1].to_dict())  # before what may fail
+            if options.unlock:
+                module = _attack(*module, pairs, text, options, title, progress, done.notes)
             pairs.close()
-            drift = streams.put(mlp, net) if streams else None
-            report = replace(report, drift=drift)
-            kept.put(mlp.module, net.state_dict(), report.to_dict())
+        assert module is not None
+        net, report = module
+        if streams:
+            report = replace(report, drift=streams.put(mlp, net))
+        kept.put(mlp.module, net.state_dict(), report.to_dict())
         done.chains[mlp.module] = net
         done.reports.append(report)
+    if streams and streams.uncorrected:
+        done.notes.append(
+            f"{len(streams.uncorrected)} of {len(mlps)} modules were fitted to the original's outputs and correct no "
+            "errors before them, for a norm follows their MLPs"
+        )
     return done
 
 
@@ -119,7 +129,7 @@ def spec_of(mlp: MLP, options: Options) -> DLRSpec:
     )
 
 
-def _one(
+def _fit(
     model: PreTrainedModel,
     mlp: MLP,
     pairs: Activations,
@@ -128,11 +138,12 @@ def _one(
     stored: torch.dtype,
     title: str,
     progress: Progress,
-) -> tuple[DLRNet, ModuleReport]:
+    notes: list[str],
+) -> _Module:
     started = time.monotonic()
     spec, device, train = spec_of(mlp, options), torch.device(str(options.device)), text.train.numel()
-    assert options.visits and options.batch and options.unlock is not None  # resolved
-    recipe = Recipe(options.visits, options.batch, options.start, options.seed + mlp.layer)
+    recipe = options.recipe()
+    recipe = replace(recipe, seed=recipe.seed + mlp.layer)
     tensors = distill(
         pairs,
         train,
@@ -142,39 +153,60 @@ def _one(
         device=device,
         teacher=teacher_weights(model, mlp) if recipe.start == "aligned" else None,
         progress=partial(progress, f"distilling {title}, {spec}"),
+        note=notes.append,
     )
     net = DLRNet(spec, dtype=stored)
     net.assign(tensors)
     held = torch.arange(train, len(pairs))
     fidelity = measure(net, *pairs.rows(held), device, pairs.first[held])
     seconds = time.monotonic() - started
-    report = ModuleReport(mlp.module, mlp.layer, spec, mlp.params, fidelity, recipe.visits, seconds)
-    if options.unlock:
+    return net, ModuleReport(mlp.module, mlp.layer, spec, mlp.params, fidelity, recipe.visits, seconds)
+
+
+def _attack(
+    net: DLRNet,
+    report: ModuleReport,
+    pairs: Activations,
+    text: CalibrationText,
+    options: Options,
+    title: str,
+    progress: Progress,
+    notes: list[str],
+) -> _Module:
+    """The module with the attack's outcome; without one, and a note, where the attack itself failed."""
+    assert options.unlock
+    try:
         unlocking = undo(
             copy.deepcopy(net).float(),
             pairs,
-            train,
-            fidelity.rel_error,
-            visits=max(1, round(options.unlock * recipe.visits)),
-            conversion=recipe.visits,
-            name=mlp.module,
-            device=device,
-            seed=recipe.seed,
+            text.train.numel(),
+            report.fidelity.rel_error,
+            visits=max(1, round(options.unlock * report.tokens)),
+            conversion=report.tokens,
+            name=report.module,
+            device=torch.device(str(options.device)),
+            seed=options.seed + report.layer,
             progress=partial(progress, f"undoing {title}"),
         )
-        report = replace(report, unlocking=unlocking)
+    except DLRError as error:
+        notes.append(f"the attack on {report.module} failed: {error}")
+        return net, report
+    return net, replace(report, unlocking=unlocking)
+
+
+def _restored(kept: Kept, mlp: MLP, stored: torch.dtype) -> _Module | None:
+    """A module that an interrupted conversion finished, None where it did not."""
+    found = kept.get(mlp.module)
+    if found is None:
+        return None
+    try:
+        report = ModuleReport.from_dict(found[1])
+        net = DLRNet(report.spec, dtype=stored)
+        net.assign(found[0])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DLRError(f"what {kept.folder} keeps of {mlp.module} is damaged: delete that folder") from error
     return net, report
 
 
-def _restored(
-    before: tuple[dict[str, torch.Tensor], dict], stored: torch.dtype
-) -> tuple[DLRNet, ModuleReport]:
-    tensors, figures = before
-    report = ModuleReport.from_dict(figures)
-    net = DLRNet(report.spec, dtype=stored)
-    net.assign(tensors)
-    return net, report
-
-
-def _next(captured: Iterator[tuple[MLP, Activations]]) -> Activations:
-    return next(captured)[1]
+def _finished(module: _Module | None, options: Options) -> bool:
+    return module is not None and (module[1].unlocking is not None or not options.unlock)

@@ -10,6 +10,7 @@ import torch
 from ..runtime import DLRError
 from ..runtime.checkpoint import usable_device
 from ..runtime.dtypes import DTYPES
+from .recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ class Options:
                 f"--unlock must be from 0 to 100 times the conversion's visits, not {self.unlock:g}"
             )
         tokens = self.tokens or effort.tokens
-        return replace(
+        chosen = replace(
             self,
             tokens=tokens,
             heldout=self.heldout or max(512, min(10_240, tokens // 8)),
@@ -118,6 +119,12 @@ class Options:
             device=str(device),
             max_memory=_bytes(self.max_memory),
         )
+        chosen.recipe()  # raises on what makes none
+        return chosen
+
+    def recipe(self) -> Recipe:
+        """How each module is distilled, for resolved options. Raises DLRError on values that make no sense."""
+        return Recipe(int(self.visits or 0), int(self.batch or 0), self.start, self.seed)
 
     def said(self) -> dict[str, Any]:
         """The choices that a report repeats."""

@@ -1,6 +1,5 @@
 """How a module is distilled: visits, batches, learning rate, where it starts."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -56,7 +55,9 @@ class Recipe:
         order = torch.empty(0, dtype=torch.int64)
         while left > 0:
             size = min(self.batch, left, tokens)
-            extra = math.ceil(size * _FIRST) if len(first) else 0
+            # 4 of 512; of a small batch now and then one
+            chance = torch.rand((), generator=generator).item()
+            extra = int(size * _FIRST + chance) if len(first) else 0
             if len(order) < size - extra:
                 order = torch.randperm(tokens, generator=generator)
             rows, order = order[: size - extra], order[size - extra :]

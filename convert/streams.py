@@ -61,6 +61,9 @@ class Streams:
         self._teacher = storage(count, d, torch.float32, self._scratch).view(*tokens.shape, d)
         self._locked = self._teacher  # the same until something is locked
         self._layer = 0
+        self.uncorrected: set[str] = (
+            set()
+        )  # modules whose targets are the original's outputs: no Sum was found
         self._first = torch.zeros(tokens.shape, dtype=torch.bool)
         self._first[:, 0] = True
         for rows in self._batches():
@@ -72,6 +75,8 @@ class Streams:
         count, d, n = self._tokens.numel(), mlp.hidden_size, self._tokens.shape[1]
         x, y = (storage(count, d, torch.bfloat16, self._scratch) for _ in "xy")
         where = self._stack.find_sum(mlp, self._of(self._teacher, slice(0, 1)))
+        if where is None:
+            self.uncorrected.add(mlp.module)
         for rows in self._batches():
             ours = theirs = self._stack.look(mlp, self._of(self._teacher, rows), where)
             if self._locked is not self._teacher:

@@ -109,9 +109,14 @@ def convert(
         device=device, max_memory=max_memory,
     )  # fmt: skip
     if not as_json:
-        _screen.print(tables.choices(options.resolved()))
-    with Steps(_screen) as steps:
-        report = convert_model(source, out, overwrite=overwrite, progress=steps, **options.said())
+        _screen.print(tables.choices(options.resolved()), markup=False)
+    try:
+        with Steps(_screen) as steps:
+            report = convert_model(source, out, overwrite=overwrite, progress=steps, **options.said())
+    except KeyboardInterrupt as stop:
+        if not str(stop):
+            raise
+        _fail(str(stop))  # typer would drop the words
     if as_json:
         _print_json(report.to_dict())
     else:
@@ -259,8 +264,8 @@ def main() -> None:
 def _one_line_errors():
     try:
         yield
-    except (KeyboardInterrupt, typer.Abort) as stop:
-        _fail(str(stop) or "interrupted; nothing was written")
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; nothing was written")
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has left: no more to say to anyone
         sys.exit(0)

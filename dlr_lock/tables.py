@@ -52,7 +52,7 @@ def print_report(console: Console, report: ConversionReport) -> None:
             f"Smallest flatten gap, over |chain|^2: {t.smallest_gap_before:.2f}, then {t.smallest_gap_after:.2f}"
         )
     for warning in report.warnings:
-        console.print(f"note: {warning}")
+        console.print(f"note: {warning}", markup=False)
     ratio = report.params_locked / report.params_original
     console.print(
         f"parameters {report.params_locked:,} (original {report.params_original:,}, ratio {ratio:.4f}); "

@@ -72,7 +72,9 @@ def full_disk_is_an_error(where: Path) -> Iterator[None]:
     except Exception as error:
         code = getattr(error, "errno", None)
         if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            raise DLRError(f"no space left on the device while writing {where}; nothing was kept") from error
+            raise DLRError(
+                f"no space left on the device while writing {where}; nothing of it was kept"
+            ) from error
         raise
 
 

@@ -119,3 +119,31 @@ def test_a_fit_that_stumbles_goes_on_from_its_last_good_state() -> None:
     y[7] = torch.finfo(torch.float32).max
     _, stumbled = fit(x, y, visits=2 * N, batch=32)
     assert stumbled.rel_error < sound.rel_error + 0.1 < 1
+
+
+def test_typical_sizes_are_those_of_all_tokens_whatever_the_number_of_tokens() -> None:
+    """Every 64th of N = 64 * 4096 rows is a first token, and massive; the scale must not be taken from these."""
+    tokens = 64 * 4096
+    x = torch.randn(tokens, 16)
+    y = x.roll(1, dims=1)
+    x[::64], y[::64] = 300 * x[::64], 300 * y[::64]
+    data = Activations(x, y, torch.arange(tokens) % 64 == 0, mapped=False)
+    spec = DLRSpec(hidden_size=16, lanes=1, depth=2, rank=16)
+    tensors = distill(data, tokens, spec, Recipe(visits=1024, batch=512), name="mlp", device=CPU)
+    assert tensors["dlr_scale"].mean().item() == pytest.approx(1, rel=0.1)
+    assert tensors["dlr_A"].square().mean().item() == pytest.approx(1 / 16, rel=0.3)  # reads x of unit size
+
+
+@pytest.mark.parametrize("batch", [1, 8, 512])
+def test_first_tokens_are_a_small_share_of_every_batch_size(batch: int) -> None:
+    first = torch.arange(0, 8192, 128)
+    recipe = Recipe(visits=4096, batch=batch)
+    rows = torch.cat(list(recipe.batches(8192, first, torch.Generator().manual_seed(0))))
+    assert len(rows) == 4096
+    assert 0.008 < torch.isin(rows, first).float().mean().item() < 0.03
+
+
+def test_a_fit_that_never_gets_anywhere_is_no_result() -> None:
+    x = torch.randn(N, D)
+    with pytest.raises(DLRError, match="diverged"):
+        fit(x, torch.randn(N, D), visits=4096, batch=512, rate=50.0)

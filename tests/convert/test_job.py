@@ -1,5 +1,6 @@
 """A conversion as its users see it, on tiny random models of every shape of MLP."""
 
+import copy
 import json
 import math
 import os
@@ -13,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import VOCABULARY, save_tiny
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from tiny import VOCABULARY, save_tiny, tiny_model, tiny_tokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertForMaskedLM
 
 import dlr_lock
 from dlr_lock import DLRError, convert_model
@@ -175,6 +176,40 @@ def test_where_layers_cannot_be_run_alone_modules_are_independent_and_that_is_sa
         convert_model(tmp_path / "source", tmp_path / "no", data=str(text), across="sequential", **QUICK)
 
 
+def test_an_end_to_end_phase_that_spoils_the_lock_is_dropped(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny("llama", tmp_path / "source")
+
+    def spoiled(model: Any, chains: dict, *args: Any, **named: Any) -> dict:
+        worse = copy.deepcopy(chains)
+        for net in worse.values():
+            net.dlr_B.data.mul_(1e-3)
+        return worse
+
+    convert_model(tmp_path / "source", tmp_path / "without", data=str(text), together=0, **QUICK)
+    monkeypatch.setattr("dlr_lock.convert.job.train_together", spoiled)
+    report = convert_model(tmp_path / "source", tmp_path / "out", data=str(text), together=512, **QUICK)
+    assert report.together is None and any("dropped" in warning for warning in report.warnings)
+    kept, without = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "without"))
+    assert all(torch.equal(kept[name], without[name]) for name in kept)
+
+
+def test_modules_behind_a_norm_are_said_to_correct_nothing(text: Path, tmp_path: Path) -> None:
+    save_tiny("gemma2", tmp_path / "source")
+    report = convert_model(tmp_path / "source", tmp_path / "out", data=str(text), **QUICK)
+    assert any("2 of 2 modules" in warning for warning in report.warnings)
+
+
+def test_a_masked_language_model_has_no_next_token(text: Path, tmp_path: Path) -> None:
+    model = BertForMaskedLM(tiny_model("bert").config)
+    model.save_pretrained(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    report = convert_model(tmp_path / "source", tmp_path / "out", data=str(text), together=512, **QUICK)
+    assert isinstance(report.evaluation, StateEvaluation)
+    assert "AutoModelForCausalLM" not in (tmp_path / "out" / "README.md").read_text()
+
+
 def spoil(source: Path, value: float) -> None:
     weights = load_file(source / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 3] = value
@@ -204,6 +239,7 @@ def spoil(source: Path, value: float) -> None:
         ({"unlock": -0.5}, "unlock"),
         ({"sequence": 0}, "sequence"),
         ({"layers": "last-3"}, "2 MLPs"),
+        ({"sequence": 10**6}, "takes at most"),
     ],
 )
 def test_bad_arguments_leave_nothing_behind(change: dict, says: str, text: Path, tmp_path: Path) -> None:

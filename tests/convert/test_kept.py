@@ -1,5 +1,7 @@
 """A conversion that was interrupted goes on where it stopped, and only as the same conversion."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,74 @@ def test_other_choices_do_not_mix(text: str, tmp_path: Path) -> None:
     assert (tmp_path / "out.partial").is_dir()  # nothing lost
     convert_model(tmp_path / "source", tmp_path / "out", data=text, **QUICK)
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(text: str, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("ten years of work")
+    with pytest.raises(DLRError, match="in the way"):
+        convert_model(tmp_path / "source", tmp_path / "out", data=text, **QUICK)
+    assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "ten years of work"
+
+
+def test_an_attack_that_fails_costs_no_module(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny("llama", tmp_path / "source")
+
+    def fail(*args: object, **named: object) -> None:
+        raise DLRError("the copy diverged")
+
+    monkeypatch.setattr("dlr_lock.convert.modules.undo", fail)
+    report = convert_model(tmp_path / "source", tmp_path / "out", data=text, unlock=0.5, **QUICK)
+    assert [m.unlocking for m in report.modules] == [None, None]
+    assert sum("the copy diverged" in warning for warning in report.warnings) == 2
+
+
+def test_the_attack_can_be_asked_for_when_going_on(text: str, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source")
+    with pytest.raises(KeyboardInterrupt):
+        convert_model(
+            tmp_path / "source", tmp_path / "out", progress=Stopper(2), data=text, unlock=0, **QUICK
+        )
+    second = Stopper(0)
+    report = convert_model(
+        tmp_path / "source", tmp_path / "out", progress=second, data=text, unlock=0.5, **QUICK
+    )
+    assert len(second.distilled) == 1
+    assert all(m.unlocking is not None and m.unlocking.cost == 0.5 for m in report.modules)
+
+
+def test_the_command_line_says_what_is_kept(text: str, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source")
+    arguments = [
+        "convert",
+        str(tmp_path / "source"),
+        str(tmp_path / "out"),
+        "--data",
+        text,
+        "--tokens",
+        "2048",
+    ]
+    # Layer 0 in a moment, layer 1 not in a lifetime: a process that is stopped in the middle of the second.
+    script = (
+        "import sys, dlr_lock.cli as cli, dlr_lock.convert.modules as modules\n"
+        "fit = modules.distill\n"
+        "def stop(*args, name, **named):\n"
+        "    if '.1.' in name: raise KeyboardInterrupt\n"
+        "    return fit(*args, name=name, **named)\n"
+        "modules.distill = stop\n"
+        "cli.main()\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script, *arguments, "--visits", "2048", "--unlock", "0"],
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 2
+    last = ran.stderr.strip().splitlines()[-1]
+    assert last.startswith("dlr-lock: interrupted; 1 of 2 modules are kept in ")
 
 
 def test_a_damaged_module_is_made_again_or_named(text: str, tmp_path: Path) -> None:
