@@ -278,15 +278,20 @@ def test_an_interrupted_conversion_leaves_nothing(number: int, text: Path, tmp_p
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        # a suite that was started in the background has SIGINT ignored, and hands that down
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    assert process.stderr is not None
-    deadline = time.monotonic() + 120
-    for line in process.stderr:
-        if line.startswith("distilling"):
-            break
-        assert time.monotonic() < deadline
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    try:
+        assert process.stderr is not None
+        deadline = time.monotonic() + 120
+        for line in process.stderr:
+            if line.startswith("distilling"):
+                break
+            assert time.monotonic() < deadline
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 2
     assert errors.strip().splitlines()[-1] == "dlr-lock: interrupted; nothing was written"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
