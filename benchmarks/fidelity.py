@@ -191,7 +191,7 @@ def sentences(options: argparse.Namespace, progress: Steps) -> Iterator[dict[str
         cosines = (ours * theirs).sum(1)
         return {
             "sentences": len(lines),
-            "cosine": cosines.mean().item(),
+            "embedding_cosine": cosines.mean().item(),
             "worst_cosine": cosines.min().item(),
             "spearman": spearman(*((e @ e.T)[_pairs(len(lines))] for e in (ours, theirs))),
         }
