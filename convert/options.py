@@ -31,11 +31,13 @@ class Effort:
         return replace(self, tokens=8 * self.tokens, visits=20 * self.visits, together=64 * self.together)
 
 
-# The words give a layer of a 135M model on two CPU cores and its relative error on held-out text.
+# The words are of a 135M model on two CPU cores; the error is the relative one on held-out text.
 EFFORTS = {
     "quick": Effort("half a minute a layer, error 0.30: a first look", 81_920, 102_400, 0, 0.0),
-    "standard": Effort("two minutes a layer, error 0.24: for a few layers", 163_840, 409_600, 0, 0.25),
-    "best": Effort("a quarter of an hour a layer, error @E@", 491_520, 1_638_400, 262_144, 1.0),
+    "standard": Effort("three minutes a layer, error 0.24: for a few layers", 163_840, 409_600, 0, 0.25),
+    "best": Effort(
+        "a quarter of an hour a layer, and an hour or two at the end", 491_520, 1_638_400, 262_144, 1.0
+    ),
 }
 ACROSS = ("sequential", "independent")
 
