@@ -72,7 +72,11 @@ def test_sentences(text: Path, tmp_path: Path) -> None:
     sentences.write_text("One river runs north.\nTwo dogs sleep.\nNobody came to the party, which was sad.\n")
     arguments = ("--data", text, "--sentences", sentences, "--sequence", "32", *TINY, "2048")
     (row,) = run(tmp_path, "sentences", source, *arguments)
-    assert row["sentences"] == 3 and row["worst_cosine"] <= row["embedding_cosine"] <= 1 and -1 <= row["spearman"] <= 1
+    assert (
+        row["sentences"] == 3
+        and row["worst_cosine"] <= row["embedding_cosine"] <= 1
+        and -1 <= row["spearman"] <= 1
+    )
 
 
 def test_spearman_is_the_correlation_of_ranks() -> None:
