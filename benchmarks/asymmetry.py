@@ -28,6 +28,7 @@ from dlr_lock.audit.systems.compiled import compiler_errors
 from dlr_lock.audit.systems.model import measure_model, model_policies
 from dlr_lock.audit.systems.slot import Arm, Row, arms, rows
 from dlr_lock.runtime import DLRNet, DLRSpec, best_device
+from dlr_lock.runtime.bench import sizes
 from dlr_lock.runtime.dtypes import DTYPES
 from dlr_lock.runtime.slot import dtype_of
 
@@ -121,9 +122,9 @@ def main(arguments: list[str] | None = None) -> int:
     screen = Console(highlight=False)
     try:
         for shape in options.shapes.split(","):
-            hidden, width = _sizes(shape)
+            hidden, width = sizes(shape, 2)
             for chain in options.chains.split(","):
-                lanes, depth = _sizes(chain)
+                lanes, depth = sizes(chain, 2)
                 spec = DLRSpec.matching(hidden, width, mlp_gated=True, lanes=lanes, depth=depth)
                 title = f"{hidden}x{width} as {spec}, {options.tokens} tokens"
                 with FakeTensorMode():
@@ -217,14 +218,6 @@ def _table(title: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column)
     return table
-
-
-def _sizes(text: str) -> tuple[int, int]:
-    """The numbers in "576x1536"."""
-    sizes = text.split("x")
-    if len(sizes) != 2 or not all(size.isdecimal() for size in sizes):
-        raise DLRError(f"{text!r} is not of the form 576x1536 (a shape) or 1x36 (a chain)")
-    return int(sizes[0]), int(sizes[1])
 
 
 if __name__ == "__main__":

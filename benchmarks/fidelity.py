@@ -31,16 +31,17 @@ from dlr_lock.convert.distill import distill
 from dlr_lock.convert.endtoend import EndToEnd, flatten_gaps, train_together, with_chains
 from dlr_lock.convert.evaluate import compare, frozen
 from dlr_lock.convert.fidelity import measure
-from dlr_lock.convert.job import sequence_length
+from dlr_lock.convert.job import calibration_text
 from dlr_lock.convert.kept import Kept
 from dlr_lock.convert.mlps import MLP, find_mlps, select_layers, teacher_weights
 from dlr_lock.convert.modules import lock_modules, spec_of
 from dlr_lock.convert.options import Options
 from dlr_lock.convert.recipe import Recipe
 from dlr_lock.convert.source import Source, compute_dtype, open_source
-from dlr_lock.convert.text import CalibrationText, load_text
+from dlr_lock.convert.text import CalibrationText
 from dlr_lock.convert.unlock import undo
 from dlr_lock.progress import Steps
+from dlr_lock.runtime.bench import numbers
 from dlr_lock.runtime.checkpoint import usable_device
 from dlr_lock.runtime.timing import machine
 
@@ -92,7 +93,7 @@ def modules(options: argparse.Namespace, progress: Steps) -> Iterator[dict[str, 
             progress=partial(progress, "activations"),
         )
         for mlp, pairs in captured:
-            for visits in _numbers(options.visits):
+            for visits in numbers(options.visits):
                 recipe = Recipe(visits, int(chosen.batch or 0), chosen.start, chosen.seed + mlp.layer)
                 given = {name: getattr(options, name) for name in ("rate", "momentum", "scale", "metric")}
                 recipe = replace(
@@ -225,7 +226,7 @@ def _pairs(count: int) -> tuple[Tensor, Tensor]:
 
 
 def _whole(options: argparse.Namespace, progress: Steps, across: str, more: Any) -> Iterator[dict[str, Any]]:
-    visits = _numbers(options.visits)
+    visits = numbers(options.visits)
     if len(visits) > 1:
         raise DLRError(f"--visits {options.visits}: only the study of modules takes several")
     chosen = replace(_options(options), visits=visits[0], across=across, unlock=0.0).resolved()
@@ -288,17 +289,7 @@ def _open(
 ) -> tuple[Source, list[MLP], CalibrationText]:
     device = torch.device(str(chosen.device))
     source = open_source(options.model, dtype=compute_dtype(device), device=device)
-    assert chosen.tokens and chosen.heldout
-    text = load_text(
-        chosen.data,
-        source.tokenizer,
-        tokens=chosen.tokens,
-        heldout_tokens=chosen.heldout,
-        sequence_length=chosen.sequence or sequence_length(source.model),
-        model=source.model,
-        seed=chosen.seed,
-        progress=partial(progress, "calibration text"),
-    )
+    text = calibration_text(source, chosen, progress)
     return source, select_layers(find_mlps(source.model), chosen.layers), text
 
 
@@ -331,13 +322,6 @@ def _plot(document: dict[str, Any], path: Path) -> Path | None:
     axes.legend(fontsize="small")
     write_whole(path, partial(figure.savefig, format="png", dpi=120))
     return path
-
-
-def _numbers(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) for part in parts):
-        raise DLRError(f"{text!r} is not a list of whole numbers such as 102400,409600")
-    return [int(part) for part in parts]
 
 
 def _shares(text: str) -> list[float]:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from dlr_lock import DLRError
 from dlr_lock.progress import Steps
-from dlr_lock.runtime.bench import COLD_BYTES, ROUNDS, chain_cases, numbers, run
+from dlr_lock.runtime.bench import COLD_BYTES, ROUNDS, chain_cases, numbers, run, sizes
 from dlr_lock.runtime.checkpoint import usable_device
 from dlr_lock.tables import print_benchmark
 
@@ -38,8 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
         vars(options).update(SMOKE)
     try:
         device = usable_device(options.device)
-        shapes = [_sizes(shape, 2, 2) for shape in options.shapes.split(",")]
-        chains = [_sizes(chain, 2, 3) for chain in options.chains.split(",")]
+        shapes = [sizes(shape, 2) for shape in options.shapes.split(",")]
+        chains = [sizes(chain, 2, 3) for chain in options.chains.split(",")]
         tokens = numbers(options.tokens)
         cases = [
             case
@@ -118,14 +118,6 @@ def _targets(document: dict[str, Any], out: Path | None) -> tuple[Path, Path]:
     """The JSON and the CSV file."""
     path = target(document, "kernels", out)
     return path, path.with_suffix(".csv")
-
-
-def _sizes(text: str, least: int, most: int) -> list[int]:
-    """The numbers in "576x1536"."""
-    sizes = text.split("x")
-    if not least <= len(sizes) <= most or not all(size.isdecimal() for size in sizes):
-        raise DLRError(f"{text!r} is not of the form 576x1536 (a shape), 1x64 or 1x64x32 (a chain)")
-    return [int(size) for size in sizes]
 
 
 def _parser() -> argparse.ArgumentParser:

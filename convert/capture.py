@@ -6,7 +6,6 @@ them. A layer that does not fit alone is kept in memory-mapped files.
 
 from __future__ import annotations
 
-import inspect
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.errors import DLRError
-from .evaluate import frozen
+from .evaluate import frozen, run_body
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,6 +68,13 @@ class Activations:
     def close(self) -> None:
         """Give the memory, or the disk space, back."""
         self._x = self._y = None
+
+
+def random_rows(tokens: int, count: int, seed: int) -> Tensor:
+    """`count` of the first `tokens` rows (all where there are fewer), int64, ascending. At random: every so
+    many-th token can be the first of its sequence each time."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(tokens, generator=generator)[:count].sort().values
 
 
 def _open(part: Tensor | None) -> Tensor:
@@ -261,9 +267,6 @@ def _forward(
 
         return hook
 
-    # The body alone where there is one, so that no logits are worked out.
-    body = model.base_model
-    options = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
     hooks = []
     try:
         for index, mlp in enumerate(mlps):
@@ -272,7 +275,7 @@ def _forward(
             )
             hooks.append(_module(model, mlp.output).register_forward_hook(after(index)))
         with frozen(model):
-            body(input_ids=tokens.to(model.device), **options)
+            run_body(model, tokens)
     except _Stop:
         pass
     finally:

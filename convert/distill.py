@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..runtime import DLRError, DLRNet, DLRSpec
 from ..triton_kernels import lane_updates
-from .capture import Activations
+from .capture import Activations, random_rows
 from .fidelity import relative_error
 from .mlps import TeacherWeights
 from .muon import Muon
@@ -57,11 +57,8 @@ def distill(
     note is called with a sentence each time.
     Raises DLRError if it diverges even so, and where the MLP's input or output is zero.
     """
-    # At random: every so many-th token can be the first of its sequence each time.
-    sample = (
-        torch.randperm(tokens, generator=torch.Generator().manual_seed(recipe.seed))[:_ROWS].sort().values
-    )
-    rms_x, rms_y = (_typical_rms(t) for t in activations.rows(sample))
+    sample = activations.rows(random_rows(tokens, _ROWS, recipe.seed))
+    rms_x, rms_y = (_typical_rms(t) for t in sample)
     if not (rms_x and rms_y):
         side = "output" if rms_x else "input"
         raise DLRError(f"the {side} of {name} is zero for most tokens: leave it out with --layers")
@@ -74,8 +71,8 @@ def distill(
     else:
         weights = random_start(spec, generator)
     weights = {key: w.to(device) for key, w in weights.items()}
-    rows = torch.randperm(tokens, generator=generator)[:_METRIC_TOKENS].sort().values
-    metric = reading_metric(activations.rows(rows)[0].to(device, torch.float32), recipe.metric)
+    read = activations.rows(random_rows(tokens, _METRIC_TOKENS, recipe.seed))[0]
+    metric = reading_metric(read.to(device, torch.float32), recipe.metric)
     optimizer = Muon(_groups(weights, recipe, metric), momentum=recipe.momentum)
     peaks = [group["lr"] for group in optimizer.param_groups]
 

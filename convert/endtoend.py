@@ -20,15 +20,12 @@ from torch.utils.checkpoint import checkpoint
 from ..runtime import DLRError, DLRNet
 from ..runtime.quantizer import replace_module
 from ..triton_kernels import chain_reference, flattened_reference
-from .evaluate import predicts_next
-from .fidelity import relative_error
+from .evaluate import CHUNK, LOGIT_BYTES, divergence, predicts_next, run_body, vocabulary
+from .fidelity import in_float32, relative_error
 from .muon import Muon
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# Float32 logits of one forward pass stay below this where one sequence allows it.
-_LOGIT_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +95,7 @@ def train_together(
     )
     generator = torch.Generator().manual_seed(plan.seed)
     sequences, n = tokens.shape
-    at_once = max(1, min(plan.batch // n, _LOGIT_BYTES // (4 * n * _width(model)), sequences))
+    at_once = max(1, min(plan.batch // n, LOGIT_BYTES // (4 * n * vocabulary(model)), sequences))
     parts = max(1, round(plan.batch / (n * at_once)))
     order = torch.empty(0, dtype=torch.int64)
     steps = max(1, math.ceil(plan.visits / (n * at_once * parts)))
@@ -135,7 +132,7 @@ def distance(student: nn.Module, original: PreTrainedModel, ids: Tensor) -> Tens
         return relative_error(got, wanted).mean()
     # One part after the other through the softmax, computed again in backward: at 49,152 tokens of vocabulary
     # the log-probabilities of 1024 positions are 200 MB.
-    parts = max(1, got.numel() // (16 * 2**20))
+    parts = max(1, got.numel() // CHUNK)
     losses = [
         checkpoint(_kl, g, w, use_reentrant=False)
         for g, w in zip(got.chunk(parts), wanted.chunk(parts), strict=True)
@@ -145,19 +142,13 @@ def distance(student: nn.Module, original: PreTrainedModel, ids: Tensor) -> Tens
 
 def _kl(got: Tensor, wanted: Tensor) -> Tensor:
     """Summed over positions; logits [T, V]."""
-    log_q, log_p = got.log_softmax(-1), wanted.log_softmax(-1)
-    return torch.where(log_p > -math.inf, log_p.exp() * (log_p - log_q), 0.0).sum()
+    return divergence(wanted.log_softmax(-1), got.log_softmax(-1)).sum()
 
 
 def _output(model: Any, ids: Tensor) -> Tensor:
     """Logits [T, V], or last hidden states [T, d], in float32."""
-    states = model(input_ids=ids).logits if predicts_next(model) else model.base_model(input_ids=ids)[0]
+    states = model(input_ids=ids).logits if predicts_next(model) else run_body(model, ids)[0]
     return states.float().flatten(0, 1)
-
-
-def _width(model: PreTrainedModel) -> int:
-    table = model.get_output_embeddings() or model.get_input_embeddings()
-    return int(table.weight.shape[0])
 
 
 def with_chains(model: PreTrainedModel, chains: dict[str, Any], identity: list[str]) -> PreTrainedModel:
@@ -185,21 +176,16 @@ def flatten_gaps(model: PreTrainedModel, chains: dict[str, DLRNet], tokens: Tens
 
     def hook(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-            net, x = chains[name], args[0].float().flatten(0, -2)
-            vectors = net.dlr_scale.to(x.device), net.dlr_bias.to(x.device)
-            A, B = (w.to(x.device, x.dtype) for w in (net.dlr_A, net.dlr_B))
-            G = None if net.dlr_G is None else net.dlr_G.to(x.device, x.dtype)
-            chain, flat = (
-                f(x, A, B, *vectors, G, net.spec.act) for f in (chain_reference, flattened_reference)
-            )
-            seen[name].append(relative_error(flat, chain))
+            x = args[0].float().flatten(0, -2)
+            weights = in_float32(chains[name], x.device)
+            seen[name].append(relative_error(flattened_reference(x, *weights), chain_reference(x, *weights)))
 
         return keep
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in chains]
     try:
         for ids in tokens.split(8):
-            model.base_model(input_ids=ids.to(model.device))
+            run_body(model, ids)
     finally:
         for handle in hooks:
             handle.remove()

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..runtime.errors import DLRError
+from .fidelity import relative_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Float32 logits of one forward pass stay below this where one sequence allows it (SmolLM2: 100 MB each).
-_LOGIT_BYTES = 256 * 2**20
+LOGIT_BYTES = 256 * 2**20
 # Elements (positions x vocabulary) whose softmax is taken at once: 64 MiB in float32.
-_CHUNK = 16 * 2**20
+CHUNK = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,13 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
+def run_body(model: PreTrainedModel, ids: Tensor) -> Any:
+    """The model's body on ids [b, n], without a cache; of a model with a head, no logits are worked out."""
+    body = model.base_model
+    options = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
+    return body(input_ids=ids.to(model.device), **options)
+
+
 def evaluate(
     model: PreTrainedModel,
     tokens: Tensor,
@@ -98,7 +107,7 @@ def evaluate(
             f"nothing to evaluate in tokens of shape {list(tokens.shape)}: give sequences of 2 or more"
         )
     sequences, n = tokens.shape
-    at_once = max(1, min(batch, _LOGIT_BYTES // (n * _vocabulary(model) * 4)))
+    at_once = max(1, min(batch, LOGIT_BYTES // (n * vocabulary(model) * 4)))
     loss = original_loss = kl = 0.0
     flips = 0
     if progress is not None:
@@ -113,7 +122,7 @@ def evaluate(
                 f"the two models have different vocabularies ({logits.shape[-1]} and {reference.shape[-1]} "
                 "tokens): is this the original of the locked model?"
             )
-        step = max(1, _CHUNK // logits.shape[-1])
+        step = max(1, CHUNK // logits.shape[-1])
         for at in range(0, len(targets), step):
             rows = slice(at, at + step)
             log_q = logits[rows].float().log_softmax(-1)
@@ -121,7 +130,7 @@ def evaluate(
             if reference is not None:
                 log_p = reference[rows].float().log_softmax(-1)
                 original_loss += _cross_entropy(log_p, targets[rows])
-                kl += _divergence(log_p, log_q)
+                kl += divergence(log_p, log_q).double().sum().item()
                 flips += int((log_p.argmax(-1) != log_q.argmax(-1)).sum())
         if not math.isfinite(loss):
             raise DLRError(
@@ -191,10 +200,8 @@ def evaluate_states(
     for begin in range(0, len(tokens), batch):
         ids = tokens[begin : begin + batch]
         with frozen(model), frozen(original):
-            got, wanted = (
-                m.base_model(input_ids=ids.to(m.device))[0].float().cpu() for m in (model, original)
-            )
-        error += ((got - wanted).square().sum(-1) / wanted.square().sum(-1)).double().sum().item()
+            got, wanted = (run_body(m, ids)[0].float().cpu() for m in (model, original))
+        error += relative_error(got.flatten(0, 1), wanted.flatten(0, 1)).double().sum().item()
         cosine += torch.cosine_similarity(got.mean(1), wanted.mean(1)).double().sum().item()
         if progress is not None:
             progress(min(begin + batch, len(tokens)), len(tokens))
@@ -217,13 +224,14 @@ def _cross_entropy(log_probs: Tensor, targets: Tensor) -> float:
     return -log_probs.gather(-1, targets[:, None]).double().sum().item()
 
 
-def _divergence(log_p: Tensor, log_q: Tensor) -> float:
-    """Sum over rows of KL(p || q); a token that p rules out (log 0) counts nothing."""
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) of every row, [T, V], [T, V] -> [T]; a token that p rules out (log 0) counts nothing."""
     p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).double().sum().item()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
 
 
-def _vocabulary(model: PreTrainedModel) -> int:
+def vocabulary(model: PreTrainedModel) -> int:
+    """Tokens that the model knows: the width of its logits, where it has any."""
     head = model.get_output_embeddings()
     return model.get_input_embeddings().num_embeddings if head is None else head.weight.shape[0]
 

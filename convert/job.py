@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def convert_model(
             check_space(target, parameters * stored.itemsize)
             report_progress("reading the model", 1, 1)
 
-            text = _text(original, chosen, report_progress)
+            text = calibration_text(original, chosen, report_progress)
             kept = Kept(target, _facts(original, mlps, text, chosen, stored))
             modules = lock_modules(
                 model, mlps, text, chosen, stored, kept=kept, scratch=scratch, progress=report_progress
@@ -90,8 +91,12 @@ def convert_model(
                 mlps=len(every),
                 params_original=parameters,
                 params_locked=locked_parameters,
-                evaluation=_evaluate(
-                    load(work, dtype=model.dtype, device=device), original, text, report_progress
+                # the checkpoint, read back as its users will
+                evaluation=compare(
+                    load(work, dtype=model.dtype, device=device),
+                    model,
+                    text.heldout,
+                    partial(report_progress, "measuring the locked model"),
                 ),
                 seconds=time.monotonic() - started,
                 across=modules.across,
@@ -158,7 +163,7 @@ def _together(
 
     def figures(what: str) -> tuple[Evaluation | StateEvaluation, float]:
         locked = with_chains(model, modules.chains, identity)
-        evaluation = compare(locked, model, text.heldout, lambda a, b: progress(f"measuring {what}", a, b))
+        evaluation = compare(locked, model, text.heldout, partial(progress, f"measuring {what}"))
         return evaluation, min(flatten_gaps(locked, modules.chains, text.heldout).values())
 
     before, fitted = figures("the modules"), modules.chains
@@ -169,7 +174,7 @@ def _together(
             identity,
             text.train,
             EndToEnd(options.together, seed=options.seed),
-            progress=lambda done, total: progress("end-to-end phase", done, total),
+            progress=partial(progress, "end-to-end phase"),
         )
         after = figures("the end-to-end phase")
     except DLRError as error:
@@ -196,7 +201,8 @@ def _check(mlp: MLP, options: Options) -> None:
         raise DLRError(f"{mlp.module} is not {kind}, which the aligned start needs: use --start random")
 
 
-def _text(original: Source, options: Options, progress: Progress) -> CalibrationText:
+def calibration_text(original: Source, options: Options, progress: Progress) -> CalibrationText:
+    """The text that resolved options name, in the model's tokens. Raises DLRError as `load_text` does."""
     assert options.tokens and options.heldout  # resolved
     room = positions(original.model)
     if options.sequence and room and options.sequence > room:
@@ -210,7 +216,7 @@ def _text(original: Source, options: Options, progress: Progress) -> Calibration
         model=original.model,
         seed=options.seed,
         temperature=options.temperature,
-        progress=lambda done, total: progress("calibration text", done, total),
+        progress=partial(progress, "calibration text"),
     )
 
 
@@ -238,15 +244,3 @@ def _write(
     if original.tokenizer is not None:
         original.tokenizer.save_pretrained(work)
     return sum(p.numel() for p in model.parameters())
-
-
-def _evaluate(
-    locked: PreTrainedModel, original: Source, text: CalibrationText, progress: Progress
-) -> Evaluation | StateEvaluation:
-    """The checkpoint, read back as its users will, against the original on the held-out text."""
-    return compare(
-        locked,
-        original.model,
-        text.heldout,
-        lambda done, total: progress("measuring the locked model", done, total),
-    )

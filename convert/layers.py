@@ -7,7 +7,6 @@ each layer must begin with what the one before gave.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.errors import DLRError
-from .evaluate import frozen
+from .evaluate import frozen, run_body
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,15 +66,10 @@ class Stack:
         self._names = {id(module): name for name, module in model.named_modules()}
         self._extras: dict[int, list[_Call]] = {}
         self.layer_of = places
-        self._check(mlps)
+        self._check()
 
     def __len__(self) -> int:
         return len(self._layers)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the hidden states."""
-        return self._dtype
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids [b, n] -> the hidden states that the first layer gets, [b, n, d]."""
@@ -199,27 +193,25 @@ class Stack:
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             calls[-1].output = _hidden(output)
 
-        body = self._model.base_model
-        options = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
         hooks = []
         for index, layer in enumerate(self._layers):
             hooks.append(layer.register_forward_pre_hook(enter(index), with_kwargs=True))
             hooks.append(layer.register_forward_hook(leave))
         with _removed(hooks), frozen(self._model):
             try:
-                body(input_ids=ids.to(self._model.device), **options)
+                run_body(self._model, ids)
             except _Stop:
                 return calls
         if orders != list(range(len(self._layers))):
             raise Unrepeatable("its layers are not run once each and in their order")
         return calls
 
-    def _check(self, mlps: list[MLP]) -> None:
+    def _check(self) -> None:
         """Two texts must get the same extras, and each layer begin where the one before ended."""
         ids = self._tokens[:1]
         other = ids.roll(1, dims=1)
         calls, others = self._catch(ids), self._catch(other)
-        self._dtype = calls[0].hidden.dtype
+        self.dtype = calls[0].hidden.dtype  # of the hidden states
         for index, (one, two) in enumerate(zip(calls, others, strict=True)):
             if not _equal((one.args, one.kwargs), (two.args, two.kwargs)):
                 raise Unrepeatable("its layers are given more that depends on the text than hidden states")
@@ -236,7 +228,7 @@ class _Stop(Exception):
 
 @dataclass
 class _Call:
-    """One call of a layer: hidden states, the place they were given in, and all else that it was given."""
+    """One call of a layer: hidden states, all else that it was given, and the hidden states that it returned."""
 
     hidden: Tensor
     args: tuple[Any, ...]

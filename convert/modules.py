@@ -92,7 +92,7 @@ def lock_modules(
     )
     for number, mlp in enumerate(mlps, 1):
         module = before[mlp.module]
-        if mlp in todo:
+        if not _finished(module, options):
             pairs = streams.pairs(mlp) if streams else next(independent)[1]
             title = f"{mlp.module} ({number} of {len(mlps)})"
             if module is None:
@@ -100,12 +100,12 @@ def lock_modules(
                 kept.put(mlp.module, module[0].state_dict(), module[1].to_dict())  # before what may fail
             if options.unlock:
                 module = _attack(*module, pairs, text, options, title, progress, done.notes)
+                kept.put(mlp.module, module[0].state_dict(), module[1].to_dict())
             pairs.close()
         assert module is not None
         net, report = module
         if streams:
             report = replace(report, drift=streams.put(mlp, net))
-        kept.put(mlp.module, net.state_dict(), report.to_dict())
         done.chains[mlp.module] = net
         done.reports.append(report)
     if streams and streams.uncorrected:

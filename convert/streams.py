@@ -61,9 +61,8 @@ class Streams:
         self._teacher = storage(count, d, torch.float32, self._scratch).view(*tokens.shape, d)
         self._locked = self._teacher  # the same until something is locked
         self._layer = 0
-        self.uncorrected: set[str] = (
-            set()
-        )  # modules whose targets are the original's outputs: no Sum was found
+        # Modules whose targets are the original's outputs, for no Sum was found.
+        self.uncorrected: set[str] = set()
         self._first = torch.zeros(tokens.shape, dtype=torch.bool)
         self._first[:, 0] = True
         for rows in self._batches():

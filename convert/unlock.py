@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 
 from ..runtime import DLRNet, DLRSpec
-from ..triton_kernels import ACTIVATIONS
-from .capture import Activations
+from ..triton_kernels.reference import add_product, step_hidden
+from .capture import Activations, random_rows
 from .distill import distill
 from .fidelity import measure
 from .recipe import Recipe
 
-UNDONE = (
-    1.05  # a copy is as good as the chain when its error against the MLP is at most so many times the chain's
-)
+# A copy is as good as the chain when its error against the MLP is at most so many times the chain's.
+UNDONE = 1.05
 _FIT_TOKENS = 40_000  # tokens for the linear maps J_k
 _RATE = 0.012
 _BATCH = 256  # smaller ones undo more: 128 undid a small chain at 0.05 of its visits that 512 did not
@@ -75,7 +74,7 @@ def undo(
     The first `tokens` rows of `activations` are the attacker's text, the rest is held out. start: 'linear' as
     above, 'flat' with J = 0, or 'random'.
     """
-    flat, tensors = flattened(net, activations, tokens, device, linear=start == "linear")
+    flat, tensors = flattened(net, activations, tokens, device, linear=start == "linear", seed=seed)
     net = net.to(device)
     copied = Activations(
         activations.x, _outputs(net, activations.x, device), activations.first, activations.mapped
@@ -106,7 +105,13 @@ def undo(
 
 @torch.no_grad()
 def flattened(
-    net: DLRNet, activations: Activations, tokens: int, device: torch.device, *, linear: bool
+    net: DLRNet,
+    activations: Activations,
+    tokens: int,
+    device: torch.device,
+    *,
+    linear: bool,
+    seed: int = 0,
 ) -> tuple[DLRSpec, dict[str, Tensor]]:
     """The MLP that a chain is when every step reads x: one step of rank L K r, and its tensors in float32.
 
@@ -117,8 +122,7 @@ def flattened(
     flat = DLRSpec(spec.hidden_size, 1, 1, shape[2], spec.act, spec.gated)
     weights = {name: getattr(net, name).detach().to(device, torch.float32) for name in net.weight_names(spec)}
     if linear:
-        rows = torch.arange(0, tokens, max(1, tokens // _FIT_TOKENS))
-        x = activations.rows(rows)[0].to(device, torch.float32)
+        x = activations.rows(random_rows(tokens, _FIT_TOKENS, seed))[0].to(device, torch.float32)
         weights |= _linear_reads(weights, x, spec)
     tensors = {name: w.reshape(shape).cpu() for name, w in weights.items()}
     return flat, tensors | {
@@ -128,7 +132,6 @@ def flattened(
 
 def _linear_reads(weights: dict[str, Tensor], x: Tensor, spec: DLRSpec) -> dict[str, Tensor]:
     """A and G of every step, read from x: A (1 + J_k)^T."""
-    act = ACTIVATIONS[spec.act]
     rms = x.square().mean(1, keepdim=True).sqrt()
     weight = 1 / rms.clamp(min=1e-6 * rms.mean())  # every token counts alike, whatever its size
     wx = x * weight
@@ -137,15 +140,13 @@ def _linear_reads(weights: dict[str, Tensor], x: Tensor, spec: DLRSpec) -> dict[
     solve = torch.linalg.inv(covariance).float() @ wx.T  # [d, N]
     reads = {name: torch.empty_like(w) for name, w in weights.items() if name != "dlr_B"}
     for lane in range(spec.lanes):
-        z = x
+        z = x[None]
         for k in range(spec.depth):
-            jacobian = solve @ ((z - x) * weight)  # u = x J
+            jacobian = solve @ ((z[0] - x) * weight)  # u = x J
+            step = {name: w[lane : lane + 1, k] for name, w in weights.items()}
             for name in reads:
-                A = weights[name][lane, k]
-                reads[name][lane, k] = A + A @ jacobian.T
-            h = z @ weights["dlr_A"][lane, k].T
-            h = act(z @ weights["dlr_G"][lane, k].T) * h if spec.gated else act(h)
-            z = z + h @ weights["dlr_B"][lane, k]
+                reads[name][lane, k] = step[name][0] + step[name][0] @ jacobian.T
+            z = add_product(z, step_hidden(z, step["dlr_A"], step.get("dlr_G"), spec.act), step["dlr_B"])
     return reads
 
 

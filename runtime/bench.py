@@ -57,11 +57,20 @@ def chain_cases(
 
 
 def numbers(text: str) -> list[int]:
-    """The whole numbers in "1,16,512"; raises DLRError on anything else."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise DLRError(f"{text!r} is no list of whole numbers such as 1,16,512") from error
+    """The whole numbers, 1 or more each, in "1,16,512"; raises DLRError on anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise DLRError(f"{text!r} is no list of whole numbers such as 1,16,512")
+    return [int(part) for part in parts]
+
+
+def sizes(text: str, *counts: int) -> list[int]:
+    """The numbers in "576x1536", as many as one of `counts`; raises DLRError on anything else."""
+    parts = text.split("x")
+    if len(parts) not in counts or not all(part.isdecimal() and int(part) for part in parts):
+        forms = {2: "576x1536 (a shape), 1x36 (a chain)", 3: "1x36x64 (a chain and its rank)"}
+        raise DLRError(f"{text!r} is not of the form {' or '.join(forms[count] for count in counts)}")
+    return [int(part) for part in parts]
 
 
 @dataclass(slots=True)

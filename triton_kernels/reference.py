@@ -41,7 +41,7 @@ def lane_updates(x: Tensor, A: Tensor, B: Tensor, G: Tensor | None = None, act: 
     # unbind, not indexing: its backward writes each weight's gradient once, not once a step
     gates = [None] * A.shape[1] if G is None else G.unbind(1)
     for A_k, B_k, G_k in zip(A.unbind(1), B.unbind(1), gates, strict=True):
-        z = _add_product(z, _hidden(z.to(A.dtype), A_k, G_k, act), B_k)
+        z = add_product(z, step_hidden(z.to(A.dtype), A_k, G_k, act), B_k)
     return z - start
 
 
@@ -55,7 +55,7 @@ def flattened_reference(
     tokens = x.reshape(-1, x.shape[-1])
     check_chain(tokens, A, B, G, act)
     state = state_dtype(A.dtype)
-    h = _hidden(tokens.to(A.dtype)[None], _wide(A), None if G is None else _wide(G), act)
+    h = step_hidden(tokens.to(A.dtype)[None], _wide(A), None if G is None else _wide(G), act)
     y = scale.to(state) * torch.bmm(h, _wide(B))[0].to(state) + bias.to(state)
     return y.to(x.dtype).reshape(x.shape)
 
@@ -90,7 +90,7 @@ def _wide(W: Tensor) -> Tensor:
     return W.reshape(1, -1, W.shape[-1])
 
 
-def _hidden(z: Tensor, A: Tensor, G: Tensor | None, act: str) -> Tensor:
+def step_hidden(z: Tensor, A: Tensor, G: Tensor | None, act: str) -> Tensor:
     """h of one step of all lanes: z [L, T, d], A and G [L, r, d] -> [L, T, r]."""
     p = torch.bmm(z, A.mT)
     if G is None:
@@ -98,8 +98,8 @@ def _hidden(z: Tensor, A: Tensor, G: Tensor | None, act: str) -> Tensor:
     return ACTIVATIONS[act](torch.bmm(z, G.mT)) * p
 
 
-def _add_product(z: Tensor, h: Tensor, B: Tensor) -> Tensor:
-    """z + h B for all lanes, summed in z's dtype: z [L, T, d], h [L, T, r], B [L, r, d]."""
+def add_product(z: Tensor, h: Tensor, B: Tensor, sign: int = 1) -> Tensor:
+    """z + sign h B for all lanes, summed in z's dtype: z [L, T, d], h [L, T, r], B [L, r, d]."""
     if z.dtype == h.dtype:
-        return torch.baddbmm(z, h, B)
-    return z + torch.bmm(h, B)
+        return torch.baddbmm(z, h, B, alpha=sign)
+    return z.add(torch.bmm(h, B), alpha=sign)

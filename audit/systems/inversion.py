@@ -8,8 +8,9 @@ of plain training. In blocks (see lookahead.py) a whole block is taken back at o
 import torch
 from torch import Tensor
 
+from ...triton_kernels.reference import add_product
 from .lookahead import block_gram, earlier, solve, solve_backward
-from .steps import add_product, hidden, lanes_of, parts, read
+from .steps import hidden, lanes_of, parts, read
 
 
 def inverted(

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...triton_kernels.reference import add_product
 from .checkpoint import checkpointed
-from .steps import add_product, hidden, hidden_backward, lanes_of, output, parts, read
+from .steps import hidden, hidden_backward, lanes_of, output, parts, read
 
 
 def lookahead_trained(

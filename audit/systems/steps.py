@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...triton_kernels import ACTIVATIONS
-from ...triton_kernels.reference import check_chain, state_dtype
+from ...triton_kernels.reference import add_product, check_chain, state_dtype
 
 
 def lanes_of(x: Tensor, A: Tensor, B: Tensor, G: Tensor | None, act: str) -> Tensor:
@@ -61,10 +61,3 @@ def hidden_backward(reads: Sequence[Tensor], act: str, dh: Tensor) -> tuple[Tens
         leaves = [t.detach().requires_grad_() for t in reads]
         h = hidden(leaves, act)
     return torch.autograd.grad(h, leaves, dh)
-
-
-def add_product(z: Tensor, h: Tensor, W: Tensor, sign: int = 1) -> Tensor:
-    """z + sign h W for all lanes, summed in z's dtype: z [L, T, d], h [L, T, n], W [L, n, d]."""
-    if z.dtype == h.dtype:
-        return torch.baddbmm(z, h, W, alpha=sign)
-    return z.add(torch.bmm(h, W), alpha=sign)

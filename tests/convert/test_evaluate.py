@@ -70,7 +70,7 @@ def test_a_model_is_at_no_distance_from_itself(model, tokens):
 
 def test_batches_and_chunks_do_not_change_the_figures(model, other, tokens, monkeypatch):
     whole = evaluate(model, tokens, original=other)
-    monkeypatch.setattr(sys.modules[evaluate.__module__], "_CHUNK", 5 * VOCABULARY)
+    monkeypatch.setattr(sys.modules[evaluate.__module__], "CHUNK", 5 * VOCABULARY)
     done = []
     parts = evaluate(
         model,
