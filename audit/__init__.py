@@ -1,5 +1,7 @@
-"""What a lock costs whoever trains the locked model."""
+"""What a lock costs whoever trains the locked model: meters, attacks, verdicts."""
 
+from .job import audit_model
 from .meters import Meter, StepCounts, count_step, saved_bytes, time_step
+from .report import AuditReport
 
-__all__ = ["Meter", "StepCounts", "count_step", "saved_bytes", "time_step"]
+__all__ = ["AuditReport", "Meter", "StepCounts", "audit_model", "count_step", "saved_bytes", "time_step"]

@@ -84,7 +84,7 @@ def convert_model(
             shutil.rmtree(scratch)
             report_progress("writing the checkpoint", 1, 1)
             report = ConversionReport(
-                source=_public_name(original.name),
+                source=public_name(original.name),
                 out=str(out),
                 options=chosen.said() | {"dtype": dtype_name(stored), "data": text.source},
                 modules=modules.reports,
@@ -225,7 +225,7 @@ def sequence_length(model: PreTrainedModel) -> int:
     return min(SEQUENCE_LENGTH, positions(model) or SEQUENCE_LENGTH)
 
 
-def _public_name(source: str) -> str:
+def public_name(source: str) -> str:
     """A source's name as it may be published: of a local path only the last part."""
     path = Path(source).expanduser()
     return path.resolve().name if path.exists() else source

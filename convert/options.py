@@ -119,7 +119,7 @@ class Options:
             unlock=effort.unlock if self.unlock is None else self.unlock,
             batch=self.batch or 512,
             device=str(device),
-            max_memory=_bytes(self.max_memory),
+            max_memory=memory_bytes(self.max_memory),
         )
         chosen.recipe()  # raises on what makes none
         return chosen
@@ -133,7 +133,7 @@ class Options:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
-def _bytes(size: int | str | None) -> int:
+def memory_bytes(size: int | str | None) -> int:
     """'4GiB', '500M' or a number of bytes; None for a quarter of the machine's memory."""
     if size is None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4

@@ -1,9 +1,12 @@
 """What it costs to undo a chain: the strongest attack known to us, run on each module as it is made.
 
-Flattened, a chain is an MLP of its own size: one step of rank L K r. The attacker distils the chain back into
-that, on text, from a start that the chain gives away: each step's reading directions, brought back to x. With
-u_k the state's movement before step k, z_k = x + u_k and u_k is nearly x J_k for the best linear J_k, so a unit
-that reads z_k A reads about x (1 + J_k) A.
+The attacker distils the chain back into an MLP of its size, on text, from one of three starts:
+
+    flat     the chain flattened, one step of rank L K r: every step reads x
+    linear   the same with each step's reading directions brought back to x. With u_k the state's movement before
+             step k, z_k = x + u_k and u_k is nearly x J_k for the best linear J_k, so a unit that reads z_k A reads
+             about x (1 + J_k) A
+    random   a fresh SwiGLU MLP with as many parameters, which takes nothing from the chain but its outputs
 """
 
 from collections.abc import Callable
@@ -13,17 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime import DLRNet, DLRSpec
+from ..runtime import DLRError, DLRNet, DLRSpec
+from ..triton_kernels import chain_reference
 from ..triton_kernels.reference import add_product, step_hidden
 from .capture import Activations, random_rows
 from .distill import distill
-from .fidelity import measure
+from .fidelity import in_float32, measure
 from .recipe import Recipe
 
+STARTS = ("linear", "flat", "random")
 # A copy is as good as the chain when its error against the MLP is at most so many times the chain's.
 UNDONE = 1.05
 _FIT_TOKENS = 40_000  # tokens for the linear maps J_k
 _RATE = 0.012
+_ROWS = 8192  # tokens at a time, where the chain is run
 _BATCH = 256  # smaller ones undo more: 128 undid a small chain at 0.05 of its visits that 512 did not
 
 
@@ -71,88 +77,121 @@ def undo(
 ) -> Unlocking:
     """Distils `net` back into an MLP of its size, for `visits` token visits, and measures the copy.
 
-    The first `tokens` rows of `activations` are the attacker's text, the rest is held out. start: 'linear' as
-    above, 'flat' with J = 0, or 'random'.
+    activations: x and y = mlp(x), of the original MLP; arguments else, and errors, as `fit_copy`.
     """
-    flat, tensors = flattened(net, activations, tokens, device, linear=start == "linear", seed=seed)
-    net = net.to(device)
-    copied = Activations(
+    own = Activations(
         activations.x, _outputs(net, activations.x, device), activations.first, activations.mapped
     )
-    recipe = Recipe(visits=visits, batch=min(_BATCH, visits), seed=seed, rate=_RATE)
-    weights = distill(
-        copied,
+    copy = fit_copy(
+        net,
+        own,
         tokens,
-        flat,
-        recipe,
-        name=f"the copy of {name}",
+        visits=visits,
+        start=start,
+        seed=seed,
+        name=name,
         device=device,
-        start=None if start == "random" else tensors,
         progress=progress,
     )
-    copy = DLRNet(flat, dtype=torch.float32)
-    copy.assign(weights)
     held = torch.arange(tokens, len(activations))
-    x, y = activations.rows(held)
-    return Unlocking(
-        visits,
-        conversion,
-        measure(copy, x, y, device).rel_error,
-        chain_error,
-        measure(copy, *copied.rows(held), device).rel_error,
-    )
+    error, copy_error = (measure(copy, *pairs.rows(held), device).rel_error for pairs in (activations, own))
+    return Unlocking(visits, conversion, error, chain_error, copy_error)
 
 
-@torch.no_grad()
-def flattened(
+def fit_copy(
     net: DLRNet,
     activations: Activations,
     tokens: int,
-    device: torch.device,
     *,
-    linear: bool,
-    seed: int = 0,
-) -> tuple[DLRSpec, dict[str, Tensor]]:
-    """The MLP that a chain is when every step reads x: one step of rank L K r, and its tensors in float32.
+    visits: int,
+    start: str,
+    seed: int,
+    name: str,
+    device: torch.device,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    note: Callable[[str], object] = lambda sentence: None,
+) -> DLRNet:
+    """An MLP of the size of `net`, one step wide, distilled from it for `visits` token visits: float32, on the CPU.
 
-    linear: each step reads x (1 + J_k) instead, J_k [d, d] the least-squares map of x to the step's u_k.
+    activations: x and y = net(x); the first `tokens` rows are the attacker's text. start: see above. name: the
+    module's, for errors. progress and note as in `distill`. `net` is left as it is. Raises DLRError on another
+    start, and as `distill` does.
+    """
+    if start not in STARTS:
+        raise DLRError(f"unknown start {start!r}; one of {', '.join(STARTS)}")
+    given = None
+    if start == "random":
+        spec = DLRSpec.of_params(net.spec.hidden_size, net.spec.params, depth=1, act="silu", gated=True)
+    else:
+        reads = None
+        if start == "linear":
+            x = activations.rows(random_rows(tokens, _FIT_TOKENS, seed))[0]
+            reads = linear_reads(net, x.to(device, torch.float32))
+        flat = flattened(net, reads)
+        spec, given = flat.spec, flat.state_dict()
+    recipe = Recipe(visits=visits, batch=min(_BATCH, visits), seed=seed, rate=_RATE)
+    tensors = distill(
+        activations,
+        tokens,
+        spec,
+        recipe,
+        name=f"the copy of {name}",
+        device=device,
+        start=given,
+        progress=progress,
+        note=note,
+    )
+    copy = DLRNet(spec, dtype=torch.float32)
+    copy.assign(tensors)
+    return copy
+
+
+def flattened(net: DLRNet, reads: dict[str, Tensor] | None = None) -> DLRNet:
+    """The MLP that a chain is when every step reads x: one step of rank L K r, in float32, on the chain's device.
+
+    reads: what its steps read x with instead of their A (and G), [L, K, r, d] each, as `linear_reads` gives them.
     """
     spec = net.spec
-    shape = (1, 1, spec.lanes * spec.depth * spec.rank, spec.hidden_size)
-    flat = DLRSpec(spec.hidden_size, 1, 1, shape[2], spec.act, spec.gated)
-    weights = {name: getattr(net, name).detach().to(device, torch.float32) for name in net.weight_names(spec)}
-    if linear:
-        x = activations.rows(random_rows(tokens, _FIT_TOKENS, seed))[0].to(device, torch.float32)
-        weights |= _linear_reads(weights, x, spec)
-    tensors = {name: w.reshape(shape).cpu() for name, w in weights.items()}
-    return flat, tensors | {
-        name: getattr(net, name).detach().float().cpu() for name in ("dlr_scale", "dlr_bias")
-    }
+    flat = DLRNet(
+        DLRSpec(spec.hidden_size, 1, 1, spec.lanes * spec.depth * spec.rank, spec.act, spec.gated),
+        dtype=torch.float32,
+        device=net.dlr_A.device,
+    )
+    tensors = dict(net.named_parameters()) | (reads or {})
+    flat.assign({name: tensors[name].reshape(p.shape) for name, p in flat.named_parameters()})
+    return flat
 
 
-def _linear_reads(weights: dict[str, Tensor], x: Tensor, spec: DLRSpec) -> dict[str, Tensor]:
-    """A and G of every step, read from x: A (1 + J_k)^T."""
+@torch.no_grad()
+def linear_reads(net: DLRNet, x: Tensor) -> dict[str, Tensor]:
+    """A and G of every step, brought back to x: A (1 + J_k)^T with J_k [d, d] the least-squares map of x to u_k.
+
+    x: [N, d] float32, tokens to fit J_k on. Returns [L, K, r, d] each, in float32 on x's device.
+    """
+    A, B, _, _, G, act = in_float32(net, x.device)
     rms = x.square().mean(1, keepdim=True).sqrt()
     weight = 1 / rms.clamp(min=1e-6 * rms.mean())  # every token counts alike, whatever its size
     wx = x * weight
     covariance = (wx.T @ wx).double()
     covariance.diagonal().add_(1e-4 * covariance.diagonal().mean())
     solve = torch.linalg.inv(covariance).float() @ wx.T  # [d, N]
-    reads = {name: torch.empty_like(w) for name, w in weights.items() if name != "dlr_B"}
-    for lane in range(spec.lanes):
+    readers = {"dlr_A": A} if G is None else {"dlr_A": A, "dlr_G": G}
+    reads = {name: torch.empty_like(w) for name, w in readers.items()}
+    for lane in range(net.spec.lanes):
         z = x[None]
-        for k in range(spec.depth):
+        for k in range(net.spec.depth):
             jacobian = solve @ ((z[0] - x) * weight)  # u = x J
-            step = {name: w[lane : lane + 1, k] for name, w in weights.items()}
-            for name in reads:
-                reads[name][lane, k] = step[name][0] + step[name][0] @ jacobian.T
-            z = add_product(z, step_hidden(z, step["dlr_A"], step.get("dlr_G"), spec.act), step["dlr_B"])
+            for name, w in readers.items():
+                reads[name][lane, k] = w[lane, k] + w[lane, k] @ jacobian.T
+            one = slice(lane, lane + 1)
+            z = add_product(z, step_hidden(z, A[one, k], None if G is None else G[one, k], act), B[one, k])
     return reads
 
 
 @torch.no_grad()
 def _outputs(net: DLRNet, x: Tensor, device: torch.device) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype)
-    for at in range(0, len(x), 8192):
-        y[at : at + 8192] = net(x[at : at + 8192].to(device).float()).to(x.dtype)
+    weights, y = in_float32(net, device), torch.empty(x.shape, dtype=x.dtype)
+    for at in range(0, len(x), _ROWS):
+        rows = slice(at, at + _ROWS)
+        y[rows] = chain_reference(x[rows].to(device, torch.float32), *weights)
     return y

@@ -5,8 +5,19 @@ Importing this package registers locked checkpoints with transformers, so that
 """
 
 from . import _threads  # noqa: F401
+from .audit import AuditReport, audit_model
 from .convert import ConversionReport, convert_model
 from .runtime import DLRError, DLRNet, DLRSpec, load
 from .triton_kernels import backend
 
-__all__ = ["ConversionReport", "DLRError", "DLRNet", "DLRSpec", "backend", "convert_model", "load"]
+__all__ = [
+    "AuditReport",
+    "ConversionReport",
+    "DLRError",
+    "DLRNet",
+    "DLRSpec",
+    "audit_model",
+    "backend",
+    "convert_model",
+    "load",
+]

@@ -110,13 +110,8 @@ def convert(
     )  # fmt: skip
     if not as_json:
         _screen.print(tables.choices(options.resolved()), markup=False)
-    try:
-        with Steps(_screen) as steps:
-            report = convert_model(source, out, overwrite=overwrite, progress=steps, **options.said())
-    except KeyboardInterrupt as stop:
-        if not str(stop):
-            raise
-        _fail(str(stop))  # typer would drop the words
+    with _said_words(), Steps(_screen) as steps:
+        report = convert_model(source, out, overwrite=overwrite, progress=steps, **options.said())
     if as_json:
         _print_json(report.to_dict())
     else:
@@ -173,6 +168,62 @@ def evaluate(
         _print_json(evaluation.to_dict())
     else:
         tables.print_evaluation(Console(highlight=False), evaluation)
+
+
+@app.command()
+def audit(
+    checkpoint: Locked,
+    original: Annotated[str, typer.Option(help="The model that was locked.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for audit.json and audit.html.  [default: CHECKPOINT-audit]")
+    ] = None,
+    budget: Annotated[
+        str, typer.Option(help="quick or full: what an attacker may spend, where not said below.")
+    ] = "quick",
+    task: Annotated[
+        str, typer.Option(help="Text to fine-tune on: .txt, .jsonl, .parquet, a datasets name, or invented.")
+    ] = "invented",
+    data: Annotated[
+        str, typer.Option(help="Neutral text, in the same forms, or topics: Python's documentation.")
+    ] = "topics",
+    attacks: Annotated[str | None, typer.Option(help="Some of full,LoRA,attention,MeZO.")] = None,
+    shares: Annotated[
+        str | None, typer.Option(help="Visits of distilling a chain back, over its conversion's: 0.0625,1.")
+    ] = None,
+    tuning: Annotated[int | None, typer.Option(help="Training tokens of a fine-tune.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Tokens a step of it.")] = None,
+    sequence: Annotated[int | None, typer.Option(help="Tokens a sequence of it.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Runs at the best rate.")] = None,
+    rates: Annotated[int | None, typer.Option(help="Rates tried, at most.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of neutral text to distil chains back on.")
+    ] = None,
+    heldout: Annotated[int | None, typer.Option(help="Tokens of neutral text to measure on.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of runs and of the invented task.")] = 0,
+    device: Device = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="For activations, such as 4GiB.  [default: a quarter of the memory]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an audit.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Attack a locked checkpoint as an informed engineer would, and say what each attack costs."""
+    from .audit import audit_model
+    from .audit_tables import print_audit
+
+    folder = out or checkpoint.with_name(f"{checkpoint.resolve().name}-audit")
+    with _said_words(), Steps(_screen) as steps:
+        report = audit_model(
+            checkpoint, original, folder, overwrite=overwrite, progress=steps, budget=budget, task=task,
+            data=data, attacks=attacks, shares=shares, tuning=tuning, batch=batch, sequence=sequence,
+            seeds=seeds, rates=rates, tokens=tokens, heldout=heldout, seed=seed, device=device,
+            max_memory=max_memory,
+        )  # fmt: skip
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        print_audit(Console(highlight=False), report)
+        print(f"written to {folder / 'audit.html'} and audit.json beside it")
 
 
 @app.command()
@@ -258,6 +309,17 @@ def main() -> None:
         if result == 130:  # typer's own way to say KeyboardInterrupt
             raise KeyboardInterrupt
         sys.exit(result if isinstance(result, int) else 0)
+
+
+@contextmanager
+def _said_words():
+    """An interruption that says what is kept; typer would drop the words."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if not str(stop):
+            raise
+        _fail(str(stop))
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,17 @@ def check_space(target: Path, wanted: int) -> None:
     free = shutil.disk_usage(nearest).free
     if free < wanted:
         raise DLRError(f"{nearest} has {free / 2**20:.0f} MiB free, {wanted / 2**20:.0f} MiB are needed")
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls write(a path beside `path`), and puts in place what it wrote."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.partial")
+    try:
+        write(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import torch
 import torch._functorch.config
 import torch._inductor.exc
 from torch import Tensor
-from torch._inductor.compile_fx import compile_fx
 
 from ...runtime import DLRError
 
@@ -19,6 +18,8 @@ def compiled(function: Callable[..., Tensor], *, memory_budget: float = 1.0) -> 
     memory_budget: torch's `activation_memory_budget`: the share, of what plain autograd would keep, that may be kept;
     below 1 products are computed once more.
     """
+
+    from torch._inductor.compile_fx import compile_fx  # 2 s, which `import dlr_lock` should not cost
 
     # A backend of its own, without which torch takes what it compiled of this function with another budget.
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from dlr_lock.convert.capture import Activations
-from dlr_lock.convert.unlock import flattened, undo
-from dlr_lock.runtime import DLRNet, DLRSpec
+from dlr_lock.convert.fidelity import measure
+from dlr_lock.convert.unlock import fit_copy, flattened, linear_reads, undo
+from dlr_lock.runtime import DLRError, DLRNet, DLRSpec
 
 CPU = torch.device("cpu")
 D, N = 32, 2048
@@ -31,11 +32,8 @@ def attack(net: DLRNet, start: str, visits: int):
     return undo(net, pairs(net), N, 0.0, visits=visits, conversion=4096, name="mlp", device=CPU, start=start)
 
 
-def copy_of(net: DLRNet, data: Activations, linear: bool) -> DLRNet:
-    spec, tensors = flattened(net, data, N, CPU, linear=linear)
-    copy = DLRNet(spec)
-    copy.assign(tensors)
-    return copy
+def fit(net: DLRNet, data: Activations, start: str, visits: int, seed: int = 0) -> DLRNet:
+    return fit_copy(net, data, N, visits=visits, start=start, seed=seed, name="mlp", device=CPU)
 
 
 @pytest.mark.parametrize(("lanes", "gated"), [(1, False), (3, False), (1, True)])
@@ -43,7 +41,7 @@ def test_a_weakly_coupled_chain_is_given_away_by_flattening(lanes: int, gated: b
     net = chain(1e-3, lanes=lanes, gated=gated)
     data = pairs(net)
     with torch.no_grad():
-        error = (copy_of(net, data, linear=False)(data.x) - data.y).norm() / data.y.norm()
+        error = (flattened(net)(data.x) - data.y).norm() / data.y.norm()
     assert error < 0.02
     assert attack(net, "flat", 512).copy_error < 0.05
 
@@ -55,8 +53,8 @@ def test_the_linear_start_sees_through_a_state_that_is_linear_in_x(lanes: int) -
     data = pairs(net)
     with torch.no_grad():
         seen, blind = (
-            ((copy_of(net, data, linear=linear)(data.x) - data.y).norm() / data.y.norm()).item()
-            for linear in (True, False)
+            ((flattened(net, reads)(data.x) - data.y).norm() / data.y.norm()).item()
+            for reads in (linear_reads(net, data.x), None)
         )
     assert seen < 1e-2 < 0.1 < blind
 
@@ -67,3 +65,28 @@ def test_a_strongly_coupled_chain_takes_work_and_more_work_undoes_more() -> None
     little, more = (attack(net, "linear", visits) for visits in (512, 40_960))
     assert more.copy_error < 0.7 * little.copy_error
     assert more.cost == 10 and more.chain_error == 0.0 and not more.undone
+
+
+def test_a_random_start_is_a_fresh_swiglu_mlp_that_takes_nothing_but_outputs() -> None:
+    torch.manual_seed(0)
+    net = chain(0.5, act="relu")
+    data = pairs(net)
+    held = torch.arange(N, len(data))
+    little, more = (fit(net, data, "random", visits) for visits in (2048, 20_480))
+    assert more.spec == DLRSpec(D, 1, 1, more.spec.rank, "silu", gated=True)
+    assert abs(more.spec.params - net.spec.params) <= 3 * 16 * D / 2  # half a tile of units: D is small
+    errors = [measure(copy, *data.rows(held), CPU).rel_error for copy in (little, more)]
+    assert errors[1] < 0.8 * errors[0] < 0.8
+    other = chain(0.5, act="relu")  # the outputs are the same, so the copy is
+    assert torch.equal(fit(other, data, "random", 2048).dlr_B, little.dlr_B)
+
+
+def test_a_copy_depends_on_its_seed_and_the_chain_stays_as_it_is() -> None:
+    net = chain(0.5)
+    data = pairs(net)
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    first, again, other = (fit(net, data, "linear", 512, seed) for seed in (3, 3, 4))
+    assert torch.equal(first.dlr_A, again.dlr_A) and not torch.equal(first.dlr_A, other.dlr_A)
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+    with pytest.raises(DLRError, match="unknown start 'teacher'; one of linear, flat, random"):
+        fit(net, data, "teacher", 512)

@@ -1,0 +1,347 @@
+"""An audit from end to end: both models, every attack, the verdicts, and the files that say so."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..convert.endtoend import with_chains
+from ..convert.evaluate import compare, predicts_next
+from ..convert.job import public_name
+from ..convert.kept import Kept
+from ..convert.mlps import MLP, find_mlps
+from ..convert.modules import Progress
+from ..convert.options import EFFORTS
+from ..convert.source import load_tokenizer, open_source
+from ..runtime import DLRError, DLRNet, inspect, load, locked_modules
+from ..runtime.checkpoint import sha256
+from ..runtime.files import full_disk_is_an_error, write_whole
+from ..runtime.generation import positions
+from ..runtime.timing import machine
+from .asymmetry import Asymmetry, asymmetries
+from .costs import Arm, step_costs
+from .learning import FIRST_RATES, fine_tune, sweep
+from .options import BUDGETS, AuditOptions
+from .page import page
+from .redistil import redistil, redistil_row
+from .report import AuditReport, ModuleCopies, Run, StepCost, structural_from
+from .structural import structural_rows
+from .systems.slot import arms as slot_arms
+from .texts import Text, read_split
+from .verdict import ORIGINAL, verdicts
+
+THREAT = (
+    "The attacker has the locked weights, this program and text of their own, but not the original's weights, and "
+    "wants a model that is as good at a new task as the fine-tuned original would be."
+)
+_JSON, _PAGE = "audit.json", "audit.html"
+_REDISTILLED = "re-distilled"
+_NEUTRAL_SEQUENCE = 512
+_NEUTRAL_SEQUENCES = 2  # of held-out neutral text, for the collapse check
+_SLOT_TOKENS = 1024
+
+
+def audit_model(
+    locked: str | Path,
+    original: str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> AuditReport:
+    """Runs the attacks on a locked checkpoint and its original, and writes audit.json and audit.html to folder `out`.
+
+    options: the fields of `AuditOptions`. progress is called with (what, done, total). Finished parts are kept in
+    `<out>.partial`: the same call goes on from there after a failure or Ctrl-C. The same seed gives the same figures on
+    the same machine, but for seconds. Raises DLRError on everything that the user can correct.
+    """
+    began = time.monotonic()
+    chosen = AuditOptions(**options).resolved()
+    target = Path(out).expanduser().absolute()
+    _check(target, overwrite=overwrite)
+    report_progress = progress or (lambda what, done, total: None)
+    device = torch.device(str(chosen.device))
+    facts = inspect(locked)
+    report_progress("reading the models", 0, 2)
+    ours = load(locked, dtype=torch.float32, device=device)
+    report_progress("reading the models", 1, 2)
+    source = open_source(original, dtype=torch.float32, device=device)
+    report_progress("reading the models", 2, 2)
+    mlps = _locked_mlps(ours, source.model, facts)
+    tokenizer = load_tokenizer(Path(locked)) or source.tokenizer
+    neutral, task = _texts(ours, tokenizer, chosen)
+    about = {k: v for k, v in chosen.said().items() if k not in ("device", "max_memory")}
+    about |= {"locked": _digest(Path(locked), facts), "original": source.fingerprint, "device": device.type}
+    kept = Kept(target, about)
+    audit = _Audit(ours, source.model, mlps, neutral, task, chosen, kept, report_progress)
+    try:
+        with TemporaryDirectory() as scratch:
+            found = audit.run(facts, Path(scratch))
+    except KeyboardInterrupt as stop:
+        if not kept.count:
+            raise
+        raise KeyboardInterrupt(
+            f"interrupted; {kept.count} finished parts are kept in {kept.folder}: the same command goes on from there"
+        ) from stop
+    report = AuditReport(
+        locked=Path(locked).resolve().name,
+        original=public_name(str(original)),
+        options=chosen.said() | {"task": task.source, "data": neutral.source},
+        machine=machine(device),
+        threat=THREAT,
+        seconds=time.monotonic() - began,
+        **found,
+    )
+    with full_disk_is_an_error(target):
+        text = json.dumps(report.to_dict(), indent=1, allow_nan=False)
+        write_whole(target / _JSON, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        write_whole(target / _PAGE, lambda path: path.write_text(page(report), encoding="utf-8"))
+    kept.remove()
+    return report
+
+
+class _Audit:
+    """One audit's models, texts and choices."""
+
+    def __init__(
+        self,
+        locked: PreTrainedModel,
+        original: PreTrainedModel,
+        mlps: list[MLP],
+        neutral: Text,
+        task: Text,
+        options: AuditOptions,
+        kept: Kept,
+        progress: Progress,
+    ) -> None:
+        self._locked, self._original, self._mlps = locked, original, mlps
+        self._neutral, self._task, self._options = neutral, task, options
+        self._kept, self._progress = kept, progress
+        self._names = [mlp.module for mlp in mlps]
+        self._device = torch.device(str(options.device))
+        self.notes: list[str] = []
+
+    def run(self, facts: dict[str, Any], scratch: Path) -> dict[str, Any]:
+        """The fields of `AuditReport` that are found out."""
+        heldout = self._neutral.heldout
+        measuring = partial(self._progress, "measuring both models")
+        fidelity = compare(self._locked, self._original, heldout, measuring)
+        rows = [
+            structural_from(row)
+            for row in self._part(
+                "structural",
+                lambda: [
+                    asdict(row)
+                    for row in structural_rows(
+                        self._locked, self._original, self._mlps, heldout, self._progress
+                    )
+                ],
+            )
+        ]
+        copies = self._copies(facts, scratch)
+        train = self._neutral.train.numel()
+        copied = redistil_row(
+            self._locked, self._original, copies, heldout, tokens=train, progress=self._progress
+        )
+        runs: list[Run] = []
+        steps: list[StepCost] = []
+        if predicts_next(self._original):
+            for arm, attacks in self._arms(dict((figures.module, net) for figures, net in copies)):
+                for attack in attacks:
+                    runs += self._learn(arm, attack)
+                steps += self._steps(arm, attacks)
+        else:
+            self.notes.append("nothing was fine-tuned: the model has no language-model head to give a loss")
+        unlocking = {"flops": float(copied.flops or 0), "seconds": float(copied.seconds or 0)}
+        return {
+            "fidelity": fidelity,
+            "structural": [*rows, copied],
+            "modules": [figures for figures, _ in copies],
+            "runs": runs,
+            "steps": steps,
+            "asymmetries": self._asymmetries(),
+            "verdicts": verdicts(runs, steps, {_REDISTILLED: unlocking}),
+            "notes": self.notes,
+        }
+
+    def _copies(self, facts: dict[str, Any], scratch: Path) -> list[tuple[ModuleCopies, DLRNet]]:
+        made = {m["module"]: m["tokens"] for m in facts.get("conversion", {}).get("modules", [])}
+        base = max(made.values(), default=0)
+        if not base:
+            base = EFFORTS["standard"].visits
+            self.notes.append(
+                f"the checkpoint does not say what its conversion cost: shares are of {base:,} visits a module"
+            )
+        return list(
+            redistil(
+                self._locked,
+                self._original,
+                self._mlps,
+                self._neutral.train,
+                self._neutral.heldout,
+                visits=sorted({max(1, round(share * base)) for share in self._options.chosen_shares}),
+                conversion={name: made.get(name) for name in self._names},
+                device=self._device,
+                max_memory=int(self._options.max_memory or 0),
+                scratch=scratch,
+                seed=self._options.seed,
+                kept=self._kept,
+                progress=self._progress,
+                note=self.notes.append,
+            )
+        )
+
+    def _arms(self, copies: dict[str, DLRNet]) -> Iterator[tuple[Arm, list[str]]]:
+        """Each model to fine-tune, and how. Where the chains are gone, attention is not tuned alone again."""
+        attacks = self._options.chosen_attacks
+        chains = dict(locked_modules(self._locked))
+        yield Arm(ORIGINAL, self._original, self._names), attacks
+        yield (
+            Arm("locked", self._locked, self._names, any(c.spec.depth > 1 for c in chains.values())),
+            attacks,
+        )
+        slots = [attack for attack in attacks if attack in ("full", "LoRA")]
+        yield Arm(_REDISTILLED, with_chains(self._locked, copies, []), self._names), slots
+
+    def _learn(self, arm: Arm, attack: str) -> list[Run]:
+        title = f"fine-tuning the {arm.name} model, {attack}"
+
+        def make(rate: float, seed: int) -> Run:
+            def run() -> dict[str, Any]:
+                return asdict(
+                    fine_tune(
+                        arm.model,
+                        arm.mlps,
+                        self._task,
+                        self._neutral.heldout[:_NEUTRAL_SEQUENCES],
+                        self._options.plan,
+                        arm=arm.name,
+                        attack=attack,
+                        rate=rate,
+                        seed=seed,
+                        progress=partial(self._progress, f"{title}, rate {rate:.1e}, seed {seed}"),
+                    )
+                )
+
+            values = self._part(f"run {arm.name} {attack} {rate:.9g} {seed}", run)
+            return Run(**values | {"neutral": tuple(values["neutral"])})
+
+        try:
+            runs = sweep(make, FIRST_RATES[attack], self._options.plan, self._options.seed)
+        except DLRError as error:
+            self.notes.append(f"{title}: not done, {error}")
+            return []
+        rates = sorted({run.rate for run in runs})
+        if len(rates) > 1 and runs[0].rate in (rates[0], rates[-1]):
+            self.notes.append(
+                f"{title}: the best rate, {runs[0].rate:.1e}, is the last one tried on its side"
+            )
+        return runs
+
+    def _steps(self, arm: Arm, attacks: Sequence[str]) -> list[StepCost]:
+        n = self._task.train.shape[1]
+        shape = max(1, self._options.plan.batch // n), n
+        progress = partial(self._progress, f"the cost of a step of the {arm.name} model")
+        values = self._part(
+            f"steps {arm.name}", lambda: [asdict(row) for row in step_costs(arm, attacks, shape, progress)]
+        )
+        return [StepCost(**row) for row in values]
+
+    def _asymmetries(self) -> list[Asymmetry]:
+        """Of one slot: the first locked module's, as a SwiGLU MLP of its width."""
+        timed = BUDGETS[self._options.budget].timed
+        spec = dict(locked_modules(self._locked))[self._names[0]].spec
+        if not timed:
+            self.notes.append(
+                "the asymmetry is counted, not timed, and has no compiled mode: --budget full times it"
+            )
+
+        def count() -> list[dict[str, Any]]:
+            with nullcontext() if timed else FakeTensorMode():
+                ours, theirs = slot_arms(
+                    spec,
+                    self._mlps[0].intermediate_size,
+                    tokens=_SLOT_TOKENS,
+                    dtype=torch.float32,
+                    device=self._device,
+                )
+                return [asdict(a) for a in asymmetries(ours, theirs, repeats=3 if timed else 0)]
+
+        self._progress("the asymmetry of a slot", 0, 1)
+        found = [Asymmetry(**values) for values in self._part("asymmetry", count)]
+        self._progress("the asymmetry of a slot", 1, 1)
+        return found
+
+    def _part(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives, in plain values, or gave before an interruption."""
+        found = self._kept.get(name)
+        if found is None:
+            self._kept.put(name, {}, {"value": make()})
+            found = self._kept.get(name)
+            assert found is not None
+        return found[1]["value"]
+
+
+def _locked_mlps(locked: PreTrainedModel, original: PreTrainedModel, facts: dict[str, Any]) -> list[MLP]:
+    """The original's MLPs whose places chains have taken, in model order."""
+    pattern = facts.get("conversion", {}).get("options", {}).get("mlps")
+    chains = dict(locked_modules(locked))
+    found = [mlp for mlp in find_mlps(original, pattern) if mlp.module in chains]
+    missing = sorted(chains.keys() - {mlp.module for mlp in found})
+    missing += [mlp.module for mlp in found if mlp.hidden_size != chains[mlp.module].spec.hidden_size]
+    if missing:
+        raise DLRError(f"this is not the model that was locked: its {missing[0]} is no MLP of the same size")
+    return found
+
+
+def _texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: AuditOptions
+) -> tuple[Text, Text]:
+    """(neutral, task)."""
+    room = positions(model)
+    assert options.tokens and options.heldout and options.sequence
+    neutral = read_split(
+        options.data,
+        tokenizer,
+        tokens=options.tokens,
+        heldout_tokens=options.heldout,
+        sequence_length=min(_NEUTRAL_SEQUENCE, room or _NEUTRAL_SEQUENCE),
+    )
+    task = read_split(
+        options.task,
+        tokenizer,
+        tokens=options.plan.tokens,
+        heldout_tokens=BUDGETS[options.budget].task_heldout,
+        sequence_length=min(options.sequence, room or options.sequence),
+        seed=options.seed,
+    )
+    return neutral, task
+
+
+def _check(target: Path, *, overwrite: bool) -> None:
+    """Raises DLRError, before any long work, where the result could not be written."""
+    if target.exists() and not target.is_dir():
+        raise DLRError(f"{target} is not a directory")
+    if (target / _JSON).exists() and not overwrite:
+        raise DLRError(f"{target} holds an audit; choose another output or pass --overwrite")
+    nearest = next(p for p in (target, *target.parents) if p.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise DLRError(f"cannot write to {nearest}")
+
+
+def _digest(locked: Path, facts: dict[str, Any]) -> str:
+    """Of the checkpoint's content: the manifest's hashes, or those of its weights."""
+    files = facts.get("files") or {path.name: sha256(path) for path in sorted(locked.glob("*.safetensors"))}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,118 @@
+"""Every choice of an audit."""
+
+import re
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ..convert.options import memory_bytes
+from ..runtime import DLRError
+from ..runtime.checkpoint import usable_device
+from .learning import FIRST_RATES, Tuning
+from .texts import INVENTED, TOPICS
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What an attacker may spend, and how well it is measured. tokens, heldout: of neutral text to distil chains back
+    on, and to measure on. shares: of a module's conversion that distilling it back may cost, in visits. tuning, batch,
+    sequence: training tokens of a fine-tune, of a step, of a sequence. task_heldout: tokens that judge it.
+    asymmetry: tokens of the slot whose passes are compared, and whether they are timed."""
+
+    words: str
+    tokens: int
+    heldout: int
+    shares: str
+    attacks: str
+    tuning: int
+    batch: int
+    sequence: int
+    task_heldout: int
+    seeds: int
+    rates: int
+    timed: bool
+
+
+BUDGETS = {
+    "quick": Budget(
+        "half an hour for a 135M model on two CPU cores", 32_768, 4_096, "0.0625", "full,LoRA,attention",
+        4_096, 256, 128, 1_024, 3, 4, False,
+    ),
+    "full": Budget(
+        "a GPU's afternoon", 409_600, 10_240, "0.0625,0.25,1", "full,LoRA,attention,MeZO",
+        262_144, 2_048, 512, 8_192, 3, 6, True,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditOptions:
+    """The arguments of `audit_model`; None means: as `budget` says.
+
+    task: what is fine-tuned on, 'invented' or a text; data: neutral text, 'topics' or a text (see `texts.read_split`).
+    shares: '0.0625,0.25', the attacker's visits of a module over the conversion's. attacks: such as 'full,LoRA'. The
+    rest is as in `Budget`. max_memory: bytes for activations, or '4GiB'.
+    """
+
+    task: str = INVENTED
+    data: str = TOPICS
+    budget: str = "quick"
+    tokens: int | None = None
+    heldout: int | None = None
+    shares: str | None = None
+    attacks: str | None = None
+    tuning: int | None = None
+    batch: int | None = None
+    sequence: int | None = None
+    seeds: int | None = None
+    rates: int | None = None
+    seed: int = 0
+    device: str | None = None
+    max_memory: int | str | None = None
+
+    def resolved(self) -> "AuditOptions":
+        """The same with every None filled in. Raises DLRError on bad values."""
+        if self.budget not in BUDGETS:
+            raise DLRError(f"unknown budget {self.budget!r}; one of {', '.join(BUDGETS)}")
+        budget = asdict(BUDGETS[self.budget])
+        chosen = replace(
+            self,
+            **{k: v for k, v in budget.items() if k in self.__slots__ and getattr(self, k) is None},
+            device=str(usable_device(self.device)),
+            max_memory=memory_bytes(self.max_memory),
+        )
+        for name in ("tokens", "heldout", "tuning", "batch", "sequence", "seeds", "rates"):
+            if getattr(chosen, name) < 1:
+                raise DLRError(f"--{name} must be at least 1, not {getattr(chosen, name)}")
+        if not 0 <= self.seed < 2**31:
+            raise DLRError(f"--seed must be from 0 to {2**31 - 1}, not {self.seed}")
+        for attack in chosen.chosen_attacks:
+            if attack not in FIRST_RATES:
+                raise DLRError(f"unknown attack {attack!r}; some of {','.join(FIRST_RATES)}")
+        if not chosen.chosen_shares:
+            raise DLRError("--shares must name one share of the visits at least, such as 0.0625")
+        return chosen
+
+    @property
+    def chosen_attacks(self) -> list[str]:
+        return list(dict.fromkeys(part.strip() for part in str(self.attacks).split(",")))
+
+    @property
+    def chosen_shares(self) -> list[float]:
+        """In ascending order."""
+        parts = [part.strip() for part in str(self.shares).split(",") if part.strip()]
+        if not all(re.fullmatch(r"\d*\.?\d+", part) and 0 < float(part) <= 100 for part in parts):
+            raise DLRError(f"--shares {self.shares}: numbers above 0 and at most 100, such as 0.0625,0.25")
+        return sorted({float(part) for part in parts})
+
+    @property
+    def plan(self) -> Tuning:
+        """How a resolved audit fine-tunes."""
+        assert self.tuning and self.batch and self.seeds and self.rates
+        return Tuning(self.tuning, self.batch, _LOOKS, self.seeds, self.rates)
+
+    def said(self) -> dict[str, Any]:
+        """The choices that a report repeats."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+_LOOKS = 8  # at the held-out loss in a run

@@ -1,0 +1,155 @@
+"""The curves of an audit as SVG within its page; matplotlib draws them, where it is installed."""
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from html import escape
+from io import StringIO
+from itertools import cycle
+from typing import Any
+
+from .report import AuditReport, Run
+from .words import grouped, start_loss
+
+_NO_PLOTS = "Curves need pip install 'dlr-lock[report]'; their values are in the table of every run."
+# What stands for the text's colour in a drawing, until it is drawn in the page's own.
+_INK = "#010203"
+# Both on white and on near-black; an arm has a colour, an attack a stroke and a mark.
+_COLOURS = ("#3b8ad9", "#e07b1a", "#2fa36b", "#a874d6", "#d8546a", "#8c8f94")
+_STROKES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
+
+
+def copy_plot(report: AuditReport) -> str:
+    """Error of the copies over the chain's, against visits: a line for each module and start."""
+    copies = [c for m in report.modules for c in m.copies]
+    colours = dict(zip(dict.fromkeys(c.start for c in copies), cycle(_COLOURS), strict=False))
+
+    def draw(axes: Any) -> list[Any]:
+        from matplotlib.ticker import LogLocator, NullLocator
+
+        for m in report.modules:
+            for start, same in grouped(sorted(m.copies, key=lambda c: c.visits), lambda c: c.start).items():
+                ratios = [c.error / m.chain_error for c in same]
+                axes.plot([c.visits for c in same], ratios, marker="o", color=colours[start], alpha=0.8)
+        axes.axhline(1, color=_INK, linewidth=0.8, linestyle="--")
+        axes.set(xscale="log", yscale="log", xlabel="visits", ylabel="copy's error / chain's")
+        axes.set_xticks(sorted({c.visits for c in copies}))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_minor_locator(NullLocator())
+        return [_key(f"{start} start", color=colour) for start, colour in colours.items()]
+
+    words = "A line is a module; below the dashed level its copy is better than the chain itself."
+    plots = _plots([("copies", "copies' errors against visits", draw)])
+    return f'{plots}<p class="quiet">{words}</p>\n' if copies else ""
+
+
+def gain_plots(report: AuditReport) -> str:
+    """Gain of the runs at their best rates, the mean over seeds and its band, against tokens, FLOPs and seconds."""
+    start = start_loss(report)
+    curves = grouped((run for run in report.runs if run.best), lambda r: (r.arm, r.attack))
+    if start is None or not curves:
+        return ""
+    arms = {
+        arm: _COLOURS[at % len(_COLOURS)] for at, arm in enumerate(dict.fromkeys(arm for arm, _ in curves))
+    }
+    attacks = {
+        attack: _STROKES[at % len(_STROKES)]
+        for at, attack in enumerate(dict.fromkeys(attack for _, attack in curves))
+    }
+
+    def draw(label: str, cost: Callable[[Run], float | None], axes: Any) -> list[Any]:
+        """cost: of one token of a run."""
+        for (arm, attack), runs in curves.items():
+            if (each := cost(runs[0])) is None:
+                continue
+            gains = [[start - loss for loss in run.losses] for run in runs]
+            # Where a seed diverged the mean ends: that of the others would be of fewer runs than it says.
+            points = list(zip(*gains, strict=False))
+            x = [n * each for n in runs[0].tokens[: len(points)]]
+            line, mark = attacks[attack]
+            axes.plot(x, [sum(p) / len(p) for p in points], line, marker=mark, color=arms[arm])
+            axes.fill_between(
+                x, [min(p) for p in points], [max(p) for p in points], color=arms[arm], alpha=0.2, lw=0
+            )
+        for loss in dict.fromkeys(v.loss for v in report.verdicts):
+            axes.axhline(start - loss, color=_INK, linewidth=0.8, linestyle="--")
+        axes.set(xlabel=label, ylabel="gain, nats a token")
+        return [
+            *(_key(arm, color=colour) for arm, colour in arms.items()),
+            *(
+                _key(attack, color=_INK, linestyle=line, marker=mark)
+                for attack, (line, mark) in attacks.items()
+            ),
+        ]
+
+    costs: dict[str, Callable[[Run], float | None]] = {
+        "tokens": lambda run: 1,
+        "FLOPs": lambda run: _token_cost(report, run, "flops"),
+        "seconds": lambda run: _token_cost(report, run, "seconds"),
+    }
+    plots = _plots(
+        [
+            (f"gain-{label}", f"gain against {label}", partial(draw, label, cost))
+            for label, cost in costs.items()
+        ]
+    )
+    return (
+        f'{plots}<p class="quiet">Colour: arm; stroke and mark: attack; band: least to most over seeds; dashed levels: '
+        "the verdicts' targets. FLOPs and seconds are those of each attack's cheapest policy; what an unlocking took "
+        "before is not in the curves, but in the verdicts.</p>\n"
+    )
+
+
+def _token_cost(report: AuditReport, run: Run, measure: str) -> float | None:
+    """The cheapest policy's cost of a token, None where no step was measured."""
+    costs = [
+        getattr(s, measure) / s.tokens
+        for s in report.steps
+        if (s.arm, s.attack) == (run.arm, run.attack) and getattr(s, measure) is not None
+    ]
+    return min(costs, default=None)
+
+
+def _key(label: str, **style: Any) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], label=label, **style)
+
+
+def _plots(plots: Sequence[tuple[str, str, Callable[[Any], list[Any]]]]) -> str:
+    """Drawings side by side, each (name, what it shows, draw); draw puts lines on axes and gives the legend."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return f'<p class="quiet">{escape(_NO_PLOTS)}</p>\n'
+    drawn = "".join(f'<div class="plot">{_svg(*plot)}</div>\n' for plot in plots)
+    return f'<div class="plots">\n{drawn}</div>\n'
+
+
+def _svg(name: str, what: str, draw: Callable[[Any], list[Any]]) -> str:
+    """An <svg> with text as text, in the page's own text colour, whose ids no other drawing has."""
+    import matplotlib.style
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    style: dict[str, Any] = {
+        "svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 11,
+        "text.parse_math": False, "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK,
+        "xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.grid": True, "grid.color": "#888888", "grid.alpha": 0.25, "lines.markersize": 4, "legend.frameon": False,
+    }  # fmt: skip
+    out = StringIO()
+    with matplotlib.style.context(["default", style]):
+        figure = Figure(figsize=(5, 4), layout="constrained")
+        axes = figure.add_subplot()
+        handles = draw(axes)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=10)
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(out, format="svg", transparent=True, metadata=no_metadata)
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor").replace(">*{", ">.plot *{")
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(what)}"', 1)

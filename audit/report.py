@@ -1,0 +1,175 @@
+"""What an audit found, as plain data: each attack a row, and the verdicts that are read off the rows."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..convert.evaluate import Evaluation, StateEvaluation, distance_of
+from .asymmetry import Asymmetry
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Structural:
+    """One attack on the chains' structure, on all locked modules at once, and the model that it leaves.
+
+    name: such as 'flatten'. about: what is done, a sentence. evaluation: the attacked model against the original on
+    held-out neutral text. visits: the attacker's token visits a module; flops, seconds: all that the attack took
+    (None: nothing but reading the weights).
+    slots: what is in the MLPs' places afterwards: 'MLP' where training costs what the original's does, 'chain'.
+    """
+
+    name: str
+    about: str
+    evaluation: Evaluation | StateEvaluation
+    slots: str
+    visits: int = 0
+    flops: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One module distilled back into an MLP of its size for `visits` token visits.
+
+    start: 'linear' or 'flat' (see convert.unlock), or 'random': a fresh SwiGLU MLP. share: visits over those of the
+    module's conversion, None where the checkpoint does not say. error: relative error against the original MLP on
+    held-out tokens of the original's activations; copy_error: against the chain, on the locked model's.
+    """
+
+    start: str
+    visits: int
+    share: float | None
+    error: float
+    copy_error: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleCopies:
+    """All copies of one module. chain_error: the chain's own relative error, measured as `Copy.error`. gap: the
+    flatten gap over |chain|^2, on the locked model's own activations."""
+
+    module: str
+    chain: str
+    chain_error: float
+    gap: float
+    copies: list[Copy]
+
+    def undone(self, tolerance: float) -> Copy | None:
+        """The cheapest copy whose error is at most `tolerance` times the chain's own; None where none is."""
+        good = [copy for copy in self.copies if copy.error <= tolerance * self.chain_error]
+        return min(good, key=lambda copy: copy.visits, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One fine-tuning: arm ('original', 'locked', 'flattened', 're-distilled'), attack ('full', 'LoRA', 'attention',
+    'MeZO'), rate and seed, and the held-out loss of the task, in nats a token, after so many training tokens.
+
+    neutral: loss on neutral text before and after. diverged: the loss became no number, and the curve ends before that.
+    seconds: of a training step of `batch` tokens, the median. best: its rate is the best one of the sweep.
+    """
+
+    arm: str
+    attack: str
+    rate: float
+    seed: int
+    batch: int
+    tokens: list[int]
+    losses: list[float]
+    neutral: tuple[float, float | None]
+    seconds: float
+    diverged: bool = False
+    best: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """A training step of an arm's whole model for an attack, by one policy. flops, launches, dependent: of a step of
+    `tokens` tokens; peak, held: bytes, parameters and the optimizer's state left out; seconds: None, not timed."""
+
+    arm: str
+    attack: str
+    policy: str
+    tokens: int
+    flops: int
+    peak: int
+    held: int
+    launches: int
+    dependent: int
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """attack: 'arm, attack'. policy: how its steps are trained. cost: in the verdict's measure. bound: the target was
+    not reached, and the cost is that of the whole budget: it takes more."""
+
+    attack: str
+    policy: str
+    cost: float
+    bound: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One target and one measure. share: the gain to reach, over the best one of the original within the budget.
+    measure: 'flops', 'seconds' or 'peak' (bytes). tunes: fine-tunes that one unlocking serves. ratio: locked over
+    original, None where one has no price; bound: it is more than that."""
+
+    share: float
+    loss: float
+    measure: str
+    tunes: int
+    locked: Price | None
+    original: Price | None
+    ratio: float | None
+    bound: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """One audit of `locked` against `original`. options: every choice. fidelity: the locked model against the
+    original on held-out neutral text. notes: what was not run, and why; what the owner should know."""
+
+    locked: str
+    original: str
+    options: dict[str, Any]
+    machine: dict[str, Any]
+    threat: str
+    fidelity: Evaluation | StateEvaluation
+    structural: list[Structural]
+    modules: list[ModuleCopies]
+    runs: list[Run]
+    steps: list[StepCost]
+    asymmetries: list[Asymmetry]
+    verdicts: list[Verdict]
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def recovers(self, row: Structural) -> float:
+        """Distance to the original that the attack leaves, over the locked model's own: 1 or less is a free way
+        around the chain."""
+        own = distance_of(self.fidelity)
+        return distance_of(row.evaluation) / own if own else float("inf")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, fit for JSON."""
+        return {"schema": SCHEMA} | _plain(asdict(self))
+
+
+def structural_from(values: dict[str, Any]) -> Structural:
+    """The row that `asdict` gave these values of."""
+    kind = StateEvaluation if "state_error" in values["evaluation"] else Evaluation
+    return Structural(**values | {"evaluation": kind(**values["evaluation"])})
+
+
+def _plain(value: Any) -> Any:
+    """Without infinity, which JSON has not (a perplexity can be beyond every float)."""
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

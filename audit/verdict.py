@@ -1,0 +1,103 @@
+"""What a fine-tune of the locked model costs over one of the original: at equal gain, by the cheapest attack on each.
+
+Gain counts from the original's loss before any training, for the locked model too: an attacker wants a model as good at
+the task as the tuned original is.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+
+from .report import Price, Run, StepCost, Verdict
+
+SHARES = (0.5, 0.9)
+MEASURES = ("flops", "seconds", "peak")
+TUNES = (1, 10, 100)
+ORIGINAL = "original"
+
+
+def verdicts(
+    runs: Sequence[Run], steps: Sequence[StepCost], unlocking: Mapping[str, Mapping[str, float]]
+) -> list[Verdict]:
+    """One for each share of the original's best gain, each measure, and each number of fine-tunes that share the cost
+    of unlocking. unlocking: of the arms that have one, by arm and measure. Empty where the original gained nothing."""
+    curves = mean_curves(runs)
+    of_original = [losses for (arm, _), (_, losses) in curves.items() if arm == ORIGINAL]
+    if not of_original:
+        return []
+    start = of_original[0][0]
+    best = start - min(min(losses) for losses in of_original)
+    if best <= 0:
+        return []
+    table = []
+    for share in SHARES:
+        loss = start - share * best
+        for measure in MEASURES:
+            theirs = _cheapest(_prices(curves, steps, {}, loss, measure, 1, original=True))
+            for tunes in TUNES if unlocking and measure != "peak" else TUNES[:1]:
+                ours = _cheapest(_prices(curves, steps, unlocking, loss, measure, tunes, original=False))
+                ratio = ours.cost / theirs.cost if ours and theirs and not theirs.bound else None
+                bound = ours is not None and ours.bound
+                table.append(Verdict(share, loss, measure, tunes, ours, theirs, ratio, bound))
+    return table
+
+
+Curve = tuple[list[int], list[float]]  # training tokens, held-out losses
+
+
+def mean_curves(runs: Iterable[Run]) -> dict[tuple[str, str], Curve]:
+    """By (arm, attack): the mean over the seeds at the best rate. A run that diverged counts as infinite from there."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        if run.best:
+            groups.setdefault((run.arm, run.attack), []).append(run)
+    curves: dict[tuple[str, str], Curve] = {}
+    for key, group in groups.items():
+        tokens = max((run.tokens for run in group), key=len)
+        padded = [run.losses + [math.inf] * (len(tokens) - len(run.losses)) for run in group]
+        curves[key] = tokens, [sum(losses) / len(losses) for losses in zip(*padded, strict=True)]
+    return curves
+
+
+def tokens_to(curve: Curve, loss: float) -> float | None:
+    """Training tokens after which the curve is first at `loss`, between two points on the line that joins them; None
+    where it never is."""
+    tokens, losses = curve
+    if losses[0] <= loss:
+        return 0.0
+    for (t0, a), (t1, b) in pairwise(zip(tokens, losses, strict=True)):
+        if b <= loss:
+            return t0 + (t1 - t0) * (a - loss) / (a - b) if math.isfinite(a) else float(t1)
+    return None
+
+
+def _prices(
+    curves: Mapping[tuple[str, str], Curve],
+    steps: Sequence[StepCost],
+    unlocking: Mapping[str, Mapping[str, float]],
+    loss: float,
+    measure: str,
+    tunes: int,
+    *,
+    original: bool,
+) -> list[Price]:
+    prices = []
+    for (arm, attack), curve in curves.items():
+        if (arm == ORIGINAL) != original:
+            continue
+        rows = [s for s in steps if (s.arm, s.attack) == (arm, attack) and getattr(s, measure) is not None]
+        if not rows:
+            continue
+        row = min(rows, key=lambda s: getattr(s, measure))
+        reached = tokens_to(curve, loss)
+        cost = float(getattr(row, measure))
+        if measure != "peak":
+            cost *= (curve[0][-1] if reached is None else reached) / row.tokens
+            cost += unlocking.get(arm, {}).get(measure, 0.0) / tunes
+        prices.append(Price(f"{arm}, {attack}", row.policy, cost, reached is None))
+    return prices
+
+
+def _cheapest(prices: Sequence[Price]) -> Price | None:
+    """The cheapest that reached the target; where none did, the one that spent least, for more is all that is known."""
+    return min(prices, key=lambda price: (price.bound, price.cost), default=None)

@@ -1,0 +1,48 @@
+"""What a step of a whole model costs, counted without data and timed where it matters."""
+
+import torch
+from test_learning import MLPS, locked_model
+from tiny import tiny_model
+
+from dlr_lock.audit.costs import Arm, step_costs
+from dlr_lock.audit.meters import count
+from dlr_lock.audit.systems.model import measure_model, model_policies
+from dlr_lock.triton_kernels import backend
+
+ATTACKS = ["full", "LoRA", "attention", "MeZO"]
+
+
+def test_the_rows_of_an_arm() -> None:
+    model = locked_model()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    rows = list(step_costs(Arm("locked", model, MLPS, deep=True), ATTACKS, (2, 24)))
+    assert {row.attack for row in rows} == set(ATTACKS) and len({r.policy for r in rows}) == len(rows)
+    for attack in ATTACKS:
+        mine = [row for row in rows if row.attack == attack]
+        timed = [row for row in mine if row.seconds is not None]
+        assert mine[0] in timed and min(r.flops for r in timed) == min(r.flops for r in mine)
+        assert min(r.dependent for r in timed) == min(r.dependent for r in mine)
+    # counted on tensors without data as on real ones
+    ids = torch.zeros(2, 24, dtype=torch.int64)
+    for policy in model_policies(locked=True)[:3]:
+        counts = measure_model(model, MLPS, policy, ids).counts
+        row = next(r for r in rows if r.policy == policy.name)
+        assert counts is not None and row.flops == counts.flops
+        # For tensors without data transformers writes the causal mask out, and the keys and values of every head.
+        for more in (row.held - counts.held, row.peak - counts.peak):
+            assert 0 <= more <= 2 * 4 * (2 * 24 * 24 + 2 * 2 * 24 * 64)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_mezo_is_two_passes_of_inference() -> None:
+    model = tiny_model("llama")
+    (row,) = step_costs(Arm("original", model, MLPS), ["MeZO"], (2, 24))
+    with torch.no_grad(), backend("naive"):
+        passed = count(lambda: model(input_ids=torch.zeros(2, 24, dtype=torch.int64), use_cache=False))
+    assert row.flops == 2 * passed.flops and row.held == 0 and row.seconds
+
+
+def test_an_arm_without_linear_layers_has_no_row_for_adapters() -> None:
+    names = ["transformer.h.0.mlp", "transformer.h.1.mlp"]
+    rows = list(step_costs(Arm("original", tiny_model("gpt2"), names), ["full", "attention"], (2, 24)))
+    assert rows and {row.attack for row in rows} == {"full"}

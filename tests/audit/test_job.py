@@ -1,0 +1,163 @@
+"""A whole audit of a tiny model: every attack has its row, an interrupted one goes on, bad input is one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import save_tiny
+from typer.testing import CliRunner
+
+import dlr_lock
+from dlr_lock import DLRError
+from dlr_lock.audit import AuditReport, audit_model
+from dlr_lock.audit.texts import invented_lines
+from dlr_lock.cli import app
+
+SMALL = {
+    "tokens": 1024, "heldout": 256, "tuning": 256, "batch": 64, "sequence": 32, "seeds": 2, "rates": 2,
+    "shares": "0.1,0.5", "device": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("audit")
+    (folder / "text.txt").write_text("\n".join(invented_lines(40_000, 9)), encoding="utf-8")
+    for arch in ("llama", "bert"):
+        save_tiny(arch, folder / arch)
+        dlr_lock.convert_model(
+            folder / arch, folder / f"{arch}-locked", data=str(folder / "text.txt"), tokens=2048, heldout=512,
+            visits=4096, sequence=32, unlock=0.0, device="cpu",
+        )  # fmt: skip
+    return folder
+
+
+def audit(folder: Path, out: str, arch: str = "llama", **options: object) -> AuditReport:
+    return audit_model(
+        folder / f"{arch}-locked",
+        folder / arch,
+        folder / out,
+        data=str(folder / "text.txt"),
+        **SMALL | options,
+    )
+
+
+def figures(report: AuditReport) -> object:
+    """All but what depends on the clock."""
+
+    def timeless(value: object) -> object:
+        if isinstance(value, dict):
+            return {
+                k: timeless(v)
+                for k, v in value.items()
+                if k not in ("seconds", "machine", "asymmetries", "verdicts")
+            }
+        return [timeless(v) for v in value] if isinstance(value, list) else value
+
+    return timeless(report.to_dict())
+
+
+def test_an_audit_and_its_files(folder: Path) -> None:
+    said: set[str] = set()
+    report = audit(folder, "whole", progress=lambda what, done, total: said.add(what))
+    assert {row.name for row in report.structural} >= {
+        "flatten",
+        "merge 2",
+        "drop every 2nd",
+        "swap",
+        "re-distil",
+    }
+    swap = next(row for row in report.structural if row.name == "swap")
+    assert report.recovers(swap) < 1e-6 < report.recovers(report.structural[0])
+    assert [len(module.copies) for module in report.modules] == [4, 4]
+    assert {round(c.share or 0, 2) for m in report.modules for c in m.copies} == {0.1, 0.5}
+    done = {(run.arm, run.attack) for run in report.runs if run.best}
+    tuned = {("original", a) for a in ("full", "LoRA", "attention")}
+    tuned |= {("locked", a) for a in ("full", "LoRA", "attention")} | {
+        ("re-distilled", "full"),
+        ("re-distilled", "LoRA"),
+    }
+    assert done == tuned == {(row.arm, row.attack) for row in report.steps}
+    assert {v.measure for v in report.verdicts} == {"flops", "seconds", "peak"}
+    assert {a.mode for a in report.asymmetries} == {"eager", "checkpointed", "best"}
+    assert any("not timed" in note for note in report.notes)
+    written = json.loads((folder / "whole" / "audit.json").read_text(encoding="utf-8"))
+    assert written["schema"] == 1 and len(written["runs"]) == len(report.runs)
+    assert "re-distil" in (folder / "whole" / "audit.html").read_text(encoding="utf-8")
+    assert not list(folder.glob("whole*partial")) and not list((folder / "whole").glob(".*"))
+    assert str(folder) not in json.dumps(written)  # a report may be published
+    assert any("fine-tuning the locked model" in what for what in said)
+    with pytest.raises(DLRError, match="--overwrite"):
+        audit(folder, "whole")
+
+
+def test_an_interrupted_audit_goes_on_and_finds_the_same(folder: Path) -> None:
+    whole = audit(folder, "first", attacks="attention")
+
+    def stop(what: str, done: int, total: int) -> None:
+        if "fine-tuning the locked model" in what and done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="finished parts are kept"):
+        audit(folder, "again", attacks="attention", progress=stop)
+    said: list[str] = []
+    assert not (folder / "again").exists()
+    with pytest.raises(DLRError, match="other seed"):
+        audit(folder, "again", attacks="attention", seed=1)
+    report = audit(folder, "again", attacks="attention", progress=lambda what, done, total: said.append(what))
+    assert figures(report) == figures(whole)
+    assert not any("evaluating flatten" in what or "the original model, attention" in what for what in said)
+
+
+def test_a_model_without_a_head_is_not_fine_tuned(folder: Path) -> None:
+    report = audit(folder, "encoder", "bert")
+    assert not report.runs and not report.verdicts and len(report.structural) > 4 and report.modules
+    assert any("language-model head" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--budget", "endless"], "quick, full"),
+        (["--attacks", "full,QLoRA"], "QLoRA"),
+        (["--shares", "0.1,x"], "--shares"),
+        (["--shares", ""], "--shares"),
+        (["--tuning", "0"], "--tuning"),
+        (["--seeds", "0"], "--seeds"),
+        (["--task", "nowhere.txt"], "nowhere.txt"),
+        (["--data", "self"], "self"),
+        (["--original", "{}/bert"], "not the model that was locked"),
+        (["--original", "{}/none"], "none"),
+        (["--out", "{}/text.txt"], "not a directory"),
+    ],
+)
+def test_bad_input_is_one_line(folder: Path, options: list[str], words: str) -> None:
+    asked = ["audit", str(folder / "llama-locked"), "--device", "cpu", "--out", str(folder / "bad")]
+    asked += [] if "--original" in options else ["--original", str(folder / "llama")]
+    result = CliRunner().invoke(app, [*asked, *(option.format(folder) for option in options)])
+    assert isinstance(result.exception, DLRError) and words in str(result.exception)
+    assert "\n" not in str(result.exception) and not (folder / "bad").exists()
+    assert not list(folder.glob("bad*"))
+
+
+def test_the_checkpoint_must_be_locked(folder: Path) -> None:
+    with pytest.raises(DLRError):
+        audit_model(folder / "llama", folder / "llama", folder / "bad", **SMALL)
+
+
+def test_the_command_prints_a_verdict_and_says_where_it_is(folder: Path) -> None:
+    asked = [
+        "audit",
+        str(folder / "llama-locked"),
+        "--original",
+        str(folder / "llama"),
+        "--data",
+        str(folder / "text.txt"),
+    ]
+    asked += [f"--{name}={value}" for name, value in SMALL.items()]
+    result = CliRunner().invoke(
+        app, [*asked, "--attacks", "full", "--tuning=1024", "--out", str(folder / "printed")]
+    )
+    assert result.exit_code == 0, result.output
+    assert "the cheapest attack on the locked model takes" in " ".join(result.output.split())
+    assert "audit.html" in result.output

@@ -1,0 +1,159 @@
+"""Fine-tuning as an attacker does it: it learns, it finds its rate, and it leaves the model as it was."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dlr_lock.audit.learning import AIMS, FIRST_RATES, Tuning, fine_tune, sweep, trainable
+from dlr_lock.audit.report import Run
+from dlr_lock.audit.texts import Text
+from dlr_lock.runtime import DLRError, DLRNet, DLRSpec
+
+MLPS = ["model.layers.0.mlp", "model.layers.1.mlp"]
+PLAN = Tuning(tokens=1536, batch=64, looks=4, seeds=2, rates=4)
+
+
+def locked_model() -> PreTrainedModel:
+    model = tiny_model("llama")
+    for name in MLPS:
+        net = DLRNet(DLRSpec(64, 1, 5, 16))
+        net.assign({n: torch.randn_like(p) / 8 for n, p in net.named_parameters()})
+        model.set_submodule(name, net)
+    return model
+
+
+def counting() -> Text:
+    """Sequences that count up from anywhere: learnt within a few steps."""
+    ids = (torch.arange(40)[:, None] * 7 + torch.arange(16)) % 41
+    return Text(ids[:32], ids[32:], "counting")
+
+
+def tune(model: PreTrainedModel, attack: str, rate: float | None = None, seed: int = 0) -> Run:
+    return fine_tune(
+        model, MLPS, counting(), torch.randint(320, (2, 16)), PLAN,
+        arm="locked", attack=attack, rate=rate or 30 * FIRST_RATES[attack], seed=seed,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", list(FIRST_RATES))
+def test_a_run(attack: str) -> None:
+    torch.manual_seed(5)
+    model = locked_model()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    torch.manual_seed(1)
+    run = tune(model, attack)
+    torch.manual_seed(1)
+    again = tune(model, attack)
+    assert replace(run, seconds=0) == replace(again, seconds=0)
+    assert run.tokens == [0, 384, 768, 1152, 1536] and len(run.losses) == 5 and not run.diverged
+    if attack != "MeZO":  # which wants thousands of steps
+        assert run.losses[-1] < run.losses[0] - 0.05
+    assert run.neutral[1] is not None and run.neutral[1] != run.neutral[0]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all("forward" not in vars(m) and not m._forward_hooks for m in model.modules())
+    assert not any(p.requires_grad or p.grad is not None for n, p in model.named_parameters() if "dlr_" in n)
+
+
+def test_what_is_trained() -> None:
+    for attack in AIMS:
+        model = locked_model()
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        ids = torch.randint(320, (2, 16))
+        with trainable(model, MLPS, attack, 0) as step:
+            loss = model(input_ids=ids, labels=ids).loss.item()
+            step(ids, 1e-2)
+            step(ids, 1e-2)  # the adapters' first step moves V alone
+            changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+            assert model(input_ids=ids, labels=ids).loss.item() != loss
+        assert (changed == before.keys()) if attack == "full" else not changed
+
+
+def test_a_run_that_diverges_says_so_and_leaves_the_model() -> None:
+    model = locked_model()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    run = tune(model, "full", rate=1e30)
+    assert run.diverged and run.neutral[1] is None and len(run.losses) < 5
+    assert all(math.isfinite(loss) for loss in run.losses)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_mezo_moves_along_z_by_the_slope() -> None:
+    """Against autograd in float64: the change is -rate * (g . z) z for one and the same normal z."""
+    model = locked_model().double()
+    model.requires_grad_(False)
+    ids = torch.randint(320, (2, 16))
+    weights = list(model.parameters())
+    before = [w.clone() for w in weights]
+    with trainable(model, MLPS, "full", 0) as _:
+        wanted = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, weights)
+    rate = 1e-3
+    with trainable(model, MLPS, "MeZO", 3) as step:
+        step(ids, rate)
+        moved = _flat([w - b for w, b in zip(weights, before, strict=True)])
+    gradient = _flat(wanted)
+    # moved = -rate s z, s = g . z: so g . moved = -rate s^2, and |moved|^2 / (rate s)^2 = |z|^2, about n
+    slope = math.sqrt(-(gradient @ moved).item() / rate)
+    z = -moved / (rate * slope)
+    assert abs((gradient @ z).abs().item() / slope - 1) < 1e-2
+    assert abs(z.square().mean().item() - 1) < 0.05 and abs(z.mean().item()) < 0.05
+
+
+def _flat(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([part.flatten() for part in parts])
+
+
+def test_every_sequence_is_seen_once_before_any_twice() -> None:
+    seen: list[Tensor] = []
+    model, task = locked_model(), counting()
+    inner = model.forward
+
+    def forward(*args: object, **kwargs: object) -> object:
+        if kwargs.get("labels") is not None:
+            seen.append(kwargs["input_ids"])
+        return inner(*args, **kwargs)
+
+    model.forward = forward
+    fine_tune(model, MLPS, task, task.heldout, PLAN, arm="locked", attack="full", rate=1e-5, seed=0)
+    first = torch.cat(seen)[:32]
+    assert torch.equal(first[:, 0].sort().values, task.train[:, 0].sort().values)
+    assert sum(len(ids) for ids in seen) * 16 == PLAN.tokens
+
+
+@pytest.mark.parametrize("optimum", [-3, -1, 0, 1, 3])
+def test_a_sweep_finds_the_best_rate(optimum: int) -> None:
+    made: list[tuple[int, int]] = []
+
+    def make(rate: float, seed: int) -> Run:
+        at = round(2 * math.log10(rate / 1e-4))
+        made.append((at, seed))
+        lost = at > optimum + 1
+        losses = [9.0] if lost else [9.0, 5.0 + abs(at - optimum)]
+        return Run("locked", "full", rate, seed, 1, [0, 1][: len(losses)], losses, (1, 1), 0.0, lost)
+
+    runs = sweep(make, 1e-4, Tuning(1, 1, 1, 3, rates=9), 7)
+    best = [run for run in runs if run.best]
+    assert [round(2 * math.log10(run.rate / 1e-4)) for run in best] == [optimum] * 3
+    assert [run.seed for run in best] == [7, 8, 9]
+    assert len(runs) == len(made) == len(set(made))  # nothing twice, nothing forgotten
+    assert {at for at, _ in made} >= {optimum - 1, optimum + 1} or optimum == 0
+
+
+def test_a_sweep_stops_at_its_limit() -> None:
+    def make(rate: float, seed: int) -> Run:
+        return Run("locked", "full", rate, seed, 1, [0, 1], [9.0, -rate], (1, 1), 0.0)
+
+    runs = sweep(make, 1.0, Tuning(1, 1, 1, 1, rates=3), 0)
+    assert len(runs) == 3 and runs[0].best and runs[0].rate == max(run.rate for run in runs)
+
+
+def test_nothing_to_train() -> None:
+    model = tiny_model("gpt2")  # Conv1D layers, which are no nn.Linear
+    names = ["transformer.h.0.mlp", "transformer.h.1.mlp"]
+    task = counting()
+    with pytest.raises(DLRError, match="nothing to train"):
+        fine_tune(model, names, task, task.heldout, PLAN, arm="a", attack="attention", rate=1e-3, seed=0)

@@ -1,0 +1,241 @@
+"""Re-distillation on tiny models: it finds an MLP where there is one, at the same figures every time."""
+
+import copy
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import HIDDEN as D
+from tiny import VOCABULARY, tiny_model
+from torch import Tensor
+
+from dlr_lock.audit.redistil import best_copy, redistil, redistil_flops, redistil_row
+from dlr_lock.audit.report import Copy, ModuleCopies
+from dlr_lock.convert.endtoend import flatten_gaps, with_chains
+from dlr_lock.convert.evaluate import compare, distance_of
+from dlr_lock.convert.fidelity import in_float32, relative_error
+from dlr_lock.convert.kept import Kept
+from dlr_lock.convert.mlps import MLP, find_mlps
+from dlr_lock.runtime import DLRError, DLRNet, DLRSpec, lock
+from dlr_lock.triton_kernels import chain_reference
+
+CPU = torch.device("cpu")
+SEQUENCES, LENGTH = 64, 32
+N = SEQUENCES * LENGTH
+
+
+def tokens(sequences: int = SEQUENCES) -> Tensor:
+    return torch.randint(3, VOCABULARY, (sequences, LENGTH))
+
+
+def models(arch: str, coupling: float = 1.0, off: float = 0.0) -> tuple[Any, Any, list[MLP]]:
+    """Original, locked, its MLPs. Of OPT each chain is nearly its MLP, where the coupling is weak: off says how far
+    its weights are from the MLP's, as a share."""
+    original = tiny_model(arch, layers=2)
+    mlps = find_mlps(original)
+    chains = {}
+    for mlp in mlps:
+        gated = mlp.gate is not None
+        net = DLRNet(DLRSpec(D, 1, 10, 16, act="relu" if arch == "opt" else "silu", gated=gated))
+        weights = {name: torch.randn(net.spec.weight_shape) / D**0.5 for name in net.weight_names(net.spec)}
+        weights |= {"dlr_scale": torch.full((D,), 1 / coupling), "dlr_bias": torch.zeros(D)}
+        if arch == "opt":
+            up, down = original.get_submodule(mlp.module), original.get_submodule(mlp.output)
+            up.bias.data.zero_(), down.bias.data.zero_()
+            noisy = [w + off * w.std() * torch.randn_like(w) for w in (up.weight, down.weight.T)]
+            weights |= {"dlr_A": noisy[0].reshape_as(net.dlr_A), "dlr_B": noisy[1].reshape_as(net.dlr_B)}
+        weights["dlr_B"] = coupling * weights["dlr_B"].detach()
+        net.assign(weights)
+        chains[mlp.module] = net
+    locked = copy.deepcopy(original)
+    lock(locked, chains, [name for mlp in mlps for name in mlp.identity])
+    return original, locked, mlps
+
+
+def run(original: Any, locked: Any, mlps: list[MLP], train: Tensor, heldout: Tensor, **options: Any) -> Any:
+    given = {"visits": [512], "conversion": {}, "device": CPU, "max_memory": 2**30, "scratch": Path("unused")}
+    return redistil(locked, original, mlps, train, heldout, **given | options)
+
+
+def figures(modules: list[tuple[ModuleCopies, DLRNet]]) -> dict[str, ModuleCopies]:
+    """By module, but for the seconds."""
+    return {
+        m.module: replace(m, copies=[replace(copy, seconds=0.0) for copy in m.copies]) for m, _ in modules
+    }
+
+
+def test_an_mlp_in_the_guise_of_a_chain_is_found() -> None:
+    """The chain's own error comes from its weights; the copy, fitted to the chain alone, comes down to it."""
+    torch.manual_seed(0)
+    original, locked, mlps = models("opt", coupling=1e-3, off=0.3)
+    found = list(run(original, locked, mlps, tokens(), tokens(8), visits=[256, 12_288]))
+    for module, net in found:
+        linear, random = (
+            sorted(m.visits for m in module.copies if m.start == s) for s in ("linear", "random")
+        )
+        assert linear == random == [256, 12_288]
+        errors = {(c.start, c.visits): c for c in module.copies}
+        assert module.chain_error > 0.05 and module.gap < 0.01
+        assert errors["random", 12_288].copy_error < 0.6 * errors["random", 256].copy_error
+        assert errors["linear", 12_288].copy_error < 0.01
+        assert errors["linear", 12_288].error == pytest.approx(module.chain_error, rel=0.1)
+        assert module.undone(1.1) is not None
+        assert best_copy(module) == errors["linear", 12_288]
+        assert net.spec.weight_shape == (1, 1, 160, D)
+
+
+def test_a_strong_lock_takes_work_and_more_work_undoes_more() -> None:
+    torch.manual_seed(0)
+    original, locked, mlps = models("opt", coupling=2.0)
+    starts = "flat", "random"
+    module, _ = next(run(original, locked, mlps, tokens(), tokens(8), visits=[256, 8192], starts=starts))
+    assert module.gap > 0.2 and module.copies[0].copy_error > 0.2
+    for start in starts:
+        little, more = (copy for copy in module.copies if copy.start == start)
+        assert more.copy_error < 0.8 * little.copy_error
+
+
+@pytest.mark.parametrize("arch", ["llama", "opt", "bert"])
+def test_what_is_measured_is_what_is_said(arch: str) -> None:
+    """Errors against the original on its own activations, against the chain on the locked model's; both by hand."""
+    original, locked, mlps = models(arch, coupling=0.3)
+    train, heldout = tokens(16), tokens(8)
+    inputs: dict[tuple[int, str], Tensor] = {}
+    hooks = [
+        model.get_submodule(mlp.module).register_forward_pre_hook(
+            lambda m, args, at=(which, mlp.module): inputs.__setitem__(at, args[0].reshape(-1, D))
+        )
+        for which, model in enumerate((original, locked))
+        for mlp in mlps
+    ]
+    outputs = {}
+    hooks += [
+        original.get_submodule(mlp.output).register_forward_hook(
+            lambda m, args, y, at=mlp.module: outputs.__setitem__(at, y.reshape(-1, D))
+        )
+        for mlp in mlps
+    ]
+    with torch.no_grad():
+        original(input_ids=heldout), locked(input_ids=heldout)
+    for hook in hooks:
+        hook.remove()
+    conversion = {mlps[0].module: 2048, mlps[1].module: None}
+    found = list(run(original, locked, mlps, train, heldout, conversion=conversion))
+    gaps = flatten_gaps(locked, {m.module: locked.get_submodule(m.module) for m in mlps}, heldout)
+    for module, net in found:
+        name, best = module.module, best_copy(module)
+
+        def of(chain: DLRNet, x: Tensor) -> Tensor:
+            return chain_reference(x, *in_float32(chain, CPU))
+
+        chain, y = locked.get_submodule(name), outputs[name]
+        x, own = inputs[0, name], inputs[1, name]
+        by_hand = [
+            relative_error(of(chain, x), y),
+            relative_error(of(net, x), y),
+            relative_error(of(net, own), of(chain, own)),
+        ]
+        said = [module.chain_error, best.error, best.copy_error]
+        assert said == pytest.approx([e.mean().item() for e in by_hand], rel=0.02)  # captured in bfloat16
+        assert module.gap == pytest.approx(gaps[name], rel=0.02)
+        assert module.chain == str(chain.spec)
+        assert {c.share for c in module.copies} == {0.25 if conversion[name] else None}
+        fresh = DLRSpec.of_params(D, chain.spec.params, depth=1, gated=True)
+        assert net.spec.params in (fresh.params, chain.spec.params)
+
+
+def test_the_same_seed_gives_the_same_figures_in_any_order_and_the_models_stay() -> None:
+    original, locked, mlps = models("opt")
+    before = [copy.deepcopy(m.state_dict()) for m in (original, locked)]
+    text = tokens(), tokens(8)
+    original.train()
+    first = list(run(original, locked, mlps, *text))
+    assert figures(first) == figures(list(run(original, locked, mlps[::-1], *text)))
+    alone = list(run(original, locked, mlps[1:], *text))
+    assert figures(alone)[mlps[1].module] == figures(first)[mlps[1].module]
+    assert torch.equal(alone[0][1].dlr_A, first[1][1].dlr_A)
+    assert figures(list(run(original, locked, mlps, *text, seed=1))) != figures(first)
+    assert original.training
+    for model, state in zip((original, locked), before, strict=True):
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_it_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    original, locked, mlps = models("opt")
+    text = tokens(), tokens(8)
+    whole = list(run(original, locked, mlps, *text))
+    next(run(original, locked, mlps, *text, kept=Kept(tmp_path / "audit", {"seed": 0})))  # and no further
+    said: list[str] = []
+    kept = Kept(tmp_path / "audit", {"seed": 0})
+    resumed = list(run(original, locked, mlps, *text, kept=kept, progress=lambda what, *_: said.append(what)))
+    assert figures(resumed) == figures(whole)
+    for (_, net), (_, wanted) in zip(resumed, whole, strict=True):
+        assert net.spec == wanted.spec and all(map(torch.equal, net.parameters(), wanted.parameters()))
+    fits = {what for what in said if "re-distilling" in what}
+    assert fits == {
+        f"re-distilling {mlps[1].module} (2 of 2), {start} start, 512 visits"
+        for start in ("linear", "random")
+    }
+    nothing: list[str] = []
+    list(run(original, locked, mlps, *text, kept=kept, progress=lambda what, *_: nothing.append(what)))
+    assert not nothing
+    for file in kept.folder.glob("*.json"):
+        file.write_text("{}")
+    with pytest.raises(DLRError):
+        next(run(original, locked, mlps, *text, kept=kept))
+
+
+def test_a_copy_that_diverges_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, locked, mlps = models("opt")
+    real = redistil.__globals__["fit_copy"]
+
+    def fragile(*args: Any, start: str, **options: Any) -> DLRNet:
+        if start in failing:
+            raise DLRError("it diverged")
+        return real(*args, start=start, **options)
+
+    monkeypatch.setitem(redistil.__globals__, "fit_copy", fragile)
+    failing, notes = {"linear"}, []
+    module, _ = next(run(original, locked, mlps, tokens(), tokens(8), note=notes.append))
+    assert [c.start for c in module.copies] == ["random"]
+    assert notes == [f"a copy of {mlps[0].module} is missing (linear start, 512 visits): it diverged"]
+    failing = {"linear", "random"}
+    with pytest.raises(DLRError, match="no copy of"):
+        next(run(original, locked, mlps, tokens(), tokens(8)))
+
+
+@pytest.mark.parametrize("arch", ["opt", "bert"])
+def test_the_copies_in_the_model_are_measured_against_the_original(arch: str) -> None:
+    torch.manual_seed(0)
+    original, locked, mlps = models(arch)
+    train, heldout = tokens(), tokens(8)
+    found = list(run(original, locked, mlps, train, heldout, visits=[256, 4096]))
+    row = redistil_row(locked, original, found, heldout, tokens=train.numel())
+    copies = with_chains(locked, {m.module: net for m, net in found}, [])
+    assert distance_of(row.evaluation) == pytest.approx(
+        distance_of(compare(copies, original, heldout)), rel=1e-4
+    )
+    assert (row.name, row.slots, row.visits) == ("re-distil", "MLP", 4096)
+    assert row.seconds == sum(best_copy(m).seconds for m, _ in found)
+    # 2 layers of attention (4 matrices of D x D, biases) and what is in the MLPs' places; norms are small beside
+    body = sum(p.numel() for p in locked.base_model.parameters())
+    params = sum(net.spec.params for _, net in found)
+    assert 6 * params * 4096 < row.flops < 6 * params * 4096 + 2 * body * N
+
+
+def test_flops_count_each_visit_and_one_pass_over_the_tokens_that_are_used() -> None:
+    assert redistil_flops([100, 50], 1000, model_params=7, tokens=300) == 6 * 150 * 1000 + 2 * 7 * 300
+    assert redistil_flops([100], 200, model_params=7, tokens=300) == 6 * 100 * 200 + 2 * 7 * 200
+
+
+def test_the_best_copy_is_the_nearest_of_those_with_the_most_visits() -> None:
+    def made(start: str, visits: int, copy_error: float) -> Copy:
+        return Copy(start, visits, None, 1 - copy_error, copy_error, 0.0)
+
+    copies = [made("linear", 9, 0.01), made("linear", 90, 0.2), made("random", 90, 0.1)]
+    module = ModuleCopies("mlp", "1x1x16 silu", 0.5, 1.0, copies)
+    assert best_copy(module) is copies[2]
+    assert asdict(best_copy(module))["copy_error"] == 0.1
