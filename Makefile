@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu results clean
 
 demo: $(VENV)/ready
 	$(BIN)/dlr-lock demo
@@ -22,6 +22,14 @@ lint: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python -m pytest benchmarks/test_kernels.py benchmarks/asymmetry.py --benchmark-only
+
+# All there is to measure on a GPU: make gpu FLAGS="--stage kernels --minutes 9"; FLAGS=--smoke on a CPU.
+# Without .venv it runs on PYTHON's own torch and transformers, from the source tree: nothing is installed.
+gpu:
+	$(if $(wildcard $(VENV)/ready),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(FLAGS)
+
+results: $(VENV)/ready
+	$(BIN)/python -m benchmarks.render
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

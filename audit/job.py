@@ -4,15 +4,17 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,19 +26,20 @@ from ..convert.mlps import MLP, find_mlps
 from ..convert.modules import Progress
 from ..convert.options import EFFORTS
 from ..convert.source import load_tokenizer, open_source
-from ..runtime import DLRError, DLRNet, inspect, load, locked_modules
+from ..runtime import DLRError, DLRNet, DLRSpec, inspect, load, locked_modules
 from ..runtime.checkpoint import sha256
 from ..runtime.files import full_disk_is_an_error, write_whole
 from ..runtime.generation import positions
-from ..runtime.timing import machine
+from ..runtime.timing import device_name, machine
 from .asymmetry import Asymmetry, asymmetries
 from .costs import Arm, step_costs
 from .learning import FIRST_RATES, fine_tune, sweep
 from .options import BUDGETS, AuditOptions
 from .page import page
 from .redistil import redistil, redistil_row
-from .report import AuditReport, ModuleCopies, Run, StepCost, structural_from
+from .report import AuditReport, ModuleCopies, Run, StepCost, Structural, structural_from
 from .structural import structural_rows
+from .systems.model import NothingToTrain
 from .systems.slot import arms as slot_arms
 from .texts import Text, read_split
 from .verdict import ORIGINAL, verdicts
@@ -46,7 +49,6 @@ THREAT = (
     "wants a model that is as good at a new task as the fine-tuned original would be."
 )
 _JSON, _PAGE = "audit.json", "audit.html"
-_REDISTILLED = "re-distilled"
 _NEUTRAL_SEQUENCE = 512
 _NEUTRAL_SEQUENCES = 2  # of held-out neutral text, for the collapse check
 _SLOT_TOKENS = 1024
@@ -79,13 +81,24 @@ def audit_model(
     report_progress("reading the models", 1, 2)
     source = open_source(original, dtype=torch.float32, device=device)
     report_progress("reading the models", 2, 2)
-    mlps = _locked_mlps(ours, source.model, facts)
+    every = find_mlps(source.model, facts.get("conversion", {}).get("options", {}).get("mlps"))
+    mlps = _locked_mlps(ours, every)
+    slots = [name for mlp in every for name in (mlp.module, *mlp.identity) if _is_module(source.model, name)]
     tokenizer = load_tokenizer(Path(locked)) or source.tokenizer
     neutral, task = _texts(ours, tokenizer, chosen)
     about = {k: v for k, v in chosen.said().items() if k not in ("device", "max_memory")}
-    about |= {"locked": _digest(Path(locked), facts), "original": source.fingerprint, "device": device.type}
+    about |= {
+        "locked": _digest(Path(locked), facts),
+        "original": source.fingerprint,
+        "text": [_hash(part) for text in (neutral, task) for part in (text.train, text.heldout)],
+        # seconds of two machines, or of two thread counts, do not compare
+        "machine": [device_name(device), torch.get_num_threads()],
+        "program": version("dlr-lock"),
+    }
     kept = Kept(target, about)
-    audit = _Audit(ours, source.model, mlps, neutral, task, chosen, kept, report_progress)
+    audit = _Audit(ours, source.model, mlps, slots, neutral, task, chosen, kept, report_progress)
+    if facts.get("conversion", {}).get("fingerprint", source.fingerprint) != source.fingerprint:
+        audit.notes.append("the original is not the one that was locked: its files have other hashes")
     try:
         with TemporaryDirectory() as scratch:
             found = audit.run(facts, Path(scratch))
@@ -112,14 +125,18 @@ def audit_model(
     return report
 
 
+_Module = tuple[ModuleCopies, dict[int, DLRNet]]
+
+
 class _Audit:
-    """One audit's models, texts and choices."""
+    """One audit's models, texts and choices. mlps: the locked ones; slots: modules that are, or make up, any MLP."""
 
     def __init__(
         self,
         locked: PreTrainedModel,
         original: PreTrainedModel,
         mlps: list[MLP],
+        slots: list[str],
         neutral: Text,
         task: Text,
         options: AuditOptions,
@@ -129,7 +146,7 @@ class _Audit:
         self._locked, self._original, self._mlps = locked, original, mlps
         self._neutral, self._task, self._options = neutral, task, options
         self._kept, self._progress = kept, progress
-        self._names = [mlp.module for mlp in mlps]
+        self._slots = slots
         self._device = torch.device(str(options.device))
         self.notes: list[str] = []
 
@@ -150,33 +167,37 @@ class _Audit:
                 ],
             )
         ]
-        copies = self._copies(facts, scratch)
-        train = self._neutral.train.numel()
-        copied = redistil_row(
-            self._locked, self._original, copies, heldout, tokens=train, progress=self._progress
-        )
+        visits, copies = self._copies(facts, scratch)
+        undone = {name: self._undone(name, count, copies) for name, count in visits.items()}
         runs: list[Run] = []
         steps: list[StepCost] = []
         if predicts_next(self._original):
-            for arm, attacks in self._arms(dict((figures.module, net) for figures, net in copies)):
-                for attack in attacks:
+            for arm in self._arms(visits, copies):
+                for attack in self._options.chosen_attacks:
                     runs += self._learn(arm, attack)
-                steps += self._steps(arm, attacks)
+                steps += self._steps(arm)
         else:
             self.notes.append("nothing was fine-tuned: the model has no language-model head to give a loss")
-        unlocking = {"flops": float(copied.flops or 0), "seconds": float(copied.seconds or 0)}
+        unlocking = {
+            name: {"flops": row.flops or 0, "seconds": row.seconds or 0} for name, row in undone.items()
+        }
+        found = verdicts(runs, steps, unlocking)
+        if runs and not found:
+            self.notes.append("no verdict: the original gained no more on the task than its seeds differ by")
         return {
             "fidelity": fidelity,
-            "structural": [*rows, copied],
+            "structural": [*rows, *undone.values()],
             "modules": [figures for figures, _ in copies],
             "runs": runs,
             "steps": steps,
             "asymmetries": self._asymmetries(),
-            "verdicts": verdicts(runs, steps, {_REDISTILLED: unlocking}),
+            "slot": f"{self._mlps[0].module} ({self._slot_spec()}), {_SLOT_TOKENS:,} tokens, random weights in float32",
+            "verdicts": found,
             "notes": self.notes,
         }
 
-    def _copies(self, facts: dict[str, Any], scratch: Path) -> list[tuple[ModuleCopies, DLRNet]]:
+    def _copies(self, facts: dict[str, Any], scratch: Path) -> tuple[dict[str, int], list[_Module]]:
+        """Visits by the name of the arm that they give, and every module's copies."""
         made = {m["module"]: m["tokens"] for m in facts.get("conversion", {}).get("modules", [])}
         base = max(made.values(), default=0)
         if not base:
@@ -184,36 +205,47 @@ class _Audit:
             self.notes.append(
                 f"the checkpoint does not say what its conversion cost: shares are of {base:,} visits a module"
             )
-        return list(
-            redistil(
-                self._locked,
-                self._original,
-                self._mlps,
-                self._neutral.train,
-                self._neutral.heldout,
-                visits=sorted({max(1, round(share * base)) for share in self._options.chosen_shares}),
-                conversion={name: made.get(name) for name in self._names},
-                device=self._device,
-                max_memory=int(self._options.max_memory or 0),
-                scratch=scratch,
-                seed=self._options.seed,
-                kept=self._kept,
-                progress=self._progress,
-                note=self.notes.append,
-            )
+        visits = {
+            f"re-distilled, {share:g}": max(1, round(share * base)) for share in self._options.chosen_shares
+        }
+        copies = redistil(
+            self._locked,
+            self._original,
+            self._mlps,
+            self._neutral.train,
+            self._neutral.heldout,
+            visits=sorted(set(visits.values())),
+            conversion={mlp.module: made.get(mlp.module) for mlp in self._mlps},
+            device=self._device,
+            max_memory=int(self._options.max_memory or 0),
+            scratch=scratch,
+            seed=self._options.seed,
+            kept=self._kept,
+            progress=self._progress,
+            note=self.notes.append,
+        )
+        return visits, list(copies)
+
+    def _undone(self, name: str, visits: int, copies: list[_Module]) -> Structural:
+        return redistil_row(
+            self._locked,
+            self._original,
+            copies,
+            self._neutral.heldout,
+            name=name,
+            visits=visits,
+            tokens=self._neutral.train.numel(),
+            progress=self._progress,
         )
 
-    def _arms(self, copies: dict[str, DLRNet]) -> Iterator[tuple[Arm, list[str]]]:
-        """Each model to fine-tune, and how. Where the chains are gone, attention is not tuned alone again."""
-        attacks = self._options.chosen_attacks
-        chains = dict(locked_modules(self._locked))
-        yield Arm(ORIGINAL, self._original, self._names), attacks
-        yield (
-            Arm("locked", self._locked, self._names, any(c.spec.depth > 1 for c in chains.values())),
-            attacks,
-        )
-        slots = [attack for attack in attacks if attack in ("full", "LoRA")]
-        yield Arm(_REDISTILLED, with_chains(self._locked, copies, []), self._names), slots
+    def _arms(self, visits: dict[str, int], copies: list[_Module]) -> Iterator[Arm]:
+        """Each model to fine-tune, with all of its MLPs' places, locked or not: an attacker trains every layer."""
+        deep = any(net.spec.depth > 1 for _, net in locked_modules(self._locked))
+        yield Arm(ORIGINAL, self._original, self._slots)
+        yield Arm("locked", self._locked, self._slots, deep)
+        for name, count in visits.items():
+            nets = {figures.module: made[count] for figures, made in copies}
+            yield Arm(name, with_chains(self._locked, nets, []), self._slots)
 
     def _learn(self, arm: Arm, attack: str) -> list[Run]:
         title = f"fine-tuning the {arm.name} model, {attack}"
@@ -240,7 +272,7 @@ class _Audit:
 
         try:
             runs = sweep(make, FIRST_RATES[attack], self._options.plan, self._options.seed)
-        except DLRError as error:
+        except NothingToTrain as error:
             self.notes.append(f"{title}: not done, {error}")
             return []
         rates = sorted({run.rate for run in runs})
@@ -250,19 +282,24 @@ class _Audit:
             )
         return runs
 
-    def _steps(self, arm: Arm, attacks: Sequence[str]) -> list[StepCost]:
+    def _steps(self, arm: Arm) -> list[StepCost]:
         n = self._task.train.shape[1]
         shape = max(1, self._options.plan.batch // n), n
         progress = partial(self._progress, f"the cost of a step of the {arm.name} model")
         values = self._part(
-            f"steps {arm.name}", lambda: [asdict(row) for row in step_costs(arm, attacks, shape, progress)]
+            f"steps {arm.name}",
+            lambda: [asdict(row) for row in step_costs(arm, self._options.chosen_attacks, shape, progress)],
         )
         return [StepCost(**row) for row in values]
 
     def _asymmetries(self) -> list[Asymmetry]:
-        """Of one slot: the first locked module's, as a SwiGLU MLP of its width."""
+        """Of one slot: the first locked module's, against a SwiGLU MLP of the original's width."""
+        if not self._mlps[0].gated:
+            self.notes.append(
+                "no asymmetry: it is of a chain against a gated MLP, and the original's are not gated"
+            )
+            return []
         timed = BUDGETS[self._options.budget].timed
-        spec = dict(locked_modules(self._locked))[self._names[0]].spec
         if not timed:
             self.notes.append(
                 "the asymmetry is counted, not timed, and has no compiled mode: --budget full times it"
@@ -271,7 +308,7 @@ class _Audit:
         def count() -> list[dict[str, Any]]:
             with nullcontext() if timed else FakeTensorMode():
                 ours, theirs = slot_arms(
-                    spec,
+                    self._slot_spec(),
                     self._mlps[0].intermediate_size,
                     tokens=_SLOT_TOKENS,
                     dtype=torch.float32,
@@ -284,26 +321,34 @@ class _Audit:
         self._progress("the asymmetry of a slot", 1, 1)
         return found
 
+    def _slot_spec(self) -> DLRSpec:
+        return dict(locked_modules(self._locked))[self._mlps[0].module].spec
+
     def _part(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make` gives, in plain values, or gave before an interruption."""
         found = self._kept.get(name)
-        if found is None:
-            self._kept.put(name, {}, {"value": make()})
-            found = self._kept.get(name)
-            assert found is not None
-        return found[1]["value"]
+        if found is not None:
+            return found[1]["value"]
+        value = make()
+        self._kept.put(name, {}, {"value": value})
+        return json.loads(json.dumps(value))  # as it will be read: with lists for tuples
 
 
-def _locked_mlps(locked: PreTrainedModel, original: PreTrainedModel, facts: dict[str, Any]) -> list[MLP]:
-    """The original's MLPs whose places chains have taken, in model order."""
-    pattern = facts.get("conversion", {}).get("options", {}).get("mlps")
+def _locked_mlps(locked: PreTrainedModel, every: list[MLP]) -> list[MLP]:
+    """Those of the original's MLPs whose places chains have taken, in model order."""
     chains = dict(locked_modules(locked))
-    found = [mlp for mlp in find_mlps(original, pattern) if mlp.module in chains]
+    found = [mlp for mlp in every if mlp.module in chains]
     missing = sorted(chains.keys() - {mlp.module for mlp in found})
     missing += [mlp.module for mlp in found if mlp.hidden_size != chains[mlp.module].spec.hidden_size]
     if missing:
         raise DLRError(f"this is not the model that was locked: its {missing[0]} is no MLP of the same size")
     return found
+
+
+def _is_module(model: PreTrainedModel, name: str) -> bool:
+    """An MLP's activation may be a plain function."""
+    parent, _, child = name.rpartition(".")
+    return isinstance(getattr(model.get_submodule(parent), child), nn.Module)
 
 
 def _texts(
@@ -332,13 +377,17 @@ def _texts(
 
 def _check(target: Path, *, overwrite: bool) -> None:
     """Raises DLRError, before any long work, where the result could not be written."""
-    if target.exists() and not target.is_dir():
-        raise DLRError(f"{target} is not a directory")
+    if not target.name or (target.exists() and not target.is_dir()):
+        raise DLRError(f"{target} is not a directory that an audit could be written to")
     if (target / _JSON).exists() and not overwrite:
         raise DLRError(f"{target} holds an audit; choose another output or pass --overwrite")
     nearest = next(p for p in (target, *target.parents) if p.exists())
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise DLRError(f"cannot write to {nearest}")
+
+
+def _hash(ids: Tensor) -> str:
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
 
 
 def _digest(locked: Path, facts: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from ..convert.evaluate import evaluate
 from ..runtime import DLRError
 from ..triton_kernels import backend
 from .report import Run
-from .systems.model import model_policies, prepared
+from .systems.model import ModelPolicy, model_policies, prepared
 from .systems.policies import Aim
 from .texts import Text
 
@@ -84,7 +84,7 @@ def fine_tune(
     """One run, in the model's dtype and on its device. mlps: names of the modules in the MLPs' places. neutral: tokens
     [S, n] of other text. progress is called with (steps done, steps).
 
-    The model is as before when it ends, whatever ends it. Raises DLRError where there is nothing to train.
+    The model is as before when it ends, whatever ends it. Raises NothingToTrain where there is nothing to train.
     """
     sequences, n = task.train.shape
     batches = _batches(sequences, n, plan, seed)
@@ -116,18 +116,16 @@ class DivergedError(Exception):
 
 @contextmanager
 def trainable(
-    model: PreTrainedModel, mlps: Sequence[str], attack: str, seed: int
+    model: PreTrainedModel, mlps: Sequence[str], attack: str, seed: int, policy: ModelPolicy | None = None
 ) -> Iterator[Callable[[Tensor, float], None]]:
-    """The model, ready for an attack, within the block; gives the step: (ids [b, n], rate). It raises DivergedError
-    where the loss is no number."""
+    """The model, ready for an attack by a policy (None: the plain one), within the block; gives the step: (ids [b, n],
+    rate). It raises DivergedError where the loss is no number."""
     with ExitStack() as stack:
         if attack == "MeZO":
             trained = list(model.parameters())
             step: Callable[[Tensor, float], None] = _MeZO(model, trained, seed)
         else:
-            policy = next(
-                p for p in model_policies(locked=True) if p.aim == AIMS[attack]
-            )  # plain comes first
+            policy = policy or plain_policy(attack)
             with torch.random.fork_rng():
                 torch.manual_seed(seed)  # of the adapters
                 trained = stack.enter_context(prepared(model, mlps, policy))
@@ -142,6 +140,11 @@ def trainable(
                     parameter.copy_(value)
                 for parameter in trained:
                     parameter.grad = None
+
+
+def plain_policy(attack: str) -> ModelPolicy:
+    """Autograd as it is, for an attack of AIMS."""
+    return next(p for p in model_policies(locked=True) if p.aim == AIMS[attack])  # it comes first
 
 
 class _Adam:

@@ -226,16 +226,16 @@ def time_step(
     """
     rounds = []
     for _ in range(repeats + 1):
-        laps = [_now(x.device)]
+        laps = [now(x.device)]
         y = function(x)
-        laps.append(_now(x.device))
+        laps.append(now(x.device))
         y.backward(torch.ones_like(y))
-        laps.append(_now(x.device))
+        laps.append(now(x.device))
         with torch.no_grad():
             for parameter in trained:
                 if parameter.grad is not None:
                     parameter.add_(parameter.grad, alpha=0.0)
-        laps.append(_now(x.device))
+        laps.append(now(x.device))
         rounds.append([end - start for start, end in pairwise(laps)])
         del y
         for leaf in (x, *trained):
@@ -248,9 +248,9 @@ def median_seconds(work: Callable[[], Any], device: torch.device, repeats: int =
     """Seconds of `work()` without autograd, the median of `repeats` after a warm-up."""
     times = []
     for _ in range(repeats + 1):
-        start = _now(device)
+        start = now(device)
         work()
-        times.append(_now(device) - start)
+        times.append(now(device) - start)
     return statistics.median(times[1:])
 
 
@@ -266,7 +266,7 @@ def device_peak(work: Callable[[], Any], device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """Seconds, once the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

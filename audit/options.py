@@ -16,9 +16,8 @@ class Budget:
     """What an attacker may spend, and how well it is measured. tokens, heldout: of neutral text to distil chains back
     on, and to measure on. shares: of a module's conversion that distilling it back may cost, in visits. tuning, batch,
     sequence: training tokens of a fine-tune, of a step, of a sequence. task_heldout: tokens that judge it.
-    asymmetry: tokens of the slot whose passes are compared, and whether they are timed."""
+    seeds, rates: runs at the best rate, and rates tried at most. timed: whether the asymmetry is timed, too."""
 
-    words: str
     tokens: int
     heldout: int
     shares: str
@@ -34,11 +33,11 @@ class Budget:
 
 BUDGETS = {
     "quick": Budget(
-        "half an hour for a 135M model on two CPU cores", 32_768, 4_096, "0.0625", "full,LoRA,attention",
-        4_096, 256, 128, 1_024, 3, 4, False,
+        32_768, 4_096, "0.0625", "full,LoRA,attention",
+        4_096, 256, 128, 512, 3, 4, False,
     ),
     "full": Budget(
-        "a GPU's afternoon", 409_600, 10_240, "0.0625,0.25,1", "full,LoRA,attention,MeZO",
+        409_600, 10_240, "0.0625,0.25,1", "full,LoRA,attention,MeZO",
         262_144, 2_048, 512, 8_192, 3, 6, True,
     ),
 }  # fmt: skip
@@ -83,6 +82,12 @@ class AuditOptions:
         for name in ("tokens", "heldout", "tuning", "batch", "sequence", "seeds", "rates"):
             if getattr(chosen, name) < 1:
                 raise DLRError(f"--{name} must be at least 1, not {getattr(chosen, name)}")
+        assert chosen.sequence and chosen.batch and chosen.tuning
+        if not 2 <= chosen.sequence <= chosen.batch <= chosen.tuning:
+            raise DLRError(
+                f"--sequence {chosen.sequence}, --batch {chosen.batch}, --tuning {chosen.tuning}: a sequence has 2 "
+                "tokens or more, a step one sequence or more, a run one step or more"
+            )
         if not 0 <= self.seed < 2**31:
             raise DLRError(f"--seed must be from 0 to {2**31 - 1}, not {self.seed}")
         for attack in chosen.chosen_attacks:
@@ -115,4 +120,4 @@ class AuditOptions:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
-_LOOKS = 8  # at the held-out loss in a run
+_LOOKS = 6  # at the held-out loss in a run

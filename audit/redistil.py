@@ -9,12 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..convert.capture import Activations, capture
 from ..convert.endtoend import with_chains
@@ -22,15 +23,17 @@ from ..convert.fidelity import measure
 from ..convert.kept import Kept
 from ..convert.mlps import MLP
 from ..convert.modules import Progress
-from ..convert.unlock import fit_copy
+from ..convert.muon import Muon
+from ..convert.unlock import BATCH, FIT_TOKENS, fit_copy
 from ..runtime import DLRError, DLRNet, DLRSpec
+from .meters import count
 from .report import Copy, ModuleCopies, Structural
 from .structural import evaluated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_Module = tuple[ModuleCopies, DLRNet]
+_Module = tuple[ModuleCopies, dict[int, DLRNet]]
 
 
 def redistil(
@@ -51,55 +54,58 @@ def redistil(
     progress: Progress = lambda what, done, total: None,
     note: Callable[[str], object] = lambda sentence: None,
 ) -> Iterator[_Module]:
-    """Yields, for each module in the order given, the figures of its copies and the best copy, float32 on the CPU.
+    """Yields, for each module in the order given, the figures of its copies and, by visits, the best copy: of the
+    lowest error against the chain, float32 on the CPU.
 
     mlps: the original's MLPs that are locked. train [S, n], heldout [H, n]: the attacker's text, and the text to
     measure on. visits: token visits of a copy, each from each of `starts` (see `convert.unlock`). conversion: token
     visits by module. max_memory, scratch: as for `capture`. seed: a module's draws depend on it and its layer alone.
-    kept: finished modules, which are taken from there. The best copy has the lowest error against the chain of
-    those with the most visits. Neither model is changed.
-    A copy that diverges is left out, and `note` called with a sentence. Raises DLRError where all of a module do,
-    and as `capture` does.
+    kept: finished modules, which are taken from there. Neither model is changed.
+    A copy that diverges is left out, and `note` called with a sentence. Raises DLRError where all of a module with
+    the same visits do, and as `capture` does.
     """
     before = {mlp.module: _restored(kept, mlp.module) for mlp in mlps}
     todo = [mlp for mlp in mlps if before[mlp.module] is None]
     tokens = torch.cat([train, heldout])
     rows = len(tokens) + len(heldout)
-    captured = zip(
-        *(
-            capture(
-                model,
-                todo,
-                text,
-                max_memory=max_memory * len(text) // rows,
-                scratch=scratch,
-                progress=partial(progress, f"activations of the {name} model"),
-            )
-            for model, text, name in ((locked, tokens, "locked"), (original, heldout, "original"))
-        ),
-        strict=True,
+    own, wanted = (
+        capture(
+            model,
+            todo,
+            text,
+            max_memory=max_memory * len(text) // rows,
+            scratch=scratch,
+            progress=partial(progress, f"activations of the {name} model"),
+        )
+        for model, text, name in ((locked, tokens, "locked"), (original, heldout, "original"))
     )
     for number, mlp in enumerate(mlps, 1):
         done = before[mlp.module]
         if done is None:
-            (_, own), (_, wanted) = next(captured)
+            began = time.monotonic()
+            pairs = next(own)[1]
+            captured = time.monotonic() - began
+            notes: list[str] = []
             done = _copies(
                 mlp.module,
                 locked.get_submodule(mlp.module),
-                own,
-                wanted,
+                pairs,
+                next(wanted)[1],
                 train.numel(),
                 [(count, start) for count in sorted(visits) for start in starts],
                 conversion.get(mlp.module),
                 device,
                 seed + mlp.layer,
                 partial(_said, progress, f"re-distilling {mlp.module} ({number} of {len(mlps)})"),
-                note,
+                notes.append,
+                captured,
             )
+            done = *done, notes
             if kept is not None:
-                figures = {"copies": asdict(done[0]), "spec": done[1].spec.to_dict()}
-                kept.put(mlp.module, done[1].state_dict(), figures)
-        yield done
+                _keep(kept, mlp.module, *done)
+        for sentence in done[2]:
+            note(sentence)
+        yield done[:2]
 
 
 def _said(progress: Progress, title: str, what: str, done: int, total: int) -> None:
@@ -118,12 +124,13 @@ def _copies(
     seed: int,
     progress: Progress,
     note: Callable[[str], object],
+    captured: float,
 ) -> _Module:
     """own: of the chain in the locked model, `tokens` rows of the attacker's text first; wanted: of the original MLP,
-    held out. attempts: visits and start of each copy, visits ascending."""
+    held out. attempts: visits and start of each copy. captured: seconds that getting `own` took."""
     held = own.rows(torch.arange(tokens, len(own)))
     copies: list[Copy] = []
-    best: tuple[Copy, DLRNet] | None = None
+    best: dict[int, tuple[float, DLRNet]] = {}
     for visits, start in attempts:
         began = time.monotonic()
         try:
@@ -142,33 +149,48 @@ def _copies(
         except DLRError as reason:
             note(f"a copy of {module} is missing ({start} start, {visits:,} visits): {reason}")
             continue
-        seconds = time.monotonic() - began
+        seconds = captured + time.monotonic() - began
         error, copy_error = (measure(net, *pairs, device).rel_error for pairs in ((wanted.x, wanted.y), held))
         made = Copy(start, visits, visits / conversion if conversion else None, error, copy_error, seconds)
         copies.append(made)
-        if best is None or visits > best[0].visits or copy_error < best[0].copy_error:
-            best = made, net
-    if best is None:
+        if visits not in best or copy_error < best[visits][0]:
+            best[visits] = copy_error, net
+    if best.keys() != {visits for visits, _ in attempts}:
         raise DLRError(f"no copy of {module} could be distilled: try another --seed")
     chain_error = measure(chain, wanted.x, wanted.y, device).rel_error
     gap = measure(chain, *held, device).flatten_gap
-    return ModuleCopies(module, str(chain.spec), chain_error, gap, copies), best[1]
+    nets = {visits: net for visits, (_, net) in best.items()}
+    return ModuleCopies(module, str(chain.spec), chain_error, gap, copies), nets
 
 
-def best_copy(module: ModuleCopies) -> Copy:
-    """The copy that `redistil` gave along with these figures."""
-    return min(module.copies, key=lambda copy: (-copy.visits, copy.copy_error))
+def redistil_flops(net: DLRNet, chain: DLRSpec, visits: int, *, model_params: int, tokens: int) -> int:
+    """FLOPs of making one copy `net` of one chain: the fit, its optimizer's steps, the forward pass that gives x and
+    y, and the linear start's least squares where `net` is no fresh MLP.
 
-
-def redistil_flops(params: Sequence[int], visits: int, *, model_params: int, tokens: int) -> int:
-    """FLOPs of one copy of each module: 6 a parameter and visit for the fits, and 2 a parameter of the model and token
-    for the forward pass that gives every x and y.
-
-    params: of each copy. model_params: of the model's body, without embeddings, which are looked up. tokens: of the
-    attacker's text; fewer are used where the visits are fewer. The linear start's least squares are left out, which
-    is in the attacker's favour.
+    model_params: of the model's body, without embeddings, which are looked up, over its modules. tokens: of the
+    attacker's text; fewer are run where the visits are fewer.
     """
-    return 6 * sum(params) * visits + 2 * model_params * min(visits, tokens)
+    d, used = chain.hidden_size, min(visits, tokens)
+    fit = 6 * net.spec.params * visits
+    steps = -(-visits // min(BATCH, visits)) * step_flops(net.spec)
+    forward = 2 * model_params * used
+    start = (
+        0
+        if net.spec.gated != chain.gated
+        else 2 * min(used, FIT_TOKENS) * d * d * (chain.lanes * chain.depth + 1)
+    )
+    return fit + steps + forward + start
+
+
+@lru_cache
+def step_flops(spec: DLRSpec) -> int:
+    """FLOPs of one step of Muon on a chain, counted."""
+    with FakeTensorMode():
+        net = DLRNet(spec, dtype=torch.float32)
+        weights = [getattr(net, name).requires_grad_() for name in net.weight_names(spec)]
+        for weight in weights:
+            weight.grad = torch.empty_like(weight)
+        return count(Muon([{"params": weights, "lr": 0.0}]).step).flops
 
 
 def redistil_row(
@@ -177,27 +199,40 @@ def redistil_row(
     modules: Sequence[_Module],
     heldout: Tensor,
     *,
+    name: str,
+    visits: int,
     tokens: int,
     progress: Progress = lambda what, done, total: None,
 ) -> Structural:
-    """The best copies in the chains' places, against the original on heldout [H, n]. modules: what `redistil` yielded;
-    tokens: of its training text. flops and seconds are those of the best copies alone."""
-    nets = {figures.module: net for figures, net in modules}
-    best = [best_copy(figures) for figures, _ in modules]
-    visits = max(copy.visits for copy in best)
+    """The best copies of so many visits in the chains' places, against the original on heldout [H, n]. modules: what
+    `redistil` yielded; tokens: of its training text. flops and seconds are those of the best copies alone."""
+    nets = {figures.module: made[visits] for figures, made in modules}
+    best = [min((c for c in f.copies if c.visits == visits), key=lambda c: c.copy_error) for f, _ in modules]
     body = locked.base_model.num_parameters(exclude_embeddings=True)
+    flops = sum(
+        redistil_flops(
+            net, locked.get_submodule(module).spec, visits, model_params=body // len(nets), tokens=tokens
+        )
+        for module, net in nets.items()
+    )
     return Structural(
-        "re-distil",
+        name,
         "every chain is distilled back into an MLP of its size, on its own outputs",
-        evaluated(with_chains(locked, nets, []), original, heldout, "re-distil", progress),
+        evaluated(with_chains(locked, nets, []), original, heldout, name, progress),
         "MLP",
         visits,
-        redistil_flops([net.spec.params for net in nets.values()], visits, model_params=body, tokens=tokens),
+        flops,
         sum(copy.seconds for copy in best),
     )
 
 
-def _restored(kept: Kept | None, module: str) -> _Module | None:
+def _keep(kept: Kept, module: str, copies: ModuleCopies, nets: dict[int, DLRNet], notes: list[str]) -> None:
+    tensors = {f"{visits}.{name}": t for visits, net in nets.items() for name, t in net.state_dict().items()}
+    specs = {str(visits): net.spec.to_dict() for visits, net in nets.items()}
+    kept.put(module, tensors, {"copies": asdict(copies), "specs": specs, "notes": notes})
+
+
+def _restored(kept: Kept | None, module: str) -> tuple[ModuleCopies, dict[int, DLRNet], list[str]] | None:
     """A module that an interrupted audit finished, None where it did not."""
     found = kept.get(module) if kept is not None else None
     if found is None:
@@ -206,8 +241,10 @@ def _restored(kept: Kept | None, module: str) -> _Module | None:
     try:
         values = figures["copies"]
         copies = ModuleCopies(**values | {"copies": [Copy(**copy) for copy in values["copies"]]})
-        net = DLRNet(DLRSpec.from_dict(figures["spec"]), dtype=torch.float32)
-        net.assign(tensors)
+        nets = {}
+        for visits, spec in figures["specs"].items():
+            net = nets[int(visits)] = DLRNet(DLRSpec.from_dict(spec), dtype=torch.float32)
+            net.assign({name: tensors[f"{visits}.{name}"] for name in net.state_dict()})
+        return copies, nets, figures["notes"]
     except (KeyError, TypeError, ValueError) as error:
         raise DLRError(f"what is kept of {module} is damaged: delete that folder") from error
-    return copies, net

@@ -17,7 +17,7 @@ class Structural:
     name: such as 'flatten'. about: what is done, a sentence. evaluation: the attacked model against the original on
     held-out neutral text. visits: the attacker's token visits a module; flops, seconds: all that the attack took
     (None: nothing but reading the weights).
-    slots: what is in the MLPs' places afterwards: 'MLP' where training costs what the original's does, 'chain'.
+    slots: what is in the chains' places afterwards: 'MLP', of one wide step, or 'chain'.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Structural:
 class Copy:
     """One module distilled back into an MLP of its size for `visits` token visits.
 
-    start: 'linear' or 'flat' (see convert.unlock), or 'random': a fresh SwiGLU MLP. share: visits over those of the
+    start: 'linear' (see convert.unlock), or 'random': a fresh SwiGLU MLP. share: visits over those of the
     module's conversion, None where the checkpoint does not say. error: relative error against the original MLP on
     held-out tokens of the original's activations; copy_error: against the chain, on the locked model's.
     """
@@ -65,9 +65,10 @@ class ModuleCopies:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One fine-tuning: arm ('original', 'locked', 'flattened', 're-distilled'), attack ('full', 'LoRA', 'attention',
-    'MeZO'), rate and seed, and the held-out loss of the task, in nats a token, after so many training tokens.
+    """One fine-tuning, and the held-out loss of the task, in nats a token, after so many training tokens.
 
+    arm: 'original', 'locked', or such as 're-distilled, 0.25': of the conversion's visits. attack: 'full', 'LoRA',
+    'attention' (LoRA on all but the MLPs' places) or 'MeZO'.
     neutral: loss on neutral text before and after. diverged: the loss became no number, and the curve ends before that.
     seconds: of a training step of `batch` tokens, the median. best: its rate is the best one of the sweep.
     """
@@ -132,7 +133,8 @@ class Verdict:
 @dataclass(frozen=True, slots=True)
 class AuditReport:
     """One audit of `locked` against `original`. options: every choice. fidelity: the locked model against the
-    original on held-out neutral text. notes: what was not run, and why; what the owner should know."""
+    original on held-out neutral text. slot: what the asymmetries are of. notes: what was not run, and why; what the
+    owner should know."""
 
     locked: str
     original: str
@@ -146,12 +148,13 @@ class AuditReport:
     steps: list[StepCost]
     asymmetries: list[Asymmetry]
     verdicts: list[Verdict]
+    slot: str = ""
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     def recovers(self, row: Structural) -> float:
-        """Distance to the original that the attack leaves, over the locked model's own: 1 or less is a free way
-        around the chain."""
+        """Distance to the original that the attack leaves, over the locked model's own: at 1 or less, with MLPs in
+        the chains' places, it is a way around the lock."""
         own = distance_of(self.fidelity)
         return distance_of(row.evaluation) / own if own else float("inf")
 

@@ -103,7 +103,10 @@ def _split(
 ) -> Text:
     ids = read_text(text, tokenizer, tokens=tokens + heldout_tokens, sequence_length=sequence_length)
     if len(ids) < 2:
-        raise DLRError(f"{source} has {ids.numel()} tokens: give at least {2 * sequence_length}")
+        raise DLRError(
+            f"{source}: {ids.numel()} tokens, of {tokens + heldout_tokens} asked for, are less than two sequences of "
+            f"{sequence_length}"
+        )
     # At even distances, so that a text which changes as it goes on is judged by all of it.
     held = min(max(1, heldout_tokens // sequence_length), max(1, len(ids) // _HELD))
     index = ((2 * torch.arange(held) + 1) * len(ids)) // (2 * held)

@@ -20,23 +20,32 @@ def verdicts(
     runs: Sequence[Run], steps: Sequence[StepCost], unlocking: Mapping[str, Mapping[str, float]]
 ) -> list[Verdict]:
     """One for each share of the original's best gain, each measure, and each number of fine-tunes that share the cost
-    of unlocking. unlocking: of the arms that have one, by arm and measure. Empty where the original gained nothing."""
+    of unlocking. unlocking: of the arms that have one, by arm and measure. Empty where the original's gain is not
+    beyond what its seeds differ by."""
     curves = mean_curves(runs)
-    of_original = [losses for (arm, _), (_, losses) in curves.items() if arm == ORIGINAL]
+    of_original = {key: min(losses) for key, (_, losses) in curves.items() if key[0] == ORIGINAL}
     if not of_original:
         return []
-    start = of_original[0][0]
-    best = start - min(min(losses) for losses in of_original)
-    if best <= 0:
+    key = min(of_original, key=lambda k: of_original[k])
+    start = curves[key][1][0]
+    best = start - of_original[key]
+    seeds = [min(run.losses) for run in runs if run.best and (run.arm, run.attack) == key]
+    if best <= max(seeds) - min(seeds):
         return []
     table = []
     for share in SHARES:
         loss = start - share * best
         for measure in MEASURES:
             theirs = _cheapest(_prices(curves, steps, {}, loss, measure, 1, original=True))
-            for tunes in TUNES if unlocking and measure != "peak" else TUNES[:1]:
+            before: Price | None = None
+            for tunes in TUNES:
                 ours = _cheapest(_prices(curves, steps, unlocking, loss, measure, tunes, original=False))
-                ratio = ours.cost / theirs.cost if ours and theirs and not theirs.bound else None
+                if tunes > 1 and ours == before:
+                    continue  # one that unlocks nothing, whose price many fine-tunes do not change
+                before = ours
+                ratio = (
+                    ours.cost / theirs.cost if ours and theirs and theirs.cost and not theirs.bound else None
+                )
                 bound = ours is not None and ours.bound
                 table.append(Verdict(share, loss, measure, tunes, ours, theirs, ratio, bound))
     return table
@@ -90,6 +99,8 @@ def _prices(
             continue
         row = min(rows, key=lambda s: getattr(s, measure))
         reached = tokens_to(curve, loss)
+        if measure == "peak" and reached is None:
+            continue  # memory does not grow with the tokens that were spent: nothing is known
         cost = float(getattr(row, measure))
         if measure != "peak":
             cost *= (curve[0][-1] if reached is None else reached) / row.tokens

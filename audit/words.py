@@ -138,20 +138,21 @@ def _target_words(rows: list[Verdict]) -> str:
             words += f"{_measures_words(group)}."
         elif new:
             words += f" Where one unlocking serves {tunes} fine-tunes: {_measures_words(new)}."
-    priced = [(v.ratio, v) for v in rows if v.ratio is not None]
+    priced = [(v.ratio, v) for v in rows if v.ratio is not None and not v.bound]
     if not priced:
         return words
     low, weakest = min(priced, key=lambda pair: pair[0])
     serves = f" where one unlocking serves {weakest.tunes} fine-tunes" if weakest.tunes > 1 else ""
     what = MEASURES[weakest.measure][0]
-    return f"{words} The lock is weakest in {what}{serves}: {ratio_words(low, weakest.bound)} times."
+    return f"{words} The lock is weakest in {what}{serves}: {ratio_words(low)} times."
 
 
 def _measures_words(rows: list[Verdict]) -> str:
     """Those that one attack has the least of stand together."""
     groups = grouped(rows, lambda v: v.locked and (v.locked.attack, v.locked.policy)).values()
     return "; ".join(
-        ", ".join(map(_measure_words, group)) + (f", by {_who(group[0].locked)}" if group[0].locked else "")
+        ", ".join(map(_measure_words, group))
+        + (f", by {_who(group[0].locked)}" if group[0].locked and not group[0].bound else "")
         for group in groups
     )
 
@@ -163,6 +164,10 @@ def _measure_words(v: Verdict) -> str:
         lacks = "reached it" if v.original and v.original.bound else "has a price"
         return f"an unknown multiple of the {what} (no attack on the {missing} {lacks})"
     ours, theirs = worded(v.locked.cost), worded(v.original.cost)
+    if v.bound:
+        return (
+            f"more than {v.ratio:.3g} times the {what} (no attack reached it: {ours} spent, against {theirs})"
+        )
     return f"{ratio_words(v.ratio, v.bound)} times the {what} ({ours} against {theirs})"
 
 
@@ -176,7 +181,7 @@ def _way_around(report: AuditReport) -> str:
     public = "" if len(rows) == len(report.structural) else f" {_PUBLIC}"
     if not rows:
         return f"No structural attack was run.{public}"
-    good = [row for row in rows if report.recovers(row) <= 1]
+    good = [row for row in rows if row.slots == "MLP" and report.recovers(row) <= 1]
     if good:
         return " ".join(_recovered(report, row) for row in good) + public
     near = min(rows, key=report.recovers)
@@ -191,22 +196,19 @@ def _recovered(report: AuditReport, row: Structural) -> str:
         *([] if row.flops is None else [flops_words(row.flops)]),
         *([] if row.seconds is None else [seconds_words(row.seconds)]),
     ]
-    left = (
-        "the chains are MLPs then, and training costs what the original's does"
-        if row.slots == "MLP"
-        else "the chains are still chains"
-    )
     return (
         f"'{row.name}' brings the model at least as near to the original as the locked model is "
         f"({report.recovers(row):.3g} of its distance), for "
-        f"{' and '.join(spent) or 'no more than reading the weights'}; {left}."
+        f"{' and '.join(spent) or 'no more than reading the weights'}; the chains are MLPs then."
     )
 
 
 def _verdicts(report: AuditReport) -> Section:
     def cell(rows: list[Verdict], measure: str) -> str:
         return " and ".join(
-            f"{ratio_words(v.ratio, v.bound)} by {v.locked.attack}" if v.locked else "no price"
+            f"{ratio_words(v.ratio, v.bound)}{'' if v.bound else f' by {v.locked.attack}'}"
+            if v.locked
+            else "no price"
             for v in rows
             if v.measure == measure
         )

@@ -1,23 +1,46 @@
 """Where results go: one folder a device, one file a run, each written whole or not at all."""
 
+import hashlib
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dlr_lock.runtime.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
+_PARTS = ("runtime", "triton_kernels", "convert", "audit")  # of dlr_lock, that a result depends on
+
+
+def folder(device: str, out: Path | None = None) -> Path:
+    """`out`, or the folder of a device's name among the results."""
+    return out or RESULTS / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def target(document: dict[str, Any], kind: str, out: Path | None) -> Path:
     """The JSON file of a run of `kind`: in `out`, or in the folder of document["device"] among the results."""
-    slug = re.sub(r"[^a-z0-9]+", "-", document["device"].lower()).strip("-")
     date = re.sub(r"[-:]|\+.*", "", document["date"])
-    return (out or RESULTS / slug) / f"{kind}-{date}.json"
+    return folder(document["device"], out) / f"{kind}-{date}.json"
+
+
+def files(where: Path, kind: str) -> list[Path]:
+    """The files of a kind in a folder, the newest first."""
+    return sorted(where.glob(f"{kind}-[0-9]*.json"), key=lambda path: path.name, reverse=True)
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Writes a document; NaN and infinity are refused."""
     text = json.dumps(document, indent=1, allow_nan=False) + "\n"
     write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+
+
+def source() -> str:
+    """Twelve digits that name the program that was measured: of the SHA-256 over its modules, wherever they lie."""
+    digest = hashlib.sha256()
+    for part in _PARTS:
+        found = find_spec(f"dlr_lock.{part}")
+        assert found is not None and found.origin is not None
+        for path in sorted(Path(found.origin).parent.rglob("*.py")):
+            digest.update(f"{part}/{path.name}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..runtime import DLRError
-from ..runtime.files import read_json
+from ..runtime.files import full_disk_is_an_error, read_json
 
 _ABOUT = "run.json"
 
@@ -28,7 +28,7 @@ class Kept:
         self.folder = target.with_name(f"{target.name}.partial")
         self._about = json.dumps(facts, sort_keys=True, default=str)
         if self.folder.exists() and not (self.folder / _ABOUT).is_file():
-            if not self.folder.is_dir() or any(self.folder.iterdir()):
+            if not self.folder.is_dir() or any(not path.name.endswith(".part") for path in self.folder.iterdir()):
                 raise DLRError(f"{self.folder} is in the way and not of an interrupted run: move it away")
         elif self.folder.exists():
             before = read_json(self.folder / _ABOUT)
@@ -57,20 +57,24 @@ class Kept:
             raise DLRError(f"{path} is damaged: delete it, and its part is done again") from error
 
     def put(self, part: str, tensors: dict[str, Tensor], figures: dict[str, Any]) -> None:
-        """Keeps a finished part: whole or not at all, whatever interrupts."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        about = self.folder / _ABOUT
-        if about.is_file() and about.read_text(encoding="utf-8") != self._about:
-            raise DLRError(f"another run is writing to {self.folder}: give this one another output")
-        path = self._path(part)
-        for file, write in (
-            (self.folder / _ABOUT, lambda p: p.write_text(self._about, encoding="utf-8")),
-            (path.with_suffix(".json"), lambda p: p.write_text(json.dumps(figures), encoding="utf-8")),
-            (path, lambda p: save_file(tensors, p)),  # last: it is what says that the part is there
-        ):
-            unfinished = file.with_name(f"{file.name}.part")
-            write(unfinished)
-            os.replace(unfinished, file)
+        """Keeps a finished part: whole or not at all, whatever interrupts. Raises DLRError where the disk is full."""
+        try:
+            with full_disk_is_an_error(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                about = self.folder / _ABOUT
+                if about.is_file() and about.read_text(encoding="utf-8") != self._about:
+                    raise DLRError(f"another run is writing to {self.folder}: give this one another output")
+                path = self._path(part)
+                for file, write in (
+                    (self.folder / _ABOUT, lambda p: p.write_text(self._about, encoding="utf-8")),
+                    (path.with_suffix(".json"), lambda p: p.write_text(json.dumps(figures), encoding="utf-8")),
+                    (path, lambda p: save_file(tensors, p)),  # last: it is what says that the part is there
+                ):
+                    unfinished = file.with_name(f"{file.name}.part")
+                    write(unfinished)
+                    os.replace(unfinished, file)
+        except SafetensorError as error:
+            raise DLRError(f"{self.folder} cannot be written: {error}") from error
 
     def remove(self) -> None:
         """Gives the disk space back, once the whole is written. What is not ours stays."""

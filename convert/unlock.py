@@ -27,10 +27,10 @@ from .recipe import Recipe
 STARTS = ("linear", "flat", "random")
 # A copy is as good as the chain when its error against the MLP is at most so many times the chain's.
 UNDONE = 1.05
-_FIT_TOKENS = 40_000  # tokens for the linear maps J_k
+FIT_TOKENS = 40_000  # tokens for the linear maps J_k
 _RATE = 0.012
 _ROWS = 8192  # tokens at a time, where the chain is run
-_BATCH = 256  # smaller ones undo more: 128 undid a small chain at 0.05 of its visits that 512 did not
+BATCH = 256  # smaller ones undo more: 128 undid a small chain at 0.05 of its visits that 512 did not
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +125,11 @@ def fit_copy(
     else:
         reads = None
         if start == "linear":
-            x = activations.rows(random_rows(tokens, _FIT_TOKENS, seed))[0]
+            x = activations.rows(random_rows(tokens, FIT_TOKENS, seed))[0]
             reads = linear_reads(net, x.to(device, torch.float32))
         flat = flattened(net, reads)
         spec, given = flat.spec, flat.state_dict()
-    recipe = Recipe(visits=visits, batch=min(_BATCH, visits), seed=seed, rate=_RATE)
+    recipe = Recipe(visits=visits, batch=min(BATCH, visits), seed=seed, rate=_RATE)
     tensors = distill(
         activations,
         tokens,

@@ -211,7 +211,7 @@ def audit(
     from .audit import audit_model
     from .audit_tables import print_audit
 
-    folder = out or checkpoint.with_name(f"{checkpoint.resolve().name}-audit")
+    folder = out or checkpoint.resolve().with_name(f"{checkpoint.resolve().name}-audit")
     with _said_words(), Steps(_screen) as steps:
         report = audit_model(
             checkpoint, original, folder, overwrite=overwrite, progress=steps, budget=budget, task=task,

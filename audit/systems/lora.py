@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ...triton_kernels import ACTIVATIONS
 from .steps import lanes_of, output
@@ -68,9 +69,9 @@ def merged_chain(
 
 
 @contextmanager
-def attached(linears: Sequence[nn.Linear], rank: int) -> Iterator[list[Tensor]]:
-    """Linear layers with an adapter each, within the block; gives what is to be trained."""
-    adapters = [new_adapter(linear.weight.detach(), rank) for linear in linears]
+def attached(linears: Sequence[nn.Module], rank: int) -> Iterator[list[Tensor]]:
+    """Linear layers, nn.Linear or Conv1D, with an adapter each, within the block; gives what is to be trained."""
+    adapters = [new_adapter(_matrix(linear), rank) for linear in linears]
     hooks = [
         linear.register_forward_hook(lambda _, inputs, y, V=V, U=U: y + low_rank(inputs[0], V, U))
         for linear, (V, U) in zip(linears, adapters, strict=True)
@@ -80,6 +81,12 @@ def attached(linears: Sequence[nn.Linear], rank: int) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _matrix(linear: nn.Module) -> Tensor:
+    """W [n, d]."""
+    weight = linear.get_parameter("weight").detach()
+    return weight.mT if isinstance(linear, Conv1D) else weight
 
 
 def low_rank(x: Tensor, V: Tensor, U: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...convert.structure import is_linear
 from ...runtime import DLRError, DLRNet, DLRSpec
 from ...triton_kernels import chain_reference
 from ..meters import count_step, time_step
@@ -28,8 +29,8 @@ Form = Callable[[DLRSpec], Forward]  # of the chain: takes what `chain_reference
 @dataclass(frozen=True, slots=True)
 class ModelPolicy:
     """form: that a chain is run by. wrap: what is put around an MLP's or a chain's forward, given the hidden size.
-    layers: checkpoint every layer, too. aim: all weights of the model, adapters of its chains or MLPs, or (nothing in
-    the slots) adapters of its attention."""
+    layers: checkpoint every layer, too. aim: all weights of the model, adapters of all that is linear in its layers and
+    of its chains, or (nothing in the slots) adapters of its attention."""
 
     name: str
     aim: Aim
@@ -67,7 +68,8 @@ def model_policies(*, locked: bool) -> list[ModelPolicy]:
 def measure_model(
     model: PreTrainedModel, mlps: Sequence[str], policy: ModelPolicy, tokens: Tensor, *, repeats: int = 0
 ) -> Row:
-    """The row of one policy: loss and backward on tokens [S, n] int64. mlps: names of the modules in the MLPs' place.
+    """The row of one policy: loss and backward on tokens [S, n] int64. mlps: names of the modules that are in the MLPs'
+    places, or, where an MLP has no module of its own, make it up.
 
     Raises DLRError where a name is no module of a numbered layer. The model is left as it was.
     """
@@ -90,7 +92,7 @@ def prepared(model: PreTrainedModel, mlps: Sequence[str], policy: ModelPolicy) -
         try:
             model.requires_grad_(policy.aim == "weights")
             trained = [p for p in model.parameters() if p.requires_grad]
-            if policy.aim == "nothing":
+            if policy.aim != "weights":
                 trained += stack.enter_context(attached(attention_linears(model, mlps), ADAPTER_RANK))
             for name in mlps:
                 module = model.get_submodule(name)
@@ -103,16 +105,20 @@ def prepared(model: PreTrainedModel, mlps: Sequence[str], policy: ModelPolicy) -
                         trained += [t for adapter in adapters for t in adapter]
                     forward = _chain(module, policy.form(module.spec), adapters)
                 elif policy.aim == "adapters":
-                    linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
+                    linears = [m for m in module.modules() if is_linear(m)]
                     trained += stack.enter_context(attached(linears, ADAPTER_RANK))
-                stack.enter_context(replaced(module, policy.wrap(forward, hidden_size)))
+                whole = isinstance(module, DLRNet) or (
+                    not is_linear(module) and any(True for _ in module.parameters())
+                )
+                if whole:  # of a strewn MLP's parts, one alone is not worth a checkpoint
+                    stack.enter_context(replaced(module, policy.wrap(forward, hidden_size)))
             if policy.layers:
                 for layer in dict.fromkeys(map(layer_of, mlps)):
                     module = model.get_submodule(layer)
                     stack.enter_context(replaced(module, checkpointed(module.forward)))
             if not trained:
-                raise DLRError(
-                    f"policy {policy.name!r} has nothing to train: it adapts nn.Linear layers, and finds none"
+                raise NothingToTrain(
+                    f"policy {policy.name!r} has nothing to train: it finds no linear layers"
                 )
             yield trained
         finally:
@@ -138,14 +144,18 @@ def layer_of(name: str) -> str:
     return found[0]
 
 
-def attention_linears(model: nn.Module, mlps: Sequence[str]) -> list[nn.Linear]:
+class NothingToTrain(DLRError):
+    """A policy adapts what a model has not."""
+
+
+def attention_linears(model: nn.Module, mlps: Sequence[str]) -> list[nn.Module]:
     """The linear layers of the MLPs' layers that are not within the MLPs."""
     layers = tuple(f"{layer_of(name)}." for name in mlps)
     within = tuple(f"{name}." for name in mlps)
     return [
         module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(layers) and not f"{name}.".startswith(within)
+        if is_linear(module) and name.startswith(layers) and not f"{name}.".startswith(within)
     ]
 
 

@@ -42,7 +42,11 @@ def test_mezo_is_two_passes_of_inference() -> None:
     assert row.flops == 2 * passed.flops and row.held == 0 and row.seconds
 
 
-def test_an_arm_without_linear_layers_has_no_row_for_adapters() -> None:
+def test_adapters_of_conv1d_layers() -> None:
     names = ["transformer.h.0.mlp", "transformer.h.1.mlp"]
     rows = list(step_costs(Arm("original", tiny_model("gpt2"), names), ["full", "attention"], (2, 24)))
-    assert rows and {row.attack for row in rows} == {"full"}
+    assert {row.attack for row in rows} == {"full", "attention"}
+
+
+def test_an_arm_without_linear_layers_has_no_row_for_adapters() -> None:
+    assert list(step_costs(Arm("original", tiny_model("llama"), []), ["attention"], (2, 24))) == []

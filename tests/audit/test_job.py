@@ -15,7 +15,7 @@ from dlr_lock.cli import app
 
 SMALL = {
     "tokens": 1024, "heldout": 256, "tuning": 256, "batch": 64, "sequence": 32, "seeds": 2, "rates": 2,
-    "shares": "0.1,0.5", "device": "cpu",
+    "shares": "0.5", "device": "cpu",
 }  # fmt: skip
 
 
@@ -65,25 +65,22 @@ def test_an_audit_and_its_files(folder: Path) -> None:
         "merge 2",
         "drop every 2nd",
         "swap",
-        "re-distil",
+        "re-distilled, 0.5",
     }
     swap = next(row for row in report.structural if row.name == "swap")
     assert report.recovers(swap) < 1e-6 < report.recovers(report.structural[0])
-    assert [len(module.copies) for module in report.modules] == [4, 4]
-    assert {round(c.share or 0, 2) for m in report.modules for c in m.copies} == {0.1, 0.5}
+    assert [len(module.copies) for module in report.modules] == [2, 2]
+    assert {round(c.share or 0, 2) for m in report.modules for c in m.copies} == {0.5}
     done = {(run.arm, run.attack) for run in report.runs if run.best}
-    tuned = {("original", a) for a in ("full", "LoRA", "attention")}
-    tuned |= {("locked", a) for a in ("full", "LoRA", "attention")} | {
-        ("re-distilled", "full"),
-        ("re-distilled", "LoRA"),
-    }
+    arms = ("original", "locked", "re-distilled, 0.5")
+    tuned = {(arm, attack) for arm in arms for attack in ("full", "LoRA", "attention")}
     assert done == tuned == {(row.arm, row.attack) for row in report.steps}
     assert {v.measure for v in report.verdicts} == {"flops", "seconds", "peak"}
     assert {a.mode for a in report.asymmetries} == {"eager", "checkpointed", "best"}
     assert any("not timed" in note for note in report.notes)
     written = json.loads((folder / "whole" / "audit.json").read_text(encoding="utf-8"))
     assert written["schema"] == 1 and len(written["runs"]) == len(report.runs)
-    assert "re-distil" in (folder / "whole" / "audit.html").read_text(encoding="utf-8")
+    assert "re-distilled, 0.5" in (folder / "whole" / "audit.html").read_text(encoding="utf-8")
     assert not list(folder.glob("whole*partial")) and not list((folder / "whole").glob(".*"))
     assert str(folder) not in json.dumps(written)  # a report may be published
     assert any("fine-tuning the locked model" in what for what in said)
@@ -109,6 +106,50 @@ def test_an_interrupted_audit_goes_on_and_finds_the_same(folder: Path) -> None:
     assert not any("evaluating flatten" in what or "the original model, attention" in what for what in said)
 
 
+def test_what_is_kept_is_of_the_same_texts_and_whole(folder: Path) -> None:
+    """Damage stops the audit instead of leaving an attack out; another original of the same shape is said to be one."""
+    save_tiny("llama", folder / "sibling", seed=77)
+
+    def stop(what: str, done: int, total: int) -> None:
+        if "fine-tuning the locked model" in what and done:
+            raise KeyboardInterrupt
+
+    def sibling(**options: object) -> AuditReport:
+        return audit_model(
+            folder / "llama-locked", folder / "sibling", folder / "mixed", data=str(folder / "text.txt"),
+            task=str(task), attacks="attention", **SMALL | options,
+        )  # fmt: skip
+
+    task = folder / "task.txt"
+    task.write_text("\n".join(invented_lines(8_000, 4)), encoding="utf-8")
+    with pytest.raises(KeyboardInterrupt):
+        sibling(progress=stop)
+    task.write_text("\n".join(invented_lines(8_000, 5)), encoding="utf-8")
+    with pytest.raises(DLRError, match="other text"):
+        sibling()
+    task.write_text("\n".join(invented_lines(8_000, 4)), encoding="utf-8")
+    run = next(p for p in (folder / "mixed.partial").glob("*.json") if '"neutral"' in p.read_text())
+    whole = run.read_bytes()
+    run.write_text("{", encoding="utf-8")
+    with pytest.raises(DLRError, match="damaged"):
+        sibling()
+    run.write_bytes(whole)
+    assert any("other hashes" in note for note in sibling().notes)
+
+
+def test_a_strewn_mlp_is_attacked_alike_on_both_sides(folder: Path) -> None:
+    """OPT's MLP is two linear layers of its layer: they are the slot's, not the attention's."""
+    save_tiny("opt", folder / "opt")
+    dlr_lock.convert_model(
+        folder / "opt", folder / "opt-locked", data=str(folder / "text.txt"), tokens=2048, heldout=512,
+        visits=4096, sequence=32, unlock=0.0, device="cpu", layers="1",
+    )  # fmt: skip
+    report = audit(folder, "opt-audit", "opt", attacks="attention", rates=1, seeds=1)
+    plain = {s.arm: s.flops for s in report.steps if s.policy == "LoRA on attention, plain"}
+    assert abs(plain["locked"] / plain["original"] - 1) < 0.05
+    assert not report.asymmetries and any("not gated" in note for note in report.notes)
+
+
 def test_a_model_without_a_head_is_not_fine_tuned(folder: Path) -> None:
     report = audit(folder, "encoder", "bert")
     assert not report.runs and not report.verdicts and len(report.structural) > 4 and report.modules
@@ -123,12 +164,15 @@ def test_a_model_without_a_head_is_not_fine_tuned(folder: Path) -> None:
         (["--shares", "0.1,x"], "--shares"),
         (["--shares", ""], "--shares"),
         (["--tuning", "0"], "--tuning"),
+        (["--sequence", "1"], "--sequence"),
+        (["--batch", "16", "--sequence", "32"], "--batch"),
+        (["--tokens", "1", "--heldout", "1"], "less than two sequences"),
         (["--seeds", "0"], "--seeds"),
         (["--task", "nowhere.txt"], "nowhere.txt"),
         (["--data", "self"], "self"),
         (["--original", "{}/bert"], "not the model that was locked"),
         (["--original", "{}/none"], "none"),
-        (["--out", "{}/text.txt"], "not a directory"),
+        (["--out", "{}/text.txt"], "is not a directory"),
     ],
 )
 def test_bad_input_is_one_line(folder: Path, options: list[str], words: str) -> None:

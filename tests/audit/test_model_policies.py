@@ -15,6 +15,7 @@ from dlr_lock.audit.systems.model import (
     model_policies,
     prepared,
 )
+from dlr_lock.convert.structure import is_linear
 from dlr_lock.runtime import DLRError, DLRNet, DLRSpec
 
 MLPS = ["model.layers.0.mlp", "model.layers.1.mlp"]
@@ -49,7 +50,7 @@ def test_gradients(locked: bool) -> None:
         for a, b in zip(got, wanted, strict=True):
             assert (a - b).norm() <= 1e-10 * (1e-6 + b.norm()), policy.name
         assert loss.isfinite()
-    assert len(plain["adapters"]) == (2 * 2 * 2 if locked else 2 * 3 * 2)
+    assert len(plain["adapters"]) == 2 * 4 * 2 + (2 * 2 * 2 if locked else 2 * 3 * 2)
     assert len(plain["nothing"]) == 2 * 4 * 2  # q, k, v and o of both layers
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) and p.requires_grad == (
@@ -89,9 +90,35 @@ def test_layers_are_numbered_and_adapters_find_their_linear_layers() -> None:
     assert found == ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
-def test_a_model_without_linear_layers_has_no_adapters() -> None:
-    model = tiny_model("gpt2")
-    assert not any(isinstance(m, nn.Linear) for m in model.transformer.modules())
+def test_adapters_of_conv1d_layers_change_what_they_give() -> None:
+    """GPT-2's linear layers keep their weights [in, out]: W + V U there is its transpose."""
+    model, ids = tiny_model("gpt2").double(), torch.randint(320, (2, 9))
+    names = ["transformer.h.0.mlp", "transformer.h.1.mlp"]
     policy = next(p for p in model_policies(locked=False) if p.aim == "adapters")
-    with pytest.raises(DLRError, match="nothing to train"), prepared(model, ["transformer.h.0.mlp"], policy):
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+    with prepared(model, names, policy) as trained:
+        assert len(trained) == 2 * 2 * 4  # c_attn and both c_proj and c_fc of two layers
+        with torch.no_grad():
+            assert torch.equal(model(input_ids=ids).logits, plain)
+            for V in trained[::2]:
+                V.normal_(std=0.1)
+            adapted = model(input_ids=ids).logits
+            linears = [
+                *attention_linears(model, names),
+                *(m for n in names for m in _linears(model.get_submodule(n))),
+            ]
+            for linear, V, U in zip(linears, trained[::2], trained[1::2], strict=True):
+                linear.weight += (V @ U).mT
+    with torch.no_grad():
+        assert (model(input_ids=ids).logits - adapted).abs().max() < 1e-9 < (plain - adapted).abs().max()
+
+
+def _linears(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if is_linear(m)]
+
+
+def test_a_model_without_linear_layers_has_no_adapters() -> None:
+    policy = next(p for p in model_policies(locked=False) if p.aim == "adapters")
+    with pytest.raises(DLRError, match="nothing to train"), prepared(tiny_model("llama"), [], policy):
         pass

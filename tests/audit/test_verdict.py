@@ -74,6 +74,17 @@ def test_not_reached_is_a_bound_of_what_was_spent_never_infinity() -> None:
     )  # all 200 tokens of it; the original: 3.3 at 170
 
 
+def test_memory_is_unknown_where_nothing_reached_the_target() -> None:
+    table = verdicts([*ORIGINAL, run("locked", "full", [7.0, 6.0, 5.5])], STEPS, {})
+    peak = [v for v in table if v.measure == "peak"]
+    assert peak and all(v.locked is None and v.ratio is None for v in peak)
+
+
+def test_a_gain_within_what_seeds_differ_by_is_none() -> None:
+    noisy = [run("original", "full", [6.0, 5.99]), run("original", "full", [6.0, 5.5], seed=1)]
+    assert verdicts([*noisy, run("locked", "full", [6.0, 5.0])], STEPS, {}) == []
+
+
 def test_no_gain_no_verdict() -> None:
     assert verdicts([run("original", "full", [6.0, 6.1]), run("locked", "full", [6.0, 5.0])], STEPS, {}) == []
     assert verdicts([run("locked", "full", [6.0, 5.0])], STEPS, {}) == []

@@ -57,7 +57,7 @@ def test_other_choices_do_not_mix(text: str, tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "source")
     with pytest.raises(KeyboardInterrupt):
         convert_model(tmp_path / "source", tmp_path / "out", progress=Stopper(2), data=text, **QUICK)
-    with pytest.raises(DLRError, match=r"1 modules .* other seed:"):
+    with pytest.raises(DLRError, match=r"1 finished parts .* other seed:"):
         convert_model(tmp_path / "source", tmp_path / "out", data=text, seed=1, **QUICK)
     assert (tmp_path / "out.partial").is_dir()  # nothing lost
     convert_model(tmp_path / "source", tmp_path / "out", data=text, **QUICK)

@@ -1,0 +1,119 @@
+"""A row of each stage's results; the kernels' is dlr_lock.runtime.bench.Row. None: not measured, or not to be had."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class FactRow:
+    """One fact of a machine."""
+
+    fact: str
+    value: float | str | None
+    unit: str = ""
+
+
+@dataclass(slots=True)
+class SuiteRow:
+    """One file of tests, counted."""
+
+    file: str
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    failures: list = field(default_factory=list)  # test and reason
+
+
+@dataclass(slots=True)
+class ModelRow:
+    """A step of a whole model. side: original or locked. engine: eager or graph, the same for both sides.
+
+    phase: decode, one token for each of `batch` sequences after `context` tokens in a static cache; or prefill, a
+    pass over `tokens` tokens whose last position's logits are worked out. error: RMS of the difference of the logits
+    to those with the chains in float32 (float64 for float32 weights) over RMS; naive_error: of the chains step by step.
+    """
+
+    model: str
+    hidden: int
+    intermediate: int
+    layers: int
+    lanes: int
+    depth: int
+    rank: int
+    phase: str
+    batch: int
+    tokens: int
+    context: int
+    dtype: str
+    side: str
+    engine: str
+    accurate: bool = False
+    error: float | None = None
+    naive_error: float | None = None
+    error_limit: float | None = None
+    error_message: str | None = None
+    median_us: float | None = None  # a step
+    p20_us: float | None = None
+    p80_us: float | None = None
+    launches: int | None = None
+    tokens_per_s: float | None = None
+    gb_per_s: float | None = None  # of the weights that the step reads; Gram blocks and cache left out
+    ratio_to_original: float | None = None  # of the times, by the same engine
+
+
+@dataclass(slots=True)
+class TrainingRow:
+    """A training step of a whole model by one policy, or (policy `inference`) a pass without autograd by the kernels.
+
+    Seconds are medians. accurate: the loss is that of the plain policy within 1%.
+    """
+
+    model: str
+    lanes: int
+    depth: int
+    rank: int
+    tokens: int
+    dtype: str
+    side: str
+    policy: str
+    accurate: bool = False
+    loss: float | None = None
+    error_message: str | None = None
+    forward_s: float | None = None
+    backward_s: float | None = None
+    update_s: float | None = None
+    step_s: float | None = None
+    peak_bytes: int | None = None  # beyond the weights
+
+
+@dataclass(slots=True)
+class ConversionRow:
+    """One conversion. random: weights drawn, not trained, so that its fidelity says little about a real model."""
+
+    name: str
+    model: str
+    random: bool
+    text: str
+    layers: int
+    of_layers: int
+    tokens: int
+    visits: int  # a module
+    seconds: float
+    original_loss: float
+    loss: float
+    kl: float
+    flips: float
+    smallest_gap: float
+    largest_rel_error: float
+    visits_per_s: float  # of the distillation alone
+
+
+@dataclass(slots=True)
+class ProfileRow:
+    """One kernel (or, on a CPU, operation) of a profiled row: its launches and time a step."""
+
+    of: str
+    ratio: float  # of the profiled row's time to the original's
+    name: str
+    calls: float
+    us: float
+    percent: float  # of all kernels' time

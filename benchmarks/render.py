@@ -1,0 +1,105 @@
+"""Writes what was measured into README.md: python -m benchmarks.render [--check], or `make results`.
+
+The part between the two marks is made from the newest file of each kind and device under benchmarks/results, and of
+nothing else. --check writes nothing and fails (exit status 1) where README says something else than the files do.
+"""
+
+import argparse
+import difflib
+import sys
+from pathlib import Path
+from typing import Any
+
+from dlr_lock import DLRError
+from dlr_lock.runtime.files import write_whole
+
+from .bootstrap import ROOT
+from .output import RESULTS
+from .schema import kind_of, load
+from .tables import TABLES, predictions
+
+BEGIN = "<!-- measured: `make results` writes what follows -->"
+END = "<!-- measured: end -->"
+_FORECAST = (
+    "On a GPU nothing has been measured: **not measured yet**. **Predictions** of the cost model for one NVIDIA H200 "
+    "in bfloat16 stand here until then, microseconds of the chain / of the MLP it replaces; they are no measurements."
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Renders or checks; exit status 2, and one line, on files that cannot be read."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.render", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="fail where README and the results disagree")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    try:
+        old = options.readme.read_text(encoding="utf-8")
+        new = replaced(old, block(newest(options.results)))
+        if not options.check and new != old:
+            write_whole(options.readme, lambda path: path.write_text(new, encoding="utf-8"))
+    except (DLRError, OSError) as error:
+        print(f"benchmarks.render: {error}", file=sys.stderr)
+        return 2
+    if options.check and new != old:
+        print(f"benchmarks.render: {options.readme.name} and the results disagree; `make results` renders it")
+        for line in difflib.unified_diff(
+            old.splitlines(), new.splitlines(), "README", "results", "", "", 0, ""
+        ):
+            print(line)
+        return 1
+    return 0
+
+
+def newest(results: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Device to kind to the newest document, smoke runs left out. Raises DLRError on a file that no run has written."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for path in sorted(results.glob("*/*.json"), key=lambda path: path.name):
+        kind = kind_of(path)
+        if kind is None:
+            continue
+        document = load(path)
+        if document["rows"] and not document.get("smoke"):
+            kinds = found.setdefault(document["device"], {})
+            if kind not in kinds or kinds[kind]["date"] <= document["date"]:
+                kinds[kind] = document
+    return found
+
+
+def block(devices: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """The Markdown between the marks."""
+    gpus = [name for name in devices if not name.startswith("CPU ")]
+    lines = [
+        "`make gpu` measures all of this in one visit to a GPU; `make results` writes the tables from its files.",
+        "",
+    ]
+    if not gpus:
+        lines += [*_wrapped(_FORECAST), "", *predictions()]
+    for device in [*gpus, *(name for name in devices if name not in gpus)]:
+        lines += [f"### {device.removeprefix('CPU ')}{' (CPU)' if device not in gpus else ''}", ""]
+        for kind, render in TABLES.items():
+            if kind in devices[device]:
+                text = render(devices[device][kind])
+                lines += [*_wrapped(text[0]), *text[1:]]
+    return "\n".join(lines).rstrip("\n")
+
+
+def replaced(readme: str, text: str) -> str:
+    """README with `text` between the marks; raises DLRError where they are not there, in order, once."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+        raise DLRError(f"README.md must have the lines {BEGIN} and {END} once, in this order")
+    before, after = readme.split(BEGIN)[0], readme.split(END)[1]
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def _wrapped(text: str, width: int = 120) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines.append("")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

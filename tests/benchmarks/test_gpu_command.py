@@ -1,0 +1,265 @@
+"""`make gpu` in its smoke form, from a bare source tree: no installation, no GPU; and what ends it early."""
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+from venv import EnvBuilder
+
+import pytest
+import torch
+from tiny import tiny_model
+
+ROOT = Path(__file__).parents[2]
+command = importlib.import_module("benchmarks.gpu.__main__")
+plan = importlib.import_module("benchmarks.gpu.plan")
+stage = importlib.import_module("benchmarks.gpu.stage")
+schema = importlib.import_module("benchmarks.schema")
+bootstrap = importlib.import_module("benchmarks.bootstrap")
+
+
+def bare_machine(folder: Path) -> tuple[Path, Path]:
+    """(Python, tree): one with all that is installed here but this package, and this package's sources alone."""
+    tree, venv = folder / "tree", folder / "venv"
+    tree.mkdir()
+    parts = {path.relative_to(ROOT).parts[0] for path in bootstrap.SourceTree().folders.values()}
+    for part in (*parts, "benchmarks", "tests"):
+        shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    EnvBuilder(symlinks=True).create(venv)
+    (site,) = venv.glob("lib/*/site-packages")
+    for path in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not path.name.startswith(("dlr_lock", "__editable__")):
+            (site / path.name).symlink_to(path)
+    return venv / "bin" / "python", tree
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """(output, folder of the files) of all stages."""
+    folder = tmp_path_factory.mktemp("gpu")
+    python, tree = bare_machine(folder)
+    out = folder / "out"
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    alone |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    missing = subprocess.run(
+        [python, "-c", "import dlr_lock"], cwd="/", env=alone, capture_output=True, text=True
+    )
+    assert "No module named 'dlr_lock'" in missing.stderr
+    run = subprocess.run(
+        [python, "-m", "benchmarks.gpu", "--smoke", "--minutes", "9", "--out", str(out)],
+        cwd=tree, env=alone, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout, out
+
+
+@pytest.fixture
+def same_program(smoke: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody may have edited the sources since they were copied."""
+    made_with = documents(smoke[1])["machine"]["source"]
+    monkeypatch.setattr(stage, "source", lambda: made_with)
+
+
+def documents(out: Path) -> dict[str, dict[str, Any]]:
+    return {schema.kind_of(path): schema.load(path) for path in out.glob("*.json")}
+
+
+def test_every_stage_writes_a_valid_file(smoke: tuple[str, Path]) -> None:
+    _, out = smoke
+    assert len(list(out.iterdir())) == len(plan.STAGES)
+    found = documents(out)
+    assert list(plan.STAGES) == sorted(found, key=list(plan.STAGES).index)
+    for path in out.iterdir():
+        assert str(out.parent) not in path.read_text() and str(ROOT) not in path.read_text()
+    for document in found.values():
+        assert document["finished"] and document["stopped"] is None and document["smoke"] and document["rows"]
+        assert document["program"].startswith("dlr-lock 0.")  # though nothing is installed
+        assert document["versions"]["torch"] == torch.__version__
+
+
+def test_the_rows_say_what_was_measured(smoke: tuple[str, Path]) -> None:
+    rows = {name: document["rows"] for name, document in documents(smoke[1]).items()}
+    on_gpu, command_line = rows["tests"]
+    assert on_gpu["skipped"] > 40 and on_gpu["failed"] == 0  # without a GPU they skip
+    assert command_line["passed"] == 1  # in a process that a test has started
+    assert {row["provider"] for row in rows["kernels"]} == {"dense-eager", "naive-eager", "lookahead-eager"}
+    assert all(row["accurate"] and row["median_us"] > 0 for row in rows["kernels"])
+    for row in rows["models"]:
+        assert row["accurate"] and row["median_us"] > 0 and row["ratio_to_original"] > 0
+        assert (row["error"] is None) == (row["side"] == "original")
+    assert {row["phase"] for row in rows["models"]} == {"decode", "prefill"}
+    policies = {(row["side"], row["policy"]): row for row in rows["training"]}
+    for side in ("original", "locked"):
+        assert policies[side, "plain"]["step_s"] > policies[side, "inference"]["step_s"] > 0
+    one, all_layers = rows["conversion"]
+    assert (
+        one["random"] and one["model"].startswith("random weights") and one["text"] == "Python's help topics"
+    )
+    assert (one["layers"], all_layers["layers"]) == (1, 2) and all_layers["kl"] > one["kl"] > 0
+    profiled = {row["of"] for row in rows["profiles"]}
+    assert len(profiled) == 2 and all(row["us"] >= 0 for row in rows["profiles"])
+
+
+@pytest.mark.usefixtures("same_program")
+def test_a_finished_stage_is_left_alone(
+    smoke: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(smoke[1], out)
+    arguments = ["--stage", "machine", "--smoke", "--minutes", "1", "--out", str(out)]
+    assert stage.main(arguments) == 0
+    assert "measured already" in capsys.readouterr().out
+    assert len(list(out.glob("machine-*.json"))) == 1
+    assert stage.main([*arguments, "--again"]) == 0
+    assert len(list(out.glob("machine-*.json"))) == 2
+
+
+@pytest.mark.usefixtures("same_program")
+def test_a_stage_that_was_cut_off_goes_on(
+    smoke: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (path,) = smoke[1].glob("kernels-*.json")
+    document = json.loads(path.read_text())
+    rows = document["rows"]
+    document |= {"finished": False, "stopped": "cut off", "rows": rows[:3]}
+    (tmp_path / path.name).write_text(json.dumps(document))
+    assert stage.main(["--stage", "kernels", "--smoke", "--minutes", "2", "--out", str(tmp_path)]) == 0
+    assert "0 of 3 cases" in capsys.readouterr().out
+    (path,) = tmp_path.glob("kernels-*.json")
+    again = schema.load(path)
+    assert again["finished"] and again["rows"][:3] == rows[:3]
+    assert {schema.key(row, "kernels") for row in again["rows"]} == {
+        schema.key(row, "kernels") for row in rows
+    }
+    # Of another program it is left as it is, and a new file is begun.
+    path.write_text(json.dumps(again | {"source": "0" * 12}))
+    assert stage.main(["--stage", "kernels", "--smoke", "--minutes", "2", "--out", str(tmp_path)]) == 0
+    assert len(list(tmp_path.glob("kernels-*.json"))) == 2
+
+
+def test_time_that_is_up_is_no_failure(tmp_path: Path) -> None:
+    assert stage.main(["--stage", "models", "--smoke", "--minutes", "0", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("models-*.json")
+    document = schema.load(path)
+    assert not document["finished"] and document["stopped"] == "after 0 of 2: the limit of time"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--stage", "kernels,speed"], "'speed'"),
+        (["--minutes", "0"], "--minutes"),
+        (["--model", "/no/such/model"], "/no/such/model"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("benchmarks.gpu: ") and error.count("\n") == 1 and says in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says that there is no GPU")
+def test_no_gpu_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert stage.main(["--stage", "machine", "--minutes", "1"]) == 2
+    assert capsys.readouterr().err == "benchmarks.gpu: no GPU here; --smoke runs the same stages on a CPU\n"
+
+
+def test_a_stage_that_hangs_is_killed_with_all_it_started(tmp_path: Path) -> None:
+    touched = tmp_path / "touched"
+    code = (
+        "import subprocess, sys, time; "
+        f"subprocess.Popen([sys.executable, '-c', \"import time; time.sleep(3); open({str(touched)!r}, 'w')\"]); "
+        "time.sleep(60)"
+    )
+    began = time.monotonic()
+    assert command.run([sys.executable, "-c", code], 1.5) is None
+    assert time.monotonic() - began < 20
+    time.sleep(3)
+    assert not touched.exists()
+    assert command.run([sys.executable, "-c", "raise SystemExit(1)"], 30) == 1
+
+
+def test_stages_run_one_by_one_until_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
+    def run(given: list[str], seconds: float) -> int | None:
+        called.append((given[given.index("--stage") + 1], seconds))
+        return None if called[-1][0] == "tests" else 0
+
+    monkeypatch.setattr(command, "run", run)
+    assert command.main(["--stage", "kernels,machine,tests", "--minutes", "5"]) == 1  # one was killed
+    assert [name for name, _ in called] == ["machine", "tests", "kernels"]
+    assert called[0][1] == 60 and all(seconds <= 300 for _, seconds in called)
+    called.clear()
+    assert command.main(["--stage", "kernels", "--minutes", "0.5"]) == 0  # too little to begin
+    assert called == []
+
+
+def test_counts_of_pytest() -> None:
+    counted = importlib.import_module("benchmarks.gpu.tests").counted
+    lines = [
+        "tests/a.py::test_x[1x36x64 silu] PASSED   [ 10%]",
+        "tests/a.py::test_y SKIPPED (needs it)     [ 20%]",
+        "tests/b.py::test_z FAILED                 [ 30%]",
+        "tests/b.py::test_w ERROR                  [ 40%]",
+        "FAILED tests/b.py::test_z - AssertionError: error 0.4",
+        "ERROR tests/b.py::test_w - RuntimeError: CUDA error",
+        "ERROR tests/c.py",
+        "tests/a.py::test_hangs",
+    ]
+    rows = {row.file: (row.passed, row.failed, row.skipped) for row in counted(lines)}
+    assert rows == {"tests/a.py": (1, 0, 1), "tests/b.py": (0, 2, 0), "tests/c.py": (0, 1, 0)}
+
+
+def test_a_conversion_is_planned_by_the_speed_of_the_first_layer() -> None:
+    planned = importlib.import_module("benchmarks.gpu.conversion").plan
+    layers, visits = planned(30, 1e6, 5.0, 200.0)
+    assert layers == 30 and 4.0e6 < visits < 4.1e6  # 6.5 s a layer, 2.4 of them no distillation
+    assert planned(30, 1e6, 5.0, 5000.0) == (30, 8_192_000)  # as much as a GPU's standard
+    layers, visits = planned(30, 1e4, 15.0, 200.0)
+    assert layers == 15 and 102_400 <= visits < 110_000  # fewer layers rather than fewer visits
+    assert planned(30, 1e4, 15.0, 10.0) == (0, 0)
+
+
+def test_a_decoded_token_is_that_of_the_whole_text() -> None:
+    step = importlib.import_module("benchmarks.gpu.step")
+    model = tiny_model("llama")
+    with torch.no_grad():
+        decode = step.decode_step(model, 2, 8)
+        first, again = decode(), decode()
+        whole = model(input_ids=step._ids(model, 2, 9)).logits[:, -1]
+    assert torch.equal(first, again)  # at the same position every time
+    assert torch.allclose(first, whole, atol=1e-5)
+
+
+def test_a_step_waits_for_nothing() -> None:
+    build = importlib.import_module("benchmarks.gpu.build")
+    step = importlib.import_module("benchmarks.gpu.step")
+    shape = build.TINY[0]
+    original = build.original(shape, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        for model in (build.locked(original, shape, shape.specs()[0]), original):
+            model.to("meta")  # where reading a value is an error, as it is while a CUDA graph is captured
+            assert step.decode_step(model, 2, 8)().shape == (2, shape.vocabulary)
+            assert step.prefill_step(model, 80)().shape == (1, shape.vocabulary)
+
+
+def test_a_locked_model_that_is_wrong_has_an_error_and_no_time() -> None:
+    build = importlib.import_module("benchmarks.gpu.build")
+    models = importlib.import_module("benchmarks.gpu.models")
+    job = models.jobs(smoke=True)[1]
+    theirs = build.original(job.shape, torch.float32, torch.device("cpu"))
+    ours = build.locked(theirs, job.shape, job.spec)
+    assert all(row.accurate and row.median_us for row in models.compared(job, ours, theirs, rounds=1))
+    ours.get_submodule(job.shape.mlps[0]).dlr_gram.mul_(1.01)  # which look-ahead alone reads
+    (original, locked) = models.compared(job, ours, theirs, rounds=1)
+    assert original.accurate and original.median_us
+    assert not locked.accurate and locked.error > locked.error_limit > locked.naive_error
+    assert locked.median_us is None and locked.ratio_to_original is None and locked.tokens_per_s is None

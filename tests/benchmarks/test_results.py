@@ -1,0 +1,214 @@
+"""Result files: what is accepted, how two compare, and that README says what they say."""
+
+import copy
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dlr_lock import DLRError
+
+compare = importlib.import_module("benchmarks.compare")
+render = importlib.import_module("benchmarks.render")
+schema = importlib.import_module("benchmarks.schema")
+RESULTS = render.RESULTS
+HEAD = {
+    "schema": 1,
+    "device": "NVIDIA H200",
+    "driver": "580.1",
+    "cpu_threads": 16,
+    "program": "dlr-lock 0.1.0",
+    "versions": {"torch": "2.11.0", "triton": "3.6.0"},
+    "date": "2027-01-02T03:04:05+00:00",
+    "stopped": None,
+}
+
+
+def kernel_row(provider: str, us: float | None, error: float = 2e-3, **other: Any) -> dict[str, Any]:
+    return {
+        "provider": provider, "hidden": 576, "intermediate": 1536, "lanes": 1, "depth": 72, "rank": 32, "gated": False,
+        "tokens": 1, "dtype": "bfloat16", "params_ratio": 1.0, "accurate": us is not None, "error": error,
+        "error_limit": 3e-3, "error_message": None, "median_us": us, "p20_us": us and 0.95 * us,
+        "p80_us": us and 1.05 * us, "predicted_us": 35.0,
+    } | other  # fmt: skip
+
+
+def kernels(*rows: dict[str, Any], **head: Any) -> dict[str, Any]:
+    return HEAD | {"settings": {"dtype": "bfloat16"}} | head | {"rows": list(rows)}
+
+
+def written(folder: Path, document: dict[str, Any], name: str = "kernels-20270102T030405.json") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(document))
+    return folder / name
+
+
+def test_what_is_committed_is_valid() -> None:
+    found = [path for path in RESULTS.glob("*/*.json") if schema.kind_of(path)]
+    assert found
+    for path in found:
+        schema.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"schema": 2}, "schema 2 is not 1"),
+        ({"device": None}, "device is None"),
+        ({"date": "yesterday"}, "date is 'yesterday'"),
+        ({"rows": [{}]}, "row 0: provider is missing"),
+        ({"rows": [kernel_row("dense-graph", 4.0) | {"median_us": "4"}]}, "row 0: median_us is '4'"),
+        ({"rows": [kernel_row("dense-graph", 4.0) | {"median_us": float("nan")}]}, "row 0: median_us is nan"),
+        ({"rows": [kernel_row("dense-graph", 4.0) | {"tokens": True}]}, "row 0: tokens is True"),
+        ({"rows": [kernel_row("dense-graph", 4.0) | {"speed": 1}]}, "row 0: speed is not known"),
+        ({"rows": [kernel_row("ours-graph", 4.0) | {"accurate": False}]}, "though the row is not accurate"),
+        ({"stage": "kernels"}, "source is missing"),
+        ({"stage": "speed"}, "is no result"),
+    ],
+)
+def test_what_no_run_writes_is_refused(change: dict[str, Any], says: str, tmp_path: Path) -> None:
+    path = written(tmp_path, kernels(kernel_row("dense-graph", 4.0)))
+    schema.load(path)
+    path = written(tmp_path, kernels(kernel_row("dense-graph", 4.0)) | change)
+    with pytest.raises(DLRError) as error:
+        schema.load(path)
+    assert says in str(error.value) and path.name in str(error.value)
+
+
+def test_two_runs_compare_with_the_worst_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = kernels(
+        *(kernel_row(name, 10.0) for name in ("ours-graph", "dense-graph", "ours-eager", "naive-graph"))
+    )
+    after = kernels(
+        kernel_row("ours-eager", 8.0),
+        kernel_row("dense-graph", 10.2),
+        kernel_row("ours-graph", 13.0),
+        kernel_row("naive-graph", None, error=0.4),
+        kernel_row("prefill-graph", 1.0),
+    )
+    changes = compare.compared(before | {"stage": "kernels"}, after | {"stage": "kernels"})
+    assert [change.verdict for change in changes] == ["red", "slower", "same", "faster"]
+    assert [change.row.split(",")[0] for change in changes] == [
+        "naive-graph", "ours-graph", "dense-graph", "ours-eager"
+    ]  # fmt: skip
+    slower = changes[1]
+    assert slower.ratio == pytest.approx(1.3)
+    assert (slower.low, slower.high) == (pytest.approx(1.3 * 0.95 / 1.05), pytest.approx(1.3 * 1.05 / 0.95))
+    files = [str(written(tmp_path / name, d)) for name, d in (("before", before), ("after", after))]
+    assert compare.main(files) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "1.300" in printed and "4 rows compared, of 4 and 4" in printed and "error 0.4 over 0.003" in printed
+    )
+
+
+def test_files_that_do_not_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = written(tmp_path / "a", kernels(kernel_row("dense-graph", 4.0)))
+    other = written(tmp_path / "b", kernels(kernel_row("dense-graph", 4.0, tokens=2)))
+    facts = HEAD | {"rows": [{"fact": "copy", "value": 4300.0}]}
+    machine = written(tmp_path / "c", facts, "machine-20270102T030405.json")
+    (tmp_path / "d.json").write_text("{")
+    for pair, says in (
+        ((one, other), "no row in common"),
+        ((one, machine), "two kinds, kernels and machine"),
+        ((machine, machine), "no times"),
+        ((one, tmp_path / "d.json"), "d.json cannot be read"),
+        ((tmp_path / "none.json", one), "none.json cannot be read"),
+    ):
+        assert compare.main([str(path) for path in pair]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("benchmarks.compare: ") and error.count("\n") == 1 and says in error
+
+
+def test_readme_says_what_the_results_say(capsys: pytest.CaptureFixture[str]) -> None:
+    assert render.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_readme_that_says_something_else_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = tmp_path / "README.md"
+    text = (render.ROOT / "README.md").read_text(encoding="utf-8")
+    readme.write_text(text.replace("### AMD EPYC (CPU)", "### Something faster"), encoding="utf-8")
+    assert render.main(["--check", "--readme", str(readme)]) == 1
+    assert "-### Something faster" in capsys.readouterr().out
+    assert render.main(["--readme", str(readme)]) == 0
+    assert readme.read_text(encoding="utf-8") == text
+    readme.write_text("no marks\n")
+    assert render.main(["--readme", str(readme)]) == 2
+    assert "must have the lines" in capsys.readouterr().err
+
+
+def test_without_a_gpu_predictions_are_marked() -> None:
+    text = render.block({})
+    assert "**not measured yet**" in text and "**Predictions**" in text and "| 4096 x 14336 |" in text
+
+
+def test_the_newest_run_of_a_device_is_rendered_and_red_rows_have_no_time(tmp_path: Path) -> None:
+    folder = tmp_path / "nvidia-h200"
+    rows = [kernel_row("dense-graph", 4.25), kernel_row("naive-graph", 123.0), kernel_row("ours-graph", 31.0)]
+    written(folder, kernels(*rows, date="2026-12-01T00:00:00+00:00"), "kernels-20261201T000000.json")
+    assert "| 576 x 1536 | 1x72x32 | 1 | 4.2 | 123 | 31.0 | 7.29 | 2e-03 | 35 |" in render.block(
+        render.newest(tmp_path)
+    )
+    red = copy.deepcopy(rows)
+    red[2] = kernel_row("ours-graph", None, error=0.25)
+    written(folder, kernels(*red))
+    tiny = {"stage": "kernels", "source": "0", "smoke": True, "finished": True, "seconds": 1.0, "options": {}}
+    later = kernels(*rows, date="2027-02-01T00:00:00+00:00") | tiny
+    written(folder, later, "kernels-20270201T000000.json")  # a smoke run is no result
+    text = render.block(render.newest(tmp_path))
+    assert "| 4.2 | 123 | error 2.5e-01 | - |" in text and "31.0" not in text
+    assert "### NVIDIA H200" in text and "2027-01-02" in text and "triton 3.6.0" in text
+    assert "not measured yet" not in text and "Predictions" not in text
+    written(folder, kernels({"provider": "ours-graph"}), "kernels-20270301T000000.json")
+    with pytest.raises(DLRError, match="row 0: hidden is missing"):
+        render.newest(tmp_path)
+
+
+def test_a_run_of_few_providers_has_no_lines(tmp_path: Path) -> None:
+    written(tmp_path / "nvidia-h200", kernels(kernel_row("dense-graph", 4.0)))
+    text = render.block(render.newest(tmp_path))
+    assert "### NVIDIA H200" in text and "| 576 x 1536 |" not in text
+
+
+def test_every_kind_of_a_gpu_run_has_its_table(tmp_path: Path) -> None:
+    model = {
+        "model": "1B", "hidden": 2048, "intermediate": 8192, "layers": 16, "lanes": 8, "depth": 48, "rank": 32,
+        "phase": "decode", "batch": 1, "tokens": 1, "context": 256, "dtype": "bfloat16",
+    }  # fmt: skip
+    step = {"model": "1B", "lanes": 8, "depth": 48, "rank": 32, "tokens": 4096, "dtype": "bfloat16"}
+    timed = {"accurate": True, "median_us": 800.0, "p20_us": 790.0, "p80_us": 810.0, "tokens_per_s": 1250.0}
+    documents = {
+        "machine": [{"fact": "copy, read and written", "value": 4301.5, "unit": "GB/s"}],
+        "tests": [{"file": "tests/a.py", "passed": 90, "failed": 1, "skipped": 2, "failures": ["FAILED"]}],
+        "models": [
+            model | {"side": "original", "engine": "graph"} | timed,
+            model | {"side": "locked", "engine": "eager"} | timed | {"median_us": 3000.0},
+            model | {"side": "locked", "engine": "graph"} | timed | {"median_us": 1000.0, "error": 0.004},
+        ],
+        "training": [
+            step | {"side": "locked", "policy": "inference", "accurate": True, "step_s": 0.1},
+            step | {"side": "locked", "policy": "plain", "accurate": True, "step_s": 2.5, "peak_bytes": 80 * 10**9},
+            step | {"side": "locked", "policy": "inversion", "accurate": True, "step_s": 1.2, "peak_bytes": 10**9},
+        ],
+        "conversion": [
+            {
+                "name": "one layer", "model": "SmolLM2", "random": False, "text": "wiki.txt", "layers": 6,
+                "of_layers": 30, "tokens": 10**6, "visits": 8 * 10**6, "seconds": 120.5, "original_loss": 3.0,
+                "loss": 3.2, "kl": 0.21, "flips": 0.18, "smallest_gap": 0.8, "largest_rel_error": 0.2,
+                "visits_per_s": 1e6,
+            }
+        ],
+    }  # fmt: skip
+    for kind, rows in documents.items():
+        written(tmp_path / "nvidia-h200", HEAD | {"rows": rows}, f"{kind}-20270102T030405.json")
+    text = render.block(render.newest(tmp_path))
+    for wanted in (
+        "copy, read and written 4,302 GB/s",
+        "90 passed, 1 failed, 2 skipped",
+        "| 1B | 8x48x32 | decode, 1 | 800 | 1,000 | 1.25 | 1,250 | 4e-03 |",
+        "| 1B | locked | 100.0 | 25.0, 80.0 GB | 12.0, 1.0 GB | inversion |",
+        "| SmolLM2 | 6 of 30 | 8,000,000 | 120 | 3.000 to 3.200 | 0.210 | 18% | 0.80 |",
+    ):
+        assert wanted in text
