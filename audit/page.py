@@ -52,9 +52,9 @@ summary { cursor: pointer; font-size: .9rem; }
 """
 _ATTACKS = (
     "Arms: the original, the locked model, and the locked model whose chains were distilled back into MLPs, for that "
-    "share of the conversion's visits. Attacks: full trains all weights; LoRA adapters of all that is linear and of the "
-    "chains; attention adapters of all but the MLPs' places, with the chains as they are; MeZO works with forward passes "
-    "alone."
+    "share of the conversion's visits. Attacks: full trains all weights; LoRA adapters of all that is linear and of "
+    "the chains; attention adapters of all but the MLPs' places, with the chains as they are; MeZO works with forward "
+    "passes alone."
 )
 
 
