@@ -1,18 +1,20 @@
 """Writes what was measured into README.md: python -m benchmarks.render [--check], or `make results`.
 
 The part between the two marks is made from the newest file of each kind and device under benchmarks/results, and of
-nothing else. --check writes nothing and fails (exit status 1) where README says something else than the files do.
+nothing else; so is a picture a device beside its files, where matplotlib is installed. README links only a picture of
+those very files. --check writes nothing and fails (exit status 1) where README says something else than the files do.
 """
 
 import argparse
 import difflib
+import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from dlr_lock import DLRError
 from dlr_lock.runtime.files import write_whole
 
+from . import plots
 from .bootstrap import ROOT
 from .output import RESULTS
 from .schema import kind_of, load
@@ -35,7 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         old = options.readme.read_text(encoding="utf-8")
-        new = replaced(old, block(newest(options.results)))
+        devices = newest(options.results)
+        if not options.check:
+            _draw(devices)
+        new = replaced(old, block(devices, options.readme.parent))
         if not options.check and new != old:
             write_whole(options.readme, lambda path: path.write_text(new, encoding="utf-8"))
     except (DLRError, OSError) as error:
@@ -43,6 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if options.check and new != old:
         print(f"benchmarks.render: {options.readme.name} and the results disagree; `make results` renders it")
+        for path, documents in _pictures(devices):
+            if path.exists() and not plots.is_current(path, documents):
+                print(f"{path} is not what was drawn from the newest results")
         for line in difflib.unified_diff(
             old.splitlines(), new.splitlines(), "README", "results", "", "", 0, ""
         ):
@@ -51,9 +59,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def newest(results: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Device to kind to the newest document, smoke runs left out. Raises DLRError on a file that no run has written."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+def newest(results: Path) -> dict[str, plots.Documents]:
+    """Device to kind to the newest document and its `path`, smoke runs left out.
+
+    Raises DLRError on a file that no run has written.
+    """
+    found: dict[str, plots.Documents] = {}
     for path in sorted(results.glob("*/*.json"), key=lambda path: path.name):
         kind = kind_of(path)
         if kind is None:
@@ -62,21 +73,25 @@ def newest(results: Path) -> dict[str, dict[str, dict[str, Any]]]:
         if document["rows"] and not document.get("smoke"):
             kinds = found.setdefault(document["device"], {})
             if kind not in kinds or kinds[kind]["date"] <= document["date"]:
-                kinds[kind] = document
+                kinds[kind] = document | {"path": path}
     return found
 
 
-def block(devices: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """The Markdown between the marks."""
+def block(devices: dict[str, plots.Documents], home: Path = ROOT) -> str:
+    """The Markdown between the marks. home: README's folder, which links begin from."""
     gpus = [name for name in devices if not name.startswith("CPU ")]
     lines = [
-        "`make gpu` measures all of this in one visit to a GPU; `make results` writes the tables from its files.",
+        "`make gpu` measures all of this in one visit to a GPU; `make results` makes tables and plots of its files.",
         "",
     ]
     if not gpus:
         lines += [*_wrapped(_FORECAST), "", *predictions()]
     for device in [*gpus, *(name for name in devices if name not in gpus)]:
         lines += [f"### {device.removeprefix('CPU ')}{' (CPU)' if device not in gpus else ''}", ""]
+        path = plots.picture(devices[device])
+        if path and plots.is_current(path, devices[device]):
+            link = Path(os.path.relpath(path, home)).as_posix()
+            lines += [f"![Times of chains over what they replace, against tokens]({link})", ""]
         for kind, render in TABLES.items():
             if kind in devices[device]:
                 text = render(devices[device][kind])
@@ -90,6 +105,19 @@ def replaced(readme: str, text: str) -> str:
         raise DLRError(f"README.md must have the lines {BEGIN} and {END} once, in this order")
     before, after = readme.split(BEGIN)[0], readme.split(END)[1]
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def _pictures(devices: dict[str, plots.Documents]) -> list[tuple[Path, plots.Documents]]:
+    return [(path, documents) for documents in devices.values() if (path := plots.picture(documents))]
+
+
+def _draw(devices: dict[str, plots.Documents]) -> None:
+    """All pictures anew, or one line where there is no matplotlib to draw them with."""
+    try:
+        for path, documents in _pictures(devices):
+            plots.draw(path, documents)
+    except ImportError:
+        print(f"benchmarks.render: {plots.NEEDED}")
 
 
 def _wrapped(text: str, width: int = 120) -> list[str]:

@@ -36,32 +36,40 @@ def head(document: Row, what: str) -> list[str]:
     ]
 
 
-def kernels(document: Row) -> list[str]:
-    """Of every MLP and token count the chain that does best and the one that does worst, each by its fastest form."""
+def kernel_cases(document: Row) -> list[list[Row]]:
+    """The rows of each MLP, token count and chain, in this order, that have all providers which a line compares."""
     cases: dict[tuple[Any, ...], list[Row]] = {}
     for row in document["rows"]:
         name = ("hidden", "intermediate", "tokens", "lanes", "depth", "rank", "gated", "dtype")
         cases.setdefault(tuple(row[n] for n in name), []).append(row)
-    groups: dict[tuple[Any, ...], list[list[Row]]] = {}
-    for case, rows in cases.items():
+    compared = []
+    for _, rows in sorted(cases.items()):
         families = {row["provider"].split("-")[0] for row in rows}
-        if families >= {"dense", "naive"} and families & set(_OURS):  # what a line of the table shows
-            groups.setdefault(case[:3], []).append(rows)
+        if families >= {"dense", "naive"} and families & set(_OURS):
+            compared.append(rows)
+    return compared
+
+
+def kernels(document: Row) -> list[str]:
+    """Of every MLP and token count the chain that does best and the one that does worst, each by its fastest form."""
+    groups: dict[tuple[Any, ...], list[list[Row]]] = {}
+    for rows in kernel_cases(document):
+        groups.setdefault(tuple(rows[0][n] for n in ("hidden", "intermediate", "tokens")), []).append(rows)
     lines = []
-    for _, chains in sorted(groups.items()):
-        ranked = sorted(chains, key=_ours_over_dense)
+    for chains in groups.values():
+        ranked = sorted(chains, key=ours_over_dense)
         for rows in ranked if len(ranked) == 1 else (ranked[0], ranked[-1]):
             ours = fastest(rows, *_OURS)
             forecast = next((r["predicted_us"] for r in rows if r["predicted_us"] and r is ours), None)
             lines.append(
                 (
                     f"{ours['hidden']} x {ours['intermediate']}",
-                    _chain(ours),
+                    chain_name(ours),
                     f"{ours['tokens']:,}",
                     _us(fastest(rows, "dense")),
                     _us(fastest(rows, "naive")),
                     _us(ours),
-                    _ratio(_ours_over_dense(rows)),
+                    _ratio(ours_over_dense(rows)),
                     "-" if ours["error"] is None else f"{ours['error']:.0e}",
                     "-" if forecast is None else f"{forecast:,.0f}",
                 )
@@ -82,23 +90,31 @@ def kernels(document: Row) -> list[str]:
     return head(document, what) + table(columns, lines)
 
 
-def models(document: Row) -> list[str]:
-    """Of each step of a model the faster engine of either side."""
+def model_steps(document: Row) -> list[tuple[Row, Row, float | None]]:
+    """Original, locked and the ratio of their times for each step of a model, each side by its faster engine."""
     steps: dict[tuple[Any, ...], list[Row]] = {}
     for row in document["rows"]:
         name = ("model", "lanes", "depth", "rank", "phase", "batch", "tokens", "context")
         steps.setdefault(tuple(row[n] for n in name), []).append(row)
-    lines = []
+    compared = []
     for rows in steps.values():
         theirs, ours = (_fastest([r for r in rows if r["side"] == side]) for side in ("original", "locked"))
         if theirs is None or ours is None:
             continue
         ratio = ours["median_us"] / theirs["median_us"] if ours["median_us"] and theirs["median_us"] else None
+        compared.append((theirs, ours, ratio))
+    return compared
+
+
+def models(document: Row) -> list[str]:
+    """Of each step of a model the faster engine of either side."""
+    lines = []
+    for theirs, ours, ratio in model_steps(document):
         rate = "-" if ours["tokens_per_s"] is None else f"{ours['tokens_per_s']:,.0f}"
         lines.append(
             (
                 ours["model"],
-                _chain(ours),
+                chain_name(ours),
                 f"{ours['phase']}, {ours['tokens']:,}",
                 _us(theirs),
                 _us(ours),
@@ -207,14 +223,16 @@ def _fastest(rows: list[Row]) -> Row | None:
     return min(timed, key=lambda r: r["median_us"]) if timed else next(iter(rows), None)
 
 
-def _ours_over_dense(rows: list[Row]) -> float:
+def ours_over_dense(rows: list[Row]) -> float:
+    """The time of a case's chain, by its fastest form, over its MLP's; infinite where a gate is red."""
     ours, dense = fastest(rows, *_OURS), fastest(rows, "dense")
     return (
         ours["median_us"] / dense["median_us"] if ours["median_us"] and dense["median_us"] else float("inf")
     )
 
 
-def _chain(row: Row) -> str:
+def chain_name(row: Row) -> str:
+    """Lanes x steps x rank."""
     return f"{row['lanes']}x{row['depth']}x{row['rank']}{' gated' if row.get('gated') else ''}"
 
 

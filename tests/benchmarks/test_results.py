@@ -3,6 +3,10 @@
 import copy
 import importlib
 import json
+import re
+import shutil
+import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,11 @@ compare = importlib.import_module("benchmarks.compare")
 render = importlib.import_module("benchmarks.render")
 schema = importlib.import_module("benchmarks.schema")
 RESULTS = render.RESULTS
+MODEL = {
+    "model": "1B", "hidden": 2048, "intermediate": 8192, "layers": 16, "lanes": 8, "depth": 48, "rank": 32,
+    "phase": "decode", "batch": 1, "tokens": 1, "context": 256, "dtype": "bfloat16",
+}  # fmt: skip
+TIMED = {"accurate": True, "median_us": 800.0, "p20_us": 790.0, "p80_us": 810.0, "tokens_per_s": 1250.0}
 HEAD = {
     "schema": 1,
     "device": "NVIDIA H200",
@@ -43,6 +52,22 @@ def written(folder: Path, document: dict[str, Any], name: str = "kernels-2027010
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(json.dumps(document))
     return folder / name
+
+
+def copied(folder: Path) -> tuple[Path, list[str]]:
+    """A copy of README and the results, and the arguments that render it."""
+    shutil.copytree(RESULTS, folder / "benchmarks/results")
+    readme = Path(shutil.copy(render.ROOT / "README.md", folder))
+    return readme, ["--readme", str(readme), "--results", str(folder / "benchmarks/results")]
+
+
+def without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("matplotlib", "matplotlib.style", "matplotlib.figure", "matplotlib.ticker"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def texts(svg: Path) -> str:
+    return " ".join(e.text or "" for e in ET.parse(svg).iter("{http://www.w3.org/2000/svg}text"))
 
 
 def test_what_is_committed_is_valid() -> None:
@@ -127,16 +152,39 @@ def test_readme_says_what_the_results_say(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_readme_that_says_something_else_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    readme = tmp_path / "README.md"
-    text = (render.ROOT / "README.md").read_text(encoding="utf-8")
+    readme, where = copied(tmp_path)
+    text = readme.read_text(encoding="utf-8")
     readme.write_text(text.replace("### AMD EPYC (CPU)", "### Something faster"), encoding="utf-8")
-    assert render.main(["--check", "--readme", str(readme)]) == 1
+    assert render.main(["--check", *where]) == 1
     assert "-### Something faster" in capsys.readouterr().out
-    assert render.main(["--readme", str(readme)]) == 0
+    assert render.main(where) == 0
     assert readme.read_text(encoding="utf-8") == text
     readme.write_text("no marks\n")
-    assert render.main(["--readme", str(readme)]) == 2
+    assert render.main(where) == 2
     assert "must have the lines" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault", ["another run", "another drawing", "none"])
+def test_a_plot_that_is_not_of_its_results_fails_without_matplotlib(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_matplotlib(monkeypatch)
+    _, where = copied(tmp_path)
+    assert render.main(["--check", *where]) == 0
+    plot = next(tmp_path.glob("benchmarks/results/cpu-amd-epyc/*.svg"))
+    if fault == "another run":  # whose tables are the same
+        path = next(plot.parent.glob("kernels-*.json"))
+        text = path.read_text()
+        path.write_text(re.sub(r'"p80_us": (\d+)', r'"p80_us": 1\1', text, count=1))
+        assert path.read_text() != text
+    elif fault == "another drawing":
+        plot.write_text(plot.read_text().replace("L ", "L 1", 1))
+    else:
+        plot.unlink()
+    assert render.main(["--check", *where]) == 1
+    printed = capsys.readouterr().out
+    assert "cpu-amd-epyc/times.svg)" in printed  # the link that README has and should not
+    assert (f"{plot} is not what was drawn" in printed) == (fault != "none")
 
 
 def test_without_a_gpu_predictions_are_marked() -> None:
@@ -173,19 +221,14 @@ def test_a_run_of_few_providers_has_no_lines(tmp_path: Path) -> None:
 
 
 def test_every_kind_of_a_gpu_run_has_its_table(tmp_path: Path) -> None:
-    model = {
-        "model": "1B", "hidden": 2048, "intermediate": 8192, "layers": 16, "lanes": 8, "depth": 48, "rank": 32,
-        "phase": "decode", "batch": 1, "tokens": 1, "context": 256, "dtype": "bfloat16",
-    }  # fmt: skip
     step = {"model": "1B", "lanes": 8, "depth": 48, "rank": 32, "tokens": 4096, "dtype": "bfloat16"}
-    timed = {"accurate": True, "median_us": 800.0, "p20_us": 790.0, "p80_us": 810.0, "tokens_per_s": 1250.0}
     documents = {
         "machine": [{"fact": "copy, read and written", "value": 4301.5, "unit": "GB/s"}],
         "tests": [{"file": "tests/a.py", "passed": 90, "failed": 1, "skipped": 2, "failures": ["FAILED"]}],
         "models": [
-            model | {"side": "original", "engine": "graph"} | timed,
-            model | {"side": "locked", "engine": "eager"} | timed | {"median_us": 3000.0},
-            model | {"side": "locked", "engine": "graph"} | timed | {"median_us": 1000.0, "error": 0.004},
+            MODEL | {"side": "original", "engine": "graph"} | TIMED,
+            MODEL | {"side": "locked", "engine": "eager"} | TIMED | {"median_us": 3000.0},
+            MODEL | {"side": "locked", "engine": "graph"} | TIMED | {"median_us": 1000.0, "error": 0.004},
         ],
         "training": [
             step | {"side": "locked", "policy": "inference", "accurate": True, "step_s": 0.1},
@@ -212,3 +255,51 @@ def test_every_kind_of_a_gpu_run_has_its_table(tmp_path: Path) -> None:
         "| SmolLM2 | 6 of 30 | 8,000,000 | 120 | 3.000 to 3.200 | 0.210 | 18% | 0.80 |",
     ):
         assert wanted in text
+
+
+def test_a_device_has_a_plot_of_what_is_accurate(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "results/nvidia-h200"
+    rows = [
+        kernel_row(provider, us, tokens=tokens, depth=depth)
+        for provider, times in {
+            "dense-graph": (4.0, 5.0),
+            "naive-graph": (90, 91),
+            "ours-graph": (7, None),
+        }.items()
+        for depth, us in zip((72, 36), times, strict=True)
+        for tokens in (1, 512)
+    ]
+    written(folder, kernels(*rows))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{render.BEGIN}\n{render.END}\n")
+    where = ["--readme", str(readme), "--results", str(tmp_path / "results")]
+    assert render.main(where) == 0
+    assert "](results/nvidia-h200/times.svg)\n" in readme.read_text()
+    shown = texts(folder / "times.svg")
+    for wanted in ("NVIDIA H200, 2027-01-02", "MLP 576 x 1536, bfloat16", "512", "1x72x32"):
+        assert wanted in shown
+    assert "1x36x32" not in shown and "Whole models" not in shown  # the gate of the first is red
+    first = (folder / "times.svg").read_bytes()
+    assert render.main(where) == 0 and (folder / "times.svg").read_bytes() == first
+    steps = [MODEL | {"side": side, "engine": "graph"} | TIMED for side in ("original", "locked")]
+    written(folder, HEAD | {"rows": steps}, "models-20270102T030405.json")
+    assert render.main(["--check", *where]) == 1  # the plot lacks the models
+    assert render.main(where) == 0 and render.main(["--check", *where]) == 0
+    shown = texts(folder / "times.svg")
+    assert "Whole models, bfloat16" in shown and "1B 8x48x32" in shown and "1x72x32" in shown
+
+
+def test_without_matplotlib_tables_are_written_and_no_plot_is_linked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_matplotlib(monkeypatch)
+    readme, where = copied(tmp_path)
+    for plot in tmp_path.glob("benchmarks/results/*/*.svg"):
+        plot.unlink()
+    assert render.main(where) == 0
+    printed = capsys.readouterr().out
+    assert "needs matplotlib: pip install" in printed and printed.count("\n") == 1
+    text = readme.read_text(encoding="utf-8")
+    assert "| 576 x 1536 |" in text and ".svg" not in text
+    assert render.main(["--check", *where]) == 0
