@@ -86,7 +86,7 @@ def redistil(
             pairs = next(own)[1]
             captured = time.monotonic() - began
             notes: list[str] = []
-            done = _copies(
+            figures, nets = _copies(
                 mlp.module,
                 locked.get_submodule(mlp.module),
                 pairs,
@@ -100,7 +100,7 @@ def redistil(
                 notes.append,
                 captured,
             )
-            done = *done, notes
+            done = figures, nets, notes
             if kept is not None:
                 _keep(kept, mlp.module, *done)
         for sentence in done[2]:

@@ -1,8 +1,9 @@
 """Makes `dlr_lock` importable from the source tree alone, without an installation.
 
 The packages lie in folders of other names (pyproject.toml maps them), which Python finds only once they are installed.
-Importing `benchmarks` installs a finder that reads the same map and answers where nobody else did, so that on a machine
-with torch and transformers but without this package, from the repository's root, both of these run:
+Importing `benchmarks` installs a finder that reads the same map and answers before all others, so that a tree measures
+itself whatever is installed. On a machine with torch and transformers but without this package, from the repository's
+root, both of these run:
 
     python -m benchmarks.gpu
     PYTHONPATH=benchmarks/site python -m pytest tests/triton_kernels
@@ -65,10 +66,10 @@ def package_folders(settings: dict) -> dict[str, str]:
 
 
 def install() -> None:
-    """Appends the finder, once: an installed package goes first."""
+    """Puts the finder, once, before those that would find an installed package."""
     # By name: sitecustomize.py loads this module, too, and under another name its class is another.
     if not any(type(finder).__name__ == SourceTree.__name__ for finder in sys.meta_path):
-        sys.meta_path.append(SourceTree())
+        sys.meta_path.insert(0, SourceTree())
 
 
 def _normal(name: str) -> str:

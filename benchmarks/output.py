@@ -36,11 +36,14 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
 
 
 def source() -> str:
-    """Twelve digits that name the program that was measured: of the SHA-256 over its modules, wherever they lie."""
+    """Twelve digits that name what was measured and what measured it: of the SHA-256 over the modules of both."""
     digest = hashlib.sha256()
+    folders = {"benchmarks": Path(__file__).parent}
     for part in _PARTS:
         found = find_spec(f"dlr_lock.{part}")
         assert found is not None and found.origin is not None
-        for path in sorted(Path(found.origin).parent.rglob("*.py")):
-            digest.update(f"{part}/{path.name}\n".encode() + path.read_bytes())
+        folders[part] = Path(found.origin).parent
+    for part, within in folders.items():
+        for path in sorted(within.rglob("*.py")):
+            digest.update(f"{part}/{path.relative_to(within).as_posix()}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:12]

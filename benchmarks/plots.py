@@ -7,13 +7,13 @@ picture of other files, or one edited by hand, is found out without matplotlib.
 import hashlib
 import io
 from itertools import cycle
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from dlr_lock.runtime.files import write_whole
 
-from .tables import chain_name, kernel_cases, model_steps, ours_over_dense
+from .output import folder
+from .tables import chain_name, kernel_cases, model_steps, over
 
 Documents = dict[str, dict[str, Any]]  # kind to a run that was loaded, with its `path`
 Lines = dict[tuple[str, str], list[tuple[int, float]]]  # (chain, phase of a model's step) to (tokens, ratio)
@@ -35,7 +35,9 @@ def picture(documents: Documents) -> Path | None:
     """Where the picture of a device's newest runs is to be, None where they have nothing to draw."""
     if not _panels(documents):
         return None
-    return next(documents[kind]["path"] for kind in _DRAWN if kind in documents).with_name("times.svg")
+    run = next(documents[kind] for kind in _DRAWN if kind in documents)
+    own = folder(run["device"]).name  # a folder may hold the files of several devices
+    return run["path"].with_name("times.svg" if run["path"].parent.name == own else f"times-{own}.svg")
 
 
 def is_current(path: Path, documents: Documents) -> bool:
@@ -65,15 +67,15 @@ def _stamped(svg: str, documents: Documents) -> str:
 def _panels(documents: Documents) -> dict[str, Lines]:
     """Title to lines: a panel an MLP, and one of whole models. A row whose gate is red is no point."""
     points = []
-    for rows in kernel_cases(documents["kernels"]) if "kernels" in documents else ():
-        title = f"MLP {rows[0]['hidden']} x {rows[0]['intermediate']}, {rows[0]['dtype']}"
-        points.append((title, (chain_name(rows[0]), ""), rows[0]["tokens"], ours_over_dense(rows)))
+    for dense, _, ours in kernel_cases(documents["kernels"]) if "kernels" in documents else ():
+        title = f"MLP {ours['hidden']} x {ours['intermediate']}, {ours['dtype']}"
+        points.append((title, (chain_name(ours), ""), ours["tokens"], over(ours, dense)))
     for _, ours, ratio in model_steps(documents["models"]) if "models" in documents else ():
         line = (f"{ours['model']} {chain_name(ours)}", ours["phase"])
         points.append((f"Whole models, {ours['dtype']}; dashed: decode", line, ours["tokens"], ratio))
     panels: dict[str, Lines] = {}
     for title, line, tokens, ratio in points:
-        if ratio is not None and isfinite(ratio):
+        if ratio is not None:
             panels.setdefault(title, {}).setdefault(line, []).append((tokens, ratio))
     return panels
 

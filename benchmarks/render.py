@@ -23,7 +23,7 @@ from .tables import TABLES, predictions
 BEGIN = "<!-- measured: `make results` writes what follows -->"
 END = "<!-- measured: end -->"
 _FORECAST = (
-    "On a GPU nothing has been measured: **not measured yet**. **Predictions** of the cost model for one NVIDIA H200 "
+    "What an MLP's place takes on a GPU is **not measured yet**. **Predictions** of the cost model for one NVIDIA H200 "
     "in bfloat16 stand here until then, microseconds of the chain / of the MLP it replaces; they are no measurements."
 )
 
@@ -85,6 +85,8 @@ def block(devices: dict[str, plots.Documents], home: Path = ROOT) -> str:
         "",
     ]
     if not gpus:
+        lines += [*_missing({}), ""]
+    if not any("kernels" in devices[name] for name in gpus):
         lines += [*_wrapped(_FORECAST), "", *predictions()]
     for device in [*gpus, *(name for name in devices if name not in gpus)]:
         lines += [f"### {device.removeprefix('CPU ')}{' (CPU)' if device not in gpus else ''}", ""]
@@ -96,7 +98,14 @@ def block(devices: dict[str, plots.Documents], home: Path = ROOT) -> str:
             if kind in devices[device]:
                 text = render(devices[device][kind])
                 lines += [*_wrapped(text[0]), *text[1:]]
+        if device in gpus and len(set(TABLES) - set(devices[device])):
+            lines += [*_missing(devices[device]), ""]
     return "\n".join(lines).rstrip("\n")
+
+
+def _missing(measured: plots.Documents) -> list[str]:
+    names = [{"moretests": "other tests"}.get(name, name) for name in TABLES if name not in measured]
+    return _wrapped(f"On {'this' if measured else 'a'} GPU **not measured yet**: {', '.join(names)}.")
 
 
 def replaced(readme: str, text: str) -> str:

@@ -1,6 +1,7 @@
 """Results as Markdown: a table a kind, short enough for a README. A row whose gate is red shows its error, no time."""
 
 from collections.abc import Callable, Iterable, Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ Row = dict[str, Any]
 SHAPES = ("576x1536", "2048x8192", "4096x14336")
 CHAINS = ("1x64", "8x64")
 TOKENS = (1, 16, 512, 4096)
-_OURS = ("ours", "lookahead", "decode", "prefill")  # families of providers
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -36,46 +36,54 @@ def head(document: Row, what: str) -> list[str]:
     ]
 
 
-def kernel_cases(document: Row) -> list[list[Row]]:
-    """The rows of each MLP, token count and chain, in this order, that have all providers which a line compares."""
-    cases: dict[tuple[Any, ...], list[Row]] = {}
+def kernel_cases(document: Row) -> list[tuple[Row | None, Row | None, Row]]:
+    """(MLP, chain step by step, the op) of each MLP, token count and chain, in this order, where the op was tried.
+
+    On a GPU the op is `ours` and all are CUDA graphs; on a CPU it is look-ahead and all are eager. Nothing else stands
+    in for a row whose gate is red. None: was not tried, such as where the case crashed.
+    """
+    cpu = document["device"].startswith("CPU ")
+    names = (
+        ("dense-eager", "naive-eager", "lookahead-eager")
+        if cpu
+        else ("dense-graph", "naive-graph", "ours-graph")
+    )
+    cases: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in document["rows"]:
         name = ("hidden", "intermediate", "tokens", "lanes", "depth", "rank", "gated", "dtype")
-        cases.setdefault(tuple(row[n] for n in name), []).append(row)
+        cases.setdefault(tuple(row[n] for n in name), {})[row["provider"]] = row
     compared = []
     for _, rows in sorted(cases.items()):
-        families = {row["provider"].split("-")[0] for row in rows}
-        if families >= {"dense", "naive"} and families & set(_OURS):
-            compared.append(rows)
+        dense, naive, ours = (rows.get(name) for name in names)
+        if ours is not None:
+            compared.append((dense, naive, ours))
     return compared
 
 
 def kernels(document: Row) -> list[str]:
-    """Of every MLP and token count the chain that does best and the one that does worst, each by its fastest form."""
-    groups: dict[tuple[Any, ...], list[list[Row]]] = {}
-    for rows in kernel_cases(document):
-        groups.setdefault(tuple(rows[0][n] for n in ("hidden", "intermediate", "tokens")), []).append(rows)
+    """Of every MLP and token count the chain that does best and the one that does worst."""
+    groups: dict[tuple[Any, ...], list[tuple[Row | None, Row | None, Row]]] = {}
+    for case in kernel_cases(document):
+        groups.setdefault(tuple(case[2][n] for n in ("hidden", "intermediate", "tokens")), []).append(case)
     lines = []
-    for chains in groups.values():
-        ranked = sorted(chains, key=ours_over_dense)
-        for rows in ranked if len(ranked) == 1 else (ranked[0], ranked[-1]):
-            ours = fastest(rows, *_OURS)
-            forecast = next((r["predicted_us"] for r in rows if r["predicted_us"] and r is ours), None)
+    for cases in groups.values():
+        ranked = sorted(cases, key=lambda case: over(case[2], case[0]) or inf)
+        for dense, naive, ours in ranked if len(ranked) == 1 else (ranked[0], ranked[-1]):
+            forecast = ours["predicted_us"]
             lines.append(
                 (
                     f"{ours['hidden']} x {ours['intermediate']}",
                     chain_name(ours),
                     f"{ours['tokens']:,}",
-                    _us(fastest(rows, "dense")),
-                    _us(fastest(rows, "naive")),
+                    _us(dense),
+                    _us(naive),
                     _us(ours),
-                    _ratio(ours_over_dense(rows)),
+                    _ratio(over(ours, dense)),
                     "-" if ours["error"] is None else f"{ours['error']:.0e}",
                     "-" if forecast is None else f"{forecast:,.0f}",
                 )
             )
-    dtype = document["settings"]["dtype"]
-    what = f"One MLP's place in {dtype}, microseconds a call on cold weights"
+    what = f"One MLP's place in {document['rows'][0]['dtype']}, microseconds a call on cold weights"
     columns = (
         "MLP",
         "chain",
@@ -90,24 +98,24 @@ def kernels(document: Row) -> list[str]:
     return head(document, what) + table(columns, lines)
 
 
-def model_steps(document: Row) -> list[tuple[Row, Row, float | None]]:
-    """Original, locked and the ratio of their times for each step of a model, each side by its faster engine."""
-    steps: dict[tuple[Any, ...], list[Row]] = {}
+def model_steps(document: Row) -> list[tuple[Row | None, Row, float | None]]:
+    """Original, locked and the ratio of their times for each step of a model, both by one engine: graph, where either
+    side was tried by it, else eager. None: was not tried, such as where the step crashed."""
+    steps: dict[tuple[Any, ...], dict[tuple[str, str], Row]] = {}
     for row in document["rows"]:
         name = ("model", "lanes", "depth", "rank", "phase", "batch", "tokens", "context")
-        steps.setdefault(tuple(row[n] for n in name), []).append(row)
+        steps.setdefault(tuple(row[n] for n in name), {})[row["engine"], row["side"]] = row
     compared = []
     for rows in steps.values():
-        theirs, ours = (_fastest([r for r in rows if r["side"] == side]) for side in ("original", "locked"))
-        if theirs is None or ours is None:
-            continue
-        ratio = ours["median_us"] / theirs["median_us"] if ours["median_us"] and theirs["median_us"] else None
-        compared.append((theirs, ours, ratio))
+        engine = "graph" if any(engine == "graph" for engine, _ in rows) else "eager"
+        theirs, ours = rows.get((engine, "original")), rows.get((engine, "locked"))
+        if ours is not None:
+            compared.append((theirs, ours, over(ours, theirs)))
     return compared
 
 
 def models(document: Row) -> list[str]:
-    """Of each step of a model the faster engine of either side."""
+    """Of each step of a model both sides by one engine."""
     lines = []
     for theirs, ours, ratio in model_steps(document):
         rate = "-" if ours["tokens_per_s"] is None else f"{ours['tokens_per_s']:,.0f}"
@@ -129,7 +137,7 @@ def models(document: Row) -> list[str]:
 
 
 def training(document: Row) -> list[str]:
-    """Of each model the plain step and the fastest one, over an inference pass."""
+    """Of each model the plain step and the fastest one, over an inference pass; where that is red, its error."""
     sides: dict[tuple[str, str], list[Row]] = {}
     for row in document["rows"]:
         sides.setdefault((row["model"], row["side"]), []).append(row)
@@ -139,13 +147,18 @@ def training(document: Row) -> list[str]:
         inference = timed.pop("inference", None)
         best = min(timed.values(), key=lambda row: row["step_s"], default=None)
         if inference is None or best is None:
+            tried = next((row for row in rows if row["policy"] == "inference" and inference is None), None)
+            lines.append(
+                (model, side, "-" if tried is None else _us(tried | {"median_us": None}), "-", "-", "-")
+            )
             continue
         cells = []
         for row in (timed.get("plain"), best):
             peak = "" if not row or row["peak_bytes"] is None else f", {row['peak_bytes'] / 1e9:.1f} GB"
-            cells.append(f"{row['step_s'] / inference['step_s']:.1f}{peak}" if row else "-")
+            cells.append(f"{row['step_s'] / inference['step_s']:.1f}{peak}" if row else "failed")
         lines.append((model, side, f"{1e3 * inference['step_s']:,.1f}", *cells, best["policy"]))
-    what = f"A training step of all weights over an inference pass, {document['rows'][0]['tokens']:,} tokens"
+    tokens = document["rows"][0]["tokens"]
+    what = f"An eager training step of all weights over an eager inference pass, {tokens:,} tokens"
     columns = ("model", "side", "inference, ms", "plain step", "best step", "best by")
     return head(document, what) + table(columns, lines)
 
@@ -155,8 +168,8 @@ def conversion(document: Row) -> list[str]:
     lines = [
         (
             row["model"], f"{row['layers']} of {row['of_layers']}", f"{row['visits']:,}", f"{row['seconds']:,.0f}",
-            f"{row['original_loss']:.3f} to {row['loss']:.3f}", f"{row['kl']:.3f}", f"{100 * row['flips']:.0f}%",
-            f"{row['smallest_gap']:.2f}",
+            f"{_number(row['original_loss'], '.3f')} to {_number(row['loss'], '.3f')}", _number(row["kl"], ".3f"),
+            _number(row["flips"], ".0%"), _number(row["smallest_gap"], ".2f"),
         )
         for row in document["rows"]
     ]  # fmt: skip
@@ -166,8 +179,9 @@ def conversion(document: Row) -> list[str]:
 
 def tests(document: Row) -> list[str]:
     """One line."""
+    where = "Tests of the kernels" if document["stage"] == "tests" else "Other tests"
     passed, failed, skipped = (sum(r[n] for r in document["rows"]) for n in ("passed", "failed", "skipped"))
-    return head(document, f"Tests on the device: {passed} passed, {failed} failed, {skipped} skipped")
+    return head(document, f"{where} on the device: {passed} passed, {failed} failed, {skipped} skipped")
 
 
 def machine(document: Row) -> list[str]:
@@ -187,6 +201,7 @@ TABLES: dict[str, Callable[[Row], list[str]]] = {
     "models": models,
     "training": training,
     "conversion": conversion,
+    "moretests": tests,
 }
 
 
@@ -212,35 +227,29 @@ def predictions() -> list[str]:
     return table(columns, lines)
 
 
-def fastest(rows: list[Row], *families: str) -> Row:
-    """The fastest accurate row of these families of providers; where all gates are red, the first of them."""
-    own = [r for family in families for r in rows if r["provider"].split("-")[0] == family]
-    return _fastest(own) or own[0]
-
-
-def _fastest(rows: list[Row]) -> Row | None:
-    timed = [r for r in rows if r["median_us"]]
-    return min(timed, key=lambda r: r["median_us"]) if timed else next(iter(rows), None)
-
-
-def ours_over_dense(rows: list[Row]) -> float:
-    """The time of a case's chain, by its fastest form, over its MLP's; infinite where a gate is red."""
-    ours, dense = fastest(rows, *_OURS), fastest(rows, "dense")
-    return (
-        ours["median_us"] / dense["median_us"] if ours["median_us"] and dense["median_us"] else float("inf")
-    )
-
-
 def chain_name(row: Row) -> str:
     """Lanes x steps x rank."""
     return f"{row['lanes']}x{row['depth']}x{row['rank']}{' gated' if row.get('gated') else ''}"
 
 
-def _us(row: Row) -> str:
+def over(ours: Row, theirs: Row | None) -> float | None:
+    """The ratio of two rows' times, None where either has none."""
+    if theirs is None or not theirs["median_us"] or not ours["median_us"]:
+        return None
+    return ours["median_us"] / theirs["median_us"]
+
+
+def _us(row: Row | None) -> str:
+    if row is None:
+        return "-"
     if row["median_us"] is not None:
         return f"{row['median_us']:,.{0 if row['median_us'] >= 100 else 1}f}"
     return f"error {row['error']:.1e}" if row["error"] is not None else "failed"
 
 
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
 def _ratio(value: float | None) -> str:
-    return "-" if value is None or value == float("inf") else f"{value:.2f}"
+    return "-" if value is None else f"{value:.2f}"

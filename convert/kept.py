@@ -28,7 +28,9 @@ class Kept:
         self.folder = target.with_name(f"{target.name}.partial")
         self._about = json.dumps(facts, sort_keys=True, default=str)
         if self.folder.exists() and not (self.folder / _ABOUT).is_file():
-            if not self.folder.is_dir() or any(not path.name.endswith(".part") for path in self.folder.iterdir()):
+            if not self.folder.is_dir() or any(
+                not path.name.endswith(".part") for path in self.folder.iterdir()
+            ):
                 raise DLRError(f"{self.folder} is in the way and not of an interrupted run: move it away")
         elif self.folder.exists():
             before = read_json(self.folder / _ABOUT)
@@ -67,7 +69,10 @@ class Kept:
                 path = self._path(part)
                 for file, write in (
                     (self.folder / _ABOUT, lambda p: p.write_text(self._about, encoding="utf-8")),
-                    (path.with_suffix(".json"), lambda p: p.write_text(json.dumps(figures), encoding="utf-8")),
+                    (
+                        path.with_suffix(".json"),
+                        lambda p: p.write_text(json.dumps(figures), encoding="utf-8"),
+                    ),
                     (path, lambda p: save_file(tensors, p)),  # last: it is what says that the part is there
                 ):
                     unfinished = file.with_name(f"{file.name}.part")

@@ -126,16 +126,23 @@ class Rates:
 
 
 def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """A copy of 1 GiB and a product of 8192^3 on a GPU; 256 MiB and 512^3 on a CPU. Medians of 5."""
+    """A copy of 1 GiB and a product of 8192^3 on a GPU; 256 MiB and 512^3 on a CPU. Medians of 5.
+
+    On a GPU after half a second of products, for an idle one's clocks are low.
+    """
     gpu = device.type == "cuda"
     n, size = (2**30, 8192) if gpu else (2**28, 512)
-    source = torch.zeros(n, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copying = Runner(lambda _: target.copy_(source), 1, device)
-    copy = 2 * n / median(copying.sample() for _ in range(5))
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(a)
     multiplying = Runner(lambda _: torch.mm(a, b, out=out), 1, device)
+    began = time.monotonic()
+    while gpu and time.monotonic() - began < 0.5:
+        multiplying.run()
+    # Random bytes: a CPU's fresh zeros are one page, and some devices compress them.
+    source = torch.empty(n // 8, dtype=torch.int64, device=device).random_()
+    target = torch.empty_like(source)
+    copying = Runner(lambda _: target.copy_(source), 1, device)
+    copy = 2 * n / median(copying.sample() for _ in range(5))
     return Rates(copy, 2 * size**3 / median(multiplying.sample() for _ in range(5)))
 
 

@@ -30,20 +30,19 @@ def measure(record: Record) -> None:
     """A first conversion of one layer, then one of as many as its speed promises time for."""
     with TemporaryDirectory() as scratch:
         source, layers = _source(record, Path(scratch))
-        if not record.has(name="one layer"):
-            visits = 2048 if record.smoke else EFFORTS["quick"].visits
-            record.add(_convert(record, source, Path(scratch) / "one", "one layer", layers, 1, visits))
-        first = next(row for row in record.rows if row["name"] == "one layer")
-        if record.has(name="all that fits"):
-            return
-        if record.smoke:
-            count, visits = layers, 2048
-        else:
-            count, visits = plan(layers, first["visits_per_s"], first["seconds"], _SHARE * record.left())
-        if not count:
-            record.stop("after 1 of 2: the limit of time")
-            return
-        record.add(_convert(record, source, Path(scratch) / "more", "all that fits", layers, count, visits))
+        for name in record.unmeasured(("one layer", "all that fits"), lambda name: {"name": name}):
+            count, visits = 1, 2048 if record.smoke else EFFORTS["quick"].visits
+            if name != "one layer":
+                first = next(row for row in record.rows if row["name"] == "one layer")
+                if record.smoke:
+                    count = layers
+                else:
+                    seconds = _SHARE * record.left()
+                    count, visits = plan(layers, first["visits_per_s"], first["seconds"], seconds)
+            if not count:
+                record.stop("after 1 of 2: the limit of time")
+                return
+            record.add(_convert(record, source, Path(scratch) / name, name, layers, count, visits))
 
 
 def plan(layers: int, rate: float, first_seconds: float, seconds: float) -> tuple[int, int]:
@@ -73,7 +72,7 @@ def _convert(
     sizes = {"tokens": 2048, "heldout": 512, "batch": 256, "sequence": 64} if record.smoke else _tokens(data)
     report: ConversionReport = convert_model(
         source, out, layers=f"last-{count}", visits=visits, data=str(data), unlock=0.0, together=0,
-        device=str(record.device), progress=lambda what, done, total: None, **sizes,
+        device=str(record.device), progress=lambda what, done, total: record.alive(what), **sizes,
     )  # fmt: skip
     evaluation = report.evaluation
     assert isinstance(evaluation, Evaluation) and evaluation.original_loss is not None

@@ -1,13 +1,21 @@
 """Stage `kernels`: one MLP slot at a time, every shape, chain and token count of benchmarks.kernels."""
 
+import gc
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
-from dlr_lock.runtime.bench import COLD_BYTES, ROUNDS, chain_cases, numbers, run, sizes
-from dlr_lock.runtime.slot import CPU_PROVIDERS, PROVIDERS, Case
+import torch
+
+from dlr_lock.runtime.bench import COLD_BYTES, ROUNDS, Row, chain_cases, numbers, sizes
+from dlr_lock.runtime.bench import measure as measured
+from dlr_lock.runtime.dtypes import dtype_name
+from dlr_lock.runtime.slot import CPU_PROVIDERS, PROVIDERS, Case, Slot, dtype_of
+from dlr_lock.runtime.timing import measured_rates
+from dlr_lock.triton_kernels import cost
 
 from ..kernels import CHAINS, SHAPES, SMOKE, TOKENS
-from .stage import Record
+from .stage import DeviceLost, Record, check_device
 
 # The order of worth: what a short visit leaves out stands last.
 _CHAINS = ("1x64", "8x64")
@@ -15,43 +23,40 @@ _TOKENS = (1, 512, 16, 4096)
 
 
 def measure(record: Record) -> None:
-    """Rows as `dlr-lock bench` has them. Of compiled forms only the MLP's: to compile a chain takes a minute."""
-    earlier = record.rows
-    cases = [case for case in ordered(smoke=record.smoke) if not _has(earlier, case)]
-    groups = [(cases, list(CPU_PROVIDERS))]
-    if record.device.type == "cuda":
-        graphs = [name for name in PROVIDERS if not name.endswith("-compiled")]
-        # The MLP is the same beside every chain of a shape: it is compiled once.
-        first = [c for c in cases if (c.spec.lanes, c.spec.depth) == (1, _depth(c))]
-        rest = [c for c in cases if c not in first]
-        groups = [(first, [*graphs, "dense-compiled"]), (rest, graphs)]
-    for group, providers in groups:
-        earlier = record.rows
-        if not group:
-            continue
-        if record.left() <= 0:
-            record.stop("the limit of time")
-            return
+    """Rows as `dlr-lock bench` has them. Of no compiled forms: to compile a chain takes a minute."""
+    gpu = record.device.type == "cuda"
+    dtype = dtype_of("auto", gpu=gpu)
+    providers = [name for name in PROVIDERS if not name.endswith("-compiled")] if gpu else CPU_PROVIDERS
+    rounds, cold_bytes = (2, 0) if record.smoke else (ROUNDS, COLD_BYTES)
+    rates = measured_rates(record.device, dtype)
+    record.document |= {
+        "measured_rates": {"copy_gb_per_s": rates.copy / 1e9, "matmul_tflop_per_s": rates.matmul / 1e12},
+        "constants": asdict(cost.device_constants(record.device.index)) if gpu else None,
+    }
+    record.document["settings"] |= {"rounds": rounds, "cold_bytes": cold_bytes, "dtype": dtype_name(dtype)}
 
-        def keep(document: dict[str, Any], earlier: list[dict[str, Any]] = earlier) -> None:
-            for name in ("measured_rates", "constants", "settings"):
-                record.document[name] = document[name]
-            record.document["rows"] = earlier + document["rows"]
-            record.save()
+    def failed(case: Case, why: str) -> Row:
+        name = "ours-graph" if gpu else "lookahead-eager"
+        ratio = case.spec.params / case.dense_params
+        return Row(name, **_key(case), gated=case.spec.gated, dtype=dtype_name(dtype), params_ratio=ratio,
+                   error_message=why)  # fmt: skip
 
-        document = run(
-            group,
-            device=record.device,
-            providers=providers,
-            rounds=2 if record.smoke else ROUNDS,
-            cold_bytes=0 if record.smoke else COLD_BYTES,
-            minutes=record.left() / 60,
-            save=keep,
-            progress=lambda what, done, total: print(f"kernels: {done} of {total} cases", flush=True),
-        )
-        if document["stopped"]:
-            record.stop(document["stopped"])
-            return
+    cases = ordered(smoke=record.smoke)
+    with torch.no_grad():
+        for case in record.unmeasured(cases, _key, failed):
+            gc.collect()
+            try:
+                if gpu:
+                    torch.cuda.empty_cache()
+                rows = measured(Slot(case, record.device, dtype, cold_bytes), providers, rates, rounds)
+            except (RuntimeError, MemoryError) as error:  # such as a case that does not fit
+                check_device(error)
+                rows = [
+                    failed(case, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300])
+                ]
+            record.add(*rows)
+            if any((row.error_message or "").startswith("AcceleratorError") for row in rows):
+                raise DeviceLost(f"by {_key(case)}")
 
 
 def ordered(*, smoke: bool) -> list[Case]:
@@ -78,15 +83,9 @@ def _cases(shape: str, chain: str, tokens: list[int]) -> list[Case]:
     return chain_cases(hidden, intermediate, lanes=lanes, depth=depth, rank=(*rank, None)[0], tokens=tokens)
 
 
-def _depth(case: Case) -> int:
-    """Of the chain that the first one of the list becomes at this MLP."""
-    _, depth = sizes(_CHAINS[0], 2)
-    (same,) = chain_cases(case.spec.hidden_size, case.intermediate, depth=depth, tokens=[1])
-    return same.spec.depth
-
-
-def _has(rows: list[dict[str, Any]], case: Case) -> bool:
+def _key(case: Case) -> dict[str, int]:
     lanes, depth, rank, hidden = case.spec.weight_shape
-    wanted = {"hidden": hidden, "intermediate": case.intermediate, "tokens": case.tokens}
-    wanted |= {"lanes": lanes, "depth": depth, "rank": rank}
-    return any(all(row[name] == value for name, value in wanted.items()) for row in rows)
+    return {
+        "hidden": hidden, "intermediate": case.intermediate, "lanes": lanes, "depth": depth, "rank": rank,
+        "tokens": case.tokens,
+    }  # fmt: skip

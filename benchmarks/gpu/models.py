@@ -19,7 +19,7 @@ from dlr_lock.triton_kernels import backend
 from . import build
 from .build import ModelShape
 from .rows import ModelRow
-from .stage import Record
+from .stage import DeviceLost, Record, check_device
 from .step import KEPT, decode_step, errors, prefill_step
 
 ROUNDS = 10
@@ -52,12 +52,18 @@ def measure(record: Record) -> None:
     gpu = record.device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     sides: dict[tuple[str, str], PreTrainedModel] = {}
-    for job in record.unmeasured(jobs(smoke=record.smoke), Job.key):
+
+    def failed(job: Job, why: str | None = None) -> ModelRow:
+        return ModelRow(
+            **job.key(), dtype=dtype_name(dtype), side="locked", engine="eager", error_message=why
+        )
+
+    for job in record.unmeasured(jobs(smoke=record.smoke), Job.key, failed):
         wanted = {(job.shape.name, ""), (job.shape.name, str(job.spec))}
         for old in set(sides) - wanted:
             del sides[old]
         _free(gpu)
-        row = ModelRow(**job.key(), dtype=dtype_name(dtype), side="locked", engine="eager")
+        row = failed(job)
         with noting(row):  # such as a model that does not fit
             for name, spec in sorted(wanted):
                 if (name, spec) not in sides:
@@ -67,6 +73,7 @@ def measure(record: Record) -> None:
                         if model is None
                         else build.locked(model, job.shape, job.spec)
                     )
+                    record.alive("when the models were built")
             ours, theirs = sides[job.shape.name, str(job.spec)], sides[job.shape.name, ""]
             record.add(*compared(job, ours, theirs, rounds=2 if record.smoke else ROUNDS))
         if row.error_message is not None:
@@ -167,10 +174,13 @@ def _fill(row: ModelRow, size: int, seconds: list[float]) -> None:
 
 @contextmanager
 def noting(row: Any) -> Iterator[None]:
-    """What fails in the block becomes the row's message."""
+    """What fails in the block becomes the row's message; raises DeviceLost where nothing after it can be measured."""
     try:
         yield
+    except DeviceLost:
+        raise
     except Exception as error:
+        check_device(error)
         lines = str(error).strip().splitlines()
         row.accurate, row.error_message = False, f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 

@@ -5,23 +5,28 @@ from pathlib import Path
 
 # Minutes that a stage may take at most, in the order in which a short visit should spend them.
 STAGES = {
-    "machine": 1.0,  # device, versions, rates that all else is judged by
+    "machine": 2.0,  # device, versions, rates that all else is judged by
     "tests": 6.0,  # correct before fast
-    "kernels": 8.0,
     "models": 6.0,
-    "profiles": 3.0,  # of the worst rows of the two before
+    "kernels": 8.0,
     "training": 4.0,
     "conversion": 6.0,
+    "profiles": 3.0,  # of the worst rows of kernels and models
+    "moretests": 6.0,
 }
 ABOUT = {
     "machine": "device, driver, versions, copy and product rates",
-    "tests": "the tests of the kernels, on the device",
-    "kernels": "every MLP shape, chain and token count, with the error gate",
+    "tests": "the tests that run kernels on the device",
     "models": "decode and prefill of whole models of random weights, locked against original",
-    "profiles": "where the time of the worst rows goes",
+    "kernels": "every MLP shape, chain and token count, with the error gate",
     "training": "a training step of whole models against an inference pass, by every policy",
     "conversion": "a model locked, with loss, KL and flips",
+    "profiles": "where the time of the worst row of the kernels and of the models goes",
+    "moretests": "the other tests of kernels and benchmark",
 }
+MODULES = {"moretests": "tests"}  # of the stages that have none of their own name
+AGAIN = 75  # exit status of a stage that is to go on in a fresh process
+SILENCE = 120.0  # seconds without a newer file, after which a stage hangs
 GRACE = 20.0  # seconds between the end of a stage's time and the end of its process
 LEAST = 45.0  # seconds that are not worth beginning a stage for
 SMOKE_MINUTES = 3.0

@@ -24,16 +24,20 @@ _STEPS = 10
 
 
 def measure(record: Record) -> None:
-    """Rows of the two worst rows: of the kernels and of the models, or two of the one that was measured."""
+    """Rows of the worst row of the kernels and of that of the models, of as many of the two as were measured."""
     found = list(worst(record))
     if not found:
         raise DLRError("nothing to profile: run the stages kernels and models first")
-    for kind, row in record.unmeasured(found, lambda pair: {"of": words(*pair)}):
+    for kind, row in record.unmeasured(found, lambda pair: {"of": words(*pair)}, _failed):
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(backend("triton" if record.device.type == "cuda" else "auto"))
             step = _slot(record, row) if kind == "kernels" else _model(record, row)
             record.add(*profiled(step, record.device, words(kind, row), _ratio(row)))
+
+
+def _failed(pair: tuple[str, dict[str, Any]], why: str) -> ProfileRow:
+    return ProfileRow(words(*pair), _ratio(pair[1]), "", 0.0, 0.0, 0.0, error_message=why)
 
 
 def worst(record: Record) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -62,7 +66,7 @@ def profiled(step: Callable[[], object], device: torch.device, of: str, ratio: f
     total = sum(us for _, us in times.values()) or 1.0
     largest = sorted(times.items(), key=lambda item: -item[1][1])[:_LARGEST]
     return [
-        ProfileRow(of, ratio, name[:200], count / _STEPS, us / _STEPS, 100 * us / total)
+        ProfileRow(of, ratio, name[:200], count / _STEPS, max(0.0, us) / _STEPS, 100 * max(0.0, us) / total)
         for name, (count, us) in largest
     ]
 

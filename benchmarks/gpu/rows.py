@@ -62,9 +62,13 @@ class ModelRow:
 
 @dataclass(slots=True)
 class TrainingRow:
-    """A training step of a whole model by one policy, or (policy `inference`) a pass without autograd by the kernels.
+    """An eager training step of a whole model by one policy, or (policy `inference`) a pass without autograd by the
+    kernels.
 
-    Seconds are medians. accurate: the loss is that of the plain policy within 1%.
+    Seconds are medians. accurate, of a policy: the loss is that of the side's first policy that could be run (the plain
+    one, where it fits) within 1%, and so are the gradients of the first and the last MLP's or chain's first weight
+    within 5%; gradient_error is the largest of these, |g - g0| / |g0|. accurate, of inference: the logits are finite
+    and, of a locked model, those of its chains, with the errors of a ModelRow.
     """
 
     model: str
@@ -77,6 +81,10 @@ class TrainingRow:
     policy: str
     accurate: bool = False
     loss: float | None = None
+    gradient_error: float | None = None
+    error: float | None = None
+    naive_error: float | None = None
+    error_limit: float | None = None
     error_message: str | None = None
     forward_s: float | None = None
     backward_s: float | None = None
@@ -98,13 +106,14 @@ class ConversionRow:
     tokens: int
     visits: int  # a module
     seconds: float
-    original_loss: float
-    loss: float
-    kl: float
-    flips: float
-    smallest_gap: float
-    largest_rel_error: float
+    original_loss: float | None
+    loss: float | None
+    kl: float | None
+    flips: float | None
+    smallest_gap: float | None
+    largest_rel_error: float | None
     visits_per_s: float  # of the distillation alone
+    error_message: str | None = None
 
 
 @dataclass(slots=True)
@@ -117,3 +126,4 @@ class ProfileRow:
     calls: float
     us: float
     percent: float  # of all kernels' time
+    error_message: str | None = None

@@ -86,7 +86,7 @@ def test_every_stage_writes_a_valid_file(smoke: tuple[str, Path]) -> None:
 
 def test_the_rows_say_what_was_measured(smoke: tuple[str, Path]) -> None:
     rows = {name: document["rows"] for name, document in documents(smoke[1]).items()}
-    on_gpu, command_line = rows["tests"]
+    (on_gpu,), (command_line,) = rows["tests"], rows["moretests"]
     assert on_gpu["skipped"] > 40 and on_gpu["failed"] == 0  # without a GPU they skip
     assert command_line["passed"] == 1  # in a process that a test has started
     assert {row["provider"] for row in rows["kernels"]} == {"dense-eager", "naive-eager", "lookahead-eager"}
@@ -97,7 +97,9 @@ def test_the_rows_say_what_was_measured(smoke: tuple[str, Path]) -> None:
     assert {row["phase"] for row in rows["models"]} == {"decode", "prefill"}
     policies = {(row["side"], row["policy"]): row for row in rows["training"]}
     for side in ("original", "locked"):
-        assert policies[side, "plain"]["step_s"] > policies[side, "inference"]["step_s"] > 0
+        plain, inference = policies[side, "plain"], policies[side, "inference"]
+        assert plain["step_s"] > plain["backward_s"] > 0 and inference["step_s"] > 0
+        assert plain["gradient_error"] == 0 and (inference["error"] is None) == (side == "original")
     one, all_layers = rows["conversion"]
     assert (
         one["random"] and one["model"].startswith("random weights") and one["text"] == "Python's help topics"
@@ -131,7 +133,7 @@ def test_a_stage_that_was_cut_off_goes_on(
     document |= {"finished": False, "stopped": "cut off", "rows": rows[:3]}
     (tmp_path / path.name).write_text(json.dumps(document))
     assert stage.main(["--stage", "kernels", "--smoke", "--minutes", "2", "--out", str(tmp_path)]) == 0
-    assert "0 of 3 cases" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("\nkernels: ") == 4  # three cases, and the end
     (path,) = tmp_path.glob("kernels-*.json")
     again = schema.load(path)
     assert again["finished"] and again["rows"][:3] == rows[:3]
@@ -157,6 +159,9 @@ def test_time_that_is_up_is_no_failure(tmp_path: Path) -> None:
         (["--stage", "kernels,speed"], "'speed'"),
         (["--minutes", "0"], "--minutes"),
         (["--model", "/no/such/model"], "/no/such/model"),
+        (["--model", str(ROOT)], "config.json"),
+        (["--data", "/no/such/text"], "/no/such/text"),
+        (["--out", str(ROOT / "README.md")], "cannot write to"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,27 +184,203 @@ def test_a_stage_that_hangs_is_killed_with_all_it_started(tmp_path: Path) -> Non
         "time.sleep(60)"
     )
     began = time.monotonic()
-    assert command.run([sys.executable, "-c", code], 1.5) is None
+    assert command.run([sys.executable, "-c", code], 1.5) == 1
     assert time.monotonic() - began < 20
     time.sleep(3)
     assert not touched.exists()
     assert command.run([sys.executable, "-c", "raise SystemExit(1)"], 30) == 1
 
 
-def test_stages_run_one_by_one_until_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_run_one_by_one_until_the_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
 
-    def run(given: list[str], seconds: float) -> int | None:
+    def run(given: list[str], seconds: float, sign: object) -> int | None:
         called.append((given[given.index("--stage") + 1], seconds))
         return None if called[-1][0] == "tests" else 0
 
     monkeypatch.setattr(command, "run", run)
-    assert command.main(["--stage", "kernels,machine,tests", "--minutes", "5"]) == 1  # one was killed
-    assert [name for name, _ in called] == ["machine", "tests", "kernels"]
-    assert called[0][1] == 60 and all(seconds <= 300 for _, seconds in called)
+    out = ["--out", str(tmp_path)]
+    assert command.main(["--stage", "kernels,machine,tests", "--minutes", "5", *out]) == 1  # one hung
+    assert [name for name, _ in called] == ["machine", "tests", "tests", "kernels"]  # and got no further
+    assert called[0][1] == pytest.approx(120, abs=1) and all(seconds <= 300 for _, seconds in called)
     called.clear()
-    assert command.main(["--stage", "kernels", "--minutes", "0.5"]) == 0  # too little to begin
+    assert command.main(["--stage", "kernels", "--minutes", "0.5", *out]) == 0  # too little to begin
     assert called == []
+
+
+def test_a_case_that_takes_its_process_with_it_is_a_row_and_the_rest_is_measured(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    crashing = (
+        "import os, sys, benchmarks.gpu.kernels as k\n"
+        "import benchmarks.gpu.stage as s\n"
+        "slot = k.Slot\n"
+        "bad = lambda case: case.tokens == 3 and case.spec.lanes == 2\n"
+        "k.Slot = lambda case, *rest: os.abort() if bad(case) else slot(case, *rest)\n"
+        "sys.exit(s.main(sys.argv[1:]))"
+    )
+    arguments = ["--stage", "kernels", "--smoke", "--minutes", "2", "--out", str(tmp_path)]
+    statuses = [
+        subprocess.run([sys.executable, "-c", crashing, *arguments], cwd=ROOT).returncode for _ in range(2)
+    ]
+    assert statuses == [-6, 1]
+    (path,) = tmp_path.glob("kernels-*.json")
+    document = schema.load(path)
+    assert document["finished"] and len(document["rows"]) == 1 + 3 * 3  # one of the four cases crashed
+    (red,) = [row for row in document["rows"] if not row["accurate"]]
+    assert (red["tokens"], red["error_message"], red["median_us"]) == (3, "hung or crashed", None)
+    assert "RED" in capfd.readouterr().out
+
+
+def test_a_device_that_is_lost_costs_one_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = importlib.import_module("benchmarks.gpu.models")
+
+    class AcceleratorError(RuntimeError):
+        pass
+
+    def lose(*_: Any) -> Any:
+        raise AcceleratorError("CUDA error: an illegal memory access\nmore")
+
+    monkeypatch.setattr(torch, "AcceleratorError", AcceleratorError, raising=False)
+    arguments = ["--stage", "models", "--smoke", "--minutes", "2", "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "step_of", lose)
+        assert stage.main(arguments) == plan.AGAIN
+    assert stage.main(arguments) == 1
+    (path,) = tmp_path.glob("*.json")
+    document = schema.load(path)
+    red, *others = document["rows"]
+    assert red["error_message"] == "hung or crashed: CUDA error: an illegal memory access"
+    assert document["finished"] and [row["accurate"] for row in others] == [True, True]
+
+
+def test_a_plain_step_that_does_not_fit_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = importlib.import_module("benchmarks.gpu.training")
+    train = training._train
+
+    def small(row: Any, *rest: Any, **named: Any) -> Any:
+        if row.policy == "plain":
+            raise torch.OutOfMemoryError("out of memory")
+        return train(row, *rest, **named)
+
+    monkeypatch.setattr(training, "_train", small)
+    assert stage.main(["--stage", "training", "--smoke", "--minutes", "2", "--out", str(tmp_path)]) == 1
+    (path,) = tmp_path.glob("*.json")
+    rows = schema.load(path)["rows"]
+    assert {row["policy"] for row in rows if not row["accurate"]} == {"plain"}
+    assert len([row for row in rows if row["step_s"]]) == len(rows) - 2
+
+
+def test_a_stage_that_falls_silent_is_started_anew_while_it_gets_further(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "SILENCE", 0.5)
+    options = plan.parser("test").parse_args(["--out", str(tmp_path), "--again"])
+    file = tmp_path / "models-20270102T030405.json"
+    code = (
+        "import json, pathlib, sys, time\n"
+        f"p = pathlib.Path({str(file)!r})\n"
+        "rows = json.loads(p.read_text())['rows'] if p.exists() else []\n"
+        "rows += [0] * (len(rows) < 3)\n"
+        "p.write_text(json.dumps({'rows': rows}))\n"
+        "time.sleep(60)"
+    )
+    given = []
+
+    def stage_command(names: list[str], ends: float, options: Any) -> list[str]:
+        given.append(options.again)
+        return [sys.executable, "-c", code]
+
+    monkeypatch.setattr(command, "stage_command", stage_command)
+    assert command._stage(["models"], time.monotonic() + 300, options) == 1
+    assert given == [True, False, False, False]  # three rows, and once without another
+
+
+def test_a_command_that_is_terminated_ends_its_stage(tmp_path: Path) -> None:
+    run = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.gpu", "--smoke", "--stage", "conversion", "--out", str(tmp_path)],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert run.stdout is not None
+        assert any(line.startswith("conversion: one layer") for line in run.stdout)
+        run.terminate()
+        run.stdout.read()  # ends with the last process that has it
+        assert run.wait(20) == 143
+    finally:
+        run.kill()
+    (path,) = tmp_path.glob("*.json")
+    assert schema.load(path)["begun"] is None  # it did not hang
+
+
+def test_numbers_that_are_not_finite_are_red() -> None:
+    rows = importlib.import_module("benchmarks.gpu.rows")
+    nan = float("nan")
+    row = stage.finite(
+        stage.asdict(rows.TrainingRow("1B", 1, 2, 16, 8, "float32", "locked", "plain", True, nan, step_s=1.0))
+    )
+    assert (row["accurate"], row["loss"], row["step_s"]) == (False, None, None) and "loss" in row[
+        "error_message"
+    ]
+    assert stage.finite({"fact": "copy", "value": nan}) == {"fact": "copy", "value": None}
+
+
+def test_a_policy_whose_gradient_is_wrong_has_no_time() -> None:
+    training = importlib.import_module("benchmarks.gpu.training")
+    jobs = [job for job in training.jobs(smoke=True) if job.side == "locked" and job.policy is not None]
+    original = training.build.original(jobs[0].shape, torch.float32, torch.device("cpu"))
+    model = training.build.locked(original, jobs[0].shape, jobs[0].spec)
+    ids = torch.arange(16)[None]
+
+    def row() -> Any:
+        return training.TrainingRow(**jobs[0].key(), tokens=16, dtype="float32")
+
+    first = row()
+    gate = training._train(first, jobs[0], model, ids, repeats=1)
+    training.judge(first, gate, None, gate)
+    assert first.accurate and first.gradient_error == 0 and len(gate) == 2
+    again = row()
+    training.judge(again, training._train(again, jobs[1], model, ids, repeats=1), stage.asdict(first), gate)
+    assert again.accurate and again.gradient_error < 1e-4
+    for wrong in ([gate[0], 1.1 * gate[1]], [gate[0], 0 * gate[1]], [gate[0], float("nan") * gate[1]]):
+        training.judge(again, wrong, stage.asdict(first), gate)
+        kept = stage.finite(stage.asdict(again))
+        assert not kept["accurate"] and kept["step_s"] is None and "gradients" in kept["error_message"]
+
+
+def test_an_inference_pass_that_is_wrong_has_no_time() -> None:
+    training = importlib.import_module("benchmarks.gpu.training")
+    job = next(job for job in training.jobs(smoke=True) if job.side == "locked")
+    model = training.build.locked(
+        training.build.original(job.shape, torch.float32, torch.device("cpu")), job.shape, job.spec
+    )
+    model.get_submodule(job.shape.mlps[0]).dlr_gram.mul_(1.01)  # which look-ahead alone reads
+    row = training.TrainingRow(**job.key(), tokens=16, dtype="float32")
+    training._infer(row, model, torch.arange(16)[None], repeats=1)
+    assert not row.accurate and row.error > row.error_limit and row.step_s is None
+
+
+def test_pytest_that_does_not_run_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tests = importlib.import_module("benchmarks.gpu.tests")
+    monkeypatch.setattr(tests, "ON_GPU", ())
+    monkeypatch.setitem(tests.SMOKE, "tests", ("tests/none.py",))
+    assert stage.main(["--stage", "tests", "--smoke", "--minutes", "1", "--out", str(tmp_path)]) == 1
+    (path,) = tmp_path.glob("*.json")
+    document = schema.load(path)
+    assert not document["finished"] and document["rows"] == [] and "pytest ended" in document["stopped"]
+
+
+def test_a_tree_measures_itself_whatever_is_installed(tmp_path: Path) -> None:
+    (tmp_path / "dlr_lock").mkdir()
+    (tmp_path / "dlr_lock" / "__init__.py").write_text("raise SystemExit('another')")
+    code = "import importlib.util; import benchmarks.bootstrap; print(importlib.util.find_spec('dlr_lock').origin)"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd="/", env=environment, capture_output=True, text=True
+    )
+    assert Path(run.stdout.strip()) == ROOT / "dlr_lock" / "__init__.py", run.stderr
 
 
 def test_counts_of_pytest() -> None:

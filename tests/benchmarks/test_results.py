@@ -87,10 +87,27 @@ def test_what_is_committed_is_valid() -> None:
         ({"rows": [kernel_row("dense-graph", 4.0) | {"median_us": "4"}]}, "row 0: median_us is '4'"),
         ({"rows": [kernel_row("dense-graph", 4.0) | {"median_us": float("nan")}]}, "row 0: median_us is nan"),
         ({"rows": [kernel_row("dense-graph", 4.0) | {"tokens": True}]}, "row 0: tokens is True"),
-        ({"rows": [kernel_row("dense-graph", 4.0) | {"speed": 1}]}, "row 0: speed is not known"),
+        ({"rows": [kernel_row("dense-graph", 4.0) | {"speed": 1}]}, "row 0: 'speed' is not known"),
         ({"rows": [kernel_row("ours-graph", 4.0) | {"accurate": False}]}, "though the row is not accurate"),
         ({"stage": "kernels"}, "source is missing"),
         ({"stage": "speed"}, "is no result"),
+        ({"stage": [1]}, "is no result"),
+        ({"stage": "models"}, "stage is 'models', though its name begins with kernels"),
+        ({"cpu_threads": 10**400}, "cpu_threads is 1000"),
+        ({"settings": None}, "settings is None"),
+        (
+            {"rows": [{k: v for k, v in kernel_row("ours-graph", 4.0).items() if k != "accurate"}]},
+            "not accurate",
+        ),
+        (
+            {"rows": [kernel_row("ours-graph", 4.0, error=0.4)]},
+            "row 0: accurate, though the error 4.0e-01 is over",
+        ),
+        ({"rows": [kernel_row("ours-graph", -4.0)]}, "row 0: median_us is -4.0"),
+        ({"rows": [kernel_row("ours-graph", 4.0, tokens=0)]}, "row 0: tokens is 0"),
+        ({"rows": [kernel_row("ours-graph", 4.0, params_ratio=10**400)]}, "row 0: params_ratio is 1000"),
+        ({"rows": [kernel_row("ours-graph", None) | {"gb_per_s": 1.0}]}, "gb_per_s is given, though"),
+        ({"rows": 2 * [kernel_row("ours-graph", 4.0)]}, "row 1: the same as row 0"),
     ],
 )
 def test_what_no_run_writes_is_refused(change: dict[str, Any], says: str, tmp_path: Path) -> None:
@@ -112,20 +129,22 @@ def test_two_runs_compare_with_the_worst_first(tmp_path: Path, capsys: pytest.Ca
         kernel_row("ours-graph", 13.0),
         kernel_row("naive-graph", None, error=0.4),
         kernel_row("prefill-graph", 1.0),
+        kernel_row("naive-eager", 1.0),
     )
+    before["rows"] += [kernel_row("naive-eager", None), kernel_row("decode-graph", 5.0)]
     changes = compare.compared(before | {"stage": "kernels"}, after | {"stage": "kernels"})
-    assert [change.verdict for change in changes] == ["red", "slower", "same", "faster"]
+    assert [change.verdict for change in changes] == ["red", "vanished", "slower", "same", "faster", "green"]
     assert [change.row.split(",")[0] for change in changes] == [
-        "naive-graph", "ours-graph", "dense-graph", "ours-eager"
+        "naive-graph", "decode-graph", "ours-graph", "dense-graph", "ours-eager", "naive-eager"
     ]  # fmt: skip
-    slower = changes[1]
+    slower = changes[2]
     assert slower.ratio == pytest.approx(1.3)
     assert (slower.low, slower.high) == (pytest.approx(1.3 * 0.95 / 1.05), pytest.approx(1.3 * 1.05 / 0.95))
     files = [str(written(tmp_path / name, d)) for name, d in (("before", before), ("after", after))]
     assert compare.main(files) == 0
     printed = capsys.readouterr().out
     assert (
-        "1.300" in printed and "4 rows compared, of 4 and 4" in printed and "error 0.4 over 0.003" in printed
+        "1.300" in printed and "5 rows compared, of 5 and 5" in printed and "error 0.4 over 0.003" in printed
     )
 
 
@@ -135,10 +154,13 @@ def test_files_that_do_not_compare(tmp_path: Path, capsys: pytest.CaptureFixture
     facts = HEAD | {"rows": [{"fact": "copy", "value": 4300.0}]}
     machine = written(tmp_path / "c", facts, "machine-20270102T030405.json")
     (tmp_path / "d.json").write_text("{")
+    elsewhere = written(tmp_path / "e", kernels(kernel_row("dense-graph", 4.0), device="NVIDIA H100"))
+    assert compare.main([str(one), str(elsewhere), "--anyway"]) == 0
     for pair, says in (
         ((one, other), "no row in common"),
         ((one, machine), "two kinds, kernels and machine"),
         ((machine, machine), "no times"),
+        ((one, elsewhere), "device differs: NVIDIA H200, then NVIDIA H100"),
         ((one, tmp_path / "d.json"), "d.json cannot be read"),
         ((tmp_path / "none.json", one), "none.json cannot be read"),
     ):
@@ -208,10 +230,42 @@ def test_the_newest_run_of_a_device_is_rendered_and_red_rows_have_no_time(tmp_pa
     text = render.block(render.newest(tmp_path))
     assert "| 4.2 | 123 | error 2.5e-01 | - |" in text and "31.0" not in text
     assert "### NVIDIA H200" in text and "2027-01-02" in text and "triton 3.6.0" in text
-    assert "not measured yet" not in text and "Predictions" not in text
+    assert "Predictions" not in text and "On this GPU **not measured yet**: machine, tests, models," in text
     written(folder, kernels({"provider": "ours-graph"}), "kernels-20270301T000000.json")
     with pytest.raises(DLRError, match="row 0: hidden is missing"):
         render.newest(tmp_path)
+
+
+def test_predictions_stay_until_kernels_were_measured(tmp_path: Path) -> None:
+    facts = [{"fact": "copy", "value": 4301.5, "unit": "GB/s"}]
+    written(tmp_path / "nvidia-h200", HEAD | {"rows": facts}, "machine-20270102T030405.json")
+    text = render.block(render.newest(tmp_path))
+    assert "**Predictions**" in text and "On this GPU **not measured yet**: tests, kernels," in text
+
+
+def test_one_engine_and_one_path_stand_for_both_sides(tmp_path: Path) -> None:
+    folder = tmp_path / "nvidia-h200"
+    rows = [
+        kernel_row("dense-graph", 4.0),
+        kernel_row("naive-graph", 90.0),
+        kernel_row("ours-graph", None, error=0.3),
+    ]
+    rows += [
+        kernel_row(name, 2.0) for name in ("ours-eager", "lookahead-eager", "decode-graph", "dense-eager")
+    ]
+    written(folder, kernels(*rows))
+    steps = [
+        MODEL
+        | {"side": side, "engine": engine}
+        | (TIMED if engine == "eager" else {"error_message": "no graph"})
+        for side in ("original", "locked")
+        for engine in ("eager", "graph")
+    ]
+    steps[1] |= TIMED  # of the original the graph, too
+    written(folder, HEAD | {"rows": steps}, "models-20270102T030405.json")
+    text = render.block(render.newest(tmp_path))
+    assert "| 4.0 | 90.0 | error 3.0e-01 | - |" in text
+    assert "| decode, 1 | 800 | failed | - |" in text
 
 
 def test_a_run_of_few_providers_has_no_lines(tmp_path: Path) -> None:
