@@ -14,19 +14,20 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..convert.endtoend import with_chains
 from ..convert.evaluate import compare, predicts_next
-from ..convert.job import public_name
+from ..convert.job import public_name, sequence_length
 from ..convert.kept import Kept
 from ..convert.mlps import MLP, find_mlps
 from ..convert.modules import Progress
 from ..convert.options import EFFORTS
 from ..convert.source import load_tokenizer, open_source
-from ..runtime import DLRError, DLRNet, DLRSpec, inspect, load, locked_modules
+from ..convert.text import digest
+from ..runtime import DLRError, DLRSpec, inspect, load, locked_modules
 from ..runtime.checkpoint import sha256
 from ..runtime.files import full_disk_is_an_error, write_whole
 from ..runtime.generation import positions
@@ -36,8 +37,8 @@ from .costs import Arm, step_costs
 from .learning import FIRST_RATES, fine_tune, sweep
 from .options import BUDGETS, AuditOptions
 from .page import page
-from .redistil import redistil, redistil_row
-from .report import AuditReport, ModuleCopies, Run, StepCost, Structural, structural_from
+from .redistil import Copied, redistil, redistil_row
+from .report import AuditReport, Run, StepCost, Structural, structural_from
 from .structural import structural_rows
 from .systems.model import NothingToTrain
 from .systems.slot import arms as slot_arms
@@ -49,7 +50,6 @@ THREAT = (
     "wants a model that is as good at a new task as the fine-tuned original would be."
 )
 _JSON, _PAGE = "audit.json", "audit.html"
-_NEUTRAL_SEQUENCE = 512
 _NEUTRAL_SEQUENCES = 2  # of held-out neutral text, for the collapse check
 _SLOT_TOKENS = 1024
 
@@ -90,7 +90,7 @@ def audit_model(
     about |= {
         "locked": _digest(Path(locked), facts),
         "original": source.fingerprint,
-        "text": [_hash(part) for text in (neutral, task) for part in (text.train, text.heldout)],
+        "text": [digest(part) for text in (neutral, task) for part in (text.train, text.heldout)],
         # seconds of two machines, or of two thread counts, do not compare
         "machine": [device_name(device), torch.get_num_threads()],
         "program": version("dlr-lock"),
@@ -99,15 +99,8 @@ def audit_model(
     audit = _Audit(ours, source.model, mlps, slots, neutral, task, chosen, kept, report_progress)
     if facts.get("conversion", {}).get("fingerprint", source.fingerprint) != source.fingerprint:
         audit.notes.append("the original is not the one that was locked: its files have other hashes")
-    try:
-        with TemporaryDirectory() as scratch:
-            found = audit.run(facts, Path(scratch))
-    except KeyboardInterrupt as stop:
-        if not kept.count:
-            raise
-        raise KeyboardInterrupt(
-            f"interrupted; {kept.count} finished parts are kept in {kept.folder}: the same command goes on from there"
-        ) from stop
+    with kept.told(), TemporaryDirectory() as scratch:
+        found = audit.run(facts, Path(scratch))
     report = AuditReport(
         locked=Path(locked).resolve().name,
         original=public_name(str(original)),
@@ -123,9 +116,6 @@ def audit_model(
         write_whole(target / _PAGE, lambda path: path.write_text(page(report), encoding="utf-8"))
     kept.remove()
     return report
-
-
-_Module = tuple[ModuleCopies, dict[int, DLRNet]]
 
 
 class _Audit:
@@ -149,29 +139,25 @@ class _Audit:
         self._slots = slots
         self._device = torch.device(str(options.device))
         self.notes: list[str] = []
+        self._run, self._runs = 0, 0  # fine-tunings begun, and how many there are at most
 
     def run(self, facts: dict[str, Any], scratch: Path) -> dict[str, Any]:
         """The fields of `AuditReport` that are found out."""
         heldout = self._neutral.heldout
         measuring = partial(self._progress, "measuring both models")
         fidelity = compare(self._locked, self._original, heldout, measuring)
-        rows = [
-            structural_from(row)
-            for row in self._part(
-                "structural",
-                lambda: [
-                    asdict(row)
-                    for row in structural_rows(
-                        self._locked, self._original, self._mlps, heldout, self._progress
-                    )
-                ],
+        rows = list(
+            structural_rows(
+                self._locked, self._original, self._mlps, heldout, self._progress, self._structural
             )
-        ]
+        )
         visits, copies = self._copies(facts, scratch)
         undone = {name: self._undone(name, count, copies) for name, count in visits.items()}
         runs: list[Run] = []
         steps: list[StepCost] = []
         if predicts_next(self._original):
+            arms = 2 + len(visits)
+            self._runs = arms * len(self._options.chosen_attacks) * self._options.plan.runs
             for arm in self._arms(visits, copies):
                 for attack in self._options.chosen_attacks:
                     runs += self._learn(arm, attack)
@@ -196,7 +182,7 @@ class _Audit:
             "notes": self.notes,
         }
 
-    def _copies(self, facts: dict[str, Any], scratch: Path) -> tuple[dict[str, int], list[_Module]]:
+    def _copies(self, facts: dict[str, Any], scratch: Path) -> tuple[dict[str, int], list[Copied]]:
         """Visits by the name of the arm that they give, and every module's copies."""
         made = {m["module"]: m["tokens"] for m in facts.get("conversion", {}).get("modules", [])}
         base = max(made.values(), default=0)
@@ -226,19 +212,22 @@ class _Audit:
         )
         return visits, list(copies)
 
-    def _undone(self, name: str, visits: int, copies: list[_Module]) -> Structural:
-        return redistil_row(
-            self._locked,
-            self._original,
-            copies,
-            self._neutral.heldout,
-            name=name,
-            visits=visits,
-            tokens=self._neutral.train.numel(),
-            progress=self._progress,
-        )
+    def _undone(self, name: str, visits: int, copies: list[Copied]) -> Structural:
+        def make() -> Structural:
+            return redistil_row(
+                self._locked,
+                self._original,
+                copies,
+                self._neutral.heldout,
+                name=name,
+                visits=visits,
+                tokens=self._neutral.train.numel(),
+                progress=self._progress,
+            )
 
-    def _arms(self, visits: dict[str, int], copies: list[_Module]) -> Iterator[Arm]:
+        return self._structural(name, make)
+
+    def _arms(self, visits: dict[str, int], copies: list[Copied]) -> Iterator[Arm]:
         """Each model to fine-tune, with all of its MLPs' places, locked or not: an attacker trains every layer."""
         deep = any(net.spec.depth > 1 for _, net in locked_modules(self._locked))
         yield Arm(ORIGINAL, self._original, self._slots)
@@ -249,8 +238,12 @@ class _Audit:
 
     def _learn(self, arm: Arm, attack: str) -> list[Run]:
         title = f"fine-tuning the {arm.name} model, {attack}"
+        begun = self._run
 
         def make(rate: float, seed: int) -> Run:
+            self._run += 1
+            what = f"run {self._run} of at most {self._runs}: {title}, rate {rate:.1e}, seed {seed}"
+
             def run() -> dict[str, Any]:
                 return asdict(
                     fine_tune(
@@ -263,7 +256,7 @@ class _Audit:
                         attack=attack,
                         rate=rate,
                         seed=seed,
-                        progress=partial(self._progress, f"{title}, rate {rate:.1e}, seed {seed}"),
+                        progress=partial(self._progress, what),
                     )
                 )
 
@@ -275,6 +268,8 @@ class _Audit:
         except NothingToTrain as error:
             self.notes.append(f"{title}: not done, {error}")
             return []
+        finally:
+            self._runs -= self._options.plan.runs - (self._run - begun)
         rates = sorted({run.rate for run in runs})
         if len(rates) > 1 and runs[0].rate in (rates[0], rates[-1]):
             self.notes.append(
@@ -284,7 +279,7 @@ class _Audit:
 
     def _steps(self, arm: Arm) -> list[StepCost]:
         n = self._task.train.shape[1]
-        shape = max(1, self._options.plan.batch // n), n
+        shape = self._options.plan.sequences(n), n
         progress = partial(self._progress, f"the cost of a step of the {arm.name} model")
         values = self._part(
             f"steps {arm.name}",
@@ -324,6 +319,9 @@ class _Audit:
     def _slot_spec(self) -> DLRSpec:
         return dict(locked_modules(self._locked))[self._mlps[0].module].spec
 
+    def _structural(self, name: str, make: Callable[[], Structural]) -> Structural:
+        return structural_from(self._part(f"structural {name}", lambda: asdict(make())))
+
     def _part(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make` gives, in plain values, or gave before an interruption."""
         found = self._kept.get(name)
@@ -362,7 +360,7 @@ def _texts(
         tokenizer,
         tokens=options.tokens,
         heldout_tokens=options.heldout,
-        sequence_length=min(_NEUTRAL_SEQUENCE, room or _NEUTRAL_SEQUENCE),
+        sequence_length=sequence_length(model),
     )
     task = read_split(
         options.task,
@@ -384,10 +382,6 @@ def _check(target: Path, *, overwrite: bool) -> None:
     nearest = next(p for p in (target, *target.parents) if p.exists())
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise DLRError(f"cannot write to {nearest}")
-
-
-def _hash(ids: Tensor) -> str:
-    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
 
 
 def _digest(locked: Path, facts: dict[str, Any]) -> str:

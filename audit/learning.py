@@ -44,6 +44,15 @@ class Tuning:
     seeds: int
     rates: int
 
+    @property
+    def runs(self) -> int:
+        """Of a sweep, at most."""
+        return self.rates + self.seeds - 1
+
+    def sequences(self, n: int) -> int:
+        """Sequences of n tokens a step."""
+        return max(1, self.batch // n)
+
 
 Make = Callable[[float, int], Run]  # (rate, seed) -> the run
 
@@ -207,7 +216,7 @@ def _loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 def _batches(sequences: int, n: int, plan: Tuning, seed: int) -> Tensor:
     """Rows of the training text for every step, [steps, sequences a step] int64: each once before any twice."""
-    each = max(1, plan.batch // n)
+    each = plan.sequences(n)
     steps = max(1, plan.tokens // (each * n))
     generator = torch.Generator().manual_seed(seed)
     epochs = -(-steps * each // sequences)

@@ -4,25 +4,22 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
-from io import StringIO
 from itertools import cycle
 from typing import Any
 
-from .report import AuditReport, Run
+from .report import AuditReport, Run, cheapest_step
+from .svg import COLOURS, INK, style, svg_of
 from .words import grouped, start_loss
 
 _NO_PLOTS = "Curves need pip install 'dlr-lock[report]'; their values are in the table of every run."
-# What stands for the text's colour in a drawing, until it is drawn in the page's own.
-_INK = "#010203"
-# Both on white and on near-black; an arm has a colour, an attack a stroke and a mark.
-_COLOURS = ("#3b8ad9", "#e07b1a", "#2fa36b", "#a874d6", "#d8546a", "#8c8f94")
+# An arm has a colour, an attack one of these and a mark.
 _STROKES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
 
 
 def copy_plot(report: AuditReport) -> str:
     """Error of the copies over the chain's, against visits: a line for each module and start."""
     copies = [c for m in report.modules for c in m.copies]
-    colours = dict(zip(dict.fromkeys(c.start for c in copies), cycle(_COLOURS), strict=False))
+    colours = dict(zip(dict.fromkeys(c.start for c in copies), cycle(COLOURS), strict=False))
 
     def draw(axes: Any) -> list[Any]:
         from matplotlib.ticker import LogLocator, NullLocator
@@ -31,7 +28,7 @@ def copy_plot(report: AuditReport) -> str:
             for start, same in grouped(sorted(m.copies, key=lambda c: c.visits), lambda c: c.start).items():
                 ratios = [c.error / m.chain_error for c in same]
                 axes.plot([c.visits for c in same], ratios, marker="o", color=colours[start], alpha=0.8)
-        axes.axhline(1, color=_INK, linewidth=0.8, linestyle="--")
+        axes.axhline(1, color=INK, linewidth=0.8, linestyle="--")
         axes.set(xscale="log", yscale="log", xlabel="visits", ylabel="copy's error / chain's")
         axes.set_xticks(sorted({c.visits for c in copies}))
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
@@ -51,9 +48,7 @@ def gain_plots(report: AuditReport) -> str:
     curves = grouped((run for run in report.runs if run.best), lambda r: (r.arm, r.attack))
     if start is None or not curves:
         return ""
-    arms = {
-        arm: _COLOURS[at % len(_COLOURS)] for at, arm in enumerate(dict.fromkeys(arm for arm, _ in curves))
-    }
+    arms = {arm: COLOURS[at % len(COLOURS)] for at, arm in enumerate(dict.fromkeys(arm for arm, _ in curves))}
     attacks = {
         attack: _STROKES[at % len(_STROKES)]
         for at, attack in enumerate(dict.fromkeys(attack for _, attack in curves))
@@ -74,12 +69,12 @@ def gain_plots(report: AuditReport) -> str:
                 x, [min(p) for p in points], [max(p) for p in points], color=arms[arm], alpha=0.2, lw=0
             )
         for loss in dict.fromkeys(v.loss for v in report.verdicts):
-            axes.axhline(start - loss, color=_INK, linewidth=0.8, linestyle="--")
+            axes.axhline(start - loss, color=INK, linewidth=0.8, linestyle="--")
         axes.set(xlabel=label, ylabel="gain, nats a token")
         return [
             *(_key(arm, color=colour) for arm, colour in arms.items()),
             *(
-                _key(attack, color=_INK, linestyle=line, marker=mark)
+                _key(attack, color=INK, linestyle=line, marker=mark)
                 for attack, (line, mark) in attacks.items()
             ),
         ]
@@ -104,12 +99,8 @@ def gain_plots(report: AuditReport) -> str:
 
 def _token_cost(report: AuditReport, run: Run, measure: str) -> float | None:
     """The cheapest policy's cost of a token, None where no step was measured."""
-    costs = [
-        getattr(s, measure) / s.tokens
-        for s in report.steps
-        if (s.arm, s.attack) == (run.arm, run.attack) and getattr(s, measure) is not None
-    ]
-    return min(costs, default=None)
+    step = cheapest_step(report.steps, run.arm, run.attack, measure)
+    return None if step is None else getattr(step, measure) / step.tokens
 
 
 def _key(label: str, **style: Any) -> Any:
@@ -130,26 +121,15 @@ def _plots(plots: Sequence[tuple[str, str, Callable[[Any], list[Any]]]]) -> str:
 
 def _svg(name: str, what: str, draw: Callable[[Any], list[Any]]) -> str:
     """An <svg> with text as text, in the page's own text colour, whose ids no other drawing has."""
-    import matplotlib.style
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    style: dict[str, Any] = {
-        "svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 11,
-        "text.parse_math": False, "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK,
-        "xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.grid": True, "grid.color": "#888888", "grid.alpha": 0.25, "lines.markersize": 4, "legend.frameon": False,
-    }  # fmt: skip
-    out = StringIO()
-    with matplotlib.style.context(["default", style]):
+    with style(name, font_size=11, lines_markersize=4):
         figure = Figure(figsize=(5, 4), layout="constrained")
         axes = figure.add_subplot()
         handles = draw(axes)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=10)
-        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(out, format="svg", transparent=True, metadata=no_metadata)
-    svg = out.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor").replace(">*{", ">.plot *{")
+        svg = svg_of(figure, ".plot ")
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(what)}"', 1)

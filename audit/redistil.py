@@ -33,7 +33,7 @@ from .structural import evaluated
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_Module = tuple[ModuleCopies, dict[int, DLRNet]]
+Copied = tuple[ModuleCopies, dict[int, DLRNet]]  # a module's copies, and the best one by visits
 
 
 def redistil(
@@ -53,7 +53,7 @@ def redistil(
     kept: Kept | None = None,
     progress: Progress = lambda what, done, total: None,
     note: Callable[[str], object] = lambda sentence: None,
-) -> Iterator[_Module]:
+) -> Iterator[Copied]:
     """Yields, for each module in the order given, the figures of its copies and, by visits, the best copy: of the
     lowest error against the chain, float32 on the CPU.
 
@@ -125,7 +125,7 @@ def _copies(
     progress: Progress,
     note: Callable[[str], object],
     captured: float,
-) -> _Module:
+) -> Copied:
     """own: of the chain in the locked model, `tokens` rows of the attacker's text first; wanted: of the original MLP,
     held out. attempts: visits and start of each copy. captured: seconds that getting `own` took."""
     held = own.rows(torch.arange(tokens, len(own)))
@@ -163,9 +163,11 @@ def _copies(
     return ModuleCopies(module, str(chain.spec), chain_error, gap, copies), nets
 
 
-def redistil_flops(net: DLRNet, chain: DLRSpec, visits: int, *, model_params: int, tokens: int) -> int:
+def redistil_flops(
+    net: DLRNet, chain: DLRSpec, visits: int, start: str, *, model_params: int, tokens: int
+) -> int:
     """FLOPs of making one copy `net` of one chain: the fit, its optimizer's steps, the forward pass that gives x and
-    y, and the linear start's least squares where `net` is no fresh MLP.
+    y, and the least squares of the start where that is 'linear'.
 
     model_params: of the model's body, without embeddings, which are looked up, over its modules. tokens: of the
     attacker's text; fewer are run where the visits are fewer.
@@ -174,12 +176,8 @@ def redistil_flops(net: DLRNet, chain: DLRSpec, visits: int, *, model_params: in
     fit = 6 * net.spec.params * visits
     steps = -(-visits // min(BATCH, visits)) * step_flops(net.spec)
     forward = 2 * model_params * used
-    start = (
-        0
-        if net.spec.gated != chain.gated
-        else 2 * min(used, FIT_TOKENS) * d * d * (chain.lanes * chain.depth + 1)
-    )
-    return fit + steps + forward + start
+    solved = 2 * min(used, FIT_TOKENS) * d * d * (chain.lanes * chain.depth + 1) if start == "linear" else 0
+    return fit + steps + forward + solved
 
 
 @lru_cache
@@ -196,7 +194,7 @@ def step_flops(spec: DLRSpec) -> int:
 def redistil_row(
     locked: PreTrainedModel,
     original: PreTrainedModel,
-    modules: Sequence[_Module],
+    modules: Sequence[Copied],
     heldout: Tensor,
     *,
     name: str,
@@ -207,11 +205,19 @@ def redistil_row(
     """The best copies of so many visits in the chains' places, against the original on heldout [H, n]. modules: what
     `redistil` yielded; tokens: of its training text. flops and seconds are those of the best copies alone."""
     nets = {figures.module: made[visits] for figures, made in modules}
-    best = [min((c for c in f.copies if c.visits == visits), key=lambda c: c.copy_error) for f, _ in modules]
+    best = {
+        figures.module: min((c for c in figures.copies if c.visits == visits), key=lambda c: c.copy_error)
+        for figures, _ in modules
+    }
     body = locked.base_model.num_parameters(exclude_embeddings=True)
     flops = sum(
         redistil_flops(
-            net, locked.get_submodule(module).spec, visits, model_params=body // len(nets), tokens=tokens
+            net,
+            locked.get_submodule(module).spec,
+            visits,
+            best[module].start,
+            model_params=body // len(nets),
+            tokens=tokens,
         )
         for module, net in nets.items()
     )
@@ -222,7 +228,7 @@ def redistil_row(
         "MLP",
         visits,
         flops,
-        sum(copy.seconds for copy in best),
+        sum(copy.seconds for copy in best.values()),
     )
 
 

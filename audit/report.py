@@ -1,6 +1,7 @@
 """What an audit found, as plain data: each attack a row, and the verdicts that are read off the rows."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -101,6 +102,12 @@ class StepCost:
     launches: int
     dependent: int
     seconds: float | None = None
+
+
+def cheapest_step(steps: Iterable[StepCost], arm: str, attack: str, measure: str) -> StepCost | None:
+    """The step of the policy that is cheapest by a measure ('flops', 'seconds', 'peak'); None where none has it."""
+    measured = [s for s in steps if (s.arm, s.attack) == (arm, attack) and getattr(s, measure) is not None]
+    return min(measured, key=lambda s: getattr(s, measure), default=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from .report import Structural
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Keeping = Callable[[str, Callable[[], Structural]], Structural]
 _SHARE = 0.5  # of the singular values, that the attack on them keeps
 
 
@@ -61,19 +62,27 @@ def structural_rows(
     mlps: Sequence[MLP],
     heldout: Tensor,
     progress: Progress = lambda what, done, total: None,
+    kept: Keeping = lambda name, make: make(),
 ) -> Iterator[Structural]:
     """Every attack on the chains of `locked`, and 'swap', each measured against `original` on heldout [H, n].
 
-    mlps: the original's MLPs that are locked. Neither model is changed. Raises DLRError as `compare` does.
+    mlps: the original's MLPs that are locked. kept: gives a row that was made
+    before, or what `make` gives. Neither model is changed. Raises DLRError as `compare` does.
     """
     chains = {mlp.module: locked.get_submodule(mlp.module) for mlp in mlps}
-    for attack in attacks(max(chain.spec.depth for chain in chains.values())):
+
+    def row(attack: Attack) -> Structural:
         attacked = with_chains(locked, {name: attack.change(chain) for name, chain in chains.items()}, [])
         evaluation = evaluated(attacked, original, heldout, attack.name, progress)
-        yield Structural(attack.name, attack.about, evaluation, attack.slots)
-        del attacked  # float32 weights: before the next ones are made
-    evaluation = evaluated(swapped(locked, original, mlps), original, heldout, "swap", progress)
-    yield Structural("swap", "the original's MLPs are put back: it must be public", evaluation, "MLP")
+        return Structural(attack.name, attack.about, evaluation, attack.slots)
+
+    def swap() -> Structural:
+        evaluation = evaluated(swapped(locked, original, mlps), original, heldout, "swap", progress)
+        return Structural("swap", "the original's MLPs are put back: it must be public", evaluation, "MLP")
+
+    for attack in attacks(max(chain.spec.depth for chain in chains.values())):
+        yield kept(attack.name, partial(row, attack))
+    yield kept("swap", swap)
 
 
 def evaluated(

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
-from .report import Price, Run, StepCost, Verdict
+from .report import Price, Run, StepCost, Verdict, cheapest_step
 
 SHARES = (0.5, 0.9)
 MEASURES = ("flops", "seconds", "peak")
@@ -94,10 +94,9 @@ def _prices(
     for (arm, attack), curve in curves.items():
         if (arm == ORIGINAL) != original:
             continue
-        rows = [s for s in steps if (s.arm, s.attack) == (arm, attack) and getattr(s, measure) is not None]
-        if not rows:
+        row = cheapest_step(steps, arm, attack, measure)
+        if row is None:
             continue
-        row = min(rows, key=lambda s: getattr(s, measure))
         reached = tokens_to(curve, loss)
         if measure == "peak" and reached is None:
             continue  # memory does not grow with the tokens that were spent: nothing is known

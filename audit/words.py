@@ -8,7 +8,7 @@ from typing import TypeVar
 from ..convert.evaluate import Evaluation, StateEvaluation
 from ..convert.unlock import UNDONE
 from .asymmetry import Asymmetry
-from .report import AuditReport, Copy, ModuleCopies, Price, Run, StepCost, Structural, Verdict
+from .report import AuditReport, Copy, ModuleCopies, Price, Run, StepCost, Structural, Verdict, cheapest_step
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -316,13 +316,10 @@ def _attack_cells(arm: str, attack: str, runs: list[Run], start: float | None) -
 def _steps(report: AuditReport) -> Section:
     base = plain_step(report)
 
-    def cheapest(steps: list[StepCost], measure: str) -> str:
-        ratios = [
-            (ratio, policy_words(s.policy))
-            for s in steps
-            if (ratio := step_ratio(s, base, measure)) is not None
-        ]
-        return "-" if not ratios else "{:.3g} by {}".format(*min(ratios))
+    def cheapest(arm: str, attack: str, measure: str) -> str:
+        step = cheapest_step(report.steps, arm, attack, measure)
+        ratio = None if step is None else step_ratio(step, base, measure)
+        return "-" if step is None or ratio is None else f"{ratio:.3g} by {policy_words(step.policy)}"
 
     return Section(
         "Cost of a training step",
@@ -331,8 +328,8 @@ def _steps(report: AuditReport) -> Section:
         "activations and gradients; weights and the optimizer's state are left out.",
         ("arm", "attack", "FLOPs", "peak memory", "seconds"),
         [
-            (arm, attack, *(cheapest(steps, measure) for measure in ("flops", "peak", "seconds")))
-            for (arm, attack), steps in grouped(report.steps, lambda s: (s.arm, s.attack)).items()
+            (arm, attack, *(cheapest(arm, attack, measure) for measure in ("flops", "peak", "seconds")))
+            for arm, attack in dict.fromkeys((s.arm, s.attack) for s in report.steps)
         ],
     )
 

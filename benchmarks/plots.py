@@ -5,11 +5,11 @@ picture of other files, or one edited by hand, is found out without matplotlib.
 """
 
 import hashlib
-import io
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from dlr_lock.audit.svg import COLOURS, INK, style, svg_of
 from dlr_lock.runtime.files import write_whole
 
 from .output import folder
@@ -20,10 +20,7 @@ Lines = dict[tuple[str, str], list[tuple[int, float]]]  # (chain, phase of a mod
 
 NEEDED = "plots are left as they are, for drawing them needs matplotlib: pip install 'dlr-lock[report]'"
 _DRAWN = ("kernels", "models")
-_INK = "#010203"  # stands for the text's colour until the SVG is written
-# Both on white and on near-black; marks tell lines apart where colours do not.
-_COLOURS = ("#3b8ad9", "#e07b1a", "#2fa36b", "#a874d6", "#d8546a", "#8c8f94")
-_MARKS = "os^Dv*"
+_MARKS = "os^Dv*"  # they tell lines apart where colours do not
 # A reader's browser says whether it is dark. GitHub's own setting may differ from it, so the ground is drawn as well.
 _STYLE = (
     "svg{color:#1f2328;background:#ffffff}"
@@ -81,21 +78,13 @@ def _panels(documents: Documents) -> dict[str, Lines]:
 
 
 def _svg(documents: Documents) -> str:
-    import matplotlib.style
     from matplotlib.figure import Figure
 
-    style: dict[str, Any] = {
-        "svg.fonttype": "none", "svg.hashsalt": "dlr-lock", "font.family": "sans-serif", "font.size": 10,
-        "text.parse_math": False, "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK,
-        "xtick.color": _INK, "ytick.color": _INK, "axes.titlesize": 10, "figure.titlesize": 11,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#888888",
-        "grid.alpha": 0.25, "lines.markersize": 4.5, "legend.frameon": False, "legend.fontsize": 9,
-    }  # fmt: skip
+    sizes = {"font_size": 10, "axes_titlesize": 10, "figure_titlesize": 11, "legend_fontsize": 9}
     panels = _panels(documents)
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    out = io.StringIO()
-    with matplotlib.style.context(["default", style]):
+    with style("dlr-lock", lines_markersize=4.5, **sizes):
         figure = Figure(figsize=(4.6 * columns if columns > 1 else 6.4, 4.1 * rows), layout="constrained")
         figure.suptitle(_heading(documents))
         figure.get_layout_engine().set(h_pad=0.1, w_pad=0.08)
@@ -105,19 +94,15 @@ def _svg(documents: Documents) -> str:
             axes = figure.add_subplot(rows, columns, at, sharey=None if models else first)
             first = first or axes
             _draw(axes, title, lines, models)
-        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(out, format="svg", transparent=True, metadata=no_metadata)
-    svg = out.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor").replace(">*{", f">{_STYLE}*{{")
-    return _stamped(svg, documents)
+        return _stamped(svg_of(figure, _STYLE), documents)
 
 
 def _draw(axes: Any, title: str, lines: Lines, models: bool) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
     chains = dict.fromkeys(chain for chain, _ in lines)
-    looks = dict(zip(chains, cycle(zip(_COLOURS, _MARKS, strict=True)), strict=False))
-    axes.axhline(1, color=_INK, linewidth=1)
+    looks = dict(zip(chains, cycle(zip(COLOURS, _MARKS, strict=True)), strict=False))
+    axes.axhline(1, color=INK, linewidth=1)
     for (chain, phase), points in lines.items():
         colour, mark = looks[chain]
         stroke = "--" if phase == "decode" else "-"

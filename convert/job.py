@@ -1,8 +1,8 @@
 """A conversion from end to end: source, text, activations, distillation, checkpoint, figures."""
 
-import hashlib
 import shutil
 import time
+from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,7 @@ from .modules import Modules, Progress, lock_modules, spec_of
 from .options import Options
 from .report import ConversionReport, Together
 from .source import Source, compute_dtype, open_source
-from .text import CalibrationText, load_text, poor_text
+from .text import CalibrationText, digest, load_text, poor_text
 
 SEQUENCE_LENGTH = 512
 _KEPT_GAP = 0.95  # share of the smallest flatten gap that the end-to-end phase must leave
@@ -55,67 +55,60 @@ def convert_model(
     check_target(target, overwrite=overwrite)
     report_progress = progress or (lambda what, done, total: None)
     device = torch.device(str(chosen.device))
-    kept: Kept | None = None
-    try:
-        with whole_directory(target, overwrite=overwrite) as work:
-            scratch = work / "scratch"
-            scratch.mkdir()
-            report_progress("reading the model", 0, 1)
-            original = open_source(source, dtype=compute_dtype(device), device=device)
-            model = original.model
-            every = find_mlps(model, chosen.mlps)
-            mlps = select_layers(every, chosen.layers)
-            for mlp in mlps:
-                _check(mlp, chosen)
-            stored = DTYPES.get(chosen.dtype) or original.dtype
-            parameters = sum(p.numel() for p in model.parameters())
-            check_space(target, parameters * stored.itemsize)
-            report_progress("reading the model", 1, 1)
+    with ExitStack() as stack:
+        work = stack.enter_context(whole_directory(target, overwrite=overwrite))
+        scratch = work / "scratch"
+        scratch.mkdir()
+        report_progress("reading the model", 0, 1)
+        original = open_source(source, dtype=compute_dtype(device), device=device)
+        model = original.model
+        every = find_mlps(model, chosen.mlps)
+        mlps = select_layers(every, chosen.layers)
+        for mlp in mlps:
+            _check(mlp, chosen)
+        stored = DTYPES.get(chosen.dtype) or original.dtype
+        parameters = sum(p.numel() for p in model.parameters())
+        check_space(target, parameters * stored.itemsize)
+        report_progress("reading the model", 1, 1)
 
-            text = calibration_text(original, chosen, report_progress)
-            kept = Kept(target, _facts(original, mlps, text, chosen, stored))
-            modules = lock_modules(
-                model, mlps, text, chosen, stored, kept=kept, scratch=scratch, progress=report_progress
-            )
-            together = _together(model, mlps, modules, text, chosen, report_progress)
+        text = calibration_text(original, chosen, report_progress)
+        kept = Kept(target, _facts(original, mlps, text, chosen, stored))
+        stack.enter_context(kept.told())
+        modules = lock_modules(
+            model, mlps, text, chosen, stored, kept=kept, scratch=scratch, progress=report_progress
+        )
+        together = _together(model, mlps, modules, text, chosen, report_progress)
 
-            report_progress("writing the checkpoint", 0, 1)
-            locked_parameters = _write(original, modules.chains, mlps, stored, work)
-            shutil.rmtree(scratch)
-            report_progress("writing the checkpoint", 1, 1)
-            report = ConversionReport(
-                source=public_name(original.name),
-                out=str(out),
-                options=chosen.said() | {"dtype": dtype_name(stored), "data": text.source},
-                modules=modules.reports,
-                mlps=len(every),
-                params_original=parameters,
-                params_locked=locked_parameters,
-                # the checkpoint, read back as its users will
-                evaluation=compare(
-                    load(work, dtype=model.dtype, device=device),
-                    model,
-                    text.heldout,
-                    partial(report_progress, "measuring the locked model"),
-                ),
-                seconds=time.monotonic() - started,
-                across=modules.across,
-                together=together,
-                warnings=[note for note in (*modules.notes, poor_text(text.train)) if note],
-                program={name: version(name) for name in ("dlr-lock", "torch", "transformers")},
-            )
-            (work / "README.md").write_text(model_card(report), encoding="utf-8")
-            facts = report.to_dict() | {"fingerprint": original.fingerprint}
-            facts["source"] = report.source
-            del facts["out"]
-            write_manifest(work, {"conversion": facts})
-    except KeyboardInterrupt as stop:
-        if kept is None or not kept.count:
-            raise
-        raise KeyboardInterrupt(
-            f"interrupted; {kept.count} of {len(mlps)} modules are kept in {kept.folder}: "
-            "the same command goes on from there"
-        ) from stop
+        report_progress("writing the checkpoint", 0, 1)
+        locked_parameters = _write(original, modules.chains, mlps, stored, work)
+        shutil.rmtree(scratch)
+        report_progress("writing the checkpoint", 1, 1)
+        report = ConversionReport(
+            source=public_name(original.name),
+            out=str(out),
+            options=chosen.said() | {"dtype": dtype_name(stored), "data": text.source},
+            modules=modules.reports,
+            mlps=len(every),
+            params_original=parameters,
+            params_locked=locked_parameters,
+            # the checkpoint, read back as its users will
+            evaluation=compare(
+                load(work, dtype=model.dtype, device=device),
+                model,
+                text.heldout,
+                partial(report_progress, "measuring the locked model"),
+            ),
+            seconds=time.monotonic() - started,
+            across=modules.across,
+            together=together,
+            warnings=[note for note in (*modules.notes, poor_text(text.train)) if note],
+            program={name: version(name) for name in ("dlr-lock", "torch", "transformers")},
+        )
+        (work / "README.md").write_text(model_card(report), encoding="utf-8")
+        facts = report.to_dict() | {"fingerprint": original.fingerprint}
+        facts["source"] = report.source
+        del facts["out"]
+        write_manifest(work, {"conversion": facts})
     kept.remove()
     return report
 
@@ -137,11 +130,10 @@ def _facts(
         "unlock",
     )
     chosen = {name: value for name, value in options.said().items() if name not in free}
-    ids = torch.cat([text.train.flatten(), text.heldout.flatten()])
     return chosen | {
         "source": original.fingerprint,
         "layers": [mlp.module for mlp in mlps],
-        "text": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+        "text": digest(text.train, text.heldout),
         "dtype": dtype_name(stored),
         "program": version("dlr-lock"),
     }

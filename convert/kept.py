@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,19 @@ class Kept:
                     os.replace(unfinished, file)
         except SafetensorError as error:
             raise DLRError(f"{self.folder} cannot be written: {error}") from error
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """A Ctrl-C in the block says what is kept of the run."""
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            if not self.count:
+                raise
+            raise KeyboardInterrupt(
+                f"interrupted; {self.count} finished parts are kept in {self.folder}: "
+                "the same command goes on from there"
+            ) from stop
 
     def remove(self) -> None:
         """Gives the disk space back, once the whole is written. What is not ours stays."""

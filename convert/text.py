@@ -7,6 +7,7 @@ any size costs no more than the part that is used.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -439,3 +440,11 @@ def _first_tokens(
         ordinary = ordinary[~torch.isin(ordinary, special)]
     draw = torch.randint(len(ordinary), (count, 1), generator=generator, device=generator.device)
     return ordinary[draw.cpu()]
+
+
+def digest(*tokens: Tensor) -> str:
+    """SHA-256 of token ids, one tensor after the other."""
+    hashed = hashlib.sha256()
+    for ids in tokens:
+        hashed.update(ids.numpy().tobytes())
+    return hashed.hexdigest()

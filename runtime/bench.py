@@ -10,13 +10,12 @@ across providers: Gram blocks and a state in memory count against a provider, no
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from .dtypes import dtype_name
 from .errors import DLRError
 from .slot import CPU_PROVIDERS, PROVIDERS, Case, Slot, dense_mlp, dtype_of
 from .spec import DLRSpec
-from .timing import Rates, Runner, machine, measured_rates
+from .timing import Rates, Runner, first_line, machine, measured_rates, noting, set_times, take_turns
 
 COLD_BYTES = 100e6  # of distinct weights that calls rotate over: twice the L2 cache of an H200
 ROUNDS = 20
@@ -151,8 +150,8 @@ def run(
                 slot = Slot(case, device, weights, cold_bytes)
             except (RuntimeError, MemoryError) as error:
                 if not document["rows"]:
-                    raise DLRError(f"{case.spec} on {case.tokens} tokens: {_first_line(error)}") from error
-                document["stopped"] = f"after {done} of {len(cases)} cases: {_first_line(error)}"
+                    raise DLRError(f"{case.spec} on {case.tokens} tokens: {first_line(error)}") from error
+                document["stopped"] = f"after {done} of {len(cases)} cases: {first_line(error)}"
                 break
             document["rows"] += [asdict(row) for row in measure(slot, names, rates, rounds)]
             save(document)
@@ -169,7 +168,7 @@ def measure(slot: Slot, providers: Sequence[str], rates: Rates, rounds: int) -> 
     for name in providers:
         row = _row(slot, name)
         runner = None
-        with _noting(row):
+        with noting(row):
             _predict(row, slot)
             call = slot.call(name)
             if call is None:
@@ -177,18 +176,11 @@ def measure(slot: Slot, providers: Sequence[str], rates: Rates, rounds: int) -> 
             runner = Runner(*call, slot.device, graph=name.endswith("-graph"))
         rows.append(row)
         runners.append(runner)
-    times: list[list[float]] = [[] for _ in rows]
-    for turn in range(rounds):
-        order = range(len(rows))
-        for n in order if turn % 2 == 0 else reversed(order):
-            runner = runners[n]
-            if runner is not None and rows[n].error_message is None:
-                with _noting(rows[n]):
-                    times[n].append(runner.sample())
+    times = take_turns(rows, runners, rounds, noting)
     judge = cache(partial(_Judge, slot))
     for row, runner, seconds in zip(rows, runners, times, strict=True):
         if runner is not None and row.error_message is None:
-            with _noting(row):
+            with noting(row):
                 judge(row.provider.startswith("dense")).judge(row, runner.output())
                 if row.accurate:
                     row.launches = runner.launches()
@@ -267,8 +259,7 @@ def _predict(row: Row, slot: Slot) -> None:
 
 
 def _fill(row: Row, slot: Slot, seconds: list[float], rates: Rates) -> None:
-    p20, middle, p80 = np.quantile(seconds, (0.2, 0.5, 0.8)).tolist()
-    row.p20_us, row.median_us, row.p80_us = 1e6 * p20, 1e6 * middle, 1e6 * p80
+    middle = set_times(row, seconds)
     spec, tokens = slot.case.spec, slot.case.tokens
     dense = row.provider.startswith("dense")
     params = slot.case.dense_params if dense else spec.matrices * math.prod(spec.weight_shape)
@@ -276,20 +267,6 @@ def _fill(row: Row, slot: Slot, seconds: list[float], rates: Rates) -> None:
     flops = 2 * tokens * params
     row.gb_per_s, row.copy_percent = moved / middle / 1e9, 100 * moved / middle / rates.copy
     row.tflop_per_s, row.matmul_percent = flops / middle / 1e12, 100 * flops / middle / rates.matmul
-
-
-@contextmanager
-def _noting(row: Row) -> Iterator[None]:
-    """What fails in the block becomes the row's message."""
-    try:
-        yield
-    except Exception as error:
-        row.accurate, row.error_message = False, _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _tidy(device: torch.device, providers: Sequence[str]) -> None:

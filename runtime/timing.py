@@ -9,15 +9,16 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import DeviceType
@@ -114,6 +115,61 @@ class Runner:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
+
+
+class TimedRow(Protocol):
+    """What every benchmark's row says of one runner: its time a call in microseconds, or why there is none."""
+
+    p20_us: float | None
+    median_us: float | None
+    p80_us: float | None
+    accurate: bool
+    error_message: str | None
+
+
+R = TypeVar("R", bound=TimedRow)
+
+
+def take_turns(
+    rows: Sequence[R],
+    runners: Sequence[Runner | None],
+    rounds: int,
+    noting: Callable[[R], AbstractContextManager[None]],
+) -> list[list[float]]:
+    """A sample a round of every runner whose row has no error, first to last and then back: what drifts (clocks,
+    temperature) falls on all alike. noting(row): the context that a sample is taken in."""
+    times: list[list[float]] = [[] for _ in rows]
+    for turn in range(rounds):
+        order = range(len(rows))
+        for n in order if turn % 2 == 0 else reversed(order):
+            runner = runners[n]
+            if runner is not None and rows[n].error_message is None:
+                with noting(rows[n]):
+                    times[n].append(runner.sample())
+    return times
+
+
+def set_times(row: TimedRow, seconds: Sequence[float]) -> float:
+    """Writes the quantiles of the samples into the row; returns their median in seconds."""
+    p20, middle, p80 = np.quantile(seconds, (0.2, 0.5, 0.8)).tolist()
+    row.p20_us, row.median_us, row.p80_us = 1e6 * p20, 1e6 * middle, 1e6 * p80
+    return middle
+
+
+@contextmanager
+def noting(row: TimedRow, check: Callable[[Exception], object] = lambda error: None) -> Iterator[None]:
+    """What fails in the block becomes the row's message, unless `check` raises on it."""
+    try:
+        yield
+    except Exception as error:
+        check(error)
+        row.accurate, row.error_message = False, first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """The error's type and the first line of its message, 300 characters at most."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}"[:300] if lines else type(error).__name__
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,25 +1,23 @@
 """Stage `models`: decode and prefill of whole models, locked against original, on the same engine in turns."""
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dlr_lock.runtime import DLRSpec
 from dlr_lock.runtime.dtypes import dtype_name
-from dlr_lock.runtime.timing import Runner
+from dlr_lock.runtime.timing import Runner, set_times, take_turns
 from dlr_lock.triton_kernels import backend
 
 from . import build
 from .build import ModelShape
 from .rows import ModelRow
-from .stage import DeviceLost, Record, check_device
+from .stage import Record, noting
 from .step import KEPT, decode_step, errors, prefill_step
 
 ROUNDS = 10
@@ -121,13 +119,7 @@ def compared(job: Job, ours: PreTrainedModel, theirs: PreTrainedModel, rounds: i
                 rows.append(row)
                 runners.append(runner)
                 steps.append(step)
-        times: list[list[float]] = [[] for _ in rows]
-        for turn in range(rounds):
-            order = range(len(rows))
-            for n in order if turn % 2 == 0 else reversed(order):
-                if (runner := runners[n]) is not None and rows[n].error_message is None:
-                    with noting(rows[n]):
-                        times[n].append(runner.sample())
+        times = take_turns(rows, runners, rounds, noting)
         for row, runner, step, seconds in zip(rows, runners, steps, times, strict=True):
             if runner is not None and row.error_message is None:
                 with noting(row):
@@ -167,22 +159,8 @@ def _judge(
 
 
 def _fill(row: ModelRow, size: int, seconds: list[float]) -> None:
-    p20, middle, p80 = np.quantile(seconds, (0.2, 0.5, 0.8)).tolist()
-    row.p20_us, row.median_us, row.p80_us = 1e6 * p20, 1e6 * middle, 1e6 * p80
+    middle = set_times(row, seconds)
     row.tokens_per_s, row.gb_per_s = row.tokens / middle, size / middle / 1e9
-
-
-@contextmanager
-def noting(row: Any) -> Iterator[None]:
-    """What fails in the block becomes the row's message; raises DeviceLost where nothing after it can be measured."""
-    try:
-        yield
-    except DeviceLost:
-        raise
-    except Exception as error:
-        check_device(error)
-        lines = str(error).strip().splitlines()
-        row.accurate, row.error_message = False, f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
 def _free(gpu: bool) -> None:

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from typing import Any, TypeVar
 import torch
 
 from dlr_lock import DLRError
+from dlr_lock.runtime import timing
 from dlr_lock.runtime.checkpoint import usable_device
 from dlr_lock.runtime.timing import device_name, machine
 
@@ -43,9 +45,15 @@ class DeviceLost(Exception):
 
 def check_device(error: BaseException) -> None:
     """Raises DeviceLost where a case has failed such that nothing after it can be measured by this process."""
+    if isinstance(error, DeviceLost):
+        raise error
     lost = getattr(torch, "AcceleratorError", None)
     if lost is not None and isinstance(error, lost) and not isinstance(error, torch.OutOfMemoryError):
         raise DeviceLost(str(error).strip().partition("\n")[0]) from error
+
+
+# What fails becomes the row's message; raises DeviceLost where nothing after it can be measured.
+noting = partial(timing.noting, check=check_device)
 
 
 class Record:

@@ -24,9 +24,8 @@ from dlr_lock.triton_kernels import backend
 
 from . import build
 from .build import ModelShape
-from .models import noting
 from .rows import TrainingRow
-from .stage import Record
+from .stage import Record, noting
 from .step import KEPT, errors
 
 SEQUENCES, LENGTH = 4, 1024

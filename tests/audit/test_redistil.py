@@ -233,9 +233,9 @@ def test_the_copies_in_the_model_are_measured_against_the_original(arch: str) ->
 
 def test_flops_are_those_of_the_fit_its_steps_the_passes_and_the_start() -> None:
     chain = DLRSpec(32, 2, 3, 16)
-    for net, least_squares in (
-        (DLRNet(DLRSpec(32, 1, 1, 96)), 2 * 32 * 32 * 7),
-        (DLRNet(DLRSpec(32, 1, 1, 64, gated=True)), 0),
+    for net, start, least_squares in (
+        (DLRNet(DLRSpec(32, 1, 1, 96)), "linear", 2 * 32 * 32 * 7),
+        (DLRNet(DLRSpec(32, 1, 1, 64, gated=True)), "random", 0),
     ):
         for visits, used, steps in ((1000, 300, 4), (200, 200, 1)):
             wanted = (
@@ -244,7 +244,7 @@ def test_flops_are_those_of_the_fit_its_steps_the_passes_and_the_start() -> None
                 + 2 * 7 * used
                 + least_squares * used
             )
-            assert redistil_flops(net, chain, visits, model_params=7, tokens=300) == wanted
+            assert redistil_flops(net, chain, visits, start, model_params=7, tokens=300) == wanted
 
 
 def test_a_step_of_the_optimizer_is_counted() -> None:

@@ -42,7 +42,7 @@ def test_it_goes_on_to_the_same_checkpoint(across: str, text: str, tmp_path: Pat
     save_tiny("llama", tmp_path / "source", layers=3)
     options = QUICK | {"data": text, "across": across}
     convert_model(tmp_path / "source", tmp_path / "whole", **options)
-    with pytest.raises(KeyboardInterrupt, match=r"2 of 3 modules are kept in .*out\.partial"):
+    with pytest.raises(KeyboardInterrupt, match=r"2 finished parts are kept in .*out\.partial"):
         convert_model(tmp_path / "source", tmp_path / "out", progress=Stopper(3), **options)
     assert not (tmp_path / "out").exists()
     second = Stopper(0)
@@ -129,7 +129,7 @@ def test_the_command_line_says_what_is_kept(text: str, tmp_path: Path) -> None:
     )
     assert ran.returncode == 2
     last = ran.stderr.strip().splitlines()[-1]
-    assert last.startswith("dlr-lock: interrupted; 1 of 2 modules are kept in ")
+    assert last.startswith("dlr-lock: interrupted; 1 finished parts are kept in ")
 
 
 def test_a_damaged_module_is_made_again_or_named(text: str, tmp_path: Path) -> None:
