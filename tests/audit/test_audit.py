@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_tiny(arch, folder / arch)
         dlr_lock.convert_model(
             folder / arch, folder / f"{arch}-locked", data=str(folder / "text.txt"), tokens=2048, heldout=512,
-            visits=4096, sequence=32, unlock=0.0, device="cpu",
+            visits=4096, sequence=32, unlock=0.0, device="cpu", depth=4,
         )  # fmt: skip
     return folder
 
