@@ -17,6 +17,7 @@ from .report import StepCost
 from .systems.model import ModelPolicy, NothingToTrain, measure_model, model_policies
 
 _PASSES = 2  # of inference in a step of MeZO
+_ROUNDS = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,30 +31,57 @@ class Arm:
     deep: bool = False
 
 
-def step_costs(
+def count_steps(
     arm: Arm,
     attacks: Sequence[str],
     shape: tuple[int, int],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[StepCost]:
-    """The rows of an arm: a step on [sequences, n] tokens by every policy of systems.model, for every attack that has
-    something to train.
-
-    All are counted, without data. Timed, on the model's device, are for each attack the plain policy and those of the
-    fewest FLOPs and of the fewest launches in a row.
-    """
+    """The rows of an arm, counted without data: a step on [sequences, n] tokens by every policy of systems.model, for
+    every attack that has something to train. Of an attack the plain policy comes first."""
     for number, attack in enumerate(attacks):
         progress(number, len(attacks))
         yield from _mezo(arm, shape) if attack == "MeZO" else _trained(arm, attack, shape)
     progress(len(attacks), len(attacks))
 
 
+def time_steps(
+    arms: Sequence[Arm],
+    rows: Sequence[StepCost],
+    shape: tuple[int, int],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[StepCost]:
+    """The rows of `count_steps` of all arms with seconds, on the models' device, of the promising ones: for each arm
+    and attack the plain policy and those of the fewest FLOPs and of the fewest launches in a row.
+
+    Seconds: of the step that `learning.fine_tune` takes, at a rate of 0, the median over rounds in which each steps
+    once after a warm-up. In rounds, because the slowest and the fastest hour of one machine differed by more (2.0) than
+    the arms do (1.6).
+    """
+    groups: dict[tuple[str, str], list[StepCost]] = {}
+    for row in rows:
+        groups.setdefault((row.arm, row.attack), []).append(row)
+    chosen = [
+        row
+        for group in groups.values()
+        for row in dict.fromkeys(
+            (group[0], min(group, key=lambda r: r.flops), min(group, key=lambda r: r.dependent))
+        )
+    ]
+    named = {arm.name: arm for arm in arms}
+    laps: dict[StepCost, list[float]] = {row: [] for row in chosen}
+    for turn in range(_ROUNDS):
+        for number, row in enumerate(chosen):
+            progress(turn * len(chosen) + number, _ROUNDS * len(chosen))
+            laps[row].append(_seconds(named[row.arm], row, shape))
+    progress(1, 1)
+    return [replace(row, seconds=median(laps[row])) if row in laps else row for row in rows]
+
+
 def _trained(arm: Arm, attack: str, shape: tuple[int, int]) -> list[StepCost]:
     mode, ghost = _without_data(arm.model)
-    rows: dict[ModelPolicy, StepCost] = {}
-    for policy in model_policies(locked=arm.deep):
-        if policy.aim != AIMS[attack]:
-            continue
+    rows = []
+    for policy in _policies(arm, attack):
         try:
             with mode:
                 ids = torch.zeros(shape, dtype=torch.int64, device=arm.model.device)
@@ -61,33 +89,29 @@ def _trained(arm: Arm, attack: str, shape: tuple[int, int]) -> list[StepCost]:
         except NothingToTrain:
             continue
         assert counts is not None
-        rows[policy] = StepCost(
+        rows.append(StepCost(
             arm.name, attack, policy.name, shape[0] * shape[1], counts.flops, counts.peak, counts.held,
             counts.forward.launches + counts.backward.launches, counts.dependent,
-        )  # fmt: skip
-    if not rows:
-        return []
-    # plain comes first
-    timed = {
-        next(iter(rows)),
-        min(rows, key=lambda p: rows[p].flops),
-        min(rows, key=lambda p: rows[p].dependent),
-    }
-    for policy in timed:
-        rows[policy] = replace(rows[policy], seconds=_seconds(arm, attack, shape, policy))
-    return list(rows.values())
+        ))  # fmt: skip
+    return rows
 
 
-def _seconds(arm: Arm, attack: str, shape: tuple[int, int], policy: ModelPolicy | None = None) -> float:
-    """Of the step that `learning.fine_tune` takes, at a rate of 0: the median of three after a warm-up."""
+def _policies(arm: Arm, attack: str) -> list[ModelPolicy]:
+    return [policy for policy in model_policies(locked=arm.deep) if policy.aim == AIMS[attack]]
+
+
+def _seconds(arm: Arm, row: StepCost, shape: tuple[int, int]) -> float:
+    """Of one step after another."""
     ids = torch.zeros(shape, dtype=torch.int64, device=arm.model.device)
-    laps = []
-    with trainable(arm.model, arm.mlps, attack, 0, policy) as step:
-        for _ in range(4):
+    policy = None
+    if row.attack != "MeZO":
+        policy = next(p for p in _policies(arm, row.attack) if p.name == row.policy)
+    with trainable(arm.model, arm.mlps, row.attack, 0, policy) as step:
+        for _ in range(2):
             began = now(arm.model.device)
             step(ids, 0.0)
-            laps.append(now(arm.model.device) - began)
-    return median(laps[1:])
+            seconds = now(arm.model.device) - began
+    return seconds
 
 
 def _mezo(arm: Arm, shape: tuple[int, int]) -> list[StepCost]:
@@ -106,7 +130,6 @@ def _mezo(arm: Arm, shape: tuple[int, int]) -> list[StepCost]:
         StepCost(
             arm.name, "MeZO", "MeZO", shape[0] * shape[1], _PASSES * counts.flops, meter.peak, 0,
             _PASSES * counts.launches, _PASSES * counts.dependent,
-            _seconds(arm, "MeZO", shape),
         )
     ]  # fmt: skip
 

@@ -33,7 +33,7 @@ from ..runtime.files import full_disk_is_an_error, write_whole
 from ..runtime.generation import positions
 from ..runtime.timing import device_name, machine
 from .asymmetry import Asymmetry, asymmetries
-from .costs import Arm, step_costs
+from .costs import Arm, count_steps, time_steps
 from .learning import FIRST_RATES, fine_tune, sweep
 from .options import BUDGETS, AuditOptions
 from .page import page
@@ -97,6 +97,11 @@ def audit_model(
     }
     kept = Kept(target, about)
     audit = _Audit(ours, source.model, mlps, slots, neutral, task, chosen, kept, report_progress)
+    if kept.count:
+        audit.notes.append(
+            "the audit was interrupted and went on: the seconds of its copies are of more than one session, and "
+            "compare as far as the machine was as busy"
+        )
     if facts.get("conversion", {}).get("fingerprint", source.fingerprint) != source.fingerprint:
         audit.notes.append("the original is not the one that was locked: its files have other hashes")
     with kept.told(), TemporaryDirectory() as scratch:
@@ -156,12 +161,12 @@ class _Audit:
         runs: list[Run] = []
         steps: list[StepCost] = []
         if predicts_next(self._original):
-            arms = 2 + len(visits)
-            self._runs = arms * len(self._options.chosen_attacks) * self._options.plan.runs
-            for arm in self._arms(visits, copies):
+            arms = list(self._arms(visits, copies))
+            self._runs = len(arms) * len(self._options.chosen_attacks) * self._options.plan.runs
+            for arm in arms:
                 for attack in self._options.chosen_attacks:
                     runs += self._learn(arm, attack)
-                steps += self._steps(arm)
+            steps = self._steps(arms)
         else:
             self.notes.append("nothing was fine-tuned: the model has no language-model head to give a loss")
         unlocking = {
@@ -277,15 +282,23 @@ class _Audit:
             )
         return runs
 
-    def _steps(self, arm: Arm) -> list[StepCost]:
+    def _steps(self, arms: list[Arm]) -> list[StepCost]:
         n = self._task.train.shape[1]
         shape = self._options.plan.sequences(n), n
-        progress = partial(self._progress, f"the cost of a step of the {arm.name} model")
-        values = self._part(
-            f"steps {arm.name}",
-            lambda: [asdict(row) for row in step_costs(arm, self._options.chosen_attacks, shape, progress)],
-        )
-        return [StepCost(**row) for row in values]
+        rows = [row for arm in arms for row in self._counted(arm, shape)]
+
+        def timed() -> list[dict[str, Any]]:
+            return [asdict(r) for r in time_steps(arms, rows, shape, partial(self._progress, "timing steps"))]
+
+        return [StepCost(**row) for row in self._part("seconds", timed)]  # one part: all in one session
+
+    def _counted(self, arm: Arm, shape: tuple[int, int]) -> list[StepCost]:
+        progress = partial(self._progress, f"counting a step of the {arm.name} model")
+
+        def counted() -> list[dict[str, Any]]:
+            return [asdict(row) for row in count_steps(arm, self._options.chosen_attacks, shape, progress)]
+
+        return [StepCost(**row) for row in self._part(f"steps {arm.name}", counted)]
 
     def _asymmetries(self) -> list[Asymmetry]:
         """Of one slot: the first locked module's, against a SwiGLU MLP of the original's width."""

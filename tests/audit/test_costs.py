@@ -1,10 +1,12 @@
 """What a step of a whole model costs, counted without data and timed where it matters."""
 
+from dataclasses import replace
+
 import torch
 from test_learning import MLPS, locked_model
 from tiny import tiny_model
 
-from dlr_lock.audit.costs import Arm, step_costs
+from dlr_lock.audit.costs import Arm, count_steps, time_steps
 from dlr_lock.audit.meters import count
 from dlr_lock.audit.systems.model import measure_model, model_policies
 from dlr_lock.triton_kernels import backend
@@ -15,7 +17,11 @@ ATTACKS = ["full", "LoRA", "attention", "MeZO"]
 def test_the_rows_of_an_arm() -> None:
     model = locked_model()
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    rows = list(step_costs(Arm("locked", model, MLPS, deep=True), ATTACKS, (2, 24)))
+    arm = Arm("locked", model, MLPS, deep=True)
+    counted = list(count_steps(arm, ATTACKS, (2, 24)))
+    assert not any(row.seconds for row in counted)
+    rows = time_steps([arm], counted, (2, 24))
+    assert [replace(row, seconds=None) for row in rows] == counted
     assert {row.attack for row in rows} == set(ATTACKS) and len({r.policy for r in rows}) == len(rows)
     for attack in ATTACKS:
         mine = [row for row in rows if row.attack == attack]
@@ -36,17 +42,17 @@ def test_the_rows_of_an_arm() -> None:
 
 def test_mezo_is_two_passes_of_inference() -> None:
     model = tiny_model("llama")
-    (row,) = step_costs(Arm("original", model, MLPS), ["MeZO"], (2, 24))
+    (row,) = count_steps(Arm("original", model, MLPS), ["MeZO"], (2, 24))
     with torch.no_grad(), backend("naive"):
         passed = count(lambda: model(input_ids=torch.zeros(2, 24, dtype=torch.int64), use_cache=False))
-    assert row.flops == 2 * passed.flops and row.held == 0 and row.seconds
+    assert row.flops == 2 * passed.flops and row.held == 0
 
 
 def test_adapters_of_conv1d_layers() -> None:
     names = ["transformer.h.0.mlp", "transformer.h.1.mlp"]
-    rows = list(step_costs(Arm("original", tiny_model("gpt2"), names), ["full", "attention"], (2, 24)))
+    rows = list(count_steps(Arm("original", tiny_model("gpt2"), names), ["full", "attention"], (2, 24)))
     assert {row.attack for row in rows} == {"full", "attention"}
 
 
 def test_an_arm_without_linear_layers_has_no_row_for_adapters() -> None:
-    assert list(step_costs(Arm("original", tiny_model("llama"), []), ["attention"], (2, 24))) == []
+    assert list(count_steps(Arm("original", tiny_model("llama"), []), ["attention"], (2, 24))) == []
