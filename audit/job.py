@@ -104,7 +104,7 @@ def audit_model(
         )
     if facts.get("conversion", {}).get("fingerprint", source.fingerprint) != source.fingerprint:
         audit.notes.append("the original is not the one that was locked: its files have other hashes")
-    with kept.told(), TemporaryDirectory() as scratch:
+    with kept.claimed(), TemporaryDirectory() as scratch:
         found = audit.run(facts, Path(scratch))
     report = AuditReport(
         locked=Path(locked).resolve().name,

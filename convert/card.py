@@ -128,10 +128,17 @@ def _fidelity(report: ConversionReport) -> str:
     if report.together is None:
         return words
     t = report.together
+    undoing = ""
+    if t.unlocking_before and t.unlocking_after:
+        undoing = (
+            f" Undoing {t.weakest}, which has it now: {unlock_words(t.unlocking_before)} before, "
+            f"{unlock_words(t.unlocking_after)} now."
+        )
     return (
         f"{words}\n\nThe last {t.visits:,} token visits trained all chains together on the original's output. "
         f"Before: {evaluation_words(t.evaluation_before)} The smallest flatten gap of a module, over |chain|^2, was "
-        f"{t.smallest_gap_before:.2f} before and is {t.smallest_gap_after:.2f}. The table is of the modules before it."
+        f"{t.smallest_gap_before:.2f} before and is {t.smallest_gap_after:.2f}.{undoing} The table is of the modules "
+        "before it."
     )
 
 

@@ -17,18 +17,17 @@ from ..runtime.dtypes import DTYPES, dtype_name
 from ..runtime.files import check_space, check_target, whole_directory
 from ..runtime.generation import positions
 from .card import model_card
-from .endtoend import EndToEnd, flatten_gaps, train_together, with_chains
-from .evaluate import Evaluation, StateEvaluation, compare, distance_of
+from .evaluate import compare
 from .kept import Kept
 from .mlps import MLP, find_mlps, select_layers
-from .modules import Modules, Progress, lock_modules, spec_of
+from .modules import Progress, lock_modules, spec_of
 from .options import Options
-from .report import ConversionReport, Together
+from .report import ConversionReport
 from .source import Source, compute_dtype, open_source
 from .text import CalibrationText, digest, load_text, poor_text
+from .together import finish_together
 
 SEQUENCE_LENGTH = 512
-_KEPT_GAP = 0.95  # share of the smallest flatten gap that the end-to-end phase must leave
 
 
 def convert_model(
@@ -73,11 +72,11 @@ def convert_model(
 
         text = calibration_text(original, chosen, report_progress)
         kept = Kept(target, _facts(original, mlps, text, chosen, stored))
-        stack.enter_context(kept.told())
+        stack.enter_context(kept.claimed())
         modules = lock_modules(
             model, mlps, text, chosen, stored, kept=kept, scratch=scratch, progress=report_progress
         )
-        together = _together(model, mlps, modules, text, chosen, report_progress)
+        together = finish_together(model, mlps, modules, text, chosen, scratch, report_progress)
 
         report_progress("writing the checkpoint", 0, 1)
         locked_parameters = _write(original, modules.chains, mlps, stored, work)
@@ -137,52 +136,6 @@ def _facts(
         "dtype": dtype_name(stored),
         "program": version("dlr-lock"),
     }
-
-
-def _together(
-    model: PreTrainedModel,
-    mlps: list[MLP],
-    modules: Modules,
-    text: CalibrationText,
-    options: Options,
-    progress: Progress,
-) -> Together | None:
-    """The end-to-end phase, which changes modules.chains; None where none was asked for."""
-    if not options.together:
-        return None
-    started = time.monotonic()
-    identity = [name for mlp in mlps for name in mlp.identity]
-
-    def figures(what: str) -> tuple[Evaluation | StateEvaluation, float]:
-        locked = with_chains(model, modules.chains, identity)
-        evaluation = compare(locked, model, text.heldout, partial(progress, f"measuring {what}"))
-        return evaluation, min(flatten_gaps(locked, modules.chains, text.heldout).values())
-
-    before, fitted = figures("the modules"), modules.chains
-    try:
-        modules.chains = train_together(
-            model,
-            fitted,
-            identity,
-            text.train,
-            EndToEnd(options.together, seed=options.seed),
-            progress=partial(progress, "end-to-end phase"),
-        )
-        after = figures("the end-to-end phase")
-    except DLRError as error:
-        modules.chains = fitted
-        modules.notes.append(f"the end-to-end phase was dropped: {error}")
-        return None
-    done = Together(options.together, time.monotonic() - started, before[0], after[0], before[1], after[1])
-    if distance_of(after[0]) > distance_of(before[0]) or after[1] < _KEPT_GAP * before[1]:
-        modules.chains = fitted
-        modules.notes.append(
-            "the end-to-end phase was dropped, for it lowered a flatten gap or led away from the original: "
-            f"distance {distance_of(before[0]):.4f}, then {distance_of(after[0]):.4f}; smallest gap "
-            f"{before[1]:.3f}, then {after[1]:.3f}"
-        )
-        return None
-    return done
 
 
 def _check(mlp: MLP, options: Options) -> None:

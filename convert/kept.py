@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..runtime import DLRError
-from ..runtime.files import full_disk_is_an_error, read_json
+from ..runtime.files import exclusive, full_disk_is_an_error, read_json
 
 _ABOUT = "run.json"
+_CLAIM = "claimed.part"  # no part of a run, as the name says
 
 
 class Kept:
@@ -64,9 +65,6 @@ class Kept:
         try:
             with full_disk_is_an_error(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                about = self.folder / _ABOUT
-                if about.is_file() and about.read_text(encoding="utf-8") != self._about:
-                    raise DLRError(f"another run is writing to {self.folder}: give this one another output")
                 path = self._path(part)
                 for file, write in (
                     (self.folder / _ABOUT, lambda p: p.write_text(self._about, encoding="utf-8")),
@@ -83,10 +81,20 @@ class Kept:
             raise DLRError(f"{self.folder} cannot be written: {error}") from error
 
     @contextmanager
-    def told(self) -> Iterator[None]:
-        """A Ctrl-C in the block says what is kept of the run."""
+    def claimed(self) -> Iterator[None]:
+        """No other process has the folder while the block runs: raises DLRError where one has. A Ctrl-C in the block
+        says what is kept of the run."""
+        made = [parent for parent in self.folder.parents if not parent.exists()]
+        self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            yield
+            with exclusive(
+                self.folder / _CLAIM, f"another run is writing to {self.folder}: choose another output"
+            ):
+                try:
+                    yield
+                finally:
+                    if not self.count:
+                        self.remove()
         except KeyboardInterrupt as stop:
             if not self.count:
                 raise
@@ -94,6 +102,10 @@ class Kept:
                 f"interrupted; {self.count} finished parts are kept in {self.folder}: "
                 "the same command goes on from there"
             ) from stop
+        finally:
+            with suppress(OSError):  # not empty: something is kept
+                for parent in made:
+                    parent.rmdir()
 
     def remove(self) -> None:
         """Gives the disk space back, once the whole is written. What is not ours stays."""

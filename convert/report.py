@@ -68,6 +68,8 @@ class Together:
     """The end-to-end phase: its token visits and seconds, and the figures before and after it.
 
     gaps: the smallest flatten gap of any module, over |chain|^2, on the locked model's own held-out activations.
+    weakest: the module of the smallest gap after it; unlocking: the attack on that one, on the original's activations,
+    None where no attack was asked for.
     """
 
     visits: int
@@ -76,6 +78,9 @@ class Together:
     evaluation_after: Evaluation | StateEvaluation
     smallest_gap_before: float
     smallest_gap_after: float
+    weakest: str
+    unlocking_before: Unlocking | None = None
+    unlocking_after: Unlocking | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -85,6 +90,9 @@ class Together:
             "evaluation_after": self.evaluation_after.to_dict(),
             "smallest_gap_before": self.smallest_gap_before,
             "smallest_gap_after": self.smallest_gap_after,
+            "weakest": self.weakest,
+            "unlocking_before": self.unlocking_before.to_dict() if self.unlocking_before else None,
+            "unlocking_after": self.unlocking_after.to_dict() if self.unlocking_after else None,
         }
 
 

@@ -12,6 +12,11 @@ from typing import Any
 
 from .errors import DLRError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 MANIFEST = "dlr_manifest.json"  # marks a directory as ours: only such a one is ever replaced
 
 
@@ -95,6 +100,25 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(path: Path, taken: str) -> Iterator[None]:
+    """`path`, made if need be, is this process's alone while the block runs, and let go of whatever ends the process.
+
+    Raises DLRError(taken) where another one has it. Where the system has no such locks, nothing is kept out.
+    """
+    if fcntl is None:
+        yield
+        return
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DLRError(taken) from None
+        except OSError:
+            pass  # such as a network's file system without them
+        yield
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from dlr_lock import DLRError, convert_model
 from dlr_lock.convert.evaluate import StateEvaluation
 from dlr_lock.convert.layers import Stack, Unrepeatable
 from dlr_lock.convert.text import english_topics
+from dlr_lock.convert.unlock import Unlocking
 from dlr_lock.runtime import locked_modules, verify
 
 QUICK: dict[str, Any] = {"tokens": 2048, "heldout": 512, "visits": 4096, "batch": 256, "depth": 3, "rank": 16}
@@ -149,6 +150,8 @@ def test_all_that_a_conversion_can_measure_stands_in_the_card(text: Path, tmp_pa
     before, after = report.together.evaluation_before, report.together.evaluation_after
     assert after.kl is not None and after.kl < before.kl  # trained on just that
     assert after.kl == pytest.approx(report.evaluation.kl, rel=1e-3)
+    attacks = report.together.unlocking_before, report.together.unlocking_after
+    assert all(a is not None and a.visits == 4096 and f"{a.error:.3f} at 0.5x" in card for a in attacks)
     assert f"{before.loss:.4f}" in card and f"{report.together.smallest_gap_after:.2f}" in card
 
 
@@ -188,11 +191,28 @@ def test_an_end_to_end_phase_that_spoils_the_lock_is_dropped(
         return worse
 
     convert_model(tmp_path / "source", tmp_path / "without", data=str(text), together=0, **QUICK)
-    monkeypatch.setattr("dlr_lock.convert.job.train_together", spoiled)
+    monkeypatch.setattr("dlr_lock.convert.together.train_together", spoiled)
     report = convert_model(tmp_path / "source", tmp_path / "out", data=str(text), together=512, **QUICK)
     assert report.together is None and any("dropped" in warning for warning in report.warnings)
     kept, without = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "without"))
     assert all(torch.equal(kept[name], without[name]) for name in kept)
+
+
+def test_an_end_to_end_phase_that_makes_undoing_cheaper_is_dropped(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny("llama", tmp_path / "source")
+    errors = iter((0.05, 0.04))
+    together = convert_model.__globals__["finish_together"].__globals__
+    monkeypatch.setitem(
+        together, "undo", lambda *args, **named: Unlocking(512, 1024, 0.3, 0.2, copy_error=next(errors))
+    )
+    monkeypatch.setitem(together, "train_together", lambda model, chains, *args, **named: dict(chains))
+    report = convert_model(
+        tmp_path / "source", tmp_path / "out", data=str(text), **QUICK | {"together": 512, "unlock": 0.5}
+    )
+    assert report.together is None
+    assert any("easier to undo: a copy's error was 0.0500, then 0.0400" in w for w in report.warnings)
 
 
 def test_modules_behind_a_norm_are_said_to_correct_nothing(text: Path, tmp_path: Path) -> None:

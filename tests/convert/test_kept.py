@@ -53,6 +53,29 @@ def test_it_goes_on_to_the_same_checkpoint(across: str, text: str, tmp_path: Pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source", "topics.txt", "whole"]
 
 
+def test_two_conversions_do_not_write_to_one_output(text: str, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source")
+    arguments = (tmp_path / "source", tmp_path / "made" / "out")
+    refused: list[str] = []
+
+    def second(what: str, done: int, total: int) -> None:
+        if what.startswith("distilling") and not refused:
+            with pytest.raises(DLRError, match="another run is writing to") as raised:
+                convert_model(*arguments, data=text, **QUICK | {"seed": 1})
+            refused.append(str(raised.value))
+
+    report = convert_model(*arguments, data=text, progress=second, **QUICK)
+    assert len(report.modules) == 2 and "\n" not in refused[0]
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["out"]
+
+
+def test_a_conversion_that_keeps_nothing_leaves_nothing(text: str, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source")
+    with pytest.raises(KeyboardInterrupt):
+        convert_model(tmp_path / "source", tmp_path / "made" / "out", data=text, progress=Stopper(1), **QUICK)
+    assert not (tmp_path / "made").exists()
+
+
 def test_other_choices_do_not_mix(text: str, tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "source")
     with pytest.raises(KeyboardInterrupt):
