@@ -11,9 +11,9 @@ from dlr_lock.runtime.explain import explain
 
 Row = dict[str, Any]
 
-# What the predictions are of: MLPs of 135M, 1B and 8B models, one chain and eight lanes.
+# What the predictions are of: MLPs of 135M, 1B and 8B models; chains of few steps and of many, and eight lanes.
 SHAPES = ("576x1536", "2048x8192", "4096x14336")
-CHAINS = ("1x64", "8x64")
+CHAINS = ("1x16", "1x64", "8x64")
 TOKENS = (1, 16, 512, 4096)
 
 

@@ -8,7 +8,12 @@ from ..triton_kernels import ACTIVATIONS
 from .errors import DLRError
 
 RANK_MULTIPLE = 16  # the narrowest tile of the matrix units
-DEFAULT_DEPTH = 36  # 36 steps of rank 64 fit SmolLM2's MLPs as well as 144 of rank 16 do (d 576, f 1536)
+# SmolLM2's MLPs (d 576, f 1536) are fitted as well by 12 steps as by 18, 36 or 144 of as many parameters in all, within
+# 2%, and cost as much to undo (docs/lock-strength.md): depth buys memory in training, and is paid for in decoding.
+DEPTHS = (12, 36)  # the least and the most, where nothing else is wished for
+# Parameters that an H200 streams in 16 bits (4.3 TB/s) while the grid waits for a barrier (1 us) and the solve of one
+# step (0.35 us). A chain of wider steps decodes as fast as its MLP, as far as the cost model tells.
+HIDING_STEP = 2.9e6
 PARITY = 0.01
 
 
@@ -71,8 +76,8 @@ class DLRSpec:
         """The DLR-Net with as many parameters as an MLP of width `intermediate_size`, within 1%.
 
         `mlp_gated` and `mlp_bias` describe the MLP: gated ones have three matrices, not two. `depth` is a
-        wish: the nearest depth that keeps parity is taken, or without one, a depth near 36 with a rank that
-        is a power of two where there is one, which the matrix units like. A `rank` is met exactly; with both
+        wish: the nearest depth that keeps parity is taken, or without one, near `default_depth`, with a rank that
+        is a multiple of 64, as the solve's tiles are, where there is one. A `rank` is met exactly; with both
         given there is nothing left to match. Where no multiple of 16 comes within 1% (small MLPs: a step of
         rank 16 is then more than 2% of them), the nearest parameter count is taken.
         """
@@ -109,12 +114,12 @@ class DLRSpec:
 
         def badness(shape: tuple[int, int]) -> tuple[float, ...]:
             steps, r = shape
-            off_depth = abs(math.log(steps / (depth or DEFAULT_DEPTH)))
-            odd_rank = float(r & (r - 1) != 0)
+            off_depth = abs(math.log(steps / (depth or default_depth(params))))
+            odd_rank = float(r % 64 != 0)
             off_parity = abs(steps * r / RANK_MULTIPLE - exact)
             if depth is not None:
                 return off_depth, odd_rank, off_parity
-            return odd_rank * math.log(2) + off_depth, off_parity  # twice the depth for a power of two
+            return odd_rank * math.log(1.25) + off_depth, off_parity  # a quarter more steps for whole tiles
 
         steps, r = min(shapes, key=badness)
         return cls(hidden_size, lanes, steps, r, act, gated)
@@ -136,6 +141,12 @@ class DLRSpec:
 
     def __str__(self) -> str:
         return f"{self.lanes}x{self.depth}x{self.rank} {self.act}{' gated' if self.gated else ''}"
+
+
+def default_depth(params: int) -> float:
+    """Steps of the deepest chain of so many parameters that is expected to decode as fast as its MLP, within DEPTHS."""
+    least, most = DEPTHS
+    return min(most, max(least, params / HIDING_STEP))
 
 
 def _factors(units: int, rank: int | None) -> list[tuple[int, int]]:

@@ -40,9 +40,9 @@ class ModelShape:
 
 # SmolLM2-135M, Llama-3.2-1B and Llama-3.1-8B. First the chain that a conversion makes, then one of eight lanes.
 SHAPES = (
-    ModelShape("135M", 576, 1536, 30, 9, 3, 49152, True, ((1, 36), (8, 18))),
-    ModelShape("1B", 2048, 8192, 16, 32, 8, 128256, True, ((1, 48), (8, 48))),
-    ModelShape("8B", 4096, 14336, 32, 32, 8, 128256, False, ((1, 42), (8, 56))),
+    ModelShape("135M", 576, 1536, 30, 9, 3, 49152, True, ((1, 12), (8, 18))),
+    ModelShape("1B", 2048, 8192, 16, 32, 8, 128256, True, ((1, 16), (8, 48))),
+    ModelShape("8B", 4096, 14336, 32, 32, 8, 128256, False, ((1, 37), (8, 56))),
 )
 TINY = (ModelShape("tiny", 64, 160, 2, 4, 2, 320, True, ((1, 6),)),)
 

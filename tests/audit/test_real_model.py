@@ -25,11 +25,11 @@ def test_the_demo_locks_a_layer_of_massive_activations(
         pytest.skip(str(error))
     result = run_demo(layers="1", visits=38_400, out=tmp_path / "locked")
     (module,) = result.report.modules
-    assert str(module.spec) == "1x36x64 silu"
+    assert str(module.spec) == "1x12x192 silu"
     # Layer 1 writes 469 where the median is below 1. A tenth of the visits gave 0.38 to 0.42.
     assert module.fidelity.rel_error < 0.5 and module.fidelity.locked
     assert abs(result.report.params_locked / result.report.params_original - 1) < 0.01
     evaluation = result.report.evaluation
     assert evaluation is not None and evaluation.loss_gap is not None and 0 < evaluation.loss_gap < 1
-    assert result.slot_locked > 3 * result.slot_original  # K d + 3f against d + 4f: 3.8
+    assert result.slot_locked > 1.6 * result.slot_original  # K d + 3f against d + 4f: 1.7
     assert result.completion_locked.strip() and verify(tmp_path / "locked") == []

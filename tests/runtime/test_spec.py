@@ -35,8 +35,13 @@ def test_params_are_the_modules_own() -> None:
 
 
 def test_smollm2_gets_the_measured_shape() -> None:
-    spec = DLRSpec.matching(576, 1536, mlp_gated=True)
-    assert (spec.lanes, spec.depth, spec.rank) == (1, 36, 64)
+    for d, f, shape in (
+        (576, 1536, (1, 12, 192)),
+        (2048, 8192, (1, 16, 768)),  # a step's weights stream for as long as the grid waits
+        (4096, 14336, (1, 37, 576)),
+    ):
+        spec = DLRSpec.matching(d, f, mlp_gated=True)
+        assert (spec.lanes, spec.depth, spec.rank) == shape
 
 
 @pytest.mark.parametrize("depth", [12, 24, 36, 48, 72, 144])
