@@ -283,7 +283,8 @@ def _learning(report: AuditReport) -> Section:
         "Learning attacks",
         "Fine-tuning on a task, each attack at the best rate of a sweep. Loss: on held-out text of the task, at the "
         "end, mean and range over seeds. Gain: the original's loss before training minus that. Neutral: the loss on "
-        "other text, before and after; where it jumps, the model has collapsed and the gain is worth little.",
+        "other text, before and after; where it jumps, the model has collapsed and the gain is worth little. Rates are "
+        "constant after a warm-up and chosen on the first seed; what the sweep took is left out on every side.",
         ("arm", "attack", "rate", "seeds", "loss", "range", "gain", "neutral", "rates tried"),
         [
             _attack_cells(arm, attack, runs, start)
