@@ -308,7 +308,7 @@ def _dlr_net_launches(
 
 
 def _block_steps(A: Tensor, gram: Tensor | None) -> int:
-    return 1 if gram is None else gram.shape[-1] // A.shape[2]
+    return 1 if gram is None else gram.shape[-2] // A.shape[2]
 
 
 _DLR_NET = torch.ops.dlr_lock.dlr_net

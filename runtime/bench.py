@@ -240,7 +240,7 @@ def _predict(row: Row, slot: Slot) -> None:
         return
     device, shape = cost.device_constants(slot.device.index), slot.case.shape(slot.dtype)
     row.floor_us = 1e6 * cost.floor_seconds(shape, device)
-    width = slot.gram[0].shape[-1]
+    width = slot.gram[0].shape[-2]
     family = row.provider.split("-")[0]
     if family == "dense":
         prediction = cost.predict_dense(shape, slot.case.intermediate, device)

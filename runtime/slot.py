@@ -111,7 +111,7 @@ class Slot:
             return (lookahead if family == "lookahead" else ours), with_gram
         # One of the two paths of the kernels, past the cost model, where it has both to choose from.
         shape = self.case.shape(self.dtype)
-        steps = self.gram[0].shape[-1] // shape.rank
+        steps = self.gram[0].shape[-2] // shape.rank
         plan = cost.decode_plan(shape, cost.device_constants(self.device.index), steps)
         if plan is None:
             return None

@@ -90,9 +90,10 @@ class Shape:
         return 2 * self.tokens * self.weight_bytes // self.itemsize
 
     def gram_bytes(self, width: int) -> int:
-        """Of Gram blocks of `width` columns."""
-        blocks = ceil(self.depth / block_steps(width, self.depth, self.rank))
-        return (self.matrices - 1) * self.lanes * blocks * width**2 * self.itemsize
+        """Of Gram blocks of `width` columns, as `gram_blocks` makes them."""
+        steps = block_steps(width, self.depth, self.rank)
+        blocks = ceil(self.depth / steps)
+        return 0 if steps == 1 else (self.matrices - 1) * self.lanes * blocks * width**2 * self.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,17 @@ def predict_prefill(shape: Shape, width: int, device: Device) -> Prediction:
     state = (rounds - 1) * rows * shape.hidden * (8 + 2 * shape.itemsize)
     moved = shape.weight_bytes + state + 2 * shape.tokens * shape.hidden * shape.itemsize
     products = max(shape.flops / device.flops, moved / device.bandwidth)
+    if (
+        width == shape.rank and not shape.gated
+    ):  # two products a round: nothing to solve, and P is never in memory
+        written = 2 * rows * shape.depth * shape.rank * shape.itemsize / device.bandwidth
+        return Prediction(
+            "prefill",
+            2 * rounds * device.launch + products + written,
+            floor_seconds(shape, device),
+            2 * rounds,
+            rounds,
+        )
     # The solves: P written and read, H written and read; small products at a third of the rate; or their steps,
     # one after another, in programs of 64 tokens of which a multiprocessor holds two.
     columns = rows * shape.depth * shape.rank

@@ -47,13 +47,15 @@ def decode(
     x: [T, d] with T <= plan.tokens, any float dtype, rows contiguous. A, B and, for gated steps, G:
     [L, K, r, d] contiguous, of one dtype: float32, bfloat16 or float16. scale, bias: [d] float32.
     gram: [L, N, m, m] in the weights' dtype, rows contiguous, of blocks of m/r steps that plan.steps divides, or
-    of any number where N = 1; None serves plan.steps == 1. gate_gram: gram's counterpart for G. act: one of
+    of any number where N = 1; unused for plan.steps == 1. gate_gram: gram's counterpart for G. act: one of
     KERNEL_ACTS.
     workspace: made by `workspace` for this plan.
     Raises ValueError on shapes that do not fit the plan; the launch fails where lanes * slices CTAs do not
     fit the device at once.
     """
     plan.check(x, A, B, G, gram, gate_gram)
+    if plan.steps == 1:
+        gram = gate_gram = None
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     decode_kernel[(plan.lanes * plan.slices,)](
         x, A, B, G, scale, bias, gram, gate_gram, y, workspace.values, workspace.counters,

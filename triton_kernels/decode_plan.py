@@ -297,9 +297,9 @@ class DecodePlan:
             raise ValueError(
                 f"x must be [1 to {self.tokens}, {self.hidden}] with contiguous rows, not {list(x.shape)}"
             )
+        if self.steps == 1:
+            return  # rounds of one step read no Gram blocks
         for g in (gram, gate_gram) if self.gated else (gram,):
-            if g is None and self.steps == 1:
-                continue
             lanes, blocks, rows, width = g.shape if g is not None and g.dim() == 4 else (0, 0, 0, 0)
             block = width // self.rank
             fits = lanes == self.lanes and rows == width > 0 and width % self.rank == 0

@@ -44,7 +44,7 @@ def run(
     lanes, depth, rank, hidden = A.shape
     shape = Shape(lanes, depth, rank, hidden, len(x), G is not None, A.dtype.itemsize)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    device, steps = device_constants(x.device.index), gram.shape[-1] // rank
+    device, steps = device_constants(x.device.index), gram.shape[-2] // rank
 
     def launch(plan: DecodePlan | None) -> Tensor:
         if plan is None:

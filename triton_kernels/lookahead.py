@@ -49,7 +49,7 @@ def lookahead(
     if gram is None:
         gram = gram_blocks(A, B, G, block=block)
     check_gram(gram, A, G)
-    rank, width = A.shape[2], gram.shape[-1]
+    rank, width = A.shape[2], gram.shape[-2]
     state = state_dtype(A.dtype)
     start = tokens.to(state)
     z = start.expand(A.shape[0], -1, -1).clone()
@@ -74,11 +74,14 @@ def gram_blocks(A: Tensor, B: Tensor, G: Tensor | None = None, *, block: int = B
 
     m = S r for the S = max(1, block // r) steps of a block, at most K; N = ceil(K / S); W is 2 for gated steps (A,
     then G), else 1. The tile [j r : (j + 1) r, i r : (i + 1) r] of block n is B_j A_i^T for step j before step i of
-    that block, and 0 elsewhere, as in the part of the last block that has no steps.
+    that block, and 0 elsewhere, as in the part of the last block that has no steps. For S = 1, where nothing comes
+    before, [W, L, K, r, 0]: m^2 zeros a step would be r / 2d of the weights' bytes, 19% for rank 768 at d = 2048.
     """
     lanes, depth, rank, _ = A.shape
     steps = block_steps(block, depth, rank)
     count, width = -(-depth // steps), steps * rank
+    if steps == 1:
+        return A.new_empty(1 if G is None else 2, lanes, depth, rank, 0)
     step = torch.arange(width, device=A.device) // rank
     later = step[:, None] < step[None, :]
     readers = [A] if G is None else [A, G]
@@ -110,8 +113,9 @@ def block_steps(block: int, depth: int, rank: int) -> int:
 def check_gram(gram: Tensor, A: Tensor, G: Tensor | None) -> None:
     """Raises ValueError, naming the shapes, unless `gram` has the form of A's (and G's) Gram blocks."""
     lanes, depth, rank, _ = A.shape
-    steps = gram.shape[-1] // rank
-    wanted = (1 if G is None else 2, lanes, -(-depth // max(steps, 1)), steps * rank, steps * rank)
+    steps = gram.shape[-2] // rank if gram.dim() == 5 else 0
+    width = steps * rank
+    wanted = (1 if G is None else 2, lanes, -(-depth // max(steps, 1)), width, width if steps > 1 else 0)
     if steps == 0 or gram.shape != wanted or gram.dtype != A.dtype:
         raise ValueError(
             f"Gram blocks of shape {tuple(gram.shape)} and {gram.dtype} do not fit weights of {tuple(A.shape)} "

@@ -1,4 +1,4 @@
-"""The products of a round: P = z A^T, and u += H B with what follows from it in the same launch.
+"""The products of a round: P = z A^T, or H = act(z A^T), and u += H B with what follows from it in the same launch.
 
 One kernel, because both are products of 16-bit operands summed in float32, and what surrounds the second one is
 memory traffic: reading u, adding, writing u and the next round's operand x + u in one pass costs 12 bytes an
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import EXACT, strides
+from .device import EXACT, KERNEL_ACTS, activate, strides
 
 
 def matmul(
@@ -21,13 +21,14 @@ def matmul(
     total: Tensor | None = None,
     state: tuple[Tensor, Tensor] | None = None,
     finish: tuple[Tensor, Tensor] | None = None,
+    act: str | None = None,
 ) -> None:
-    """For every lane: out = total + a W, summed in float32.
+    """For every lane: out = act(total + a W), summed in float32.
 
     a: [L, T, n], its lanes may share memory. W: [L, n, k], either of its last two dimensions contiguous.
-    out: [L, T, k] float32, or of any float dtype with `finish`. total: [L, T, k] float32, may be out; None for 0.
+    out: [L, T, k] of any float dtype, rows contiguous. total: [L, T, k] float32, may be out; None for 0.
     state: x [T, k] and z [L, T, k] of W's dtype: z = x + total + a W is written too.
-    finish: scale and bias [k] float32: out = scale * (total + a W) + bias.
+    finish: scale and bias [k] float32: out = scale * (total + a W) + bias. act: one of KERNEL_ACTS, None for none.
     """
     lanes, tokens, inner = a.shape
     columns = W.shape[2]
@@ -39,7 +40,8 @@ def matmul(
         a, W, total, out, x, z, scale, bias,
         tokens, columns, inner,
         *a.stride(), *W.stride(), *strides(total), *strides(out), *strides(z), 0 if x is None else x.stride(0),
-        TOTAL=total is not None, STATE=state is not None, FINISH=finish is not None, **tile,
+        TOTAL=total is not None, STATE=state is not None, FINISH=finish is not None,
+        ACT=None if act is None else KERNEL_ACTS[act], **tile,
     )  # fmt: skip
 
 
@@ -61,7 +63,7 @@ def matmul_kernel(
     p_a, p_w, p_total, p_out, p_x, p_z, p_scale, p_bias,
     T, N, K,
     s_al, s_at, s_ak, s_wl, s_wk, s_wn, s_sl, s_st, s_ol, s_ot, s_zl, s_zt, s_xt,
-    TOTAL: tl.constexpr, STATE: tl.constexpr, FINISH: tl.constexpr,
+    TOTAL: tl.constexpr, STATE: tl.constexpr, FINISH: tl.constexpr, ACT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     lane = tl.program_id(1).to(tl.int64)
@@ -95,4 +97,6 @@ def matmul_kernel(
         scale = tl.load(p_scale + o_n, mask=m_n, other=0.0)
         bias = tl.load(p_bias + o_n, mask=m_n, other=0.0)
         acc = acc * scale[None, :] + bias[None, :]
+    if ACT is not None:
+        acc = activate(acc, ACT)
     tl.store(p_out + lane * s_ol + o_t[:, None] * s_ot + o_n[None, :], acc, mask=m_tile)

@@ -1,6 +1,7 @@
 """Many tokens at once: rounds of three launches, or three in all where a lane fits one block.
 
 A round is P = z A^T, the solve of its block, and u += H B with u = z - x, the sum of a lane's updates, kept in float32.
+Where a block is one plain step, there is nothing to solve: H = act(z A^T) is one launch, and P is never in memory.
 Holding u instead of z spares the copy of x at the start and the subtraction at the end, and the products read
 z = x + u rounded to the weights' dtype, which the second product writes on its way.
 """
@@ -34,7 +35,7 @@ def prefill(
     """
     y = torch.empty_like(x)
     size = chunk_tokens(
-        A.shape, gram.shape[-1], gated=G is not None, itemsize=A.dtype.itemsize, scratch=scratch
+        A.shape, gram.shape[-2], gated=G is not None, itemsize=A.dtype.itemsize, scratch=scratch
     )
     for part, out in zip(x.split(size), y.split(size), strict=True):
         _prefill_chunk(part, A, B, scale, bias, G, act, gram, out)
@@ -63,7 +64,7 @@ def _prefill_chunk(
 ) -> None:
     lanes, depth, rank, hidden = A.shape
     tokens, one_round = len(x), gram.shape[2] == 1
-    steps = block_steps(gram.shape[-1], depth, rank)
+    steps = block_steps(gram.shape[-2], depth, rank)
     readers = [A] if G is None else [A, G]
     x = x.contiguous()
     z = x.expand(lanes, -1, -1)  # the matmul rounds it to the weights' dtype
@@ -73,14 +74,17 @@ def _prefill_chunk(
         width = min(steps, depth - first) * rank
         # A token's lanes side by side: in a single round all of them read x, in one product, and the sum over
         # lanes is one product of L m columns.
-        P = [x.new_empty(tokens, lanes, width, dtype=torch.float32) for _ in readers]
         H = x.new_empty(tokens, lanes, width, dtype=A.dtype)
+        alone = width == rank and G is None
+        P = [H] if alone else [x.new_empty(H.shape, dtype=torch.float32) for _ in readers]
         for out, W in zip(P, readers, strict=True):
             if one_round:
-                matmul(x[None], W.reshape(1, -1, hidden).mT, out.flatten(1)[None])
+                a, W, out = x[None], W.reshape(1, -1, hidden), out.flatten(1)[None]
             else:
-                matmul(z, wide(W[:, read]).mT, out.transpose(0, 1))
-        _solve_block([p.transpose(0, 1) for p in P], gram[:, :, n], rank, act, H.transpose(0, 1))
+                a, W, out = z, wide(W[:, read]), out.transpose(0, 1)
+            matmul(a, W.mT, out, act=act if alone else None)
+        if not alone:
+            _solve_block([p.transpose(0, 1) for p in P], gram[:, :, n], rank, act, H.transpose(0, 1))
         if one_round:
             matmul(H.flatten(1)[None], B.reshape(1, -1, hidden), y[None], finish=(scale, bias))
             return

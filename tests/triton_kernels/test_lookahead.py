@@ -72,7 +72,8 @@ def test_bfloat16_weights_meet_the_bound_of_a_real_shape() -> None:
 def test_every_activation(act: str, gated: bool) -> None:
     A, B, G = drawn(2, 5, 16, 48, gated, torch.float32)
     rest = (torch.randn(6, 48), A, B / 2, torch.rand(48), torch.randn(48), G, act)
-    assert error(lookahead(*rest, block=48), *rest) < 3e-6
+    # Squares and products of them make a float32 chain's own error large: 5e-6 was seen of relu2, gated.
+    assert error(lookahead(*rest, block=48), *rest) < max(3e-6, 2 * error(chain_reference(*rest), *rest))
 
 
 def test_any_leading_shape_and_dtype_of_x() -> None:
@@ -118,3 +119,13 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         lookahead(torch.randn(3, 47), A, B, one, one)
     with pytest.raises(ValueError, match=r"Gram blocks of shape .*\(1, 6, 16, 48\)"):
         lookahead(torch.randn(3, 48), A, B, one, one, gram=torch.zeros(1, 1, 4, 32, 32))
+
+
+def test_blocks_of_one_step_take_no_memory() -> None:
+    A, B, G = drawn(2, 5, 48, 64, True, torch.float32)
+    rest = (torch.randn(6, 64), A, B, torch.rand(64), torch.randn(64), G, "silu")
+    gram = gram_blocks(A, B, G, block=64)
+    assert gram.shape == (2, 2, 5, 48, 0) and gram.nbytes == 0
+    assert error(lookahead(*rest, gram=gram), *rest) < 3e-6
+    with pytest.raises(ValueError, match="Gram blocks of shape"):
+        lookahead(*rest, gram=torch.zeros(2, 2, 5, 48, 48))

@@ -59,6 +59,9 @@ def error(y: Tensor, x: Tensor, chain: Chain, act: str) -> float:
         (1, 40, 16, 32, 7, 4096, True, "silu"),  # one round of several solves, gated
         (2, 3, 336, 32, 7, 1024, False, "silu"),  # a step wider than half a solve
         (1, 3, 576, 48, 7, 576, False, "silu"),  # and one wider than a solve
+        (2, 4, 48, 80, 70, 48, False, "gelu"),  # blocks of one step: the activation follows the product
+        (3, 1, 32, 64, 9, 512, False, "relu"),  # a single step, as an MLP is
+        (1, 3, 32, 48, 5, 32, True, "silu"),  # gated ones are solved
     ],
 )
 def test_is_the_chain(
@@ -97,7 +100,7 @@ def test_scratch_stays_under_its_bound(shape: tuple[int, ...]) -> None:
     assert lanes * tokens * (hidden * (4 + 2) + 512 * (4 + 2)) <= 256 * 2**20
 
 
-FORMS = ["product", "state", "finish"]
+FORMS = ["product", "hidden", "state", "finish"]
 TARGETS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB a program
 
@@ -112,6 +115,7 @@ def product_request(target: str, form: str, tokens: int) -> dict[str, Any]:
     H, B = meta(1, tokens, 512), meta(1, 512, 4096)
     calls = {
         "product": lambda: matmul(meta(1, tokens, 4096), B.mT, meta(1, tokens, 512, dtype=torch.float32)),
+        "hidden": lambda: matmul(meta(1, tokens, 4096), B.mT, H, act="silu"),
         "state": lambda: matmul(H, B, u, total=u, state=(meta(tokens, 4096), meta(1, tokens, 4096))),
         "finish": lambda: matmul(H, B, meta(1, tokens, 4096), total=u, finish=(vector, vector)),
     }
