@@ -1,7 +1,7 @@
 """What a training step of each arm costs for each attack, by every policy: counted, and the promising ones timed."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -46,7 +46,7 @@ def count_steps(
 
 
 def time_steps(
-    arms: Sequence[Arm],
+    arms: Callable[[], Iterable[Arm]],
     rows: Sequence[StepCost],
     shape: tuple[int, int],
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -55,8 +55,8 @@ def time_steps(
     and attack the plain policy and those of the fewest FLOPs and of the fewest launches in a row.
 
     Seconds: of the step that `learning.fine_tune` takes, at a rate of 0, the median over rounds in which each steps
-    once after a warm-up. In rounds, because the slowest and the fastest hour of one machine differed by more (2.0) than
-    the arms do (1.6).
+    once after a warm-up. arms() gives the arms anew for every round, so that one is in memory at a time. In rounds,
+    because the slowest and the fastest hour of one machine differed by more (2.0) than the arms do (1.6).
     """
     groups: dict[tuple[str, str], list[StepCost]] = {}
     for row in rows:
@@ -68,13 +68,15 @@ def time_steps(
             (group[0], min(group, key=lambda r: r.flops), min(group, key=lambda r: r.dependent))
         )
     ]
-    named = {arm.name: arm for arm in arms}
     laps: dict[StepCost, list[float]] = {row: [] for row in chosen}
-    for turn in range(_ROUNDS):
-        for number, row in enumerate(chosen):
-            progress(turn * len(chosen) + number, _ROUNDS * len(chosen))
-            laps[row].append(_seconds(named[row.arm], row, shape))
-    progress(1, 1)
+    done, total = 0, _ROUNDS * len(chosen)
+    for _ in range(_ROUNDS):
+        for arm in arms():
+            for row in (row for row in chosen if row.arm == arm.name):
+                progress(done, total)
+                laps[row].append(_seconds(arm, row, shape))
+                done += 1
+    progress(total, total)
     return [replace(row, seconds=median(laps[row])) if row in laps else row for row in rows]
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..convert.endtoend import with_chains
 from ..convert.evaluate import compare, predicts_next
 from ..convert.job import public_name, sequence_length
-from ..convert.kept import Kept
+from ..convert.kept import Kept, claimed
 from ..convert.mlps import MLP, find_mlps
 from ..convert.modules import Progress
 from ..convert.options import EFFORTS
@@ -69,11 +69,18 @@ def audit_model(
     `<out>.partial`: the same call goes on from there after a failure or Ctrl-C. The same seed gives the same figures on
     the same machine, but for seconds. Raises DLRError on everything that the user can correct.
     """
-    began = time.monotonic()
     chosen = AuditOptions(**options).resolved()
     target = Path(out).expanduser().absolute()
     _check(target, overwrite=overwrite)
-    report_progress = progress or (lambda what, done, total: None)
+    with claimed(target):
+        _check(target, overwrite=overwrite)  # again, now that nobody else writes
+        return _audited(locked, original, target, chosen, progress or (lambda what, done, total: None))
+
+
+def _audited(
+    locked: str | Path, original: str | Path, target: Path, chosen: AuditOptions, report_progress: Progress
+) -> AuditReport:
+    began = time.monotonic()
     device = torch.device(str(chosen.device))
     facts = inspect(locked)
     report_progress("reading the models", 0, 2)
@@ -97,14 +104,9 @@ def audit_model(
     }
     kept = Kept(target, about)
     audit = _Audit(ours, source.model, mlps, slots, neutral, task, chosen, kept, report_progress)
-    if kept.count:
-        audit.notes.append(
-            "the audit was interrupted and went on: the seconds of its copies are of more than one session, and "
-            "compare as far as the machine was as busy"
-        )
     if facts.get("conversion", {}).get("fingerprint", source.fingerprint) != source.fingerprint:
         audit.notes.append("the original is not the one that was locked: its files have other hashes")
-    with kept.claimed(), TemporaryDirectory() as scratch:
+    with TemporaryDirectory() as scratch:
         found = audit.run(facts, Path(scratch))
     report = AuditReport(
         locked=Path(locked).resolve().name,
@@ -161,9 +163,9 @@ class _Audit:
         runs: list[Run] = []
         steps: list[StepCost] = []
         if predicts_next(self._original):
-            arms = list(self._arms(visits, copies))
-            self._runs = len(arms) * len(self._options.chosen_attacks) * self._options.plan.runs
-            for arm in arms:
+            arms = partial(self._arms, visits, copies)
+            self._runs = (2 + len(visits)) * len(self._options.chosen_attacks) * self._options.plan.runs
+            for arm in arms():
                 for attack in self._options.chosen_attacks:
                     runs += self._learn(arm, attack)
             steps = self._steps(arms)
@@ -199,6 +201,12 @@ class _Audit:
         visits = {
             f"re-distilled, {share:g}": max(1, round(share * base)) for share in self._options.chosen_shares
         }
+        before = [self._kept.has(mlp.module) for mlp in self._mlps]
+        if any(before) and not all(before):
+            self.notes.append(
+                "the audit was interrupted while it made copies: their seconds are of more than one session, and "
+                "compare as far as the machine was as busy"
+            )
         copies = redistil(
             self._locked,
             self._original,
@@ -282,10 +290,10 @@ class _Audit:
             )
         return runs
 
-    def _steps(self, arms: list[Arm]) -> list[StepCost]:
+    def _steps(self, arms: Callable[[], Iterator[Arm]]) -> list[StepCost]:
         n = self._task.train.shape[1]
         shape = self._options.plan.sequences(n), n
-        rows = [row for arm in arms for row in self._counted(arm, shape)]
+        rows = [row for arm in arms() for row in self._counted(arm, shape)]
 
         def timed() -> list[dict[str, Any]]:
             return [asdict(r) for r in time_steps(arms, rows, shape, partial(self._progress, "timing steps"))]

@@ -72,7 +72,7 @@ class Meter(TorchDispatchMode):
 
     Tensors that were there before are free; `adopt` counts one as if it had been made within. Of what is compiled
     it sees nothing (torch.compile refuses to run), of a custom autograd Function all, of the fused DLR-Net op its
-    FLOPs and three launches a block, as its prefill has.
+    FLOPs and its prefill's launches: three a block, two where that is a step, one more for gated steps.
     """
 
     def __init__(self) -> None:
@@ -304,7 +304,12 @@ def _dlr_net_launches(
     x: Tensor, A: Tensor, B: Tensor, scale: Tensor, bias: Tensor, G: Tensor | None, act: str,
     gram: Tensor | None, backend: str,
 ) -> int:  # fmt: skip
-    return 3 * -(-A.shape[1] // _block_steps(A, gram))
+    steps, depth = _block_steps(A, gram), A.shape[1]
+    blocks, last = -(-depth // steps), (depth - 1) % steps + 1
+    if G is not None:
+        return 4 * blocks
+    alone = blocks if steps == 1 else int(last == 1)  # a step alone needs no solve
+    return 3 * blocks - alone
 
 
 def _block_steps(A: Tensor, gram: Tensor | None) -> int:

@@ -2,7 +2,6 @@
 
 import shutil
 import time
-from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..runtime.files import check_space, check_target, whole_directory
 from ..runtime.generation import positions
 from .card import model_card
 from .evaluate import compare
-from .kept import Kept
+from .kept import Kept, claimed
 from .mlps import MLP, find_mlps, select_layers
 from .modules import Progress, lock_modules, spec_of
 from .options import Options
@@ -53,63 +52,78 @@ def convert_model(
         raise DLRError(f"the source {source} and the output {out} lie in one another; choose another output")
     check_target(target, overwrite=overwrite)
     report_progress = progress or (lambda what, done, total: None)
-    device = torch.device(str(chosen.device))
-    with ExitStack() as stack:
-        work = stack.enter_context(whole_directory(target, overwrite=overwrite))
-        scratch = work / "scratch"
-        scratch.mkdir()
-        report_progress("reading the model", 0, 1)
-        original = open_source(source, dtype=compute_dtype(device), device=device)
-        model = original.model
-        every = find_mlps(model, chosen.mlps)
-        mlps = select_layers(every, chosen.layers)
-        for mlp in mlps:
-            _check(mlp, chosen)
-        stored = DTYPES.get(chosen.dtype) or original.dtype
-        parameters = sum(p.numel() for p in model.parameters())
-        check_space(target, parameters * stored.itemsize)
-        report_progress("reading the model", 1, 1)
-
-        text = calibration_text(original, chosen, report_progress)
-        kept = Kept(target, _facts(original, mlps, text, chosen, stored))
-        stack.enter_context(kept.claimed())
-        modules = lock_modules(
-            model, mlps, text, chosen, stored, kept=kept, scratch=scratch, progress=report_progress
-        )
-        together = finish_together(model, mlps, modules, text, chosen, scratch, report_progress)
-
-        report_progress("writing the checkpoint", 0, 1)
-        locked_parameters = _write(original, modules.chains, mlps, stored, work)
-        shutil.rmtree(scratch)
-        report_progress("writing the checkpoint", 1, 1)
-        report = ConversionReport(
-            source=public_name(original.name),
-            out=str(out),
-            options=chosen.said() | {"dtype": dtype_name(stored), "data": text.source},
-            modules=modules.reports,
-            mlps=len(every),
-            params_original=parameters,
-            params_locked=locked_parameters,
-            # the checkpoint, read back as its users will
-            evaluation=compare(
-                load(work, dtype=model.dtype, device=device),
-                model,
-                text.heldout,
-                partial(report_progress, "measuring the locked model"),
-            ),
-            seconds=time.monotonic() - started,
-            across=modules.across,
-            together=together,
-            warnings=[note for note in (*modules.notes, poor_text(text.train)) if note],
-            program={name: version(name) for name in ("dlr-lock", "torch", "transformers")},
-        )
-        (work / "README.md").write_text(model_card(report), encoding="utf-8")
-        facts = report.to_dict() | {"fingerprint": original.fingerprint}
-        facts["source"] = report.source
-        del facts["out"]
-        write_manifest(work, {"conversion": facts})
-    kept.remove()
+    with claimed(target):
+        with whole_directory(
+            target, overwrite=overwrite
+        ) as work:  # checks again, now that nobody else writes
+            report, kept = _converted(source, out, target, work, chosen, report_progress, started)
+        kept.remove()
     return report
+
+
+def _converted(
+    source: str | Path,
+    out: str | Path,
+    target: Path,
+    work: Path,
+    chosen: Options,
+    report_progress: Progress,
+    started: float,
+) -> tuple[ConversionReport, Kept]:
+    """Writes the checkpoint into `work`, which will be `target`."""
+    device = torch.device(str(chosen.device))
+    scratch = work / "scratch"
+    scratch.mkdir()
+    report_progress("reading the model", 0, 1)
+    original = open_source(source, dtype=compute_dtype(device), device=device)
+    model = original.model
+    every = find_mlps(model, chosen.mlps)
+    mlps = select_layers(every, chosen.layers)
+    for mlp in mlps:
+        _check(mlp, chosen)
+    stored = DTYPES.get(chosen.dtype) or original.dtype
+    parameters = sum(p.numel() for p in model.parameters())
+    check_space(target, parameters * stored.itemsize)
+    report_progress("reading the model", 1, 1)
+
+    text = calibration_text(original, chosen, report_progress)
+    kept = Kept(target, _facts(original, mlps, text, chosen, stored))
+    modules = lock_modules(
+        model, mlps, text, chosen, stored, kept=kept, scratch=scratch, progress=report_progress
+    )
+    together = finish_together(model, mlps, modules, text, chosen, scratch, report_progress)
+
+    report_progress("writing the checkpoint", 0, 1)
+    locked_parameters = _write(original, modules.chains, mlps, stored, work)
+    shutil.rmtree(scratch)
+    report_progress("writing the checkpoint", 1, 1)
+    report = ConversionReport(
+        source=public_name(original.name),
+        out=str(out),
+        options=chosen.said() | {"dtype": dtype_name(stored), "data": text.source},
+        modules=modules.reports,
+        mlps=len(every),
+        params_original=parameters,
+        params_locked=locked_parameters,
+        # the checkpoint, read back as its users will
+        evaluation=compare(
+            load(work, dtype=model.dtype, device=device),
+            model,
+            text.heldout,
+            partial(report_progress, "measuring the locked model"),
+        ),
+        seconds=time.monotonic() - started,
+        across=modules.across,
+        together=together,
+        warnings=[note for note in (*modules.notes, poor_text(text.train)) if note],
+        program={name: version(name) for name in ("dlr-lock", "torch", "transformers")},
+    )
+    (work / "README.md").write_text(model_card(report), encoding="utf-8")
+    facts = report.to_dict() | {"fingerprint": original.fingerprint}
+    facts["source"] = report.source
+    del facts["out"]
+    write_manifest(work, {"conversion": facts})
+    return report, kept
 
 
 def _facts(

@@ -19,21 +19,51 @@ _ABOUT = "run.json"
 _CLAIM = "claimed.part"  # no part of a run, as the name says
 
 
+@contextmanager
+def claimed(target: Path) -> Iterator[None]:
+    """What is kept for `target`, and it, are this process's alone while the block runs: raises DLRError where another
+    has them. A Ctrl-C in the block says what is kept."""
+    folder = _folder(target)
+    made = [parent for parent in folder.parents if not parent.exists()]
+    claim = folder / _CLAIM
+    try:
+        with exclusive(claim, f"another run is writing to {folder}: choose another output"):
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    claim.unlink()
+                with suppress(OSError):  # not empty: something is kept
+                    folder.rmdir()
+    except KeyboardInterrupt as stop:
+        if not (count := _count(folder)):
+            raise
+        raise KeyboardInterrupt(
+            f"interrupted; {count} finished parts are kept in {folder}: the same command goes on from there"
+        ) from stop
+    finally:
+        with suppress(OSError):
+            for parent in made:
+                parent.rmdir()
+
+
 class Kept:
-    """The finished parts of one run, in `<target>.partial` beside what is to be written.
+    """The finished parts of one run, in `<target>.partial` beside what is to be written; to be used within `claimed`.
 
     facts: everything that the parts depend on. Raises DLRError where the directory holds the parts of a run with other
     facts.
     """
 
     def __init__(self, target: Path, facts: dict[str, Any]) -> None:
-        self.folder = target.with_name(f"{target.name}.partial")
+        self.folder = _folder(target)
         self._about = json.dumps(facts, sort_keys=True, default=str)
         if self.folder.exists() and not (self.folder / _ABOUT).is_file():
             if not self.folder.is_dir() or any(
                 not path.name.endswith(".part") for path in self.folder.iterdir()
             ):
                 raise DLRError(f"{self.folder} is in the way and not of an interrupted run: move it away")
+        elif self.folder.exists() and not self.count:
+            (self.folder / _ABOUT).unlink()  # it was interrupted before its first part
         elif self.folder.exists():
             before = read_json(self.folder / _ABOUT)
             other = sorted(
@@ -48,12 +78,16 @@ class Kept:
     @property
     def count(self) -> int:
         """How many parts are there."""
-        return len(list(self.folder.glob("*.safetensors")))
+        return _count(self.folder)
+
+    def has(self, part: str) -> bool:
+        """Whether a part is finished."""
+        return self._path(part).is_file()
 
     def get(self, part: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """A part's tensors and the figures kept with it; None where it is not finished."""
         path = self._path(part)
-        if not path.is_file():
+        if not self.has(part):
             return None
         try:
             return load_file(path), read_json(path.with_suffix(".json"))
@@ -65,9 +99,13 @@ class Kept:
         try:
             with full_disk_is_an_error(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
+                about = self.folder / _ABOUT
+                # Where there are no locks, this is what keeps two runs from being mixed.
+                if about.is_file() and about.read_text(encoding="utf-8") != self._about:
+                    raise DLRError(f"another run is writing to {self.folder}: choose another output")
                 path = self._path(part)
                 for file, write in (
-                    (self.folder / _ABOUT, lambda p: p.write_text(self._about, encoding="utf-8")),
+                    (about, lambda p: p.write_text(self._about, encoding="utf-8")),
                     (
                         path.with_suffix(".json"),
                         lambda p: p.write_text(json.dumps(figures), encoding="utf-8"),
@@ -80,33 +118,6 @@ class Kept:
         except SafetensorError as error:
             raise DLRError(f"{self.folder} cannot be written: {error}") from error
 
-    @contextmanager
-    def claimed(self) -> Iterator[None]:
-        """No other process has the folder while the block runs: raises DLRError where one has. A Ctrl-C in the block
-        says what is kept of the run."""
-        made = [parent for parent in self.folder.parents if not parent.exists()]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with exclusive(
-                self.folder / _CLAIM, f"another run is writing to {self.folder}: choose another output"
-            ):
-                try:
-                    yield
-                finally:
-                    if not self.count:
-                        self.remove()
-        except KeyboardInterrupt as stop:
-            if not self.count:
-                raise
-            raise KeyboardInterrupt(
-                f"interrupted; {self.count} finished parts are kept in {self.folder}: "
-                "the same command goes on from there"
-            ) from stop
-        finally:
-            with suppress(OSError):  # not empty: something is kept
-                for parent in made:
-                    parent.rmdir()
-
     def remove(self) -> None:
         """Gives the disk space back, once the whole is written. What is not ours stays."""
         for file in [
@@ -114,10 +125,19 @@ class Kept:
             *self.folder.glob("*.json"),
             *self.folder.glob("*.part"),
         ]:
-            file.unlink(missing_ok=True)
+            if file.name != _CLAIM:
+                file.unlink(missing_ok=True)
         with suppress(OSError):
             self.folder.rmdir()
 
     def _path(self, part: str) -> Path:
         # A module's name may be longer than a file's can be.
         return self.folder / f"{hashlib.sha256(part.encode()).hexdigest()[:16]}.safetensors"
+
+
+def _folder(target: Path) -> Path:
+    return target.with_name(f"{target.name}.partial")
+
+
+def _count(folder: Path) -> int:
+    return len(list(folder.glob("*.safetensors")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from ..runtime import DLRError, DLRNet
 from .capture import capture
 from .endtoend import EndToEnd, flatten_gaps, train_together, with_chains
 from .evaluate import Evaluation, StateEvaluation, compare, distance_of
-from .fidelity import measure
+from .fidelity import LOCKED_GAP, measure
 from .mlps import MLP
 from .modules import Modules, Progress
 from .options import Options
@@ -61,22 +62,11 @@ def finish_together(
             progress=partial(progress, "end-to-end phase"),
         )
         after = figures("the end-to-end phase")
-        weakest = min(after[1], key=lambda name: after[1][name])
-        at = next(n for n, mlp in enumerate(mlps) if mlp.module == weakest)
-        attacks = _attacked(
-            model,
-            mlps[at],
-            modules.reports[at],
-            {"before": fitted[weakest], "after": modules.chains[weakest]},
-            text,
-            options,
-            scratch,
-            progress,
-        )
     except DLRError as error:
         modules.chains = fitted
         modules.notes.append(f"the end-to-end phase was dropped: {error}")
         return None
+    weakest = min(after[1], key=lambda name: after[1][name])
     done = Together(
         options.together,
         time.monotonic() - started,
@@ -85,9 +75,18 @@ def finish_together(
         min(before[1].values()),
         min(after[1].values()),
         weakest,
-        *(attacks or (None, None)),
     )
     weaker = _weaker(done)
+    if not weaker and options.unlock:
+        at = next(n for n, mlp in enumerate(mlps) if mlp.module == weakest)
+        nets = {"before": fitted[weakest], "after": modules.chains[weakest]}
+        try:
+            attacks = _attacked(model, mlps[at], modules.reports[at], nets, text, options, scratch, progress)
+        except DLRError as error:  # it says nothing of the chains
+            modules.notes.append(f"the attack on {weakest} after the end-to-end phase failed: {error}")
+        else:
+            done = replace(done, unlocking_before=attacks[0], unlocking_after=attacks[1])
+            weaker = _weaker(done)
     if weaker:
         modules.chains = fitted
         modules.notes.append(f"the end-to-end phase was dropped, for it {weaker}")
@@ -104,11 +103,9 @@ def _attacked(
     options: Options,
     scratch: Path,
     progress: Progress,
-) -> tuple[Unlocking, Unlocking] | None:
-    """The attack on one module's chain before and after the phase, on the original's activations; None where
-    options.unlock is 0."""
-    if not options.unlock:
-        return None
+) -> tuple[Unlocking, Unlocking]:
+    """The attack on one module's chain before and after the phase, on the original's activations."""
+    assert options.unlock
     train, device = text.train.numel(), torch.device(str(options.device))
     done = []
     for _, pairs in capture(
@@ -147,12 +144,14 @@ def _weaker(together: Together) -> str | None:
     distances = distance_of(t.evaluation_before), distance_of(t.evaluation_after)
     if distances[1] > distances[0]:
         return f"led away from the original: distance {distances[0]:.4f}, then {distances[1]:.4f}"
-    if t.smallest_gap_after < _KEPT_GAP * t.smallest_gap_before:
+    least = max(_KEPT_GAP * t.smallest_gap_before, min(t.smallest_gap_before, LOCKED_GAP))
+    if not t.smallest_gap_after >= least:
         return (
             f"lowered the smallest flatten gap: {t.smallest_gap_before:.3f}, then {t.smallest_gap_after:.3f}"
         )
     if t.unlocking_before and t.unlocking_after:
         before, after = t.unlocking_before.copy_error, t.unlocking_after.copy_error
-        if after < _KEPT_ERROR * before:
+        undone = t.unlocking_after.undone and not t.unlocking_before.undone
+        if undone or after < _KEPT_ERROR * before:
             return f"made {t.weakest} easier to undo: a copy's error was {before:.4f}, then {after:.4f}"
     return None

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ def whole_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         with full_disk_is_an_error(target):
             yield work
             _sync(work)
+        check_target(target, overwrite=overwrite)  # another run may have been faster
         work.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would hide the checkpoint from other users
         _swap(work, target)
     finally:
@@ -111,13 +112,23 @@ def exclusive(path: Path, taken: str) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DLRError(taken) from None
-        except OSError:
-            pass  # such as a network's file system without them
+    with ExitStack() as stack:
+        for _ in range(100):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(path.open("w"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except FileNotFoundError:
+                continue  # who had it has removed the folder in between
+            except BlockingIOError:
+                raise DLRError(taken) from None
+            except PermissionError as error:
+                raise DLRError(f"cannot write to {path.parent}: {error.strerror}") from error
+            except OSError:
+                break  # such as a network's file system without them
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    break  # else it is the lock of a file that has been removed
         yield
 
 

@@ -12,7 +12,9 @@ RANK_MULTIPLE = 16  # the narrowest tile of the matrix units
 # 2%, and cost as much to undo (docs/lock-strength.md): depth buys memory in training, and is paid for in decoding.
 DEPTHS = (12, 36)  # the least and the most, where nothing else is wished for
 # Parameters that an H200 streams in 16 bits (4.3 TB/s) while the grid waits for a barrier (1 us) and the solve of one
-# step (0.35 us). A chain of wider steps decodes as fast as its MLP, as far as the cost model tells.
+# step (0.35 us): steps as wide hide the wait, where every multiprocessor has a slice and holds it as one tile. The cost
+# model says 0.99 of the MLP's time at d = 2048 and 1.00 at 4096; 1.2 to 1.6 at 1536, 2560, 3072 and beyond 4224, where
+# they do not; and 2 to 3 below, where 12 steps are too many already.
 HIDING_STEP = 2.9e6
 PARITY = 0.01
 
@@ -144,7 +146,7 @@ class DLRSpec:
 
 
 def default_depth(params: int) -> float:
-    """Steps of the deepest chain of so many parameters that is expected to decode as fast as its MLP, within DEPTHS."""
+    """Steps of the deepest chain of so many parameters whose steps hide the wait for one another, within DEPTHS."""
     least, most = DEPTHS
     return min(most, max(least, params / HIDING_STEP))
 

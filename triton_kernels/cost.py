@@ -145,9 +145,8 @@ def predict_prefill(shape: Shape, width: int, device: Device) -> Prediction:
     state = (rounds - 1) * rows * shape.hidden * (8 + 2 * shape.itemsize)
     moved = shape.weight_bytes + state + 2 * shape.tokens * shape.hidden * shape.itemsize
     products = max(shape.flops / device.flops, moved / device.bandwidth)
-    if (
-        width == shape.rank and not shape.gated
-    ):  # two products a round: nothing to solve, and P is never in memory
+    # Two products a round: there is nothing to solve, and P is never in memory.
+    if width == shape.rank and not shape.gated:
         written = 2 * rows * shape.depth * shape.rank * shape.itemsize / device.bandwidth
         return Prediction(
             "prefill",

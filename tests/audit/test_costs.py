@@ -20,7 +20,7 @@ def test_the_rows_of_an_arm() -> None:
     arm = Arm("locked", model, MLPS, deep=True)
     counted = list(count_steps(arm, ATTACKS, (2, 24)))
     assert not any(row.seconds for row in counted)
-    rows = time_steps([arm], counted, (2, 24))
+    rows = time_steps(lambda: [arm], counted, (2, 24))
     assert [replace(row, seconds=None) for row in rows] == counted
     assert {row.attack for row in rows} == set(ATTACKS) and len({r.policy for r in rows}) == len(rows)
     for attack in ATTACKS:

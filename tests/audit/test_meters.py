@@ -85,7 +85,14 @@ def test_the_op_s_flops_are_look_ahead_s(lanes: int, gated: bool) -> None:
     readers = 2 if gated else 1
     assert by_op.flops == 2 * 9 * lanes * (8 * 16 * 48 * (readers + 1) + readers * 7 * 16 * 16)
     assert by_products.flops == by_op.flops
-    assert by_op.dependent == by_op.launches == 3 * 3
+    assert by_op.dependent == by_op.launches == 3 * (2 + readers)
+
+
+def test_the_op_s_launches_are_its_prefill_s() -> None:
+    weights, x = chain(1, 7, 16, 48), torch.randn(9, 48)
+    for block, launches in ((16, 7 * 2), (48, 3 + 3 + 2), (64, 3 + 3), (112, 3)):
+        gram = gram_blocks(weights["A"], weights["B"], block=block)
+        assert count(lambda gram=gram: dlr_net(x, **weights, gram=gram)).launches == launches
 
 
 @pytest.mark.parametrize("locked", [False, True])

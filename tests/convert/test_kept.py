@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 from tiny import save_tiny
 
-from dlr_lock import DLRError, convert_model
+from dlr_lock import ConversionReport, DLRError, convert_model
 from dlr_lock.convert.text import english_topics
+from dlr_lock.runtime.files import read_json
 
 QUICK: dict[str, Any] = {"tokens": 2048, "heldout": 512, "visits": 4096, "batch": 256, "depth": 3, "rank": 16}
 
@@ -67,6 +68,23 @@ def test_two_conversions_do_not_write_to_one_output(text: str, tmp_path: Path) -
     report = convert_model(*arguments, data=text, progress=second, **QUICK)
     assert len(report.modules) == 2 and "\n" not in refused[0]
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["out"]
+
+
+def test_without_locks_the_slower_of_two_conversions_fails(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny("llama", tmp_path / "source")
+    monkeypatch.setattr("dlr_lock.runtime.files.fcntl", None)
+    arguments = (tmp_path / "source", tmp_path / "out")
+    faster: list[ConversionReport] = []
+
+    def second(what: str, done: int, total: int) -> None:
+        if what.startswith("distilling") and not faster:
+            faster.append(convert_model(*arguments, data=text, **QUICK | {"seed": 1}))
+
+    with pytest.raises(DLRError, match="exists; choose another output"):
+        convert_model(*arguments, data=text, progress=second, **QUICK)
+    assert read_json(tmp_path / "out" / "dlr_manifest.json")["conversion"]["options"]["seed"] == 1
 
 
 def test_a_conversion_that_keeps_nothing_leaves_nothing(text: str, tmp_path: Path) -> None:
