@@ -2,7 +2,9 @@
 
 A round is P = z A^T, the solve of its block, and u += H B with u = z - x, the sum of a lane's updates, kept in float32.
 Where a block is one plain step, there is nothing to solve: H = act(z A^T) is one launch, two make a round, and P is
-never in memory. Holding u instead of z spares the copy of x at the start and the subtraction at the end, and the products read
+never in memory.
+
+Holding u instead of z spares the copy of x at the start and the subtraction at the end, and the products read
 z = x + u rounded to the weights' dtype, which the second product writes on its way.
 """
 
