@@ -1,4 +1,4 @@
-"""The demo on the real SmolLM2-135M-Instruct, with one layer and a tenth of its visits."""
+"""The demo on the real SmolLM2-135M-Instruct, with one layer and a fifth of its visits."""
 
 from pathlib import Path
 
@@ -23,11 +23,13 @@ def test_the_demo_locks_a_layer_of_massive_activations(
         fetch_model(cache_folder())
     except DLRError as error:
         pytest.skip(str(error))
-    result = run_demo(layers="1", visits=38_400, out=tmp_path / "locked")
+    result = run_demo(layers="1", visits=76_800, out=tmp_path / "locked")
     (module,) = result.report.modules
     assert str(module.spec) == "1x12x192 silu"
-    # Layer 1 writes 469 where the median is below 1. A tenth of the visits gave 0.38 to 0.42.
-    assert module.fidelity.rel_error < 0.5 and module.fidelity.locked
+    # Layer 1 writes 469 where the median is below 1, on first tokens, which half as many visits leave at an error of
+    # 0.3 and the chain unlocked.
+    assert module.fidelity.rel_error < 0.4 and module.fidelity.locked
+    assert module.fidelity.first_error is not None and module.fidelity.first_error < 0.15
     assert abs(result.report.params_locked / result.report.params_original - 1) < 0.01
     evaluation = result.report.evaluation
     assert evaluation is not None and evaluation.loss_gap is not None and 0 < evaluation.loss_gap < 1
