@@ -11,10 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from ..triton_kernels import backend
-from .learning import AIMS, trainable
+from .learning import policies, trainable
 from .meters import Meter, now
 from .report import StepCost
-from .systems.model import ModelPolicy, NothingToTrain, measure_model, model_policies
+from .systems.model import NothingToTrain, measure_model
 
 _PASSES = 2  # of inference in a step of MeZO
 _ROUNDS = 3
@@ -83,7 +83,7 @@ def time_steps(
 def _trained(arm: Arm, attack: str, shape: tuple[int, int]) -> list[StepCost]:
     mode, ghost = _without_data(arm.model)
     rows = []
-    for policy in _policies(arm, attack):
+    for policy in policies(attack, locked=arm.deep):
         try:
             with mode:
                 ids = torch.zeros(shape, dtype=torch.int64, device=arm.model.device)
@@ -98,16 +98,12 @@ def _trained(arm: Arm, attack: str, shape: tuple[int, int]) -> list[StepCost]:
     return rows
 
 
-def _policies(arm: Arm, attack: str) -> list[ModelPolicy]:
-    return [policy for policy in model_policies(locked=arm.deep) if policy.aim == AIMS[attack]]
-
-
 def _seconds(arm: Arm, row: StepCost, shape: tuple[int, int]) -> float:
     """Of one step after another."""
     ids = torch.zeros(shape, dtype=torch.int64, device=arm.model.device)
     policy = None
     if row.attack != "MeZO":
-        policy = next(p for p in _policies(arm, row.attack) if p.name == row.policy)
+        policy = next(p for p in policies(row.attack, locked=arm.deep) if p.name == row.policy)
     with trainable(arm.model, arm.mlps, row.attack, 0, policy) as step:
         for _ in range(2):
             began = now(arm.model.device)

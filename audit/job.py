@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -226,19 +226,18 @@ class _Audit:
         return visits, list(copies)
 
     def _undone(self, name: str, visits: int, copies: list[Copied]) -> Structural:
-        def make() -> Structural:
-            return redistil_row(
-                self._locked,
-                self._original,
-                copies,
-                self._neutral.heldout,
-                name=name,
-                visits=visits,
-                tokens=self._neutral.train.numel(),
-                progress=self._progress,
-            )
-
-        return self._structural(name, make)
+        row = partial(
+            redistil_row,
+            self._locked,
+            self._original,
+            copies,
+            self._neutral.heldout,
+            name=name,
+            visits=visits,
+            tokens=self._neutral.train.numel(),
+            progress=self._progress,
+        )
+        return self._structural(name, row)
 
     def _arms(self, visits: dict[str, int], copies: list[Copied]) -> Iterator[Arm]:
         """Each model to fine-tune, with all of its MLPs' places, locked or not: an attacker trains every layer."""
@@ -293,20 +292,16 @@ class _Audit:
     def _steps(self, arms: Callable[[], Iterator[Arm]]) -> list[StepCost]:
         n = self._task.train.shape[1]
         shape = self._options.plan.sequences(n), n
-        rows = [row for arm in arms() for row in self._counted(arm, shape)]
+        rows: list[StepCost] = []
+        for arm in arms():
+            progress = partial(self._progress, f"counting a step of the {arm.name} model")
+            counting = partial(count_steps, arm, self._options.chosen_attacks, shape, progress)
+            rows += self._step_rows(f"steps {arm.name}", counting)
+        timing = partial(time_steps, arms, rows, shape, partial(self._progress, "timing steps"))
+        return self._step_rows("seconds", timing)  # one part: all in one session
 
-        def timed() -> list[dict[str, Any]]:
-            return [asdict(r) for r in time_steps(arms, rows, shape, partial(self._progress, "timing steps"))]
-
-        return [StepCost(**row) for row in self._part("seconds", timed)]  # one part: all in one session
-
-    def _counted(self, arm: Arm, shape: tuple[int, int]) -> list[StepCost]:
-        progress = partial(self._progress, f"counting a step of the {arm.name} model")
-
-        def counted() -> list[dict[str, Any]]:
-            return [asdict(row) for row in count_steps(arm, self._options.chosen_attacks, shape, progress)]
-
-        return [StepCost(**row) for row in self._part(f"steps {arm.name}", counted)]
+    def _step_rows(self, name: str, make: Callable[[], Iterable[StepCost]]) -> list[StepCost]:
+        return [StepCost(**row) for row in self._part(name, lambda: [asdict(row) for row in make()])]
 
     def _asymmetries(self) -> list[Asymmetry]:
         """Of one slot: the first locked module's, against a SwiGLU MLP of the original's width."""

@@ -134,7 +134,7 @@ def trainable(
             trained = list(model.parameters())
             step: Callable[[Tensor, float], None] = _MeZO(model, trained, seed)
         else:
-            policy = policy or plain_policy(attack)
+            policy = policy or policies(attack, locked=False)[0]
             with torch.random.fork_rng():
                 torch.manual_seed(seed)  # of the adapters
                 trained = stack.enter_context(prepared(model, mlps, policy))
@@ -151,9 +151,9 @@ def trainable(
                     parameter.grad = None
 
 
-def plain_policy(attack: str) -> ModelPolicy:
-    """Autograd as it is, for an attack of AIMS."""
-    return next(p for p in model_policies(locked=True) if p.aim == AIMS[attack])  # it comes first
+def policies(attack: str, *, locked: bool) -> list[ModelPolicy]:
+    """Those of an attack of AIMS on a locked model or an original; autograd as it is comes first."""
+    return [policy for policy in model_policies(locked=locked) if policy.aim == AIMS[attack]]
 
 
 class _Adam:

@@ -293,10 +293,9 @@ def _dlr_net_flops(
 ) -> int:  # fmt: skip
     """Look-ahead's: the products with the weights, and within a block of S steps those of a step with the earlier
     ones, S (S - 1) / 2 of [T, r] x [r, r] for each matrix that reads the state."""
-    tokens, rank, depth = x.numel() // x.shape[-1], A.shape[2], A.shape[1]
-    readers, steps = (1 if G is None else 2), _block_steps(A, gram)
-    blocks = [steps] * (depth // steps) + [depth % steps]
-    earlier = sum(S * (S - 1) // 2 for S in blocks)
+    tokens, rank = x.numel() // x.shape[-1], A.shape[2]
+    readers = 1 if G is None else 2
+    earlier = sum(S * (S - 1) // 2 for S in _blocks(A, gram))
     return 2 * tokens * ((readers + 1) * A.numel() + readers * len(A) * earlier * rank**2)
 
 
@@ -304,16 +303,15 @@ def _dlr_net_launches(
     x: Tensor, A: Tensor, B: Tensor, scale: Tensor, bias: Tensor, G: Tensor | None, act: str,
     gram: Tensor | None, backend: str,
 ) -> int:  # fmt: skip
-    steps, depth = _block_steps(A, gram), A.shape[1]
-    blocks, last = -(-depth // steps), (depth - 1) % steps + 1
     if G is not None:
-        return 4 * blocks
-    alone = blocks if steps == 1 else int(last == 1)  # a step alone needs no solve
-    return 3 * blocks - alone
+        return sum(4 for _ in _blocks(A, gram))
+    return sum(2 if S == 1 else 3 for S in _blocks(A, gram))  # a step alone needs no solve
 
 
-def _block_steps(A: Tensor, gram: Tensor | None) -> int:
-    return 1 if gram is None else gram.shape[-2] // A.shape[2]
+def _blocks(A: Tensor, gram: Tensor | None) -> list[int]:
+    """Steps of each block."""
+    steps, depth = 1 if gram is None else gram.shape[-2] // A.shape[2], A.shape[1]
+    return [min(steps, depth - first) for first in range(0, depth, steps)]
 
 
 _DLR_NET = torch.ops.dlr_lock.dlr_net

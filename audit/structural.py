@@ -66,8 +66,8 @@ def structural_rows(
 ) -> Iterator[Structural]:
     """Every attack on the chains of `locked`, and 'swap', each measured against `original` on heldout [H, n].
 
-    mlps: the original's MLPs that are locked. kept: gives a row that was made
-    before, or what `make` gives. Neither model is changed. Raises DLRError as `compare` does.
+    mlps: the original's MLPs that are locked. kept: gives a row that was made before, or what `make` gives. Neither
+    model is changed. Raises DLRError as `compare` does.
     """
     chains = {mlp.module: locked.get_submodule(mlp.module) for mlp in mlps}
 

@@ -33,7 +33,7 @@ from dlr_lock.runtime.dtypes import DTYPES
 from dlr_lock.runtime.slot import dtype_of
 
 DEVICE = best_device()
-HIDDEN, WIDTH, DEPTH = 576, 1536, 36  # of many steps; the timed slot: SmolLM2-135M's
+HIDDEN, WIDTH, DEPTH = 576, 1536, 36  # the timed slot: SmolLM2-135M's, a chain of many steps
 POLICIES = {
     "locked": ("plain", "compiled", "checkpoint", "inversion", "look-ahead 256"),
     "original": ("plain", "compiled", "checkpoint", "selective"),

@@ -53,9 +53,8 @@ def convert_model(
     check_target(target, overwrite=overwrite)
     report_progress = progress or (lambda what, done, total: None)
     with claimed(target):
-        with whole_directory(
-            target, overwrite=overwrite
-        ) as work:  # checks again, now that nobody else writes
+        # It checks the target again, now that nobody else writes.
+        with whole_directory(target, overwrite=overwrite) as work:
             report, kept = _converted(source, out, target, work, chosen, report_progress, started)
         kept.remove()
     return report

@@ -125,10 +125,8 @@ class Kept:
             *self.folder.glob("*.json"),
             *self.folder.glob("*.part"),
         ]:
-            if file.name != _CLAIM:
+            if file.name != _CLAIM:  # which `claimed` removes, and the folder with it
                 file.unlink(missing_ok=True)
-        with suppress(OSError):
-            self.folder.rmdir()
 
     def _path(self, part: str) -> Path:
         # A module's name may be longer than a file's can be.

@@ -23,7 +23,7 @@ from .options import Options
 from .report import ModuleReport
 from .streams import Streams
 from .text import CalibrationText
-from .unlock import undo
+from .unlock import Unlocking, undo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -174,24 +174,48 @@ def _attack(
     notes: list[str],
 ) -> _Module:
     """The module with the attack's outcome; without one, and a note, where the attack itself failed."""
-    assert options.unlock
     try:
-        unlocking = undo(
-            copy.deepcopy(net).float(),
+        unlocking = attacked(
+            net,
+            report,
             pairs,
-            text.train.numel(),
             report.fidelity.rel_error,
-            visits=max(1, round(options.unlock * report.tokens)),
-            conversion=report.tokens,
-            name=report.module,
-            device=torch.device(str(options.device)),
-            seed=options.seed + report.layer,
-            progress=partial(progress, f"undoing {title}"),
+            text,
+            options,
+            partial(progress, f"undoing {title}"),
         )
     except DLRError as error:
         notes.append(f"the attack on {report.module} failed: {error}")
         return net, report
     return net, replace(report, unlocking=unlocking)
+
+
+def attacked(
+    net: DLRNet,
+    report: ModuleReport,
+    pairs: Activations,
+    chain_error: float,
+    text: CalibrationText,
+    options: Options,
+    progress: Callable[[int, int], None],
+) -> Unlocking:
+    """The attack on a module's chain for options.unlock of its conversion's visits. pairs, chain_error: as for `undo`.
+
+    Raises DLRError as `undo` does.
+    """
+    assert options.unlock
+    return undo(
+        copy.deepcopy(net).float(),
+        pairs,
+        text.train.numel(),
+        chain_error,
+        visits=max(1, round(options.unlock * report.tokens)),
+        conversion=report.tokens,
+        name=report.module,
+        device=torch.device(str(options.device)),
+        seed=options.seed + report.layer,
+        progress=progress,
+    )
 
 
 def _restored(kept: Kept, mlp: MLP, stored: torch.dtype) -> _Module | None:

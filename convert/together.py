@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import replace
 from functools import partial
@@ -17,11 +16,11 @@ from .endtoend import EndToEnd, flatten_gaps, train_together, with_chains
 from .evaluate import Evaluation, StateEvaluation, compare, distance_of
 from .fidelity import LOCKED_GAP, measure
 from .mlps import MLP
-from .modules import Modules, Progress
+from .modules import Modules, Progress, attacked
 from .options import Options
 from .report import ModuleReport, Together
 from .text import CalibrationText
-from .unlock import Unlocking, undo
+from .unlock import Unlocking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,10 +77,12 @@ def finish_together(
     )
     weaker = _weaker(done)
     if not weaker and options.unlock:
-        at = next(n for n, mlp in enumerate(mlps) if mlp.module == weakest)
+        mlp, report = next(
+            pair for pair in zip(mlps, modules.reports, strict=True) if pair[0].module == weakest
+        )
         nets = {"before": fitted[weakest], "after": modules.chains[weakest]}
         try:
-            attacks = _attacked(model, mlps[at], modules.reports[at], nets, text, options, scratch, progress)
+            attacks = _attacked(model, mlp, report, nets, text, options, scratch, progress)
         except DLRError as error:  # it says nothing of the chains
             modules.notes.append(f"the attack on {weakest} after the end-to-end phase failed: {error}")
         else:
@@ -105,7 +106,6 @@ def _attacked(
     progress: Progress,
 ) -> tuple[Unlocking, Unlocking]:
     """The attack on one module's chain before and after the phase, on the original's activations."""
-    assert options.unlock
     train, device = text.train.numel(), torch.device(str(options.device))
     done = []
     for _, pairs in capture(
@@ -118,22 +118,9 @@ def _attacked(
     ):
         held = pairs.rows(torch.arange(train, len(pairs)))
         for when, net in nets.items():
-            done.append(
-                undo(
-                    copy.deepcopy(net).float(),
-                    pairs,
-                    train,
-                    measure(net, *held, device).rel_error,
-                    visits=max(1, round(options.unlock * report.tokens)),
-                    conversion=report.tokens,
-                    name=mlp.module,
-                    device=device,
-                    seed=options.seed + mlp.layer,
-                    progress=partial(
-                        progress, f"undoing {mlp.module}, as it was {when} the end-to-end phase"
-                    ),
-                )
-            )
+            error = measure(net, *held, device).rel_error
+            what = f"undoing {mlp.module}, as it was {when} the end-to-end phase"
+            done.append(attacked(net, report, pairs, error, text, options, partial(progress, what)))
     before, after = done
     return before, after
 

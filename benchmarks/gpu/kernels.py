@@ -11,7 +11,7 @@ from dlr_lock.runtime.bench import COLD_BYTES, ROUNDS, Row, chain_cases, numbers
 from dlr_lock.runtime.bench import measure as measured
 from dlr_lock.runtime.dtypes import dtype_name
 from dlr_lock.runtime.slot import CPU_PROVIDERS, PROVIDERS, Case, Slot, dtype_of
-from dlr_lock.runtime.timing import measured_rates
+from dlr_lock.runtime.timing import first_line, measured_rates
 from dlr_lock.triton_kernels import cost
 
 from ..kernels import CHAINS, SHAPES, SMOKE, TOKENS
@@ -51,9 +51,7 @@ def measure(record: Record) -> None:
                 rows = measured(Slot(case, record.device, dtype, cold_bytes), providers, rates, rounds)
             except (RuntimeError, MemoryError) as error:  # such as a case that does not fit
                 check_device(error)
-                rows = [
-                    failed(case, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300])
-                ]
+                rows = [failed(case, first_line(error))]
             record.add(*rows)
             if any((row.error_message or "").startswith("AcceleratorError") for row in rows):
                 raise DeviceLost(f"by {_key(case)}")

@@ -205,7 +205,7 @@ def test_an_end_to_end_phase_that_makes_undoing_cheaper_is_dropped(
     errors = iter((0.05, 0.04))
     together = convert_model.__globals__["finish_together"].__globals__
     monkeypatch.setitem(
-        together, "undo", lambda *args, **named: Unlocking(512, 1024, 0.3, 0.2, copy_error=next(errors))
+        together, "attacked", lambda *args, **named: Unlocking(512, 1024, 0.3, 0.2, copy_error=next(errors))
     )
     monkeypatch.setitem(together, "train_together", lambda model, chains, *args, **named: dict(chains))
     report = convert_model(
