@@ -28,7 +28,7 @@ from dlr_lock.audit.systems.compiled import compiler_errors
 from dlr_lock.audit.systems.model import measure_model, model_policies
 from dlr_lock.audit.systems.slot import Arm, Row, arms, rows
 from dlr_lock.runtime import DLRNet, DLRSpec, best_device
-from dlr_lock.runtime.bench import sizes
+from dlr_lock.runtime.bench import cases_of
 from dlr_lock.runtime.dtypes import DTYPES
 from dlr_lock.runtime.slot import dtype_of
 
@@ -113,7 +113,9 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m benchmarks.asymmetry", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--shapes", default="576x1536", help="MLPs, hidden x intermediate")
-    parser.add_argument("--chains", default="1x36", help="lanes x depth, at equal parameters")
+    parser.add_argument(
+        "--chains", default="1", help="lanes, x depth, x rank; what is left out follows from parity"
+    )
     parser.add_argument("--tokens", type=int, default=4096, help="of a training step")
     parser.add_argument("--layers", type=int, default=30, help="slots that the compared memory is of")
     parser.add_argument("--model", action="store_true", help="a whole model, in sequences of 1024 tokens")
@@ -122,11 +124,10 @@ def main(arguments: list[str] | None = None) -> int:
     screen = Console(highlight=False)
     try:
         for shape in options.shapes.split(","):
-            hidden, width = sizes(shape, 2)
             for chain in options.chains.split(","):
-                lanes, depth = sizes(chain, 2)
-                spec = DLRSpec.matching(hidden, width, mlp_gated=True, lanes=lanes, depth=depth)
-                title = f"{hidden}x{width} as {spec}, {options.tokens} tokens"
+                (case,) = cases_of(shape, chain, [options.tokens])
+                spec, width = case.spec, case.intermediate
+                title = f"{shape} as {spec}, {options.tokens} tokens"
                 with FakeTensorMode():
                     if options.model:
                         ours, theirs = _whole_models(spec, width, options)

@@ -1,6 +1,6 @@
 """The whole table: dense MLPs, plain chains and fast ones over shapes, chains and token counts.
 
-    python -m benchmarks.kernels [--shapes 576x1536,4096x14336] [--chains 1x64,8x64] [--tokens 1,512]
+    python -m benchmarks.kernels [--shapes 576x1536,4096x14336] [--chains 1,8x64] [--tokens 1,512]
 
 writes JSON, the same rows as CSV and, where matplotlib is installed, a plot a shape, after every case anew. Files
 appear whole: an interrupted run leaves those of the case before.
@@ -19,14 +19,16 @@ from rich.console import Console
 
 from dlr_lock import DLRError
 from dlr_lock.progress import Steps
-from dlr_lock.runtime.bench import COLD_BYTES, ROUNDS, chain_cases, numbers, run, sizes
+from dlr_lock.runtime.bench import COLD_BYTES, ROUNDS, cases_of, numbers, run
 from dlr_lock.runtime.checkpoint import usable_device
 from dlr_lock.tables import print_benchmark
 
 from .output import target, write_json, write_whole
 
 SHAPES = "576x1536,2048x8192,4096x14336"  # hidden x intermediate
-CHAINS = "1x32,1x64,1x128,4x64,8x64,64x12"  # lanes x depth, and x rank where it is not left to parity
+CHAINS = (
+    "1,1x32,1x64,1x128,4x64,8x64,64x12"  # lanes; depth where it is not the default; rank where not at parity
+)
 TOKENS = "1,4,16,64,512,4096"
 SMOKE = {"shapes": "64x96", "chains": "1x9,2x4", "tokens": "1,3"}
 
@@ -38,14 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
         vars(options).update(SMOKE)
     try:
         device = usable_device(options.device)
-        shapes = [sizes(shape, 2) for shape in options.shapes.split(",")]
-        chains = [sizes(chain, 2, 3) for chain in options.chains.split(",")]
         tokens = numbers(options.tokens)
         cases = [
             case
-            for shape in shapes
-            for lanes, depth, *rank in chains
-            for case in chain_cases(*shape, lanes=lanes, depth=depth, rank=(*rank, None)[0], tokens=tokens)
+            for shape in options.shapes.split(",")
+            for chain in options.chains.split(",")
+            for case in cases_of(shape, chain, tokens)
         ]
         screen = Console(stderr=True, highlight=False)
         with Steps(screen) as steps:
@@ -126,7 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, help="folder of the files, instead of one a device under results")
     parser.add_argument("--shapes", default=SHAPES, help="MLPs, hidden x intermediate")
-    parser.add_argument("--chains", default=CHAINS, help="lanes x depth, at equal parameters, or x rank too")
+    parser.add_argument(
+        "--chains", default=CHAINS, help="lanes, x depth, x rank; what is left out follows from parity"
+    )
     parser.add_argument("--tokens", default=TOKENS, help="token counts")
     parser.add_argument("--providers", help="such as dense-graph,ours-graph; by default all of the device")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")

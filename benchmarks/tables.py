@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from dlr_lock.runtime.bench import chain_cases, sizes
+from dlr_lock.runtime.bench import cases_of
 from dlr_lock.runtime.explain import explain
 
 Row = dict[str, Any]
 
-# What the predictions are of: MLPs of 135M, 1B and 8B models; chains of few steps and of many, and eight lanes.
+# What the predictions are of: MLPs of 135M, 1B and 8B models; the default chains, deep ones, and eight lanes.
 SHAPES = ("576x1536", "2048x8192", "4096x14336")
-CHAINS = ("1x16", "1x64", "8x64")
+CHAINS = ("1", "1x64", "8x64")
 TOKENS = (1, 16, 512, 4096)
 
 
@@ -210,8 +210,7 @@ def predictions() -> list[str]:
     lines = []
     for shape in SHAPES:
         for chain in CHAINS:
-            lanes, depth = sizes(chain, 2)
-            cases = chain_cases(*sizes(shape, 2), lanes=lanes, depth=depth, tokens=TOKENS)
+            cases = cases_of(shape, chain, TOKENS)
             spec = cases[0].spec
             facts = explain(cases, device=torch.device("cpu"))
             ours = [row[row["choice"]]["predicted_us"] for row in facts["rows"]]

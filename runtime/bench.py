@@ -9,9 +9,10 @@ across providers: Gram blocks and a state in memory count against a provider, no
 
 import gc
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from typing import Any
@@ -30,6 +31,8 @@ COLD_BYTES = 100e6  # of distinct weights that calls rotate over: twice the L2 c
 ROUNDS = 20
 CHECKED_TOKENS = 64
 WIDEST = 2**18  # features or hidden units: past this, finding a chain of equal parameters takes seconds
+_SHAPE = re.compile(r"([1-9][0-9]*)x([1-9][0-9]*)")
+_CHAIN = re.compile(r"([1-9][0-9]*)(?:x([1-9][0-9]*)(?:x([1-9][0-9]*))?)?")
 
 
 def chain_cases(
@@ -63,13 +66,16 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def sizes(text: str, *counts: int) -> list[int]:
-    """The numbers in "576x1536", as many as one of `counts`; raises DLRError on anything else."""
-    parts = text.split("x")
-    if len(parts) not in counts or not all(part.isdecimal() and int(part) for part in parts):
-        forms = {2: "576x1536 (a shape), 1x36 (a chain)", 3: "1x36x64 (a chain and its rank)"}
-        raise DLRError(f"{text!r} is not of the form {' or '.join(forms[count] for count in counts)}")
-    return [int(part) for part in parts]
+def cases_of(shape: str, chain: str, tokens: Sequence[int]) -> list[Case]:
+    """`chain_cases` of texts: "576x1536" is an MLP's shape; "1x36x64" is a chain, "1x36" one of the rank that parity
+    gives, "1" one lane of the default depth. Raises DLRError on anything else."""
+    mlp, parts = _SHAPE.fullmatch(shape), _CHAIN.fullmatch(chain)
+    if mlp is None:
+        raise DLRError(f"{shape!r} is no shape of an MLP such as 576x1536")
+    if parts is None:
+        raise DLRError(f"{chain!r} is no chain such as 1x36x64, 1x36 or 1")
+    depth, rank = (int(part) if part else None for part in parts.group(2, 3))
+    return chain_cases(int(mlp[1]), int(mlp[2]), lanes=int(parts[1]), depth=depth, rank=rank, tokens=tokens)
 
 
 @dataclass(slots=True)
@@ -161,8 +167,15 @@ def run(
     return document
 
 
-def measure(slot: Slot, providers: Sequence[str], rates: Rates, rounds: int) -> list[Row]:
-    """A row for each of the providers that the slot's case has."""
+def measure(
+    slot: Slot,
+    providers: Sequence[str],
+    rates: Rates,
+    rounds: int,
+    noting: Callable[[Row], AbstractContextManager[None]] = noting,
+) -> list[Row]:
+    """A row for each of the providers that the slot's case has. noting(row): the context that its provider is run
+    in."""
     rows: list[Row] = []
     runners: list[Runner | None] = []
     for name in providers:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dlr_lock.runtime.bench import COLD_BYTES, ROUNDS, Row, chain_cases, numbers, sizes
+from dlr_lock.runtime.bench import COLD_BYTES, ROUNDS, Row, cases_of, numbers
 from dlr_lock.runtime.bench import measure as measured
 from dlr_lock.runtime.dtypes import dtype_name
 from dlr_lock.runtime.slot import CPU_PROVIDERS, PROVIDERS, Case, Slot, dtype_of
@@ -15,10 +15,10 @@ from dlr_lock.runtime.timing import first_line, measured_rates
 from dlr_lock.triton_kernels import cost
 
 from ..kernels import CHAINS, SHAPES, SMOKE, TOKENS
-from .stage import DeviceLost, Record, check_device
+from .stage import Record, check_device, noting
 
 # The order of worth: what a short visit leaves out stands last.
-_CHAINS = ("1x64", "8x64")
+_CHAINS = ("1", "1x64", "8x64")
 _TOKENS = (1, 512, 16, 4096)
 
 
@@ -48,13 +48,13 @@ def measure(record: Record) -> None:
             try:
                 if gpu:
                     torch.cuda.empty_cache()
-                rows = measured(Slot(case, record.device, dtype, cold_bytes), providers, rates, rounds)
+                rows = measured(
+                    Slot(case, record.device, dtype, cold_bytes), providers, rates, rounds, noting
+                )
             except (RuntimeError, MemoryError) as error:  # such as a case that does not fit
                 check_device(error)
                 rows = [failed(case, first_line(error))]
             record.add(*rows)
-            if any((row.error_message or "").startswith("AcceleratorError") for row in rows):
-                raise DeviceLost(f"by {_key(case)}")
 
 
 def ordered(*, smoke: bool) -> list[Case]:
@@ -70,15 +70,9 @@ def ordered(*, smoke: bool) -> list[Case]:
         ((worth(_CHAINS, chain), worth(_TOKENS, case.tokens)), case)
         for shape in shapes.split(",")
         for chain in chains.split(",")
-        for case in _cases(shape, chain, numbers(tokens))
+        for case in cases_of(shape, chain, numbers(tokens))
     ]
     return [case for _, case in sorted(listed, key=lambda pair: pair[0])]
-
-
-def _cases(shape: str, chain: str, tokens: list[int]) -> list[Case]:
-    hidden, intermediate = sizes(shape, 2)
-    lanes, depth, *rank = sizes(chain, 2, 3)
-    return chain_cases(hidden, intermediate, lanes=lanes, depth=depth, rank=(*rank, None)[0], tokens=tokens)
 
 
 def _key(case: Case) -> dict[str, int]:

@@ -177,8 +177,9 @@ def test_the_whole_table_is_written(
     assert [r["provider"] for r in table] == [r["provider"] for r in rows] and set(table[0]) == set(rows[0])
     assert not list(tmp_path.glob(".*"))
     capsys.readouterr()
-    assert main(["--shapes", "64"]) == 2
-    assert "'64' is not of the form" in capsys.readouterr().err
+    for wrong, why in {"--shapes=64": "'64' is no shape", "--chains=1x0": "'1x0' is no chain"}.items():
+        assert main([wrong]) == 2
+        assert why in capsys.readouterr().err
 
 
 @pytest.mark.gpu
