@@ -29,6 +29,10 @@ _LOOK = 8  # batches between two looks, at least: the loss of one says little
 _RISE = 1.5  # a loss so many times the best one seen, and above the zero function's 1, is a fit that diverges
 _ROWS = 4096  # tokens to judge the typical size by
 _METRIC_TOKENS = 40_000
+# Rows that Muon orthogonalises at once. On 1x12x192 whole steps fit 1.2% better at equal visits and take 1.5 times the
+# FLOPs; spent on visits these are worth 5%. A copy of one wide step keeps whole matrices: in blocks it is undone 1.8%
+# worse.
+_MUON_ROWS = 64
 
 Weights = dict[str, Tensor]
 
@@ -113,13 +117,14 @@ def reading_metric(x: Tensor, exponent: float) -> Tensor:
 
 
 def _groups(weights: Weights, recipe: Recipe, metric: Tensor) -> list[dict[str, Any]]:
-    # The metric wants the rank on the short side; a chain of higher rank than d reads everything anyway.
-    reading: dict[str, Any] = {"lr": recipe.rate * (_ALIGNED if recipe.start == "aligned" else 1.0)}
-    if weights["dlr_A"].shape[-2] <= metric.shape[0]:
+    _, depth, rank, d = weights["dlr_A"].shape
+    writing: dict[str, Any] = {"lr": recipe.rate, "rows": _MUON_ROWS if depth > 1 else None}
+    reading = writing | {"lr": recipe.rate * (_ALIGNED if recipe.start == "aligned" else 1.0)}
+    if (
+        rank <= d
+    ):  # the metric wants the rank on the short side; a chain of higher rank reads everything anyway
         reading["metric"] = metric
-    return [
-        {"params": [w], **({"lr": recipe.rate} if key == "dlr_B" else reading)} for key, w in weights.items()
-    ]
+    return [{"params": [w], **(writing if key == "dlr_B" else reading)} for key, w in weights.items()]
 
 
 class _Guard:

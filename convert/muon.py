@@ -23,11 +23,12 @@ _ROUNDS = (
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised matrix by matrix; parameters are [..., r, d] with r <= d or not.
 
-    A group may carry a `metric`, see `orthogonalised`.
+    A group may carry a `metric`, see `orthogonalised`, and `rows`: a matrix of more rows is cut into equal blocks of
+    at most so many, each orthogonalised by itself. The iteration's FLOPs grow with the cube of a block's rows.
     """
 
     def __init__(self, groups: list[dict[str, Any]], momentum: float = 0.95) -> None:
-        super().__init__(groups, {"momentum": momentum, "metric": None})
+        super().__init__(groups, {"momentum": momentum, "metric": None, "rows": None})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -38,7 +39,9 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(parameter)
                 momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                 direction = torch.lerp(parameter.grad, momentum, group["momentum"])
-                parameter.sub_(orthogonalised(direction, group["metric"]), alpha=group["lr"])
+                blocks = _blocks(direction, group["rows"])
+                update = orthogonalised(blocks, group["metric"]).view_as(parameter)
+                parameter.sub_(update, alpha=group["lr"])
 
 
 def orthogonalised(matrices: Tensor, metric: Tensor | None = None) -> Tensor:
@@ -54,10 +57,19 @@ def orthogonalised(matrices: Tensor, metric: Tensor | None = None) -> Tensor:
     gram = right @ matrices.mT  # M P (M P)^T
     size = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] * _SAFETY**2 + 1e-20
     gram = gram / size
-    left = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    factor = left = None
     for a, b, c in _ROUNDS:
+        if factor is not None:
+            gram = factor @ gram @ factor
         factor = b * gram + c * (gram @ gram)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        left = factor @ left
-        gram = factor @ gram @ factor
+        left = factor if left is None else factor @ left
     return (left / size.sqrt()) @ right
+
+
+def _blocks(matrices: Tensor, rows: int | None) -> Tensor:
+    """[..., r, d] -> [..., r / b, b, d] with the largest b that divides r and is at most `rows`."""
+    r = matrices.shape[-2]
+    if rows is None or r <= rows:
+        return matrices
+    return matrices.unflatten(-2, (-1, max(b for b in range(1, rows + 1) if r % b == 0)))

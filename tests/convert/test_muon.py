@@ -42,6 +42,21 @@ def test_it_descends_on_a_badly_scaled_problem() -> None:
     assert error < 0.6  # measured 0.37; gradient descent at its largest stable step stays above 0.95
 
 
+@pytest.mark.parametrize(
+    ("rank", "block"), [(16, 16), (64, 64), (80, 40), (192, 64), (272, 34), (53, 53), (67, 1)]
+)
+def test_wide_steps_move_in_equal_blocks_of_rows(rank: int, block: int) -> None:
+    metric = torch.diag(torch.linspace(1, 2, 96))
+    weight, gradient = torch.randn(2, 3, rank, 96), torch.randn(2, 3, rank, 96)
+    weight.grad, before = gradient, weight.clone()
+    Muon([{"params": [weight], "lr": 0.5, "metric": metric, "rows": 64}]).step()
+    for first in range(0, rank, block):
+        rows = slice(first, first + block)
+        moved = (before - weight)[..., rows, :] / 0.5
+        wanted = orthogonalised(gradient[..., rows, :], metric)
+        torch.testing.assert_close(moved, wanted, rtol=1e-3, atol=1e-4)
+
+
 def test_the_metric_is_a_change_of_coordinates() -> None:
     x, basis = torch.randn(2, 16, 48), torch.linalg.qr(torch.randn(48, 48))[0]
     power = basis @ torch.diag(torch.logspace(0, 1, 48)) @ basis.T
