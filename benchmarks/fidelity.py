@@ -47,6 +47,7 @@ from dlr_lock.runtime.timing import machine
 
 from .output import target, write_json, write_whole
 
+_OF_RECIPE = ("rate", "momentum", "scale", "metric", "writing", "weight_decay")  # that `modules` can vary
 FLOPS = 6  # a parameter and token visit: a multiplication and an addition forward, twice that backward
 
 
@@ -95,7 +96,7 @@ def modules(options: argparse.Namespace, progress: Steps) -> Iterator[dict[str, 
         for mlp, pairs in captured:
             for visits in numbers(options.visits):
                 recipe = Recipe(visits, int(chosen.batch or 0), chosen.start, chosen.seed + mlp.layer)
-                given = {name: getattr(options, name) for name in ("rate", "momentum", "scale", "metric")}
+                given = {name: getattr(options, name) for name in _OF_RECIPE}
                 recipe = replace(
                     recipe, **{name: value for name, value in given.items() if value is not None}
                 )
@@ -362,8 +363,10 @@ def _parser() -> argparse.ArgumentParser:
             study.add_argument(
                 "--unlock", default="", help="visits of attacks, as shares of the fit's: 0.25,1"
             )
-            for option in ("rate", "momentum", "scale", "metric"):
-                study.add_argument(f"--{option}", type=float, help="of the recipe, see Recipe")
+            for option in _OF_RECIPE:
+                study.add_argument(
+                    f"--{option.replace('_', '-')}", type=float, help="of the recipe, see Recipe"
+                )
         else:
             both = "independent,sequential"
             study.add_argument("--across", default=both if name == "model" else "sequential")

@@ -118,11 +118,12 @@ def reading_metric(x: Tensor, exponent: float) -> Tensor:
 
 def _groups(weights: Weights, recipe: Recipe, metric: Tensor) -> list[dict[str, Any]]:
     _, depth, rank, d = weights["dlr_A"].shape
-    writing: dict[str, Any] = {"lr": recipe.rate, "rows": _MUON_ROWS if depth > 1 else None}
-    reading = writing | {"lr": recipe.rate * (_ALIGNED if recipe.start == "aligned" else 1.0)}
-    if (
-        rank <= d
-    ):  # the metric wants the rank on the short side; a chain of higher rank reads everything anyway
+    common = {"weight_decay": recipe.weight_decay, "rows": _MUON_ROWS if depth > 1 else None}
+    aligned = recipe.start == "aligned"
+    writing: dict[str, Any] = common | {"lr": recipe.rate * (1.0 if aligned else recipe.writing)}
+    reading: dict[str, Any] = common | {"lr": recipe.rate * (_ALIGNED if aligned else 1.0)}
+    # The metric wants the rank on the short side; a chain of higher rank than d reads everything anyway.
+    if rank <= d:
         reading["metric"] = metric
     return [{"params": [w], **(writing if key == "dlr_B" else reading)} for key, w in weights.items()]
 

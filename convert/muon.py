@@ -25,10 +25,11 @@ class Muon(torch.optim.Optimizer):
 
     A group may carry a `metric`, see `orthogonalised`, and `rows`: a matrix of more rows is cut into equal blocks of
     at most so many, each orthogonalised by itself. The iteration's FLOPs grow with the cube of a block's rows.
+    `weight_decay` shrinks a parameter by lr * weight_decay a step.
     """
 
     def __init__(self, groups: list[dict[str, Any]], momentum: float = 0.95) -> None:
-        super().__init__(groups, {"momentum": momentum, "metric": None, "rows": None})
+        super().__init__(groups, {"momentum": momentum, "metric": None, "rows": None, "weight_decay": 0.0})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -41,6 +42,7 @@ class Muon(torch.optim.Optimizer):
                 direction = torch.lerp(parameter.grad, momentum, group["momentum"])
                 blocks = _blocks(direction, group["rows"])
                 update = orthogonalised(blocks, group["metric"]).view_as(parameter)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.sub_(update, alpha=group["lr"])
 
 

@@ -21,7 +21,8 @@ class Recipe:
 
     start: 'random', or 'aligned' with the teacher's reading directions (fits better, and is easier to undo).
     rate, momentum: of Muon. scale: the output scale in units of y; a smaller one makes the chain move its state
-    by more. metric: the exponent of the reading metric. Raises DLRError on values that make no sense.
+    by more. metric: the exponent of the reading metric. writing: B's rate over that of A and G. weight_decay: see Muon.
+    Raises DLRError on values that make no sense.
     """
 
     visits: int
@@ -32,6 +33,8 @@ class Recipe:
     momentum: float = 0.95
     scale: float = 1.0
     metric: float = 0.2
+    writing: float = 2.0
+    weight_decay: float = 0.03
 
     def __post_init__(self) -> None:
         if self.start not in STARTS:

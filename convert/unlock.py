@@ -129,7 +129,8 @@ def fit_copy(
             reads = linear_reads(net, x.to(device, torch.float32))
         flat = flattened(net, reads)
         spec, given = flat.spec, flat.state_dict()
-    recipe = Recipe(visits=visits, batch=min(BATCH, visits), seed=seed, rate=_RATE)
+    batch = min(BATCH, visits)
+    recipe = Recipe(visits, batch, seed=seed, rate=_RATE, writing=1.0, weight_decay=0.0)
     tensors = distill(
         activations,
         tokens,
