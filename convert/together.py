@@ -131,7 +131,9 @@ def _weaker(together: Together) -> str | None:
     distances = distance_of(t.evaluation_before), distance_of(t.evaluation_after)
     if distances[1] > distances[0]:
         return f"led away from the original: distance {distances[0]:.4f}, then {distances[1]:.4f}"
-    least = max(_KEPT_GAP * t.smallest_gap_before, min(t.smallest_gap_before, LOCKED_GAP))
+    least = _KEPT_GAP * t.smallest_gap_before
+    if t.smallest_gap_before >= LOCKED_GAP:  # what is no lock already cannot cross the threshold
+        least = max(least, LOCKED_GAP)
     if not t.smallest_gap_after >= least:
         return (
             f"lowered the smallest flatten gap: {t.smallest_gap_before:.3f}, then {t.smallest_gap_after:.3f}"
