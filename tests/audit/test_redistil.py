@@ -248,7 +248,8 @@ def test_flops_are_those_of_the_fit_its_steps_the_passes_and_the_start() -> None
 
 
 def test_a_step_of_the_optimizer_is_counted() -> None:
-    """Of each [64, 16]: the Gram matrix of the short side, one product in the first of four rounds, four in each other, and the result."""
+    """Of each [64, 16]: the short side's Gram matrix, a product in the first of four rounds, four in the others, and
+    the result."""
     assert step_flops(DLRSpec(16, 1, 1, 64)) == 2 * (2 * 16 * 16 * 64 * 2 + (1 + 3 * 4) * 2 * 16**3)
 
 
