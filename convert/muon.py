@@ -59,14 +59,18 @@ def orthogonalised(matrices: Tensor, metric: Tensor | None = None) -> Tensor:
     gram = right @ matrices.mT  # M P (M P)^T
     size = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] * _SAFETY**2 + 1e-20
     gram = gram / size
-    factor = left = None
-    for a, b, c in _ROUNDS:
-        if factor is not None:
-            gram = factor @ gram @ factor
-        factor = b * gram + c * (gram @ gram)
-        factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        left = factor if left is None else factor @ left
+    left = factor = _factor(gram, *_ROUNDS[0])
+    for coefficients in _ROUNDS[1:]:
+        gram = factor @ gram @ factor
+        factor = _factor(gram, *coefficients)
+        left = factor @ left
     return (left / size.sqrt()) @ right
+
+
+def _factor(gram: Tensor, a: float, b: float, c: float) -> Tensor:
+    factor = b * gram + c * (gram @ gram)
+    factor.diagonal(dim1=-2, dim2=-1).add_(a)
+    return factor
 
 
 def _blocks(matrices: Tensor, rows: int | None) -> Tensor:
