@@ -43,12 +43,12 @@ def test_modules(text: Path, tmp_path: Path) -> None:
         "--unlock",
         "0.5",
         "--rate",
-        "0.02",
+        "0.01",
     )
     rows = run(tmp_path, "modules", *arguments)
     assert [row["visits"] for row in rows] == [4096, 8192]
     for row in rows:
-        assert row["flops"] == 6 * (2 * 3 * 16 * 64 + 2 * 64) * row["visits"] and row["rate"] == 0.02
+        assert row["flops"] == 6 * (2 * 3 * 16 * 64 + 2 * 64) * row["visits"] and row["rate"] == 0.01
         assert row["curve"][-1]["visits"] == row["visits"]
         assert row["curve"][-1]["rel_error"] == pytest.approx(row["rel_error"], rel=1e-5)
         assert [attack["start"] for attack in row["attacks"]] == ["linear", "flat", "random"]
