@@ -21,7 +21,7 @@ from .fidelity import relative_error
 from .mlps import TeacherWeights
 from .muon import Muon
 from .recipe import Recipe
-from .start import aligned_start, random_start
+from .start import aligned_start, mixed_start, random_start
 
 _ALIGNED = 0.25  # of the rate, for A and G from an aligned start: at the full rate they diverged
 _RESTARTS = 2  # of a fit that diverges, each at half the rate of the one before
@@ -55,7 +55,7 @@ def distill(
     """Fits a chain to y = mlp(x) and returns DLRNet's tensors in float32 on the CPU.
 
     The first `tokens` rows of `activations` are trained on. name: the module's, for errors. teacher: the MLP's
-    weights, which the aligned start wants. start: tensors of a chain of one step to start from instead (one step
+    weights, which the mixed start uses and the aligned one needs. start: tensors of a chain of one step to start from instead (one step
     writes what it likes: its output scale is brought to the recipe's, its bias dropped). progress is called with
     (visits done, visits in all), watch up to 32 times with (visits done, the tensors).
     A fit whose loss rises or is not a number goes on from its last good state at half the rate, at most twice;
@@ -73,6 +73,8 @@ def distill(
         weights["dlr_B"] = start["dlr_B"] * start["dlr_scale"] / (recipe.scale * rms_y)
     elif recipe.start == "aligned":
         weights = aligned_start(spec, generator, rms_x, teacher)
+    elif recipe.start == "mixed":
+        weights = mixed_start(spec, generator, teacher)
     else:
         weights = random_start(spec, generator)
     weights = {key: w.to(device) for key, w in weights.items()}

@@ -18,9 +18,10 @@ from .distill import distill
 from .fidelity import measure
 from .kept import Kept
 from .layers import Unrepeatable
-from .mlps import MLP, teacher_weights
+from .mlps import MLP
 from .options import Options
 from .report import ModuleReport
+from .start import starting_weights
 from .streams import Streams
 from .text import CalibrationText
 from .unlock import Unlocking, undo
@@ -144,6 +145,9 @@ def _fit(
     spec, device, train = spec_of(mlp, options), torch.device(str(options.device)), text.train.numel()
     recipe = options.recipe()
     recipe = replace(recipe, seed=recipe.seed + mlp.layer)
+    teacher = starting_weights(recipe.start, model, mlp)
+    if teacher is None and recipe.start == "mixed":
+        notes.append(f"the inside of {mlp.module} is unknown: its chain started at random, which fits worse")
     tensors = distill(
         pairs,
         train,
@@ -151,7 +155,7 @@ def _fit(
         recipe,
         name=mlp.module,
         device=device,
-        teacher=teacher_weights(model, mlp) if recipe.start == "aligned" else None,
+        teacher=teacher,
         progress=partial(progress, f"distilling {title}, {spec}"),
         note=notes.append,
     )

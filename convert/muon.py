@@ -42,7 +42,8 @@ class Muon(torch.optim.Optimizer):
                 direction = torch.lerp(parameter.grad, momentum, group["momentum"])
                 blocks = _blocks(direction, group["rows"])
                 update = orthogonalised(blocks, group["metric"]).view_as(parameter)
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                if group["weight_decay"]:
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.sub_(update, alpha=group["lr"])
 
 

@@ -66,7 +66,7 @@ class Options:
     gated: bool = False
     act: str = "silu"
     params: float = 1.0
-    start: str = "random"
+    start: str = "mixed"
     data: str = "self"
     effort: str = "standard"
     tokens: int | None = None

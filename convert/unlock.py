@@ -130,7 +130,7 @@ def fit_copy(
         flat = flattened(net, reads)
         spec, given = flat.spec, flat.state_dict()
     batch = min(BATCH, visits)
-    recipe = Recipe(visits, batch, seed=seed, rate=_RATE, writing=1.0, weight_decay=0.0)
+    recipe = Recipe(visits, batch, "random", seed, rate=_RATE, writing=1.0, weight_decay=0.0)
     tensors = distill(
         activations,
         tokens,

@@ -61,8 +61,12 @@ def convert(
     act: Annotated[str, typer.Option(help="Activation of the steps, by transformers' name.")] = "silu",
     params: Annotated[float, typer.Option(help="Parameters of a chain over those of its MLP.")] = 1.0,
     start: Annotated[
-        str, typer.Option(help="random, or aligned with the teacher: fits better, easier to undo.")
-    ] = "random",
+        str,
+        typer.Option(
+            help="mixed: from random sums of the MLP's reading directions. random: from nothing of the MLP, fits "
+            "worse. aligned: from these directions, fits better and is easier to undo."
+        ),
+    ] = "mixed",
     data: Annotated[
         str, typer.Option(help="Calibration text: .txt, .jsonl, .parquet, a datasets name, or self.")
     ] = "self",

@@ -8,6 +8,7 @@ from dlr_lock.convert.distill import distill
 from dlr_lock.convert.fidelity import measure
 from dlr_lock.convert.mlps import TeacherWeights
 from dlr_lock.convert.recipe import Recipe
+from dlr_lock.convert.start import mixed_start, random_start
 from dlr_lock.runtime import DLRError, DLRNet, DLRSpec
 
 CPU = torch.device("cpu")
@@ -72,6 +73,46 @@ def test_the_aligned_start_fits_better() -> None:
     _, random = fit(x, y, gated)
     _, aligned = fit(x, y, gated, weights, start="aligned")
     assert aligned.rel_error < 0.8 * random.rel_error
+
+
+def narrow_teacher() -> TeacherWeights:
+    """One that reads a quarter of x's directions."""
+    weights = teacher()
+    into = torch.linalg.qr(torch.randn(D, D // 4))[0].T * 2
+    assert weights.gate is not None
+    return TeacherWeights(weights.up[:, : D // 4] @ into, weights.gate[:, : D // 4] @ into, weights.down)
+
+
+def test_the_mixed_start_fits_better_where_the_mlp_reads_few_directions() -> None:
+    weights = narrow_teacher()
+    x = torch.randn(N + 1024, D)
+    y = run(weights, x)
+    _, random = fit(x, y, start="random", visits=16_384)
+    _, mixed = fit(x, y, weights=weights, start="mixed", visits=16_384)
+    assert mixed.rel_error < 0.75 * random.rel_error  # measured 0.50 to 0.53
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("gate", [False, True])
+def test_the_mixed_start_reads_what_the_mlp_reads_and_no_unit_of_it(gated: bool, gate: bool) -> None:
+    weights = narrow_teacher()
+    weights = weights if gate else TeacherWeights(weights.up, None, weights.down)
+    spec = DLRSpec(hidden_size=D, lanes=2, depth=3, rank=16, gated=gated)
+    start = mixed_start(spec, torch.Generator().manual_seed(0), weights)
+    rows = weights.up if weights.gate is None else torch.cat([weights.gate, weights.up])
+    span = torch.linalg.svd(rows, full_matrices=False)[2][: D // 4]
+    units = torch.nn.functional.normalize(rows, dim=1)
+    for name in ("dlr_A", "dlr_G") if gated else ("dlr_A",):
+        reads = start[name].reshape(-1, D)
+        assert torch.allclose(reads.norm(dim=1), torch.ones(len(reads)))
+        assert torch.allclose(reads @ span.T @ span, reads, atol=1e-5)
+        assert (reads @ units.T).abs().max(1).values.median() < 0.98
+
+
+def test_a_mixed_start_of_unknown_weights_is_random() -> None:
+    spec, seed = SPEC, torch.Generator()
+    mixed, random = mixed_start(spec, seed.manual_seed(1), None), random_start(spec, seed.manual_seed(1))
+    assert mixed.keys() == random.keys() and all(torch.equal(mixed[k], random[k]) for k in mixed)
 
 
 @pytest.mark.parametrize("lanes", [1, 2])

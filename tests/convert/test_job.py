@@ -230,6 +230,14 @@ def test_a_masked_language_model_has_no_next_token(text: Path, tmp_path: Path) -
     assert "AutoModelForCausalLM" not in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_an_mlp_whose_inside_is_unknown_starts_at_random_and_says_so(text: Path, tmp_path: Path) -> None:
+    save_tiny("bitnet", tmp_path / "source")  # a norm inside the MLP
+    report = convert_model(tmp_path / "source", tmp_path / "out", data=str(text), layers="1", **QUICK)
+    note = "the inside of model.layers.1.mlp is unknown: its chain started at random"
+    assert any(warning.startswith(note) for warning in report.warnings)
+    assert note in (tmp_path / "out" / "README.md").read_text()
+
+
 def spoil(source: Path, value: float) -> None:
     weights = load_file(source / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 3] = value

@@ -57,6 +57,13 @@ def test_wide_steps_move_in_equal_blocks_of_rows(rank: int, block: int) -> None:
         torch.testing.assert_close(moved, wanted, rtol=1e-3, atol=1e-4)
 
 
+def test_weights_decay_by_the_rate_times_the_decay_a_step() -> None:
+    weight = torch.randn(2, 16, 32)
+    weight.grad, before = torch.randn_like(weight), weight.clone()
+    Muon([{"params": [weight], "lr": 0.5, "weight_decay": 0.25}]).step()
+    torch.testing.assert_close(weight, 0.875 * before - 0.5 * orthogonalised(weight.grad))
+
+
 def test_the_metric_is_a_change_of_coordinates() -> None:
     x, basis = torch.randn(2, 16, 48), torch.linalg.qr(torch.randn(48, 48))[0]
     power = basis @ torch.diag(torch.logspace(0, 1, 48)) @ basis.T
