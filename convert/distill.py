@@ -55,9 +55,9 @@ def distill(
     """Fits a chain to y = mlp(x) and returns DLRNet's tensors in float32 on the CPU.
 
     The first `tokens` rows of `activations` are trained on. name: the module's, for errors. teacher: the MLP's
-    weights, which the mixed start uses and the aligned one needs. start: tensors of a chain of one step to start from instead (one step
-    writes what it likes: its output scale is brought to the recipe's, its bias dropped). progress is called with
-    (visits done, visits in all), watch up to 32 times with (visits done, the tensors).
+    weights, which the mixed start uses and the aligned one needs. start: tensors of a chain of one step to start from
+    instead (one step writes what it likes: its output scale is brought to the recipe's, its bias dropped). progress
+    is called with (visits done, visits in all), watch up to 32 times with (visits done, the tensors).
     A fit whose loss rises or is not a number goes on from its last good state at half the rate, at most twice;
     note is called with a sentence each time.
     Raises DLRError if it diverges even so, and where the MLP's input or output is zero.
