@@ -83,6 +83,12 @@ def main(arguments: list[str] | None = None) -> int:
 def modules(options: argparse.Namespace, progress: Steps) -> Iterator[dict[str, Any]]:
     """Rows of layers x visits: `Fidelity`, the curve while it was fitted, and the attack at each share."""
     chosen = _options(options)
+    given = {name: getattr(options, name) for name in _OF_RECIPE if getattr(options, name) is not None}
+    recipes = [
+        Recipe(visits, int(chosen.batch or 0), chosen.start, chosen.seed, **given)
+        for visits in numbers(options.visits)
+    ]
+    shares = _shares(options.unlock)
     source, mlps, text = _open(options, chosen, progress)
     device, train = torch.device(str(chosen.device)), text.train.numel()
     with TemporaryDirectory() as scratch:
@@ -95,15 +101,9 @@ def modules(options: argparse.Namespace, progress: Steps) -> Iterator[dict[str, 
             progress=partial(progress, "activations"),
         )
         for mlp, pairs in captured:
-            for visits in numbers(options.visits):
-                recipe = Recipe(visits, int(chosen.batch or 0), chosen.start, chosen.seed + mlp.layer)
-                given = {name: getattr(options, name) for name in _OF_RECIPE}
-                recipe = replace(
-                    recipe, **{name: value for name, value in given.items() if value is not None}
-                )
-                yield _fit(
-                    source, mlp, pairs, train, chosen, recipe, _shares(options.unlock), device, progress
-                )
+            for recipe in recipes:
+                recipe = replace(recipe, seed=recipe.seed + mlp.layer)
+                yield _fit(source, mlp, pairs, train, chosen, recipe, shares, device, progress)
 
 
 def _fit(
@@ -155,7 +155,7 @@ def _fit(
                 pairs,
                 train,
                 fidelity.rel_error,
-                visits=round(share * recipe.visits),
+                visits=max(1, round(share * recipe.visits)),
                 conversion=recipe.visits,
                 name=mlp.module,
                 device=device,

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -76,6 +77,8 @@ def _converted(
     report_progress("reading the model", 0, 1)
     original = open_source(source, dtype=compute_dtype(device), device=device)
     model = original.model
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise DLRError(f"{original.name} is an encoder-decoder model, which is not supported")
     every = find_mlps(model, chosen.mlps)
     mlps = select_layers(every, chosen.layers)
     for mlp in mlps:
@@ -142,7 +145,9 @@ def _facts(
         "unlock",
     )
     chosen = {name: value for name, value in options.said().items() if name not in free}
+    recipe = {name: value for name, value in asdict(options.recipe()).items() if name not in chosen}
     return chosen | {
+        "recipe": recipe,
         "source": original.fingerprint,
         "layers": [mlp.module for mlp in mlps],
         "text": digest(text.train, text.heldout),

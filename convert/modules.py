@@ -97,10 +97,10 @@ def lock_modules(
             pairs = streams.pairs(mlp) if streams else next(independent)[1]
             title = f"{mlp.module} ({number} of {len(mlps)})"
             if module is None:
-                module = _fit(model, mlp, pairs, text, options, stored, title, progress, done.notes)
+                module = _fit(model, mlp, pairs, text, options, stored, title, progress)
                 kept.put(mlp.module, module[0].state_dict(), module[1].to_dict())  # before what may fail
             if options.unlock:
-                module = _attack(*module, pairs, text, options, title, progress, done.notes)
+                module = _attack(*module, pairs, text, options, title, progress)
                 kept.put(mlp.module, module[0].state_dict(), module[1].to_dict())
             pairs.close()
         assert module is not None
@@ -109,6 +109,12 @@ def lock_modules(
             report = replace(report, drift=streams.put(mlp, net))
         done.chains[mlp.module] = net
         done.reports.append(report)
+        done.notes.extend(report.notes)
+    unknown = [mlp.module for mlp in mlps if mlp.up is None]
+    if unknown and options.start == "mixed":
+        done.notes.append(
+            f"the inside of {', '.join(unknown)} is unknown: a chain in its place started at random, which fits worse"
+        )
     if streams and streams.uncorrected:
         done.notes.append(
             f"{len(streams.uncorrected)} of {len(mlps)} modules were fitted to the original's outputs and correct no "
@@ -139,15 +145,12 @@ def _fit(
     stored: torch.dtype,
     title: str,
     progress: Progress,
-    notes: list[str],
 ) -> _Module:
     started = time.monotonic()
     spec, device, train = spec_of(mlp, options), torch.device(str(options.device)), text.train.numel()
     recipe = options.recipe()
     recipe = replace(recipe, seed=recipe.seed + mlp.layer)
-    teacher = starting_weights(recipe.start, model, mlp)
-    if teacher is None and recipe.start == "mixed":
-        notes.append(f"the inside of {mlp.module} is unknown: its chain started at random, which fits worse")
+    notes: list[str] = []
     tensors = distill(
         pairs,
         train,
@@ -155,7 +158,7 @@ def _fit(
         recipe,
         name=mlp.module,
         device=device,
-        teacher=teacher,
+        teacher=starting_weights(recipe.start, model, mlp),
         progress=partial(progress, f"distilling {title}, {spec}"),
         note=notes.append,
     )
@@ -164,7 +167,10 @@ def _fit(
     held = torch.arange(train, len(pairs))
     fidelity = measure(net, *pairs.rows(held), device, pairs.first[held])
     seconds = time.monotonic() - started
-    return net, ModuleReport(mlp.module, mlp.layer, spec, mlp.params, fidelity, recipe.visits, seconds)
+    report = ModuleReport(
+        mlp.module, mlp.layer, spec, mlp.params, fidelity, recipe.visits, seconds, notes=tuple(notes)
+    )
+    return net, report
 
 
 def _attack(
@@ -175,7 +181,6 @@ def _attack(
     options: Options,
     title: str,
     progress: Progress,
-    notes: list[str],
 ) -> _Module:
     """The module with the attack's outcome; without one, and a note, where the attack itself failed."""
     try:
@@ -189,8 +194,8 @@ def _attack(
             partial(progress, f"undoing {title}"),
         )
     except DLRError as error:
-        notes.append(f"the attack on {report.module} failed: {error}")
-        return net, report
+        failed = f"the attack on {report.module} failed: {error}"
+        return net, replace(report, notes=(*report.notes, failed))
     return net, replace(report, unlocking=unlocking)
 
 

@@ -41,6 +41,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.start not in STARTS:
             raise DLRError(f"unknown start {self.start!r}; one of {', '.join(STARTS)}")
+        for name, low, high in (
+            ("rate", 1e-6, 100.0), ("momentum", 0.0, 0.999), ("scale", 1e-3, 1e3), ("metric", 0.0, 1.0),
+            ("writing", 1e-3, 1e3), ("weight_decay", 0.0, 1.0),
+        ):  # fmt: skip
+            if not low <= getattr(self, name) <= high:
+                raise DLRError(f"{name} must be from {low:g} to {high:g}, not {getattr(self, name):g}")
         if self.batch < 1 or self.visits < self.batch:
             raise DLRError(f"{self.visits} visits are not even one batch of {self.batch} tokens")
 

@@ -15,7 +15,7 @@ class ModuleReport:
 
     drift: how far the locked model's hidden states are from the original's behind the layer, the mean over tokens
     of |locked - original|^2 / |original|^2; None where modules were distilled independently. unlocking: the
-    attack on it, where that was measured.
+    attack on it, where that was measured. notes: what the owner should know of it, a sentence each.
     """
 
     module: str
@@ -27,6 +27,7 @@ class ModuleReport:
     seconds: float
     drift: float | None = None
     unlocking: Unlocking | None = None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -40,6 +41,7 @@ class ModuleReport:
             "spec": self.spec.to_dict(),
             "drift": self.drift,
             "unlocking": self.unlocking.to_dict() if self.unlocking else None,
+            "notes": list(self.notes),
         }
 
     @classmethod
@@ -60,6 +62,7 @@ class ModuleReport:
             values["seconds"],
             values["drift"],
             part(Unlocking) if values["unlocking"] else None,
+            tuple(values["notes"]),
         )
 
 

@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _B = 0.1  # B starts at a tenth of what would double x
-# Of the teacher's rows in a row of the mixed start. Few: sums of all rows gain 1% over a random start, these 6%
-# (layer 12, 204,800 visits). Odd: no row can cancel itself.
-_SUMMED = 3
+_NOTHING = 1e-6  # of the longest sum: what is shorter reads nothing, as do pruned units
 
 
 def starting_weights(start: str, model: "PreTrainedModel", mlp: MLP) -> TeacherWeights | None:
@@ -43,23 +41,40 @@ def random_start(spec: DLRSpec, generator: torch.Generator) -> dict[str, Tensor]
 def mixed_start(
     spec: DLRSpec, generator: torch.Generator, teacher: TeacherWeights | None
 ) -> dict[str, Tensor]:
-    """A random start whose A and G read signed sums of a few of the teacher's rows, drawn at random, of norm 1.
+    """A random start whose A and G read sums and differences of what the teacher reads, of norm 1, in random order.
 
-    The rows are those of gate and up together, which read what matters of x; no sum reads what one hidden unit reads,
-    so the teacher is no nearer to the chain than a random start leaves it (docs/recipe.md has the copy's errors).
-    Without the teacher's weights it is the random start.
+    Of a gated MLP those of each unit's gate g and up u, for g u = ((g + u)^2 - (g - u)^2) / 4 and a step's activation
+    is nearly square around 0: a step can learn such a half where two random ones would have to find each other. Of an
+    MLP without a gate those of two units drawn at random. B starts at random, so the steps are as strongly coupled as
+    ever (the flatten gap, the attacks and what the rows give away: docs/recipe.md). A chain with more rows than there
+    are such sums keeps random ones; without the teacher's weights all are.
     """
     weights = random_start(spec, generator)
     if teacher is None:
         return weights
-    rows = torch.cat([part for part in (teacher.gate, teacher.up) if part is not None]).cpu().float()
-    for name in weights.keys() - {"dlr_B"}:
-        count = weights[name].numel() // spec.hidden_size
-        drawn = torch.randint(len(rows), (_SUMMED, count), generator=generator)
-        signs = torch.randint(2, (_SUMMED, count, 1), generator=generator) * 2 - 1
-        sums = (rows[drawn] * signs).sum(0)
-        weights[name] = torch.nn.functional.normalize(sums, dim=1).view(spec.weight_shape)
+    sums = _sums(teacher, generator)
+    for name in weights:
+        if name != "dlr_B":
+            rows = weights[name].view(-1, spec.hidden_size)
+            order = torch.randperm(len(rows), generator=generator)[: len(sums)]
+            signs = torch.randint(2, (len(order), 1), generator=generator) * 2 - 1
+            rows[order] = sums[: len(order)] * signs
     return weights
+
+
+def _sums(teacher: TeacherWeights, generator: torch.Generator) -> Tensor:
+    """[n, d] of norm 1: pair by pair, in random order, the sum and the difference; of pruned units neither."""
+    up = teacher.up.cpu().float()
+    if teacher.gate is None:
+        other = up.roll(int(torch.randint(1, max(2, len(up)), (), generator=generator)), 0)
+    else:
+        other = teacher.gate.cpu().float()
+    pairs = torch.stack([other + up, other - up], dim=1)
+    sums = pairs[torch.randperm(len(pairs), generator=generator)].flatten(0, 1)
+    sums = sums / sums.abs().max().clamp(min=1e-30)  # for the squares of large ones
+    sizes = sums.norm(dim=1, keepdim=True)
+    alive = (sizes > _NOTHING * sizes.max())[:, 0]
+    return sums[alive] / sizes[alive]
 
 
 def aligned_start(

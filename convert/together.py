@@ -75,7 +75,7 @@ def finish_together(
         min(after[1].values()),
         weakest,
     )
-    weaker = _weaker(done)
+    weaker = _unlocked(before[1], after[1]) or _weaker(done)
     if not weaker and options.unlock:
         mlp, report = next(
             pair for pair in zip(mlps, modules.reports, strict=True) if pair[0].module == weakest
@@ -125,16 +125,21 @@ def _attacked(
     return before, after
 
 
+def _unlocked(before: dict[str, float], after: dict[str, float]) -> str | None:
+    """The module that the phase unlocked, by the flatten gaps of all; None where it unlocked none."""
+    for name, gap in before.items():
+        if gap >= LOCKED_GAP and not after[name] >= LOCKED_GAP:
+            return f"unlocked {name}: its flatten gap was {gap:.3f}, then {after[name]:.3f}"
+    return None
+
+
 def _weaker(together: Together) -> str | None:
     """What the phase made worse; None where it is to be kept."""
     t = together
     distances = distance_of(t.evaluation_before), distance_of(t.evaluation_after)
     if distances[1] > distances[0]:
         return f"led away from the original: distance {distances[0]:.4f}, then {distances[1]:.4f}"
-    least = _KEPT_GAP * t.smallest_gap_before
-    if t.smallest_gap_before >= LOCKED_GAP:  # what is no lock already cannot cross the threshold
-        least = max(least, LOCKED_GAP)
-    if not t.smallest_gap_after >= least:
+    if not t.smallest_gap_after >= _KEPT_GAP * t.smallest_gap_before:
         return (
             f"lowered the smallest flatten gap: {t.smallest_gap_before:.3f}, then {t.smallest_gap_after:.3f}"
         )

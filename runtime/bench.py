@@ -31,8 +31,11 @@ COLD_BYTES = 100e6  # of distinct weights that calls rotate over: twice the L2 c
 ROUNDS = 20
 CHECKED_TOKENS = 64
 WIDEST = 2**18  # features or hidden units: past this, finding a chain of equal parameters takes seconds
-_SHAPE = re.compile(r"([1-9][0-9]*)x([1-9][0-9]*)")
-_CHAIN = re.compile(r"([1-9][0-9]*)(?:x([1-9][0-9]*)(?:x([1-9][0-9]*))?)?")
+LONGEST = 2**24  # tokens: those that a GPU's memory may hold, with room
+_DIGITS = 18  # of a number in a list: Python refuses 4300, torch a few more than these
+_NUMBER = r"([1-9][0-9]{0,8})"
+_SHAPE = re.compile(f"{_NUMBER}x{_NUMBER}")
+_CHAIN = re.compile(f"{_NUMBER}(?:x{_NUMBER}(?:x{_NUMBER})?)?")
 
 
 def chain_cases(
@@ -50,8 +53,10 @@ def chain_cases(
         raise DLRError(
             f"hidden and intermediate sizes are from 1 to {WIDEST}, not {hidden} and {intermediate}"
         )
-    if not tokens or min(tokens) < 1:
-        raise DLRError("token counts start at 1")
+    if not tokens or not 1 <= min(tokens) <= max(tokens) <= LONGEST:
+        raise DLRError(f"token counts are from 1 to {LONGEST}")
+    if not all(size is None or 1 <= size <= WIDEST for size in (lanes, depth, rank)):
+        raise DLRError(f"lanes, depth and rank are from 1 to {WIDEST}")
     spec = DLRSpec.matching(
         hidden, intermediate, mlp_gated=True, lanes=lanes, depth=depth, rank=rank, gated=gated
     )
@@ -61,7 +66,7 @@ def chain_cases(
 def numbers(text: str) -> list[int]:
     """The whole numbers, 1 or more each, in "1,16,512"; raises DLRError on anything else."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) for part in parts):
+    if not all(part.isdecimal() and len(part) <= _DIGITS and int(part) for part in parts):
         raise DLRError(f"{text!r} is no list of whole numbers such as 1,16,512")
     return [int(part) for part in parts]
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dlr_lock.convert import distill as distill_module
 from dlr_lock.convert.capture import Activations
 from dlr_lock.convert.distill import distill
 from dlr_lock.convert.fidelity import measure
@@ -92,21 +93,58 @@ def test_the_mixed_start_fits_better_where_the_mlp_reads_few_directions() -> Non
     assert mixed.rel_error < 0.75 * random.rel_error  # measured 0.50 to 0.53
 
 
-@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("gate", [False, True])
-def test_the_mixed_start_reads_what_the_mlp_reads_and_no_unit_of_it(gated: bool, gate: bool) -> None:
-    weights = narrow_teacher()
-    weights = weights if gate else TeacherWeights(weights.up, None, weights.down)
-    spec = DLRSpec(hidden_size=D, lanes=2, depth=3, rank=16, gated=gated)
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_mixed_start_reads_sums_and_differences_of_two_of_the_mlps_rows(gate: bool, gated: bool) -> None:
+    count = 20  # 40 rows in 48 dimensions: a sum shows what it is made of
+    up, down = torch.randn(count, D), torch.randn(D, count)
+    weights = TeacherWeights(up, torch.randn(count, D) if gate else None, down)
+    rows = up if weights.gate is None else torch.cat([up, weights.gate])
+    spec = DLRSpec(hidden_size=D, lanes=1, depth=2, rank=16, gated=gated)
     start = mixed_start(spec, torch.Generator().manual_seed(0), weights)
-    rows = weights.up if weights.gate is None else torch.cat([weights.gate, weights.up])
-    span = torch.linalg.svd(rows, full_matrices=False)[2][: D // 4]
-    units = torch.nn.functional.normalize(rows, dim=1)
     for name in ("dlr_A", "dlr_G") if gated else ("dlr_A",):
-        reads = start[name].reshape(-1, D)
+        reads = start[name].view(-1, D)
         assert torch.allclose(reads.norm(dim=1), torch.ones(len(reads)))
-        assert torch.allclose(reads @ span.T @ span, reads, atol=1e-5)
-        assert (reads @ units.T).abs().max(1).values.median() < 0.98
+        parts = reads.double() @ torch.linalg.pinv(rows.double())
+        parts = parts / parts.abs().amax(1, keepdim=True)
+        assert torch.equal((parts.abs() > 1e-4).sum(1), torch.full((32,), 2))
+        assert torch.allclose(parts[parts.abs() > 1e-4].abs(), torch.ones(64).double(), atol=1e-3)
+        if gate:  # of one unit
+            assert torch.equal(parts[:, :count].abs().round(), parts[:, count:].abs().round())
+        assert len(parts.round().abs().unique(dim=0)) > 15 and len(parts.sum(1).round().unique()) == 3
+    assert not gated or not torch.equal(start["dlr_A"], start["dlr_G"])
+
+
+def test_the_mixed_start_reads_nothing_of_pruned_units_and_keeps_random_rows_instead() -> None:
+    weights = teacher()
+    assert weights.gate is not None
+    weights.up[4:], weights.gate[4:] = 0, 1e-12
+    start = mixed_start(SPEC, torch.Generator().manual_seed(0), weights)["dlr_A"].view(-1, D)
+    assert (start.norm(dim=1) > 0.5).all()
+    live = torch.cat([weights.gate[:4], weights.up[:4]])
+    span = torch.linalg.svd(live, full_matrices=False)[2]
+    assert ((start @ span.T @ span - start).norm(dim=1) < 1e-4).sum() == 8  # 4 sums, 4 differences
+
+
+def test_b_moves_faster_than_a_but_not_from_an_aligned_start() -> None:
+    weights = random_start(SPEC, torch.Generator())
+    for start, reading, writing in (("mixed", 0.01, 0.02), ("random", 0.01, 0.02), ("aligned", 0.0025, 0.01)):
+        recipe = Recipe(1024, 128, start, rate=0.01, writing=2.0, weight_decay=0.125)
+        groups = {id(g["params"][0]): g for g in distill_module._groups(weights, recipe, torch.eye(D))}
+        a, b = groups[id(weights["dlr_A"])], groups[id(weights["dlr_B"])]
+        assert (a["lr"], b["lr"]) == pytest.approx((reading, writing))
+        assert a["weight_decay"] == b["weight_decay"] == 0.125 and a["rows"] == b["rows"] == 64
+        assert "metric" in a and "metric" not in b
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rate", 0.0), ("rate", float("nan")), ("momentum", 1.0), ("scale", 0.0), ("metric", 100.0),
+     ("writing", -1.0), ("weight_decay", 1000.0)],
+)  # fmt: skip
+def test_a_recipe_that_makes_no_sense_is_refused(name: str, value: float) -> None:
+    with pytest.raises(DLRError, match=f"{name} must be from"):
+        Recipe(1024, 128, **{name: value})
 
 
 def test_a_mixed_start_of_unknown_weights_is_random() -> None:
