@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, save_tiny, tiny_model, tiny_tokenizer
+from torch.nn import functional
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertForMaskedLM
 
 import dlr_lock
@@ -198,6 +199,39 @@ def test_an_end_to_end_phase_that_spoils_the_lock_is_dropped(
     assert all(torch.equal(kept[name], without[name]) for name in kept)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        ((0.05, 3.0), (0.05, 0.06), "unlocked model.layers.1.mlp: its flatten gap was 3.000, then 0.060"),
+        ((0.55, 3.0), (0.54, 0.49), "unlocked model.layers.1.mlp"),
+        ((0.51, 3.0), (0.49, 3.0), "unlocked model.layers.0.mlp"),
+        ((0.9, 3.0), (0.8, 3.0), "lowered the smallest flatten gap: 0.900, then 0.800"),
+        ((0.05, 3.0), (0.04, 3.0), "lowered the smallest flatten gap"),
+        ((0.05, 3.0), (0.049, 0.6), None),
+        ((0.6, 3.0), (0.58, 1.0), None),
+    ],
+)
+def test_an_end_to_end_phase_that_unlocks_any_module_is_dropped(
+    before: tuple[float, float],
+    after: tuple[float, float],
+    says: str | None,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save_tiny("llama", tmp_path / "source")
+    names = ("model.layers.0.mlp", "model.layers.1.mlp")
+    gaps = iter([dict(zip(names, values, strict=True)) for values in (before, after)])
+    together = convert_model.__globals__["finish_together"].__globals__
+    monkeypatch.setitem(together, "flatten_gaps", lambda *args: next(gaps))
+    monkeypatch.setitem(together, "train_together", lambda model, chains, *args, **named: dict(chains))
+    report = convert_model(
+        tmp_path / "source", tmp_path / "out", data=str(text), **QUICK | {"visits": 512, "together": 512}
+    )
+    assert (report.together is None) == (says is not None)
+    assert says is None or any(says in warning for warning in report.warnings)
+
+
 def test_an_end_to_end_phase_that_makes_undoing_cheaper_is_dropped(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,10 +266,33 @@ def test_a_masked_language_model_has_no_next_token(text: Path, tmp_path: Path) -
 
 def test_an_mlp_whose_inside_is_unknown_starts_at_random_and_says_so(text: Path, tmp_path: Path) -> None:
     save_tiny("bitnet", tmp_path / "source")  # a norm inside the MLP
-    report = convert_model(tmp_path / "source", tmp_path / "out", data=str(text), layers="1", **QUICK)
-    note = "the inside of model.layers.1.mlp is unknown: its chain started at random"
-    assert any(warning.startswith(note) for warning in report.warnings)
+    report = convert_model(tmp_path / "source", tmp_path / "out", data=str(text), **QUICK)
+    note = "the inside of model.layers.0.mlp, model.layers.1.mlp is unknown: a chain in its place started at random"
+    assert [warning.startswith(note) for warning in report.warnings].count(True) == 1
     assert note in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_chains_start_at_what_the_mlp_reads_unless_told_otherwise(text: Path, tmp_path: Path) -> None:
+    """After one batch a chain is still near its start."""
+    save_tiny("llama", tmp_path / "source")
+    near = []
+    for start in ({}, {"start": "mixed"}, {"start": "random"}):
+        out = tmp_path / f"out{len(near)}"
+        options = QUICK | {"visits": 256, "layers": "1", "depth": None, "rank": None}
+        convert_model(tmp_path / "source", out, data=str(text), **options | start)
+        weights = load_file(tmp_path / "source" / "model.safetensors")
+        gate, up = (weights[f"model.layers.1.mlp.{name}_proj.weight"] for name in ("gate", "up"))
+        reads = load_file(out / "model.safetensors")["model.layers.1.mlp.dlr_A"].flatten(0, -2).float()
+        cosines = functional.normalize(reads) @ functional.normalize(torch.cat([gate + up, gate - up])).T
+        near.append(cosines.abs().amax(1).median().item())
+    assert near[0] == near[1] > 0.95 and near[2] < 0.8
+
+
+def test_an_encoder_decoder_is_refused(text: Path, tmp_path: Path) -> None:
+    save_tiny("t5", tmp_path / "source")
+    with pytest.raises(DLRError, match="is an encoder-decoder model, which is not supported"):
+        convert_model(tmp_path / "source", tmp_path / "out", data=str(text), **QUICK)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
 def spoil(source: Path, value: float) -> None:

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from safetensors.torch import load_file
 from tiny import save_tiny
 
 from dlr_lock import ConversionReport, DLRError, convert_model
+from dlr_lock.convert.distill import distill
+from dlr_lock.convert.recipe import Recipe
 from dlr_lock.convert.text import english_topics
 from dlr_lock.runtime.files import read_json
 
@@ -52,6 +56,36 @@ def test_it_goes_on_to_the_same_checkpoint(across: str, text: str, tmp_path: Pat
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source", "topics.txt", "whole"]
+
+
+def test_it_does_not_go_on_with_modules_of_another_recipe(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny("llama", tmp_path / "source")
+    arguments, options = (tmp_path / "source", tmp_path / "out"), QUICK | {"data": text}
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr("dlr_lock.convert.options.Recipe", partial(Recipe, writing=1.5))
+        convert_model(*arguments, progress=Stopper(2), **options)
+    with pytest.raises(DLRError, match="keeps 1 finished parts of a run with other recipe"):
+        convert_model(*arguments, **options)
+
+
+def test_what_a_module_has_to_say_is_still_said_after_an_interruption(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny("llama", tmp_path / "source")
+    arguments, options = (tmp_path / "source", tmp_path / "out"), QUICK | {"data": text}
+
+    def noting(*args: Any, note: Callable[[str], object], name: str, **named: Any) -> dict[str, torch.Tensor]:
+        note(f"something about {name}")
+        return distill(*args, note=note, name=name, **named)
+
+    monkeypatch.setattr("dlr_lock.convert.modules.distill", noting)
+    with pytest.raises(KeyboardInterrupt):
+        convert_model(*arguments, progress=Stopper(2), **options)
+    report = convert_model(*arguments, **options)
+    said = [warning for warning in report.warnings if warning.startswith("something about")]
+    assert said == [f"something about model.layers.{i}.mlp" for i in (0, 1)]
 
 
 def test_two_conversions_do_not_write_to_one_output(text: str, tmp_path: Path) -> None:

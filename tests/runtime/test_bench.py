@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from dlr_lock.cli import app
 from dlr_lock.runtime import DLRError, bench, slot
-from dlr_lock.runtime.bench import chain_cases, numbers, run
+from dlr_lock.runtime.bench import cases_of, chain_cases, numbers, run
 from dlr_lock.runtime.explain import explain
 from dlr_lock.runtime.slot import CPU_PROVIDERS, PROVIDERS
 from dlr_lock.runtime.timing import Rates
@@ -110,13 +110,22 @@ def test_what_cannot_be_measured_is_refused() -> None:
         tiny(dtype="int8")
     with pytest.raises(DLRError, match="whole numbers"):
         numbers("1,many")
+    with pytest.raises(DLRError, match="whole numbers"):
+        numbers("1," + 5000 * "9")
+    for shape, chain in (("576x1536", "1x" + 5000 * "9"), (5000 * "9" + "x64", "1"), ("576x1536x2", "1")):
+        with pytest.raises(DLRError, match="is no"):
+            cases_of(shape, chain, [1])
+    for size in ({"lanes": 10**16}, {"depth": 10**23}, {"rank": 2**20}):
+        with pytest.raises(DLRError, match="lanes, depth and rank"):
+            chain_cases(64, 96, tokens=[1], **size)
     for sizes in ((0, 96), (64, -1), (64, 2**40)):
         with pytest.raises(DLRError, match="sizes are from 1"):
             chain_cases(*sizes, tokens=[1])
-    with pytest.raises(DLRError, match="token counts"):
-        chain_cases(64, 96, tokens=[1, 0])
+    for counts in ([1, 0], [], [10**22]):
+        with pytest.raises(DLRError, match="token counts"):
+            chain_cases(64, 96, tokens=counts)
     with pytest.raises(DLRError, match="allocate"):
-        run(chain_cases(64, 96, tokens=[10**13]), device=CPU)
+        run(chain_cases(64, 96, tokens=[10**12]), device=CPU)
 
 
 @pytest.mark.parametrize("sizes", [(576, 1536), (2048, 8192), (4096, 14336)])
