@@ -33,12 +33,11 @@ from dlr_lock.convert.evaluate import compare, frozen
 from dlr_lock.convert.fidelity import measure
 from dlr_lock.convert.job import calibration_text
 from dlr_lock.convert.kept import Kept
-from dlr_lock.convert.mlps import MLP, find_mlps, select_layers
+from dlr_lock.convert.mlps import MLP, find_mlps, select_layers, teacher_weights
 from dlr_lock.convert.modules import lock_modules, spec_of
 from dlr_lock.convert.options import Options
 from dlr_lock.convert.recipe import Recipe
 from dlr_lock.convert.source import Source, compute_dtype, open_source
-from dlr_lock.convert.start import starting_weights
 from dlr_lock.convert.text import CalibrationText
 from dlr_lock.convert.unlock import undo
 from dlr_lock.progress import Steps
@@ -140,7 +139,7 @@ def _fit(
         recipe,
         name=mlp.module,
         device=device,
-        teacher=starting_weights(recipe.start, source.model, mlp),
+        teacher=teacher_weights(source.model, mlp),
         progress=partial(progress, f"layer {mlp.layer}, {recipe.visits:,} visits"),
         watch=watch,
     )
@@ -355,7 +354,7 @@ def _parser() -> argparse.ArgumentParser:
         study.add_argument("--params", type=float, help="parameters of a chain over its MLP's")
         study.add_argument("--gated", action="store_true", help="gated steps")
         study.add_argument("--act", help="activation of the steps")
-        study.add_argument("--start", help="mixed, random or aligned")
+        study.add_argument("--start", help="mixed or random")
         study.add_argument("--device", help="cpu, cuda, cuda:1; the best there is by default")
         study.add_argument(
             "--out", type=Path, help="folder of the files, instead of one a device under results"

@@ -21,9 +21,8 @@ from .fidelity import relative_error
 from .mlps import TeacherWeights
 from .muon import Muon
 from .recipe import Recipe
-from .start import aligned_start, mixed_start, random_start
+from .start import mixed_start, random_start
 
-_ALIGNED = 0.25  # of the rate, for A and G from an aligned start: at the full rate they diverged
 _RESTARTS = 2  # of a fit that diverges, each at half the rate of the one before
 _WATCHES = 32  # times the loss is looked at
 _LOOK = 8  # batches between two looks, at least: the loss of one says little
@@ -55,7 +54,7 @@ def distill(
     """Fits a chain to y = mlp(x) and returns DLRNet's tensors in float32 on the CPU.
 
     The first `tokens` rows of `activations` are trained on. name: the module's, for errors. teacher: the MLP's
-    weights, which the mixed start uses and the aligned one needs. start: tensors of a chain of one step to start from
+    weights, which the mixed start reads. start: tensors of a chain of one step to start from
     instead (one step writes what it likes: its output scale is brought to the recipe's, its bias dropped). progress
     is called with (visits done, visits in all), watch up to 32 times with (visits done, the tensors).
     A fit whose loss rises or is not a number goes on from its last good state at half the rate, at most twice;
@@ -71,8 +70,6 @@ def distill(
     if start is not None:
         weights = {key: start[key] * rms_x for key in DLRNet.weight_names(spec)}
         weights["dlr_B"] = start["dlr_B"] * start["dlr_scale"] / (recipe.scale * rms_y)
-    elif recipe.start == "aligned":
-        weights = aligned_start(spec, generator, rms_x, teacher)
     elif recipe.start == "mixed":
         weights = mixed_start(spec, generator, teacher)
     else:
@@ -122,9 +119,8 @@ def reading_metric(x: Tensor, exponent: float) -> Tensor:
 def _groups(weights: Weights, recipe: Recipe, metric: Tensor) -> list[dict[str, Any]]:
     _, depth, rank, d = weights["dlr_A"].shape
     common = {"weight_decay": recipe.weight_decay, "rows": _MUON_ROWS if depth > 1 else None}
-    aligned = recipe.start == "aligned"
-    writing: dict[str, Any] = common | {"lr": recipe.rate * (1.0 if aligned else recipe.writing)}
-    reading: dict[str, Any] = common | {"lr": recipe.rate * (_ALIGNED if aligned else 1.0)}
+    writing: dict[str, Any] = common | {"lr": recipe.rate * recipe.writing}
+    reading: dict[str, Any] = common | {"lr": recipe.rate}
     # The metric wants the rank on the short side; a chain of higher rank than d reads everything anyway.
     if rank <= d:
         reading["metric"] = metric

@@ -82,7 +82,7 @@ def _converted(
     every = find_mlps(model, chosen.mlps)
     mlps = select_layers(every, chosen.layers)
     for mlp in mlps:
-        _check(mlp, chosen)
+        spec_of(mlp, chosen)  # raises, before any long work, where there is no such chain
     stored = DTYPES.get(chosen.dtype) or original.dtype
     parameters = sum(p.numel() for p in model.parameters())
     check_space(target, parameters * stored.itemsize)
@@ -154,14 +154,6 @@ def _facts(
         "dtype": dtype_name(stored),
         "program": version("dlr-lock"),
     }
-
-
-def _check(mlp: MLP, options: Options) -> None:
-    """Raises DLRError, before any long work, where no such chain can be made for this MLP."""
-    spec_of(mlp, options)
-    if options.start == "aligned" and (mlp.up is None or (options.gated and mlp.gate is None)):
-        kind = "a gated MLP" if options.gated else "an MLP of a known form"
-        raise DLRError(f"{mlp.module} is not {kind}, which the aligned start needs: use --start random")
 
 
 def calibration_text(original: Source, options: Options, progress: Progress) -> CalibrationText:

@@ -156,16 +156,10 @@ def select_layers(mlps: Sequence[MLP], layers: str | None) -> list[MLP]:
     return [mlp for mlp in mlps if mlp.layer in wanted]
 
 
-def teacher_weights(model: PreTrainedModel, mlp: MLP) -> TeacherWeights:
-    """The MLP's own matrices, float32, on the model's device.
-
-    Raises DLRError where they are not known to make up the MLP.
-    """
+def teacher_weights(model: PreTrainedModel, mlp: MLP) -> TeacherWeights | None:
+    """The MLP's own matrices, float32, on the model's device; None where they are not known to make up the MLP."""
     if mlp.up is None or mlp.down is None:
-        raise DLRError(
-            f"{mlp.module} is not a plain MLP (something besides its matrices and activation is inside): "
-            "an aligned start needs one; use --start random"
-        )
+        return None
 
     def weight(matrix: Matrix) -> Tensor:
         return matrix.weight(model).float().contiguous()

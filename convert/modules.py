@@ -18,10 +18,9 @@ from .distill import distill
 from .fidelity import measure
 from .kept import Kept
 from .layers import Unrepeatable
-from .mlps import MLP
+from .mlps import MLP, teacher_weights
 from .options import Options
 from .report import ModuleReport
-from .start import starting_weights
 from .streams import Streams
 from .text import CalibrationText
 from .unlock import Unlocking, undo
@@ -158,7 +157,7 @@ def _fit(
         recipe,
         name=mlp.module,
         device=device,
-        teacher=starting_weights(recipe.start, model, mlp),
+        teacher=teacher_weights(model, mlp),
         progress=partial(progress, f"distilling {title}, {spec}"),
         note=notes.append,
     )

@@ -49,9 +49,9 @@ class Options:
     """The arguments of `convert_model`; None means: chosen by `resolved`.
 
     layers: '2-5,9', None for all. mlps: a regular expression for modules that are not recognised. depth, rank:
-    of the chains, matched to `params` times the MLP's parameters where None. data: calibration text (see
-    `load_text`). effort: 'quick', 'standard' or 'best', which the next five are chosen by. tokens, heldout: tokens
-    of calibration text to train on and to report on. visits: token visits a module. together: token visits of
+    of the chains, matched to `params` times the MLP's parameters where None. start: see `Recipe`. data: calibration
+    text (see `load_text`). effort: 'quick', 'standard' or 'best', which the next five are chosen by. tokens, heldout:
+    tokens of calibration text to train on and to report on. visits: token visits a module. together: token visits of
     the end-to-end phase, 0 for none. unlock: the visits of the attack on each module, as a share of the
     conversion's, 0 to leave it out. sequence: tokens a sequence of calibration text. across: 'sequential' for
     modules that correct one another's errors, 'independent'; None for sequential where the model allows it.

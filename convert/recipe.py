@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..runtime import DLRError
 
-STARTS = ("mixed", "random", "aligned")
+STARTS = ("mixed", "random")
 
 _WARMUP = 0.125  # share of the visits, and at most 150 steps
 _DECAY = 0.5  # share of the visits, at the end, over which the rate falls to 0
@@ -19,11 +19,10 @@ _FIRST = 4 / 512  # share of a batch that is drawn from first tokens, beside tho
 class Recipe:
     """How long and from where to distil: `visits` token visits in batches of `batch` tokens.
 
-    start: 'mixed' from random sums of the teacher's reading directions, 'random', or 'aligned' with these directions
-    (fits best, and is easier to undo); see start.py.
+    start: 'mixed' from sums and differences of the teacher's reading directions, or 'random'; see start.py.
     rate, momentum: of Muon. scale: the output scale in units of y; a smaller one makes the chain move its state
-    by more. metric: the exponent of the reading metric. writing: B's rate over that of A and G, which the aligned
-    start sets itself. weight_decay: see Muon.
+    by more. metric: the exponent of the reading metric. writing: B's rate over that of A and G.
+    weight_decay: see Muon.
     Raises DLRError on values that make no sense.
     """
 

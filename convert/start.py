@@ -1,29 +1,15 @@
 """The weights that a distillation starts from, in units where x has unit RMS."""
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..runtime import DLRError, DLRNet, DLRSpec
-from .mlps import MLP, TeacherWeights, teacher_weights
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from ..runtime import DLRNet, DLRSpec
+from .mlps import TeacherWeights
 
 _B = 0.1  # B starts at a tenth of what would double x
 _NOTHING = 1e-6  # of the longest sum: what is shorter reads nothing, as do pruned units
-
-
-def starting_weights(start: str, model: "PreTrainedModel", mlp: MLP) -> TeacherWeights | None:
-    """What a start takes from the MLP; None for a random one and for a mixed one where the MLP's inside is unknown.
-
-    Raises DLRError for an aligned one there.
-    """
-    if start == "random" or (start == "mixed" and mlp.up is None):
-        return None
-    return teacher_weights(model, mlp)
 
 
 def random_start(spec: DLRSpec, generator: torch.Generator) -> dict[str, Tensor]:
@@ -43,11 +29,10 @@ def mixed_start(
 ) -> dict[str, Tensor]:
     """A random start whose A and G read sums and differences of what the teacher reads, of norm 1, in random order.
 
-    Of a gated MLP those of each unit's gate g and up u, for g u = ((g + u)^2 - (g - u)^2) / 4 and a step's activation
-    is nearly square around 0: a step can learn such a half where two random ones would have to find each other. Of an
-    MLP without a gate those of two units drawn at random. B starts at random, so the steps are as strongly coupled as
-    ever (the flatten gap, the attacks and what the rows give away: docs/recipe.md). A chain with more rows than there
-    are such sums keeps random ones; without the teacher's weights all are.
+    Of a gated MLP those of a unit's gate g and up u, for g u = ((g + u)^2 - (g - u)^2) / 4, and silu(z) is
+    z / 2 + z^2 / 4 around 0. Of an MLP without a gate those of two units drawn at random. B starts at random, so the
+    steps are as strongly coupled as ever (docs/recipe.md: the flatten gap, the attacks, and what the rows give away).
+    A chain with more rows than there are such sums keeps random ones; without the teacher's weights all are.
     """
     weights = random_start(spec, generator)
     if teacher is None:
@@ -75,26 +60,3 @@ def _sums(teacher: TeacherWeights, generator: torch.Generator) -> Tensor:
     sizes = sums.norm(dim=1, keepdim=True)
     alive = (sizes > _NOTHING * sizes.max())[:, 0]
     return sums[alive] / sizes[alive]
-
-
-def aligned_start(
-    spec: DLRSpec, generator: torch.Generator, rms_x: float, teacher: TeacherWeights | None
-) -> dict[str, Tensor]:
-    """A random start whose A and G read what the teacher's hidden units read.
-
-    Rows run over the steps in the MLP's order; a chain with more rows than the MLP keeps random ones.
-    """
-    if teacher is None:
-        raise DLRError("the aligned start needs the teacher's weights")
-    weights = random_start(spec, generator)
-    if spec.gated:
-        reads = {"dlr_A": teacher.up, "dlr_G": teacher.gate}
-    else:
-        reads = {"dlr_A": teacher.up if teacher.gate is None else torch.cat([teacher.gate, teacher.up])}
-    for name, rows in reads.items():
-        if rows is None:
-            raise DLRError("an aligned start with gated steps needs a gated MLP")
-        flat = weights[name].view(-1, spec.hidden_size)
-        count = min(len(rows), len(flat))
-        flat[:count] = rows[:count].cpu().float() * rms_x
-    return weights

@@ -63,8 +63,8 @@ def convert(
     start: Annotated[
         str,
         typer.Option(
-            help="mixed: from random sums of the MLP's reading directions. random: from nothing of the MLP, fits "
-            "worse. aligned: from these directions, fits better and is easier to undo."
+            help="mixed: from sums and differences of what the MLP's units read. random: from nothing of the MLP, "
+            "fits worse."
         ),
     ] = "mixed",
     data: Annotated[

@@ -194,20 +194,18 @@ def test_the_gate_is_what_the_activation_is_on(form):
 
 
 @pytest.mark.parametrize("form", ["interleaved", "norm"])
-def test_an_mlp_of_another_formula_cannot_be_aligned(form):
+def test_the_matrices_of_another_formula_are_not_known(form):
     model = with_mlps(lambda: Gated(form))
     mlp, _ = find_mlps(model)
     assert mlp.gated and mlp.params == sum(p.numel() for p in model.model.layers[0].mlp.parameters())
-    with pytest.raises(DLRError, match="aligned start needs"):
-        teacher_weights(model, mlp)
+    assert teacher_weights(model, mlp) is None
 
 
 def test_norm_inside_a_known_architecture():
     model = tiny_model("bitnet")
     mlps = find_mlps(model)
     assert [mlp.module for mlp in mlps] == ["model.layers.0.mlp", "model.layers.1.mlp"]
-    with pytest.raises(DLRError, match="aligned start needs"):
-        teacher_weights(model, mlps[0])
+    assert teacher_weights(model, mlps[0]) is None
 
 
 class Mixing(nn.Module):
@@ -252,8 +250,7 @@ def test_pattern():
     assert [mlp.module for mlp in mlps] == [f"model.layers.{i}.mlp" for i in range(3)]
     params = sum(p.numel() for p in model.model.layers[0].mlp.parameters())
     assert all((mlp.params, mlp.hidden_size, mlp.act) == (params, HIDDEN, "unknown") for mlp in mlps)
-    with pytest.raises(DLRError, match="aligned start"):
-        teacher_weights(model, mlps[0])
+    assert teacher_weights(model, mlps[0]) is None
 
 
 def test_pattern_takes_the_outermost_and_only_what_keeps_the_width():
