@@ -36,7 +36,11 @@ EFFORTS = {
     "quick": Effort("half a minute a layer, error 0.24: a first look", 81_920, 102_400, 0, 0.0),
     "standard": Effort("four minutes a layer, error 0.17: for a few layers", 163_840, 409_600, 0, 0.25),
     "best": Effort(
-        "over half an hour a layer, error 0.14, and an hour or two at the end", 491_520, 1_638_400, 262_144, 1.0
+        "over half an hour a layer, error 0.14, and an hour or two at the end",
+        491_520,
+        1_638_400,
+        262_144,
+        1.0,
     ),
 }
 ACROSS = ("sequential", "independent")
