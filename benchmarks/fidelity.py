@@ -139,7 +139,7 @@ def _fit(
         recipe,
         name=mlp.module,
         device=device,
-        teacher=teacher_weights(source.model, mlp),
+        teacher=teacher_weights(source.model, mlp) if recipe.start == "mixed" else None,
         progress=partial(progress, f"layer {mlp.layer}, {recipe.visits:,} visits"),
         watch=watch,
     )

@@ -99,7 +99,7 @@ def lock_modules(
                 module = _fit(model, mlp, pairs, text, options, stored, title, progress)
                 kept.put(mlp.module, module[0].state_dict(), module[1].to_dict())  # before what may fail
             if options.unlock:
-                module = _attack(*module, pairs, text, options, title, progress)
+                module = _attack(*module, pairs, text, options, title, progress, done.notes)
                 kept.put(mlp.module, module[0].state_dict(), module[1].to_dict())
             pairs.close()
         assert module is not None
@@ -157,7 +157,7 @@ def _fit(
         recipe,
         name=mlp.module,
         device=device,
-        teacher=teacher_weights(model, mlp),
+        teacher=teacher_weights(model, mlp) if recipe.start == "mixed" else None,
         progress=partial(progress, f"distilling {title}, {spec}"),
         note=notes.append,
     )
@@ -180,6 +180,7 @@ def _attack(
     options: Options,
     title: str,
     progress: Progress,
+    notes: list[str],
 ) -> _Module:
     """The module with the attack's outcome; without one, and a note, where the attack itself failed."""
     try:
@@ -193,8 +194,9 @@ def _attack(
             partial(progress, f"undoing {title}"),
         )
     except DLRError as error:
-        failed = f"the attack on {report.module} failed: {error}"
-        return net, replace(report, notes=(*report.notes, failed))
+        # Not kept with the module: the attack is tried again where an interrupted conversion goes on.
+        notes.append(f"the attack on {report.module} failed: {error}")
+        return net, report
     return net, replace(report, unlocking=unlocking)
 
 

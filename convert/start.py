@@ -49,11 +49,11 @@ def mixed_start(
 
 def _sums(teacher: TeacherWeights, generator: torch.Generator) -> Tensor:
     """[n, d] of norm 1: pair by pair, in random order, the sum and the difference; of pruned units neither."""
-    up = teacher.up.cpu().float()
+    up = teacher.up.cpu()
     if teacher.gate is None:
         other = up.roll(int(torch.randint(1, max(2, len(up)), (), generator=generator)), 0)
     else:
-        other = teacher.gate.cpu().float()
+        other = teacher.gate.cpu()
     pairs = torch.stack([other + up, other - up], dim=1)
     sums = pairs[torch.randperm(len(pairs), generator=generator)].flatten(0, 1)
     sums = sums / sums.abs().max().clamp(min=1e-30)  # for the squares of large ones

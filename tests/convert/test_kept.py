@@ -88,6 +88,23 @@ def test_what_a_module_has_to_say_is_still_said_after_an_interruption(
     assert said == [f"something about model.layers.{i}.mlp" for i in (0, 1)]
 
 
+def test_an_attack_that_failed_is_tried_again_and_then_not_said(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny("llama", tmp_path / "source")
+    arguments, options = (tmp_path / "source", tmp_path / "out"), QUICK | {"data": text, "unlock": 0.5}
+
+    def failing(*args: Any, **named: Any) -> None:
+        raise DLRError("no luck")
+
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr("dlr_lock.convert.modules.attacked", failing)
+        convert_model(*arguments, progress=Stopper(2), **options)
+    report = convert_model(*arguments, **options)
+    assert all(module.unlocking for module in report.modules)
+    assert not any("the attack on" in warning for warning in report.warnings)
+
+
 def test_two_conversions_do_not_write_to_one_output(text: str, tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "source")
     arguments = (tmp_path / "source", tmp_path / "made" / "out")
