@@ -1,4 +1,4 @@
-"""What a training step of each arm costs for each attack, by every policy: counted, and the promising ones timed."""
+"""What a training step of each variant costs for each attack, by every strategy: counted, and the promising ones timed."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,20 +10,21 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
+from ..common.timing import now
 from ..triton_kernels import backend
-from .learning import policies, trainable
-from .meters import Meter, now
+from .learning import strategies, trainable
+from .meters import Meter
 from .report import StepCost
-from .systems.model import NothingToTrain, measure_model
+from .strategies.model import NothingToTrain, measure_model
 
 _PASSES = 2  # of inference in a step of MeZO
 _ROUNDS = 3
 
 
 @dataclass(frozen=True, eq=False)
-class Arm:
+class Variant:
     """A model to be fine-tuned. mlps: names of the modules in the MLPs' places. deep: they are chains of several steps,
-    which policies of their own serve."""
+    which strategies of their own serve."""
 
     name: str
     model: PreTrainedModel
@@ -32,35 +33,35 @@ class Arm:
 
 
 def count_steps(
-    arm: Arm,
+    variant: Variant,
     attacks: Sequence[str],
     shape: tuple[int, int],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[StepCost]:
-    """The rows of an arm, counted without data: a step on [sequences, n] tokens by every policy of systems.model, for
-    every attack that has something to train. Of an attack the plain policy comes first."""
+    """The rows of an variant, counted without data: a step on [sequences, n] tokens by every strategy of systems.model, for
+    every attack that has something to train. Of an attack the plain strategy comes first."""
     for number, attack in enumerate(attacks):
         progress(number, len(attacks))
-        yield from _mezo(arm, shape) if attack == "MeZO" else _trained(arm, attack, shape)
+        yield from _mezo(variant, shape) if attack == "MeZO" else _trained(variant, attack, shape)
     progress(len(attacks), len(attacks))
 
 
 def time_steps(
-    arms: Callable[[], Iterable[Arm]],
+    variants: Callable[[], Iterable[Variant]],
     rows: Sequence[StepCost],
     shape: tuple[int, int],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[StepCost]:
-    """The rows of `count_steps` of all arms with seconds, on the models' device, of the promising ones: for each arm
-    and attack the plain policy and those of the fewest FLOPs and of the fewest launches in a row.
+    """The rows of `count_steps` of all variants with seconds, on the models' device, of the promising ones: for each variant
+    and attack the plain strategy and those of the fewest FLOPs and of the fewest launches in a row.
 
     Seconds: of the step that `learning.fine_tune` takes, at a rate of 0, the median over rounds in which each steps
-    once after a warm-up. arms() gives the arms anew for every round, so that one is in memory at a time. In rounds,
-    because the slowest and the fastest hour of one machine differed by more (2.0) than the arms do (1.6).
+    once after a warm-up. variants() gives the variants anew for every round, so that one is in memory at a time. In rounds,
+    because the slowest and the fastest hour of one machine differed by more (2.0) than the variants do (1.6).
     """
     groups: dict[tuple[str, str], list[StepCost]] = {}
     for row in rows:
-        groups.setdefault((row.arm, row.attack), []).append(row)
+        groups.setdefault((row.variant, row.attack), []).append(row)
     chosen = [
         row
         for group in groups.values()
@@ -71,62 +72,62 @@ def time_steps(
     laps: dict[StepCost, list[float]] = {row: [] for row in chosen}
     done, total = 0, _ROUNDS * len(chosen)
     for _ in range(_ROUNDS):
-        for arm in arms():
-            for row in (row for row in chosen if row.arm == arm.name):
+        for variant in variants():
+            for row in (row for row in chosen if row.variant == variant.name):
                 progress(done, total)
-                laps[row].append(_seconds(arm, row, shape))
+                laps[row].append(_seconds(variant, row, shape))
                 done += 1
     progress(total, total)
     return [replace(row, seconds=median(laps[row])) if row in laps else row for row in rows]
 
 
-def _trained(arm: Arm, attack: str, shape: tuple[int, int]) -> list[StepCost]:
-    mode, ghost = _without_data(arm.model)
+def _trained(variant: Variant, attack: str, shape: tuple[int, int]) -> list[StepCost]:
+    mode, ghost = _without_data(variant.model)
     rows = []
-    for policy in policies(attack, locked=arm.deep):
+    for strategy in strategies(attack, locked=variant.deep):
         try:
             with mode:
-                ids = torch.zeros(shape, dtype=torch.int64, device=arm.model.device)
-                counts = measure_model(ghost, arm.mlps, policy, ids).counts
+                ids = torch.zeros(shape, dtype=torch.int64, device=variant.model.device)
+                counts = measure_model(ghost, variant.mlps, strategy, ids).counts
         except NothingToTrain:
             continue
         assert counts is not None
         rows.append(StepCost(
-            arm.name, attack, policy.name, shape[0] * shape[1], counts.flops, counts.peak, counts.held,
+            variant.name, attack, strategy.name, shape[0] * shape[1], counts.flops, counts.peak, counts.held,
             counts.forward.launches + counts.backward.launches, counts.dependent,
         ))  # fmt: skip
     return rows
 
 
-def _seconds(arm: Arm, row: StepCost, shape: tuple[int, int]) -> float:
+def _seconds(variant: Variant, row: StepCost, shape: tuple[int, int]) -> float:
     """Of one step after another."""
-    ids = torch.zeros(shape, dtype=torch.int64, device=arm.model.device)
-    policy = None
+    ids = torch.zeros(shape, dtype=torch.int64, device=variant.model.device)
+    strategy = None
     if row.attack != "MeZO":
-        policy = next(p for p in policies(row.attack, locked=arm.deep) if p.name == row.policy)
-    with trainable(arm.model, arm.mlps, row.attack, 0, policy) as step:
+        strategy = next(p for p in strategies(row.attack, locked=variant.deep) if p.name == row.strategy)
+    with trainable(variant.model, variant.mlps, row.attack, 0, strategy) as step:
         for _ in range(2):
-            began = now(arm.model.device)
+            began = now(variant.model.device)
             step(ids, 0.0)
-            seconds = now(arm.model.device) - began
+            seconds = now(variant.model.device) - began
     return seconds
 
 
-def _mezo(arm: Arm, shape: tuple[int, int]) -> list[StepCost]:
+def _mezo(variant: Variant, shape: tuple[int, int]) -> list[StepCost]:
     def infer(model: PreTrainedModel) -> object:
         with backend("naive"):  # the others prepare weights, which change at every pass
             return model(
-                input_ids=torch.zeros(shape, dtype=torch.int64, device=arm.model.device), use_cache=False
+                input_ids=torch.zeros(shape, dtype=torch.int64, device=variant.model.device), use_cache=False
             )
 
-    mode, ghost = _without_data(arm.model)
+    mode, ghost = _without_data(variant.model)
     meter = Meter()
     with mode, torch.no_grad(), meter:
         infer(ghost)
     counts = meter.take()
     return [
         StepCost(
-            arm.name, "MeZO", "MeZO", shape[0] * shape[1], _PASSES * counts.flops, meter.peak, 0,
+            variant.name, "MeZO", "MeZO", shape[0] * shape[1], _PASSES * counts.flops, meter.peak, 0,
             _PASSES * counts.launches, _PASSES * counts.dependent,
         )
     ]  # fmt: skip

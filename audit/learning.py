@@ -1,6 +1,6 @@
 """Learning attacks: a model fine-tuned on a task, by every way to do it, each at the best rate that a sweep finds.
 
-The gradients are those of plain autograd: the policies of systems/ change what a step costs, not what it learns, so
+The gradients are those of plain autograd: the strategies of systems/ change what a step costs, not what it learns, so
 one run stands for all of them.
 """
 
@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
+from ..common.errors import DLRError
 from ..convert.evaluate import evaluate
-from ..runtime import DLRError
 from ..triton_kernels import backend
 from .report import Run
-from .systems.model import ModelPolicy, model_policies, prepared
-from .systems.policies import Aim
+from .strategies.model import ModelStrategy, model_strategies, prepared
+from .strategies.slot_strategies import Trainable
 from .texts import Text
 
 # What is trained, and the rate that a sweep begins with.
-AIMS: dict[str, Aim] = {"full": "weights", "LoRA": "adapters", "attention": "nothing"}
+TRAINABLES: dict[str, Trainable] = {"full": "weights", "LoRA": "adapters", "attention": "nothing"}
 FIRST_RATES = {"full": 1e-4, "LoRA": 1e-3, "attention": 1e-3, "MeZO": 1e-6}
 _FACTOR = 10**0.5  # between two rates
 _WARM_UP = 0.1  # of the steps, in which the rate grows to its full height; it stays there
@@ -84,7 +84,7 @@ def fine_tune(
     neutral: Tensor,
     plan: Tuning,
     *,
-    arm: str,
+    variant: str,
     attack: str,
     rate: float,
     seed: int,
@@ -116,7 +116,7 @@ def fine_tune(
         except DivergedError:
             pass
     took = statistics.median(seconds or [0.0])
-    return Run(arm, attack, rate, seed, batch, tokens, losses, (before, after), took, after is None)
+    return Run(variant, attack, rate, seed, batch, tokens, losses, (before, after), took, after is None)
 
 
 class DivergedError(Exception):
@@ -125,19 +125,19 @@ class DivergedError(Exception):
 
 @contextmanager
 def trainable(
-    model: PreTrainedModel, mlps: Sequence[str], attack: str, seed: int, policy: ModelPolicy | None = None
+    model: PreTrainedModel, mlps: Sequence[str], attack: str, seed: int, strategy: ModelStrategy | None = None
 ) -> Iterator[Callable[[Tensor, float], None]]:
-    """The model, ready for an attack by a policy (None: the plain one), within the block; gives the step: (ids [b, n],
+    """The model, ready for an attack by a strategy (None: the plain one), within the block; gives the step: (ids [b, n],
     rate). It raises DivergedError where the loss is no number."""
     with ExitStack() as stack:
         if attack == "MeZO":
             trained = list(model.parameters())
             step: Callable[[Tensor, float], None] = _MeZO(model, trained, seed)
         else:
-            policy = policy or policies(attack, locked=False)[0]
+            strategy = strategy or strategies(attack, locked=False)[0]
             with torch.random.fork_rng():
                 torch.manual_seed(seed)  # of the adapters
-                trained = stack.enter_context(prepared(model, mlps, policy))
+                trained = stack.enter_context(prepared(model, mlps, strategy))
             step = _Adam(model, trained)
         own = {id(p) for p in model.parameters()}
         before = [(p, p.detach().clone()) for p in trained if id(p) in own]  # adapters are thrown away
@@ -151,9 +151,11 @@ def trainable(
                     parameter.grad = None
 
 
-def policies(attack: str, *, locked: bool) -> list[ModelPolicy]:
-    """Those of an attack of AIMS on a locked model or an original; autograd as it is comes first."""
-    return [policy for policy in model_policies(locked=locked) if policy.aim == AIMS[attack]]
+def strategies(attack: str, *, locked: bool) -> list[ModelStrategy]:
+    """Those of an attack of TRAINABLES on a locked model or an original; autograd as it is comes first."""
+    return [
+        strategy for strategy in model_strategies(locked=locked) if strategy.trainable == TRAINABLES[attack]
+    ]
 
 
 class _Adam:

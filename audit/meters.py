@@ -5,7 +5,6 @@ machine at hand can be counted. Seconds are the exception, and stand apart.
 """
 
 import statistics
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from ..common.timing import now
 from ..triton_kernels import backend
 
 aten = torch.ops.aten
@@ -243,17 +243,6 @@ def time_step(
     return StepSeconds(*map(statistics.median, zip(*rounds[1:], strict=True)))
 
 
-@torch.no_grad()
-def median_seconds(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
-    """Seconds of `work()` without autograd, the median of `repeats` after a warm-up."""
-    times = []
-    for _ in range(repeats + 1):
-        start = now(device)
-        work()
-        times.append(now(device) - start)
-    return statistics.median(times[1:])
-
-
 def device_peak(work: Callable[[], Any], device: torch.device) -> int | None:
     """The most bytes that torch allocates on a GPU during `work()`, beyond what it had; None on other devices."""
     if device.type != "cuda":
@@ -264,13 +253,6 @@ def device_peak(work: Callable[[], Any], device: torch.device) -> int | None:
     work()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
-
-
-def now(device: torch.device) -> float:
-    """Seconds, once the device is idle."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _storages(*values: Any) -> list[torch.UntypedStorage]:

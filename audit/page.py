@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any
 
-from ..convert.card import evaluation_words
-from .plots import copy_plot, gain_plots
+from ..convert.report import evaluation_words
+from .plots import gain_plots, student_plot
 from .report import AuditReport, Price, Run, StepCost, Verdict
 from .words import (
     MEASURES,
@@ -15,12 +15,12 @@ from .words import (
     evaluation_columns,
     flops_words,
     plain_step,
-    policy_words,
     rate_words,
     ratio_words,
     seconds_words,
     sections,
     step_ratio,
+    strategy_words,
     verdict_words,
 )
 
@@ -51,8 +51,8 @@ td.n, td.k { white-space: nowrap; }
 summary { cursor: pointer; font-size: .9rem; }
 """
 _ATTACKS = (
-    "Arms: the original, the locked model, and the locked model whose chains were distilled back into MLPs, for that "
-    "share of the conversion's visits. Attacks: full trains all weights; LoRA adapters of all that is linear and of "
+    "Variants: the original, the locked model, and the locked model whose chains were distilled back into MLPs, for that "
+    "share of the conversion's train_tokens. Attacks: full trains all weights; LoRA adapters of all that is linear and of "
     "the chains; attention adapters of all but the MLPs' places, with the chains as they are; MeZO works with forward "
     "passes alone."
 )
@@ -125,7 +125,7 @@ def _every_price(report: AuditReport) -> str:
         if side is None:
             return "no price", "-", "-"
         cost = MEASURES[v.measure][1](side.cost)
-        return side.attack, policy_words(side.policy), f"more than {cost}" if side.bound else cost
+        return side.attack, strategy_words(side.strategy), f"more than {cost}" if side.bound else cost
 
     rows = [
         (
@@ -135,7 +135,7 @@ def _every_price(report: AuditReport) -> str:
         for v in report.verdicts
     ]  # fmt: skip
     columns = (
-        "target", "fine-tunes", "measure", "locked: attack", "policy", "cost", "original: attack", "policy", "cost",
+        "target", "fine-tunes", "measure", "locked: attack", "strategy", "cost", "original: attack", "strategy", "cost",
         "ratio",
     )  # fmt: skip
     return _folded("Every price", columns, rows)
@@ -159,16 +159,16 @@ def _abouts(report: AuditReport) -> str:
 def _every_copy(report: AuditReport) -> str:
     rows = [
         (
-            m.module, c.start, f"{c.visits:,}", "-" if c.share is None else f"{c.share:.3g}", f"{c.error:.4f}",
-            f"{c.copy_error:.4f}", f"{c.error / m.chain_error:.3g}", seconds_words(c.seconds),
+            m.module, c.init, f"{c.train_tokens:,}", "-" if c.share is None else f"{c.share:.3g}", f"{c.error:.4f}",
+            f"{c.student_error:.4f}", f"{c.error / m.chain_error:.3g}", seconds_words(c.seconds),
         )
         for m in report.modules
-        for c in m.copies
+        for c in m.students
     ]  # fmt: skip
     columns = (
-        "module", "start", "visits", "share", "error", "error against the chain", "ratio", "seconds",
+        "module", "start", "training tokens", "share", "error", "error against the chain", "ratio", "seconds",
     )  # fmt: skip
-    return copy_plot(report) + _folded("Every copy", columns, rows)
+    return student_plot(report) + _folded("Every copy", columns, rows)
 
 
 def _every_run(report: AuditReport) -> str:
@@ -179,12 +179,12 @@ def _every_run(report: AuditReport) -> str:
             f"{n:,}:\N{NO-BREAK SPACE}{loss:.4f}" for n, loss in zip(r.tokens, r.losses, strict=True)
         )
         return (
-            r.arm, r.attack, rate_words(r.rate), str(r.seed), ", ".join(marks) or "-", f"{r.neutral[0]:.3f}", after,
+            r.variant, r.attack, rate_words(r.rate), str(r.seed), ", ".join(marks) or "-", f"{r.neutral[0]:.3f}", after,
             f"{r.batch:,}", seconds_words(r.seconds), curve,
         )  # fmt: skip
 
     columns = (
-        "arm", "attack", "rate", "seed", "note", "neutral before", "after", "tokens a step", "a step takes",
+        "variant", "attack", "rate", "seed", "note", "neutral before", "after", "tokens a step", "a step takes",
         "tokens: loss",
     )  # fmt: skip
     words = f'<p class="quiet">{_ATTACKS}</p>\n' if report.runs else ""
@@ -207,15 +207,15 @@ def _every_step(report: AuditReport) -> str:
     }  # fmt: skip
     rows = [
         (
-            s.arm, s.attack, policy_words(s.policy), f"{s.tokens:,}",
+            s.variant, s.attack, strategy_words(s.strategy), f"{s.tokens:,}",
             *(cell(s, measure, words) for measure, words in measures.items()),
         )
         for s in report.steps
     ]  # fmt: skip
     columns = (
-        "arm",
+        "variant",
         "attack",
-        "policy",
+        "strategy",
         "tokens",
         "FLOPs",
         "peak",
@@ -228,7 +228,7 @@ def _every_step(report: AuditReport) -> str:
         "In brackets: over the plain step. Held: activations kept from forward to backward; launches: operations "
         "started; dependent: the longest run of them in which each waits for the one before."
     )
-    return _folded("Every policy", columns, rows) + (f'<p class="quiet">{words}</p>\n' if rows else "")
+    return _folded("Every strategy", columns, rows) + (f'<p class="quiet">{words}</p>\n' if rows else "")
 
 
 def _notes(report: AuditReport) -> str:

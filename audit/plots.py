@@ -12,43 +12,48 @@ from .svg import COLOURS, INK, style, svg_of
 from .words import grouped, start_loss
 
 _NO_PLOTS = "Curves need pip install 'dlr-lock[report]'; their values are in the table of every run."
-# An arm has a colour, an attack one of these and a mark.
+# An variant has a colour, an attack one of these and a mark.
 _STROKES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
 
 
-def copy_plot(report: AuditReport) -> str:
-    """Error of the copies over the chain's, against visits: a line for each module and start."""
-    copies = [c for m in report.modules for c in m.copies]
-    colours = dict(zip(dict.fromkeys(c.start for c in copies), cycle(COLOURS), strict=False))
+def student_plot(report: AuditReport) -> str:
+    """Error of the students over the chain's, against train_tokens: a line for each module and start."""
+    students = [c for m in report.modules for c in m.students]
+    colours = dict(zip(dict.fromkeys(c.init for c in students), cycle(COLOURS), strict=False))
 
     def draw(axes: Any) -> list[Any]:
         from matplotlib.ticker import LogLocator, NullLocator
 
         for m in report.modules:
-            for start, same in grouped(sorted(m.copies, key=lambda c: c.visits), lambda c: c.start).items():
+            for init, same in grouped(
+                sorted(m.students, key=lambda c: c.train_tokens), lambda c: c.init
+            ).items():
                 ratios = [c.error / m.chain_error for c in same]
-                axes.plot([c.visits for c in same], ratios, marker="o", color=colours[start], alpha=0.8)
+                axes.plot([c.train_tokens for c in same], ratios, marker="o", color=colours[init], alpha=0.8)
         axes.axhline(1, color=INK, linewidth=0.8, linestyle="--")
-        axes.set(xscale="log", yscale="log", xlabel="visits", ylabel="copy's error / chain's")
-        axes.set_xticks(sorted({c.visits for c in copies}))
+        axes.set(xscale="log", yscale="log", xlabel="train_tokens", ylabel="copy's error / chain's")
+        axes.set_xticks(sorted({c.train_tokens for c in students}))
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.yaxis.set_major_formatter("{x:g}")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_minor_locator(NullLocator())
-        return [_key(f"{start} start", color=colour) for start, colour in colours.items()]
+        return [_key(f"{init} initialisation", color=colour) for init, colour in colours.items()]
 
     words = "A line is a module; below the dashed level its copy is better than the chain itself."
-    plots = _plots([("copies", "copies' errors against visits", draw)])
-    return f'{plots}<p class="quiet">{words}</p>\n' if copies else ""
+    plots = _plots([("students", "students' errors against train_tokens", draw)])
+    return f'{plots}<p class="quiet">{words}</p>\n' if students else ""
 
 
 def gain_plots(report: AuditReport) -> str:
     """Gain of the runs at their best rates, the mean over seeds and its band, against tokens, FLOPs and seconds."""
     start = start_loss(report)
-    curves = grouped((run for run in report.runs if run.best), lambda r: (r.arm, r.attack))
+    curves = grouped((run for run in report.runs if run.best), lambda r: (r.variant, r.attack))
     if start is None or not curves:
         return ""
-    arms = {arm: COLOURS[at % len(COLOURS)] for at, arm in enumerate(dict.fromkeys(arm for arm, _ in curves))}
+    variants = {
+        variant: COLOURS[at % len(COLOURS)]
+        for at, variant in enumerate(dict.fromkeys(variant for variant, _ in curves))
+    }
     attacks = {
         attack: _STROKES[at % len(_STROKES)]
         for at, attack in enumerate(dict.fromkeys(attack for _, attack in curves))
@@ -56,7 +61,7 @@ def gain_plots(report: AuditReport) -> str:
 
     def draw(label: str, cost: Callable[[Run], float | None], axes: Any) -> list[Any]:
         """cost: of one token of a run."""
-        for (arm, attack), runs in curves.items():
+        for (variant, attack), runs in curves.items():
             if (each := cost(runs[0])) is None:
                 continue
             gains = [[start - loss for loss in run.losses] for run in runs]
@@ -64,15 +69,20 @@ def gain_plots(report: AuditReport) -> str:
             points = list(zip(*gains, strict=False))
             x = [n * each for n in runs[0].tokens[: len(points)]]
             line, mark = attacks[attack]
-            axes.plot(x, [sum(p) / len(p) for p in points], line, marker=mark, color=arms[arm])
+            axes.plot(x, [sum(p) / len(p) for p in points], line, marker=mark, color=variants[variant])
             axes.fill_between(
-                x, [min(p) for p in points], [max(p) for p in points], color=arms[arm], alpha=0.2, lw=0
+                x,
+                [min(p) for p in points],
+                [max(p) for p in points],
+                color=variants[variant],
+                alpha=0.2,
+                lw=0,
             )
         for loss in dict.fromkeys(v.loss for v in report.verdicts):
             axes.axhline(start - loss, color=INK, linewidth=0.8, linestyle="--")
         axes.set(xlabel=label, ylabel="gain, nats a token")
         return [
-            *(_key(arm, color=colour) for arm, colour in arms.items()),
+            *(_key(variant, color=colour) for variant, colour in variants.items()),
             *(
                 _key(attack, color=INK, linestyle=line, marker=mark)
                 for attack, (line, mark) in attacks.items()
@@ -91,15 +101,15 @@ def gain_plots(report: AuditReport) -> str:
         ]
     )
     return (
-        f'{plots}<p class="quiet">Colour: arm; stroke and mark: attack; band: least to most over seeds; dashed levels: '
-        "the verdicts' targets. FLOPs and seconds are those of each attack's cheapest policy; what an unlocking took "
+        f'{plots}<p class="quiet">Colour: variant; stroke and mark: attack; band: least to most over seeds; dashed levels: '
+        "the verdicts' targets. FLOPs and seconds are those of each attack's cheapest strategy; what an redistillation took "
         "before is not in the curves, but in the verdicts.</p>\n"
     )
 
 
 def _token_cost(report: AuditReport, run: Run, measure: str) -> float | None:
-    """The cheapest policy's cost of a token, None where no step was measured."""
-    step = cheapest_step(report.steps, run.arm, run.attack, measure)
+    """The cheapest strategy's cost of a token, None where no step was measured."""
+    step = cheapest_step(report.steps, run.variant, run.attack, measure)
     return None if step is None else getattr(step, measure) / step.tokens
 
 

@@ -1,7 +1,7 @@
 """Re-distillation: every chain of a locked model back into an MLP of its size, on the attacker's text.
 
 One module at a time, from activations of the locked model alone: the attacker has no original. The original serves
-to say how good the copies are.
+to say how good the students are.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..convert.capture import Activations, capture
-from ..convert.endtoend import with_chains
-from ..convert.fidelity import measure
-from ..convert.kept import Kept
-from ..convert.mlps import MLP
-from ..convert.modules import Progress
+from ..common.errors import DLRError
+from ..common.progress import Progress
+from ..common.resume import ResumeStore
+from ..convert.activations import Activations, capture
+from ..convert.end_to_end import with_chains
+from ..convert.evaluate import measure
+from ..convert.mlp_matching import MLP
 from ..convert.muon import Muon
-from ..convert.unlock import BATCH, FIT_TOKENS, fit_copy
-from ..runtime import DLRError, DLRNet, DLRSpec
+from ..convert.redistill import BATCH, FIT_TOKENS, fit_student
+from ..runtime import DLRNet, DLRSpec
 from .meters import count
-from .report import Copy, ModuleCopies, Structural
+from .report import ModuleStudents, Structural, Student
 from .structural import evaluated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Copied = tuple[ModuleCopies, dict[int, DLRNet]]  # a module's copies, and the best one by visits
+Students = tuple[ModuleStudents, dict[int, DLRNet]]  # a module's students, and the best one by train_tokens
 
 
 def redistil(
@@ -43,26 +44,26 @@ def redistil(
     train: Tensor,
     heldout: Tensor,
     *,
-    visits: Sequence[int],
-    starts: Sequence[str] = ("linear", "random"),
+    train_tokens: Sequence[int],
+    inits: Sequence[str] = ("linear", "random"),
     conversion: Mapping[str, int | None],
     device: torch.device,
     max_memory: int,
     scratch: Path,
     seed: int = 0,
-    kept: Kept | None = None,
+    kept: ResumeStore | None = None,
     progress: Progress = lambda what, done, total: None,
     note: Callable[[str], object] = lambda sentence: None,
-) -> Iterator[Copied]:
-    """Yields, for each module in the order given, the figures of its copies and, by visits, the best copy: of the
+) -> Iterator[Students]:
+    """Yields, for each module in the order given, the figures of its students and, by train_tokens, the best copy: of the
     lowest error against the chain, float32 on the CPU.
 
     mlps: the original's MLPs that are locked. train [S, n], heldout [H, n]: the attacker's text, and the text to
-    measure on. visits: token visits of a copy, each from each of `starts` (see `convert.unlock`). conversion: token
-    visits by module. max_memory, scratch: as for `capture`. seed: a module's draws depend on it and its layer alone.
+    measure on. train_tokens: training tokens of a copy, each from each of `inits` (see `convert.redistill`). conversion: token
+    train_tokens by module. max_memory, scratch: as for `capture`. seed: a module's draws depend on it and its layer alone.
     kept: finished modules, which are taken from there. Neither model is changed.
     A copy that diverges is left out, and `note` called with a sentence. Raises DLRError where all of a module with
-    the same visits do, and as `capture` does.
+    the same train_tokens do, and as `capture` does.
     """
     before = {mlp.module: _restored(kept, mlp.module) for mlp in mlps}
     todo = [mlp for mlp in mlps if before[mlp.module] is None]
@@ -92,7 +93,7 @@ def redistil(
                 pairs,
                 next(wanted)[1],
                 train.numel(),
-                [(count, start) for count in sorted(visits) for start in starts],
+                [(count, init) for count in sorted(train_tokens) for init in inits],
                 conversion.get(mlp.module),
                 device,
                 seed + mlp.layer,
@@ -125,58 +126,67 @@ def _copies(
     progress: Progress,
     note: Callable[[str], object],
     captured: float,
-) -> Copied:
+) -> Students:
     """own: of the chain in the locked model, `tokens` rows of the attacker's text first; wanted: of the original MLP,
-    held out. attempts: visits and start of each copy. captured: seconds that getting `own` took."""
+    held out. attempts: train_tokens and init of each copy. captured: seconds that getting `own` took."""
     held = own.rows(torch.arange(tokens, len(own)))
-    copies: list[Copy] = []
+    students: list[Student] = []
     best: dict[int, tuple[float, DLRNet]] = {}
-    for visits, start in attempts:
+    for train_tokens, init in attempts:
         began = time.monotonic()
         try:
-            net = fit_copy(
+            net = fit_student(
                 chain,
                 own,
                 tokens,
-                visits=visits,
-                start=start,
+                train_tokens=train_tokens,
+                init=init,
                 seed=seed,
                 name=module,
                 device=device,
-                progress=partial(progress, f"{start} start, {visits:,} visits"),
+                progress=partial(progress, f"{init} init, {train_tokens:,} training tokens"),
                 note=note,
             )
         except DLRError as reason:
-            note(f"a copy of {module} is missing ({start} start, {visits:,} visits): {reason}")
+            note(f"a copy of {module} is missing ({init} init, {train_tokens:,} training tokens): {reason}")
             continue
         seconds = captured + time.monotonic() - began
-        error, copy_error = (measure(net, *pairs, device).rel_error for pairs in ((wanted.x, wanted.y), held))
-        made = Copy(start, visits, visits / conversion if conversion else None, error, copy_error, seconds)
-        copies.append(made)
-        if visits not in best or copy_error < best[visits][0]:
-            best[visits] = copy_error, net
-    if best.keys() != {visits for visits, _ in attempts}:
+        error, student_error = (
+            measure(net, *pairs, device).rel_error for pairs in ((wanted.x, wanted.y), held)
+        )
+        made = Student(
+            init,
+            train_tokens,
+            train_tokens / conversion if conversion else None,
+            error,
+            student_error,
+            seconds,
+        )
+        students.append(made)
+        if train_tokens not in best or student_error < best[train_tokens][0]:
+            best[train_tokens] = student_error, net
+    if best.keys() != {train_tokens for train_tokens, _ in attempts}:
         raise DLRError(f"no copy of {module} could be distilled: try another --seed")
     chain_error = measure(chain, wanted.x, wanted.y, device).rel_error
     gap = measure(chain, *held, device).flatten_gap
-    nets = {visits: net for visits, (_, net) in best.items()}
-    return ModuleCopies(module, str(chain.spec), chain_error, gap, copies), nets
+    nets = {train_tokens: net for train_tokens, (_, net) in best.items()}
+    return ModuleStudents(module, str(chain.spec), chain_error, gap, students), nets
 
 
 def redistil_flops(
-    net: DLRNet, chain: DLRSpec, visits: int, start: str, *, model_params: int, tokens: int
+    net: DLRNet, chain: DLRSpec, train_tokens: int, init: str, *, model_params: int, tokens: int
 ) -> int:
     """FLOPs of making one copy `net` of one chain: the fit, its optimizer's steps, the forward pass that gives x and
-    y, and the least squares of the start where that is 'linear'.
+    y, and the least squares of the init where that is 'linear'.
 
     model_params: of the model's body, without embeddings, which are looked up, over its modules. tokens: of the
-    attacker's text; fewer are run where the visits are fewer.
+    attacker's text; fewer are run where the train_tokens are fewer.
     """
-    d, used = chain.hidden_size, min(visits, tokens)
-    fit = 6 * net.spec.params * visits
-    steps = -(-visits // min(BATCH, visits)) * step_flops(net.spec)
+    d, used = chain.hidden_size, min(train_tokens, tokens)
+    fit = 6 * net.spec.params * train_tokens
+    steps = -(-train_tokens // min(BATCH, train_tokens)) * step_flops(net.spec)
     forward = 2 * model_params * used
-    solved = 2 * min(used, FIT_TOKENS) * d * d * (chain.lanes * chain.depth + 1) if start == "linear" else 0
+    solved = 2 * min(used, FIT_TOKENS) * d * d * (chain.lanes * chain.depth + 1) if init == "linear" else 0
     return fit + steps + forward + solved
 
 
@@ -194,19 +204,21 @@ def step_flops(spec: DLRSpec) -> int:
 def redistil_row(
     locked: PreTrainedModel,
     original: PreTrainedModel,
-    modules: Sequence[Copied],
+    modules: Sequence[Students],
     heldout: Tensor,
     *,
     name: str,
-    visits: int,
+    train_tokens: int,
     tokens: int,
     progress: Progress = lambda what, done, total: None,
 ) -> Structural:
-    """The best copies of so many visits in the chains' places, against the original on heldout [H, n]. modules: what
-    `redistil` yielded; tokens: of its training text. flops and seconds are those of the best copies alone."""
-    nets = {figures.module: made[visits] for figures, made in modules}
+    """The best students of so many train_tokens in the chains' places, against the original on heldout [H, n]. modules: what
+    `redistil` yielded; tokens: of its training text. flops and seconds are those of the best students alone."""
+    nets = {figures.module: made[train_tokens] for figures, made in modules}
     best = {
-        figures.module: min((c for c in figures.copies if c.visits == visits), key=lambda c: c.copy_error)
+        figures.module: min(
+            (c for c in figures.students if c.train_tokens == train_tokens), key=lambda c: c.student_error
+        )
         for figures, _ in modules
     }
     body = locked.base_model.num_parameters(exclude_embeddings=True)
@@ -214,8 +226,8 @@ def redistil_row(
         redistil_flops(
             net,
             locked.get_submodule(module).spec,
-            visits,
-            best[module].start,
+            train_tokens,
+            best[module].init,
             model_params=body // len(nets),
             tokens=tokens,
         )
@@ -226,31 +238,39 @@ def redistil_row(
         "every chain is distilled back into an MLP of its size, on its own outputs",
         evaluated(with_chains(locked, nets, []), original, heldout, name, progress),
         "MLP",
-        visits,
+        train_tokens,
         flops,
         sum(copy.seconds for copy in best.values()),
     )
 
 
-def _keep(kept: Kept, module: str, copies: ModuleCopies, nets: dict[int, DLRNet], notes: list[str]) -> None:
-    tensors = {f"{visits}.{name}": t for visits, net in nets.items() for name, t in net.state_dict().items()}
-    specs = {str(visits): net.spec.to_dict() for visits, net in nets.items()}
-    kept.put(module, tensors, {"copies": asdict(copies), "specs": specs, "notes": notes})
+def _keep(
+    kept: ResumeStore, module: str, students: ModuleStudents, nets: dict[int, DLRNet], notes: list[str]
+) -> None:
+    tensors = {
+        f"{train_tokens}.{name}": t
+        for train_tokens, net in nets.items()
+        for name, t in net.state_dict().items()
+    }
+    specs = {str(train_tokens): net.spec.to_dict() for train_tokens, net in nets.items()}
+    kept.put(module, tensors, {"students": asdict(students), "specs": specs, "notes": notes})
 
 
-def _restored(kept: Kept | None, module: str) -> tuple[ModuleCopies, dict[int, DLRNet], list[str]] | None:
+def _restored(
+    kept: ResumeStore | None, module: str
+) -> tuple[ModuleStudents, dict[int, DLRNet], list[str]] | None:
     """A module that an interrupted audit finished, None where it did not."""
     found = kept.get(module) if kept is not None else None
     if found is None:
         return None
     tensors, figures = found
     try:
-        values = figures["copies"]
-        copies = ModuleCopies(**values | {"copies": [Copy(**copy) for copy in values["copies"]]})
+        values = figures["students"]
+        students = ModuleStudents(**values | {"students": [Student(**copy) for copy in values["students"]]})
         nets = {}
-        for visits, spec in figures["specs"].items():
-            net = nets[int(visits)] = DLRNet(DLRSpec.from_dict(spec), dtype=torch.float32)
-            net.assign({name: tensors[f"{visits}.{name}"] for name in net.state_dict()})
-        return copies, nets, figures["notes"]
+        for train_tokens, spec in figures["specs"].items():
+            net = nets[int(train_tokens)] = DLRNet(DLRSpec.from_dict(spec), dtype=torch.float32)
+            net.assign({name: tensors[f"{train_tokens}.{name}"] for name in net.state_dict()})
+        return students, nets, figures["notes"]
     except (KeyError, TypeError, ValueError) as error:
         raise DLRError(f"what is kept of {module} is damaged: delete that folder") from error

@@ -16,7 +16,7 @@ class Structural:
     """One attack on the chains' structure, on all locked modules at once, and the model that it leaves.
 
     name: such as 'flatten'. about: what is done, a sentence. evaluation: the attacked model against the original on
-    held-out neutral text. visits: the attacker's token visits a module; flops, seconds: all that the attack took
+    held-out neutral text. train_tokens: the attacker's training tokens a module; flops, seconds: all that the attack took
     (None: nothing but reading the weights).
     slots: what is in the chains' places afterwards: 'MLP', of one wide step, or 'chain'.
     """
@@ -25,56 +25,56 @@ class Structural:
     about: str
     evaluation: Evaluation | StateEvaluation
     slots: str
-    visits: int = 0
+    train_tokens: int = 0
     flops: int | None = None
     seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
-    """One module distilled back into an MLP of its size for `visits` token visits.
+class Student:
+    """One module distilled back into an MLP of its size for `train_tokens` training tokens.
 
-    start: 'linear' (see convert.unlock), or 'random': a fresh SwiGLU MLP. share: visits over those of the
+    init: 'linear' (see convert.unlock), or 'random': a fresh SwiGLU MLP. share: train_tokens over those of the
     module's conversion, None where the checkpoint does not say. error: relative error against the original MLP on
-    held-out tokens of the original's activations; copy_error: against the chain, on the locked model's.
+    held-out tokens of the original's activations; student_error: against the chain, on the locked model's.
     """
 
-    start: str
-    visits: int
+    init: str
+    train_tokens: int
     share: float | None
     error: float
-    copy_error: float
+    student_error: float
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
-class ModuleCopies:
-    """All copies of one module. chain_error: the chain's own relative error, measured as `Copy.error`. gap: the
+class ModuleStudents:
+    """All students of one module. chain_error: the chain's own relative error, measured as `Student.error`. gap: the
     flatten gap over |chain|^2, on the locked model's own activations."""
 
     module: str
     chain: str
     chain_error: float
     gap: float
-    copies: list[Copy]
+    students: list[Student]
 
-    def undone(self, tolerance: float) -> Copy | None:
+    def undone(self, tolerance: float) -> Student | None:
         """The cheapest copy whose error is at most `tolerance` times the chain's own; None where none is."""
-        good = [copy for copy in self.copies if copy.error <= tolerance * self.chain_error]
-        return min(good, key=lambda copy: copy.visits, default=None)
+        good = [copy for copy in self.students if copy.error <= tolerance * self.chain_error]
+        return min(good, key=lambda copy: copy.train_tokens, default=None)
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """One fine-tuning, and the held-out loss of the task, in nats a token, after so many training tokens.
 
-    arm: 'original', 'locked', or such as 're-distilled, 0.25': of the conversion's visits. attack: 'full', 'LoRA',
+    variant: 'original', 'locked', or such as 're-distilled, 0.25': of the conversion's train_tokens. attack: 'full', 'LoRA',
     'attention' (LoRA on all but the MLPs' places) or 'MeZO'.
     neutral: loss on neutral text before and after. diverged: the loss became no number, and the curve ends before that.
     seconds: of a training step of `batch` tokens, the median. best: its rate is the best one of the sweep.
     """
 
-    arm: str
+    variant: str
     attack: str
     rate: float
     seed: int
@@ -89,12 +89,12 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """A training step of an arm's whole model for an attack, by one policy. flops, launches, dependent: of a step of
+    """A training step of an variant's whole model for an attack, by one strategy. flops, launches, dependent: of a step of
     `tokens` tokens; peak, held: bytes, parameters and the optimizer's state left out; seconds: None, not timed."""
 
-    arm: str
+    variant: str
     attack: str
-    policy: str
+    strategy: str
     tokens: int
     flops: int
     peak: int
@@ -104,19 +104,21 @@ class StepCost:
     seconds: float | None = None
 
 
-def cheapest_step(steps: Iterable[StepCost], arm: str, attack: str, measure: str) -> StepCost | None:
-    """The step of the policy that is cheapest by a measure ('flops', 'seconds', 'peak'); None where none has it."""
-    measured = [s for s in steps if (s.arm, s.attack) == (arm, attack) and getattr(s, measure) is not None]
+def cheapest_step(steps: Iterable[StepCost], variant: str, attack: str, measure: str) -> StepCost | None:
+    """The step of the strategy that is cheapest by a measure ('flops', 'seconds', 'peak'); None where none has it."""
+    measured = [
+        s for s in steps if (s.variant, s.attack) == (variant, attack) and getattr(s, measure) is not None
+    ]
     return min(measured, key=lambda s: getattr(s, measure), default=None)
 
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """attack: 'arm, attack'. policy: how its steps are trained. cost: in the verdict's measure. bound: the target was
+    """attack: 'variant, attack'. strategy: how its steps are trained. cost: in the verdict's measure. bound: the target was
     not reached, and the cost is that of the whole budget: it takes more."""
 
     attack: str
-    policy: str
+    strategy: str
     cost: float
     bound: bool
 
@@ -124,7 +126,7 @@ class Price:
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """One target and one measure. share: the gain to reach, over the best one of the original within the budget.
-    measure: 'flops', 'seconds' or 'peak' (bytes). tunes: fine-tunes that one unlocking serves. ratio: locked over
+    measure: 'flops', 'seconds' or 'peak' (bytes). tunes: fine-tunes that one redistillation serves. ratio: locked over
     original, None where one has no price; bound: it is more than that."""
 
     share: float
@@ -150,7 +152,7 @@ class AuditReport:
     threat: str
     fidelity: Evaluation | StateEvaluation
     structural: list[Structural]
-    modules: list[ModuleCopies]
+    modules: list[ModuleStudents]
     runs: list[Run]
     steps: list[StepCost]
     asymmetries: list[Asymmetry]

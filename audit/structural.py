@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..convert.endtoend import with_chains
+from ..common.progress import Progress
+from ..convert.end_to_end import with_chains
 from ..convert.evaluate import Evaluation, StateEvaluation, compare
-from ..convert.mlps import MLP
-from ..convert.modules import Progress
-from ..convert.unlock import flattened
+from ..convert.mlp_matching import MLP
+from ..convert.redistill import flattened
 from ..runtime import DLRNet, DLRSpec
 from ..triton_kernels import backend
 from .report import Structural

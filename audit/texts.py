@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..convert.text import english_topics, read_text
-from ..runtime import DLRError
+from ..common.errors import DLRError
+from ..common.splits import hold_out
+from ..convert.data import english_topics, read_text
 
 INVENTED, TOPICS = "invented", "topics"  # the bundled task, the bundled neutral text
 _CHARACTERS = 12  # of a line for each token wanted, at least: tokenizers take 2 to 6 a token
@@ -107,9 +107,5 @@ def _split(
             f"{source}: {ids.numel()} tokens, of {tokens + heldout_tokens} asked for, are less than two sequences of "
             f"{sequence_length}"
         )
-    # At even distances, so that a text which changes as it goes on is judged by all of it.
-    held = min(max(1, heldout_tokens // sequence_length), max(1, len(ids) // _HELD))
-    index = ((2 * torch.arange(held) + 1) * len(ids)) // (2 * held)
-    keep = torch.zeros(len(ids), dtype=torch.bool)
-    keep[index] = True
-    return Text(ids[~keep][: max(1, tokens // sequence_length)], ids[keep], source)
+    kept = hold_out(len(ids), min(max(1, heldout_tokens // sequence_length), max(1, len(ids) // _HELD)))
+    return Text(ids[~kept][: max(1, tokens // sequence_length)], ids[kept], source)

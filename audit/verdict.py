@@ -17,10 +17,10 @@ ORIGINAL = "original"
 
 
 def verdicts(
-    runs: Sequence[Run], steps: Sequence[StepCost], unlocking: Mapping[str, Mapping[str, float]]
+    runs: Sequence[Run], steps: Sequence[StepCost], redistillation: Mapping[str, Mapping[str, float]]
 ) -> list[Verdict]:
     """One for each share of the original's best gain, each measure, and each number of fine-tunes that share the cost
-    of unlocking. unlocking: of the arms that have one, by arm and measure. Empty where the original's gain is not
+    of redistillation. redistillation: of the variants that have one, by variant and measure. Empty where the original's gain is not
     beyond what its seeds differ by."""
     curves = mean_curves(runs)
     of_original = {key: min(losses) for key, (_, losses) in curves.items() if key[0] == ORIGINAL}
@@ -29,7 +29,7 @@ def verdicts(
     key = min(of_original, key=lambda k: of_original[k])
     start = curves[key][1][0]
     best = start - of_original[key]
-    seeds = [min(run.losses) for run in runs if run.best and (run.arm, run.attack) == key]
+    seeds = [min(run.losses) for run in runs if run.best and (run.variant, run.attack) == key]
     if best <= max(seeds) - min(seeds):
         return []
     table = []
@@ -39,7 +39,7 @@ def verdicts(
             theirs = _cheapest(_prices(curves, steps, {}, loss, measure, 1, original=True))
             before: Price | None = None
             for tunes in TUNES:
-                ours = _cheapest(_prices(curves, steps, unlocking, loss, measure, tunes, original=False))
+                ours = _cheapest(_prices(curves, steps, redistillation, loss, measure, tunes, original=False))
                 if tunes > 1 and ours == before:
                     continue  # one that unlocks nothing, whose price many fine-tunes do not change
                 before = ours
@@ -55,11 +55,11 @@ Curve = tuple[list[int], list[float]]  # training tokens, held-out losses
 
 
 def mean_curves(runs: Iterable[Run]) -> dict[tuple[str, str], Curve]:
-    """By (arm, attack): the mean over the seeds at the best rate. A run that diverged counts as infinite from there."""
+    """By (variant, attack): the mean over the seeds at the best rate. A run that diverged counts as infinite from there."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         if run.best:
-            groups.setdefault((run.arm, run.attack), []).append(run)
+            groups.setdefault((run.variant, run.attack), []).append(run)
     curves: dict[tuple[str, str], Curve] = {}
     for key, group in groups.items():
         tokens = max((run.tokens for run in group), key=len)
@@ -83,7 +83,7 @@ def tokens_to(curve: Curve, loss: float) -> float | None:
 def _prices(
     curves: Mapping[tuple[str, str], Curve],
     steps: Sequence[StepCost],
-    unlocking: Mapping[str, Mapping[str, float]],
+    redistillation: Mapping[str, Mapping[str, float]],
     loss: float,
     measure: str,
     tunes: int,
@@ -91,10 +91,10 @@ def _prices(
     original: bool,
 ) -> list[Price]:
     prices = []
-    for (arm, attack), curve in curves.items():
-        if (arm == ORIGINAL) != original:
+    for (variant, attack), curve in curves.items():
+        if (variant == ORIGINAL) != original:
             continue
-        row = cheapest_step(steps, arm, attack, measure)
+        row = cheapest_step(steps, variant, attack, measure)
         if row is None:
             continue
         reached = tokens_to(curve, loss)
@@ -103,8 +103,8 @@ def _prices(
         cost = float(getattr(row, measure))
         if measure != "peak":
             cost *= (curve[0][-1] if reached is None else reached) / row.tokens
-            cost += unlocking.get(arm, {}).get(measure, 0.0) / tunes
-        prices.append(Price(f"{arm}, {attack}", row.policy, cost, reached is None))
+            cost += redistillation.get(variant, {}).get(measure, 0.0) / tunes
+        prices.append(Price(f"{variant}, {attack}", row.strategy, cost, reached is None))
     return prices
 
 

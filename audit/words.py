@@ -6,9 +6,19 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ..convert.evaluate import Evaluation, StateEvaluation
-from ..convert.unlock import UNDONE
+from ..convert.report import UNDONE
 from .asymmetry import Asymmetry
-from .report import AuditReport, Copy, ModuleCopies, Price, Run, StepCost, Structural, Verdict, cheapest_step
+from .report import (
+    AuditReport,
+    ModuleStudents,
+    Price,
+    Run,
+    StepCost,
+    Structural,
+    Student,
+    Verdict,
+    cheapest_step,
+)
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -52,13 +62,13 @@ def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
 
 def start_loss(report: AuditReport) -> float | None:
     """The original's loss on the task before any training, which every gain is counted from; None: not run."""
-    return next((run.losses[0] for run in report.runs if run.arm == "original" and run.losses), None)
+    return next((run.losses[0] for run in report.runs if run.variant == "original" and run.losses), None)
 
 
 def plain_step(report: AuditReport) -> StepCost | None:
     """What the cost of every step is compared with: all weights of the original, trained by plain autograd."""
     plain = ("original", "full", "plain")
-    return next((s for s in report.steps if (s.arm, s.attack, s.policy) == plain), None)
+    return next((s for s in report.steps if (s.variant, s.attack, s.strategy) == plain), None)
 
 
 def flops_words(value: float) -> str:
@@ -105,11 +115,11 @@ def ratio_words(value: float | None, bound: bool = False) -> str:
     return "-" if value is None else f"{'more than ' if bound else ''}{value:.3g}"
 
 
-def policy_words(policy: str) -> str:
-    """A policy without what it trains, which stands beside it as the attack."""
+def strategy_words(strategy: str) -> str:
+    """A strategy without what it trains, which stands beside it as the attack."""
     for prefix in ("LoRA on attention, ", "LoRA, "):
-        policy = policy.removeprefix(prefix)
-    return policy
+        strategy = strategy.removeprefix(prefix)
+    return strategy
 
 
 def evaluation_cells(e: Evaluation | StateEvaluation) -> tuple[str, ...]:
@@ -124,7 +134,7 @@ def evaluation_columns(e: Evaluation | StateEvaluation) -> tuple[str, ...]:
 
 
 def _target_words(rows: list[Verdict]) -> str:
-    """One target: every measure at the fewest fine-tunes for one unlocking, what more of them change, the weakest."""
+    """One target: every measure at the fewest fine-tunes for one redistillation, what more of them change, the weakest."""
     first = rows[0]
     words = (
         f"To reach {first.share:.0%} of the original's best gain (a held-out loss of {first.loss:.3f} nats a token), "
@@ -137,19 +147,19 @@ def _target_words(rows: list[Verdict]) -> str:
         if group[0] is first:
             words += f"{_measures_words(group)}."
         elif new:
-            words += f" Where one unlocking serves {tunes} fine-tunes: {_measures_words(new)}."
+            words += f" Where one redistillation serves {tunes} fine-tunes: {_measures_words(new)}."
     priced = [(v.ratio, v) for v in rows if v.ratio is not None and not v.bound]
     if not priced:
         return words
     low, weakest = min(priced, key=lambda pair: pair[0])
-    serves = f" where one unlocking serves {weakest.tunes} fine-tunes" if weakest.tunes > 1 else ""
+    serves = f" where one redistillation serves {weakest.tunes} fine-tunes" if weakest.tunes > 1 else ""
     what = MEASURES[weakest.measure][0]
     return f"{words} The lock is weakest in {what}{serves}: {ratio_words(low)} times."
 
 
 def _measures_words(rows: list[Verdict]) -> str:
     """Those that one attack has the least of stand together."""
-    groups = grouped(rows, lambda v: v.locked and (v.locked.attack, v.locked.policy)).values()
+    groups = grouped(rows, lambda v: v.locked and (v.locked.attack, v.locked.strategy)).values()
     return "; ".join(
         ", ".join(map(_measure_words, group))
         + (f", by {_who(group[0].locked)}" if group[0].locked and not group[0].bound else "")
@@ -172,7 +182,7 @@ def _measure_words(v: Verdict) -> str:
 
 
 def _who(price: Price) -> str:
-    return f"'{price.attack}' ({policy_words(price.policy)})"
+    return f"'{price.attack}' ({strategy_words(price.strategy)})"
 
 
 def _way_around(report: AuditReport) -> str:
@@ -216,7 +226,7 @@ def _verdicts(report: AuditReport) -> Section:
     return Section(
         "Verdicts",
         "What the cheapest attack on the locked model costs, over the cheapest on the original, to reach the same "
-        "loss, and its name. Where one unlocking serves several fine-tunes, each bears its share; 'more than': the "
+        "loss, and its name. Where one redistillation serves several fine-tunes, each bears its share; 'more than': the "
         "budget ended first. Peak memory is the same for any number of fine-tunes.",
         ("target", "fine-tunes", *(name for name, _ in MEASURES.values())),
         [
@@ -240,12 +250,12 @@ def _structural(report: AuditReport) -> Section:
         "Ways to turn every chain back into an MLP, or into fewer steps, without training the model end to end. "
         "Distance: how far from the original the attack leaves the model, over the locked model's own distance; 1 or "
         "less, with MLPs in the slots, is a way around the lock.",
-        ("attack", *evaluation_columns(report.fidelity), "distance", "in the slots", "visits", "FLOPs", "seconds"),
+        ("attack", *evaluation_columns(report.fidelity), "distance", "in the slots", "training tokens", "FLOPs", "seconds"),
         [untouched]
         + [
             (
                 row.name, *evaluation_cells(row.evaluation), f"{report.recovers(row):.3g}", row.slots,
-                f"{row.visits:,}", "none" if row.flops is None else flops_words(row.flops),
+                f"{row.train_tokens:,}", "none" if row.flops is None else flops_words(row.flops),
                 "none" if row.seconds is None else seconds_words(row.seconds),
             )
             for row in report.structural
@@ -254,9 +264,9 @@ def _structural(report: AuditReport) -> Section:
 
 
 def _modules(report: AuditReport) -> Section:
-    def row(m: ModuleCopies) -> tuple[str, ...]:
+    def row(m: ModuleStudents) -> tuple[str, ...]:
         copy = m.undone(UNDONE)
-        good = min(m.copies, key=lambda c: c.error, default=None) if copy is None else copy
+        good = min(m.students, key=lambda c: c.error, default=None) if copy is None else copy
         return (
             m.module, m.chain, f"{m.chain_error:.4f}", f"{m.gap:.2f}", "no" if copy is None else "yes",
             *(("-",) * 4 if good is None else _copy_cells(m, good)),
@@ -266,15 +276,15 @@ def _modules(report: AuditReport) -> Section:
         "Re-distillation, module by module",
         "An attacker trains an MLP to do what one chain does. The chain is undone where the copy's error against the "
         f"original MLP is at most {UNDONE} times the chain's own. A row shows the cheapest such copy, or else the "
-        "best; share: its visits over those of the module's conversion; ratio: its error over the chain's.",
-        ("module", "chain", "error", "flatten gap", "undone", "start", "visits", "share", "ratio"),
+        "best; share: its train_tokens over those of the module's conversion; ratio: its error over the chain's.",
+        ("module", "chain", "error", "flatten gap", "undone", "start", "training tokens", "share", "ratio"),
         [row(m) for m in report.modules],
     )  # fmt: skip
 
 
-def _copy_cells(m: ModuleCopies, copy: Copy) -> tuple[str, str, str, str]:
+def _copy_cells(m: ModuleStudents, copy: Student) -> tuple[str, str, str, str]:
     share = "-" if copy.share is None else f"{copy.share:.3g}"
-    return copy.start, f"{copy.visits:,}", share, f"{copy.error / m.chain_error:.3g}"
+    return copy.init, f"{copy.train_tokens:,}", share, f"{copy.error / m.chain_error:.3g}"
 
 
 def _learning(report: AuditReport) -> Section:
@@ -285,15 +295,15 @@ def _learning(report: AuditReport) -> Section:
         "end, mean and range over seeds. Gain: the original's loss before training minus that. Neutral: the loss on "
         "other text, before and after; where it jumps, the model has collapsed and the gain is worth little. Rates are "
         "constant after a warm-up and chosen on the first seed; what the sweep took is left out on every side.",
-        ("arm", "attack", "rate", "seeds", "loss", "range", "gain", "neutral", "rates tried"),
+        ("variant", "attack", "rate", "seeds", "loss", "range", "gain", "neutral", "rates tried"),
         [
-            _attack_cells(arm, attack, runs, start)
-            for (arm, attack), runs in grouped(report.runs, lambda r: (r.arm, r.attack)).items()
+            _attack_cells(variant, attack, runs, start)
+            for (variant, attack), runs in grouped(report.runs, lambda r: (r.variant, r.attack)).items()
         ],
     )
 
 
-def _attack_cells(arm: str, attack: str, runs: list[Run], start: float | None) -> tuple[str, ...]:
+def _attack_cells(variant: str, attack: str, runs: list[Run], start: float | None) -> tuple[str, ...]:
     best = [run for run in runs if run.best]
     whole = [run for run in best if not run.diverged]
     rates = ", ".join(
@@ -303,13 +313,13 @@ def _attack_cells(arm: str, attack: str, runs: list[Run], start: float | None) -
     seeds = f"{len(best)}" + (f", {len(best) - len(whole)} diverged" if len(whole) < len(best) else "")
     rate = rate_words(best[0].rate) if best else "none"
     if not whole:
-        return arm, attack, rate, seeds, "-", "-", "-", "-", rates
+        return variant, attack, rate, seeds, "-", "-", "-", "-", rates
     ends = [run.losses[-1] for run in whole]
     mean = statistics.fmean(ends)
     pairs = [(before, after) for before, after in (run.neutral for run in whole) if after is not None]
     before, after = (statistics.fmean(losses) for losses in zip(*pairs, strict=True))
     return (
-        arm, attack, rate, seeds, f"{mean:.4f}", f"{min(ends):.3f} to {max(ends):.3f}",
+        variant, attack, rate, seeds, f"{mean:.4f}", f"{min(ends):.3f} to {max(ends):.3f}",
         "-" if start is None else f"{start - mean:+.4f}", f"{before:.2f}, {after:.2f}", rates,
     )  # fmt: skip
 
@@ -317,20 +327,24 @@ def _attack_cells(arm: str, attack: str, runs: list[Run], start: float | None) -
 def _steps(report: AuditReport) -> Section:
     base = plain_step(report)
 
-    def cheapest(arm: str, attack: str, measure: str) -> str:
-        step = cheapest_step(report.steps, arm, attack, measure)
+    def cheapest(variant: str, attack: str, measure: str) -> str:
+        step = cheapest_step(report.steps, variant, attack, measure)
         ratio = None if step is None else step_ratio(step, base, measure)
-        return "-" if step is None or ratio is None else f"{ratio:.3g} by {policy_words(step.policy)}"
+        return "-" if step is None or ratio is None else f"{ratio:.3g} by {strategy_words(step.strategy)}"
 
     return Section(
         "Cost of a training step",
-        "The cheapest policy for each arm and attack, over a plain training step of all weights of the original, which "
-        "is 1. A policy is a way to work out the same gradient: recomputing, inverting, look-ahead. Peak memory is of "
+        "The cheapest strategy for each variant and attack, over a plain training step of all weights of the original, which "
+        "is 1. A strategy is a way to work out the same gradient: recomputing, inverting, look-ahead. Peak memory is of "
         "activations and gradients; weights and the optimizer's state are left out.",
-        ("arm", "attack", "FLOPs", "peak memory", "seconds"),
+        ("variant", "attack", "FLOPs", "peak memory", "seconds"),
         [
-            (arm, attack, *(cheapest(arm, attack, measure) for measure in ("flops", "peak", "seconds")))
-            for arm, attack in dict.fromkeys((s.arm, s.attack) for s in report.steps)
+            (
+                variant,
+                attack,
+                *(cheapest(variant, attack, measure) for measure in ("flops", "peak", "seconds")),
+            )
+            for variant, attack in dict.fromkeys((s.variant, s.attack) for s in report.steps)
         ],
     )
 
@@ -348,7 +362,7 @@ def _asymmetry(report: AuditReport) -> Section:
 
     def cell(rows: list[Asymmetry], measure: str) -> str:
         cells = (
-            f"{a.value:.3g} ({policy_words(a.locked)}, {policy_words(a.original)})"
+            f"{a.value:.3g} ({strategy_words(a.locked)}, {strategy_words(a.original)})"
             for a in rows
             if a.measure == measure
         )
@@ -357,7 +371,7 @@ def _asymmetry(report: AuditReport) -> Section:
     return Section(
         "Asymmetry",
         "Backward over forward of a locked slot, over the same of the original's: how much dearer the lock makes "
-        "training than running, with the policies of the two sides. Eager alone measures a missing kernel; 'best' "
+        "training than running, with the strategies of the two sides. Eager alone measures a missing kernel; 'best' "
         "measures the lock. Forward: the chain step by step (reference) or as the runtime runs it.",
         ("mode", "forward", *measures),
         [

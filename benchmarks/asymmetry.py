@@ -4,7 +4,7 @@
                                    [--model]
     pytest benchmarks/asymmetry.py --benchmark-only
 
-The first counts every policy of both sides on tensors without data, for any size on any machine: of one slot, or of a
+The first counts every strategy of both sides on tensors without data, for any size on any machine: of one slot, or of a
 whole model of such slots. The second, with pytest-benchmark, times a small slot on the best device there is.
 """
 
@@ -23,33 +23,33 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dlr_lock import DLRError
 from dlr_lock.audit.asymmetry import asymmetries
-from dlr_lock.audit.systems.compare import compare
-from dlr_lock.audit.systems.compiled import compiler_errors
-from dlr_lock.audit.systems.model import measure_model, model_policies
-from dlr_lock.audit.systems.slot import Arm, Row, arms, rows
+from dlr_lock.audit.strategies.compare import compare
+from dlr_lock.audit.strategies.compiled import compiler_errors
+from dlr_lock.audit.strategies.model import measure_model, model_strategies
+from dlr_lock.audit.strategies.slot import Row, Variant, rows, variants
+from dlr_lock.common.dtypes import DTYPES
+from dlr_lock.microbench.bench import cases_of
+from dlr_lock.microbench.slot import dtype_of
 from dlr_lock.runtime import DLRNet, DLRSpec, best_device
-from dlr_lock.runtime.bench import cases_of
-from dlr_lock.runtime.dtypes import DTYPES
-from dlr_lock.runtime.slot import dtype_of
 
 DEVICE = best_device()
 HIDDEN, WIDTH, DEPTH = 576, 1536, 36  # the timed slot: SmolLM2-135M's, a chain of many steps
-POLICIES = {
+STRATEGIES = {
     "locked": ("plain", "compiled", "checkpoint", "inversion", "look-ahead 256"),
     "original": ("plain", "compiled", "checkpoint", "selective"),
 }
 
 
 @pytest.fixture(scope="module")
-def slot() -> dict[str, Arm]:
+def slot() -> dict[str, Variant]:
     gpu = DEVICE.type == "cuda"
     device = torch.device(DEVICE.type, torch.cuda.current_device() if gpu else None)
     spec = DLRSpec.matching(HIDDEN, WIDTH, mlp_gated=True, depth=DEPTH)
     tokens = 4096 if gpu else 256
     return dict(
         zip(
-            POLICIES,
-            arms(spec, WIDTH, tokens=tokens, dtype=dtype_of("auto", gpu=gpu), device=device),
+            STRATEGIES,
+            variants(spec, WIDTH, tokens=tokens, dtype=dtype_of("auto", gpu=gpu), device=device),
             strict=True,
         )
     )
@@ -58,24 +58,24 @@ def slot() -> dict[str, Arm]:
 @pytest.mark.parametrize(
     ("side", "forward"), [("locked", "reference"), ("locked", "runtime"), ("original", "reference")]
 )
-def test_inference(benchmark: BenchmarkFixture, slot: dict[str, Arm], side: str, forward: str) -> None:
-    arm = slot[side]
+def test_inference(benchmark: BenchmarkFixture, slot: dict[str, Variant], side: str, forward: str) -> None:
+    variant = slot[side]
     benchmark.group = "inference"
     with torch.no_grad():
-        benchmark(_finished(lambda: arm.inference[forward](arm.x)))
+        benchmark(_finished(lambda: variant.inference[forward](variant.x)))
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 @pytest.mark.parametrize(
-    ("side", "name"), [(side, name) for side, names in POLICIES.items() for name in names]
+    ("side", "name"), [(side, name) for side, names in STRATEGIES.items() for name in names]
 )
 def test_training(
-    benchmark: BenchmarkFixture, slot: dict[str, Arm], side: str, name: str, phase: str
+    benchmark: BenchmarkFixture, slot: dict[str, Variant], side: str, name: str, phase: str
 ) -> None:
     """A forward pass that can be trained, or the backward pass after it, which frees it."""
-    arm = slot[side]
-    function, trained = arm.prepare(arm.policy(name))
-    x = arm.x.detach().requires_grad_()
+    variant = slot[side]
+    function, trained = variant.prepare(variant.strategy(name))
+    x = variant.x.detach().requires_grad_()
     dy = torch.ones_like(x)
 
     def forward() -> Tensor:
@@ -134,12 +134,12 @@ def main(arguments: list[str] | None = None) -> int:
                         title, layers = f"model of {options.layers} layers, {title}", 1
                     else:
                         dtype, device = DTYPES[options.dtype], torch.device("cpu")
-                        locked, original = arms(
+                        locked, original = variants(
                             spec, width, tokens=options.tokens, dtype=dtype, device=device
                         )
                         ours, theirs, layers = rows(locked), rows(original), options.layers
                         screen.print(_asymmetry(title, locked, original))
-                screen.print(_policies(title, {"original": theirs, "locked": ours}))
+                screen.print(_strategies(title, {"original": theirs, "locked": ours}))
                 if layers > 1:
                     title += f", {layers} layers"
                 screen.print(_comparison(title, ours, theirs, layers))
@@ -166,20 +166,20 @@ def _whole_models(spec: DLRSpec, width: int, options: argparse.Namespace) -> tup
     length = min(1024, options.tokens)
     tokens = torch.zeros(options.tokens // length, length, dtype=torch.int64)
     mlps = [f"model.layers.{n}.mlp" for n in range(options.layers)]
-    original = [measure_model(model, mlps, p, tokens) for p in model_policies(locked=False)]
+    original = [measure_model(model, mlps, p, tokens) for p in model_strategies(locked=False)]
     for name in mlps:
         model.set_submodule(name, DLRNet(spec, dtype=dtype))
-    return [measure_model(model, mlps, p, tokens) for p in model_policies(locked=True)], original
+    return [measure_model(model, mlps, p, tokens) for p in model_strategies(locked=True)], original
 
 
-def _policies(title: str, sides: dict[str, list[Row]]) -> Table:
-    """Each policy against the original's plain step of the same aim."""
-    table = _table(f"{title}: against the original's plain step", "side", "aim", "policy")
+def _strategies(title: str, sides: dict[str, list[Row]]) -> Table:
+    """Each strategy against the original's plain step of the same trainable."""
+    table = _table(f"{title}: against the original's plain step", "side", "trainable", "strategy")
     for column in ("held", "peak", "FLOPs", "launches", "in a row: forward", "backward"):
         table.add_column(column, justify="right")
     for side, of_side in sides.items():
         for row in of_side:
-            base = next(r for r in sides["original"] if r.aim == row.aim).counts
+            base = next(r for r in sides["original"] if r.trainable == row.trainable).counts
             counts = row.counts
             assert base is not None and counts is not None
             ratios = (counts.held / base.held, counts.peak / base.peak, counts.flops / base.flops)
@@ -188,25 +188,31 @@ def _policies(title: str, sides: dict[str, list[Row]]) -> Table:
                 counts.forward.dependent,
                 counts.backward.dependent,
             )
-            table.add_row(side, row.aim, row.policy, *(f"{r:.2f}" for r in ratios), *map(str, numbers))
+            table.add_row(
+                side, row.trainable, row.strategy, *(f"{r:.2f}" for r in ratios), *map(str, numbers)
+            )
     return table
 
 
 def _comparison(title: str, locked: list[Row], original: list[Row], layers: int) -> Table:
-    table = _table(f"{title}: each with its best policy", "aim", "objective", "locked", "original")
+    table = _table(f"{title}: each with its best strategy", "trainable", "objective", "locked", "original")
     table.add_column("ratio", justify="right")
     for line in compare(locked, original, layers=layers):
         if line.objective.minimise == "seconds":
             continue
-        names = (row.policy if row else "none meets it" for row in (line.locked, line.original))
+        names = (row.strategy if row else "none meets it" for row in (line.locked, line.original))
         ratio = "" if line.ratio is None else f"{line.ratio:.2f}"
-        table.add_row(line.aim, str(line.objective), *names, ratio)
+        table.add_row(line.trainable, str(line.objective), *names, ratio)
     return table
 
 
-def _asymmetry(title: str, locked: Arm, original: Arm) -> Table:
+def _asymmetry(title: str, locked: Variant, original: Variant) -> Table:
     table = _table(
-        f"{title}: (backward / forward) locked over original", "mode", "measure", "policies", "locked forward"
+        f"{title}: (backward / forward) locked over original",
+        "mode",
+        "measure",
+        "strategies",
+        "locked forward",
     )
     table.add_column("ratio", justify="right")
     for a in asymmetries(locked, original):

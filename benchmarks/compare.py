@@ -126,7 +126,7 @@ def _words(row: dict[str, Any], kind: str) -> str:
         return f"{row['provider']}, MLP {row['hidden']}x{row['intermediate']} as {chain}, {tokens}"
     if kind == "models":
         return f"{row['side']} {row['model']} as {chain}, {row['phase']} of {tokens}, {row['engine']}"
-    return f"{row['side']} {row['model']} as {chain}, {row['policy']}, {tokens}"
+    return f"{row['side']} {row['model']} as {chain}, {row['strategy']}, {tokens}"
 
 
 if __name__ == "__main__":

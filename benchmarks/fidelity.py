@@ -1,10 +1,10 @@
-"""How well chains do what their MLPs did, and what undoing them costs.
+"""How well chains do what their MLPs did, and what redistilling them costs.
 
-    python -m benchmarks.fidelity modules MODEL --data text.txt --layers 1,12,25 --visits 102400,409600
+    python -m benchmarks.fidelity modules MODEL --data text.txt --layers 1,12,25 --train-tokens 102400,409600
     python -m benchmarks.fidelity model   MODEL --data text.txt --layers 12-17 --across independent,sequential
     python -m benchmarks.fidelity sentences ENCODER --data text.txt --sentences sentences.txt
 
-`modules` fits chains to single MLPs: error, gap and the attack's cost against visits, FLOPs and seconds. `model`
+`modules` fits chains to single MLPs: error, gap and the attack's cost against train_tokens, FLOPs and seconds. `model`
 locks layers and measures the whole: loss, KL and flips, before and after an end-to-end phase. `sentences` locks a
 sentence encoder and compares embeddings. Writes JSON and, where matplotlib is installed, a plot of `modules`.
 """
@@ -26,29 +26,36 @@ from rich.table import Table
 from torch import Tensor
 
 from dlr_lock import DLRError, DLRNet
-from dlr_lock.convert.capture import Activations, capture
+from dlr_lock.common.hooks import frozen
+from dlr_lock.common.machine import machine
+from dlr_lock.common.resume import ResumeStore
+from dlr_lock.convert.activations import Activations, capture
+from dlr_lock.convert.config import ConversionConfig, Recipe
+from dlr_lock.convert.context import Context
+from dlr_lock.convert.data import CalibrationText, calibration_text
 from dlr_lock.convert.distill import distill
-from dlr_lock.convert.endtoend import EndToEnd, flatten_gaps, train_together, with_chains
-from dlr_lock.convert.evaluate import compare, frozen
-from dlr_lock.convert.fidelity import measure
-from dlr_lock.convert.job import calibration_text
-from dlr_lock.convert.kept import Kept
-from dlr_lock.convert.mlps import MLP, find_mlps, select_layers, teacher_weights
-from dlr_lock.convert.modules import lock_modules, spec_of
-from dlr_lock.convert.options import Options
-from dlr_lock.convert.recipe import Recipe
+from dlr_lock.convert.end_to_end import EndToEndPlan, flatten_gaps, train_end_to_end, with_chains
+from dlr_lock.convert.evaluate import compare, measure
+from dlr_lock.convert.mlp_discovery import find_mlps, select_layers
+from dlr_lock.convert.mlp_matching import MLP, teacher_weights
+from dlr_lock.convert.pipeline import distill_modules
+from dlr_lock.convert.redistill import redistill
 from dlr_lock.convert.source import Source, compute_dtype, open_source
-from dlr_lock.convert.text import CalibrationText
-from dlr_lock.convert.unlock import undo
+from dlr_lock.microbench.bench import numbers
 from dlr_lock.progress import Steps
-from dlr_lock.runtime.bench import numbers
-from dlr_lock.runtime.checkpoint import usable_device
-from dlr_lock.runtime.timing import machine
+from dlr_lock.runtime.device import usable_device
 
 from .output import target, write_json, write_whole
 
-_OF_RECIPE = ("rate", "momentum", "scale", "metric", "writing", "weight_decay")  # that `modules` can vary
-FLOPS = 6  # a parameter and token visit: a multiplication and an addition forward, twice that backward
+_OF_RECIPE = (
+    "rate",
+    "momentum",
+    "scale",
+    "preconditioner_exponent",
+    "lr_multiplier_b",
+    "weight_decay",
+)  # that `modules` can vary
+FLOPS = 6  # a parameter and training token: a multiplication and an addition forward, twice that backward
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,14 +87,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def modules(options: argparse.Namespace, progress: Steps) -> Iterator[dict[str, Any]]:
-    """Rows of layers x visits: `Fidelity`, the curve while it was fitted, and the attack at each share."""
+    """Rows of layers x train_tokens: `Fidelity`, the curve while it was fitted, and the attack at each share."""
     chosen = _options(options)
     given = {name: getattr(options, name) for name in _OF_RECIPE if getattr(options, name) is not None}
     recipes = [
-        Recipe(visits, int(chosen.batch or 0), chosen.start, chosen.seed, **given)
-        for visits in numbers(options.visits)
+        Recipe(train_tokens, int(chosen.batch or 0), chosen.init, chosen.seed, **given)
+        for train_tokens in numbers(options.train_tokens)
     ]
-    shares = _shares(options.unlock)
+    shares = _shares(options.redistill)
     source, mlps, text = _open(options, chosen, progress)
     device, train = torch.device(str(chosen.device)), text.train.numel()
     with TemporaryDirectory() as scratch:
@@ -110,13 +117,13 @@ def _fit(
     mlp: MLP,
     pairs: Activations,
     train: int,
-    chosen: Options,
+    chosen: ConversionConfig,
     recipe: Recipe,
     shares: list[float],
     device: torch.device,
     progress: Steps,
 ) -> dict[str, Any]:
-    spec = spec_of(mlp, chosen)
+    spec = chosen.spec_for(mlp.hidden_size, mlp.params)
     x, y = pairs.rows(torch.arange(train, len(pairs)))
     first = pairs.first[train:]
     net = DLRNet(spec, dtype=torch.float32)
@@ -124,12 +131,12 @@ def _fit(
     watching = 0.0
     started = time.monotonic()
 
-    def watch(visits: int, tensors: dict[str, Tensor]) -> None:
+    def watch(train_tokens: int, tensors: dict[str, Tensor]) -> None:
         nonlocal watching
         began = time.monotonic()
         net.assign(tensors)
         now = measure(net, x, y, device, first)
-        curve.append({"visits": visits, "seconds": began - started - watching, **now.to_dict()})
+        curve.append({"train_tokens": train_tokens, "seconds": began - started - watching, **now.to_dict()})
         watching += time.monotonic() - began
 
     tensors = distill(
@@ -139,8 +146,8 @@ def _fit(
         recipe,
         name=mlp.module,
         device=device,
-        teacher=teacher_weights(source.model, mlp) if recipe.start == "mixed" else None,
-        progress=partial(progress, f"layer {mlp.layer}, {recipe.visits:,} visits"),
+        teacher=teacher_weights(source.model, mlp) if recipe.init == "mixed" else None,
+        progress=partial(progress, f"layer {mlp.layer}, {recipe.train_tokens:,} training tokens"),
         watch=watch,
     )
     seconds = time.monotonic() - started - watching
@@ -148,27 +155,29 @@ def _fit(
     fidelity = measure(net, x, y, device, first)
     attacks = []
     for share in shares:
-        for start in ("linear", "flat", "random"):
-            attack = undo(
+        for init in ("linear", "flat", "random"):
+            attack = redistill(
                 net,
                 pairs,
                 train,
                 fidelity.rel_error,
-                visits=max(1, round(share * recipe.visits)),
-                conversion=recipe.visits,
+                train_tokens=max(1, round(share * recipe.train_tokens)),
+                conversion=recipe.train_tokens,
                 name=mlp.module,
                 device=device,
-                start=start,
-                progress=partial(progress, f"undoing layer {mlp.layer} at {share:g}, {start} start"),
+                init=init,
+                progress=partial(
+                    progress, f"redistilling layer {mlp.layer} at {share:g}, {init} initialisation"
+                ),
             )
-            attacks.append({"start": start, **attack.to_dict()})
+            attacks.append({"init": init, **attack.to_dict()})
     return {
         "layer": mlp.layer,
         "chain": str(spec),
         **asdict(recipe),
         **fidelity.to_dict(),
         "seconds": seconds,
-        "flops": FLOPS * spec.params * recipe.visits,
+        "flops": FLOPS * spec.params * recipe.train_tokens,
         "tokens": train,
         "curve": curve,
         "attacks": attacks,
@@ -227,24 +236,17 @@ def _pairs(count: int) -> tuple[Tensor, Tensor]:
 
 
 def _whole(options: argparse.Namespace, progress: Steps, across: str, more: Any) -> Iterator[dict[str, Any]]:
-    visits = numbers(options.visits)
-    if len(visits) > 1:
-        raise DLRError(f"--visits {options.visits}: only the study of modules takes several")
-    chosen = replace(_options(options), visits=visits[0], across=across, unlock=0.0).resolved()
+    train_tokens = numbers(options.train_tokens)
+    if len(train_tokens) > 1:
+        raise DLRError(f"--train-tokens {options.train_tokens}: only the study of modules takes several")
+    chosen = replace(_options(options), train_tokens=train_tokens[0], across=across, redistill=0.0).resolved()
     source, mlps, text = _open(options, chosen, progress)
     original, identity = source.model, [name for mlp in mlps for name in mlp.identity]
     with TemporaryDirectory() as scratch:
         started = time.monotonic()
-        done = lock_modules(
-            original,
-            mlps,
-            text,
-            chosen,
-            torch.float32,
-            kept=Kept(Path(scratch) / "kept", {}),
-            scratch=Path(scratch),
-            progress=progress,
-        )
+        resume, notes = ResumeStore(Path(scratch) / "kept", {}), []
+        context = Context(source, mlps, text, chosen, torch.float32, resume, Path(scratch), progress, notes)
+        done = distill_modules(context)
 
     def row(phase: str, chains: dict[str, DLRNet]) -> dict[str, Any]:
         seconds = time.monotonic() - started
@@ -260,33 +262,35 @@ def _whole(options: argparse.Namespace, progress: Steps, across: str, more: Any)
         }
 
     yield row("modules", done.chains) | {"modules": [r.to_dict() for r in done.reports]}
-    if chosen.together:
+    if chosen.end_to_end:
         started = time.monotonic()
         losses: list[tuple[int, float]] = []
-        chains = train_together(
+        chains = train_end_to_end(
             original,
             done.chains,
             identity,
             text.train,
-            EndToEnd(chosen.together, seed=chosen.seed),
+            EndToEndPlan(chosen.end_to_end, seed=chosen.seed),
             progress=partial(progress, "end-to-end phase"),
-            watch=lambda visits, loss: losses.append((visits, loss)),
+            watch=lambda train_tokens, loss: losses.append((train_tokens, loss)),
         )
-        yield row("together", chains) | {"visits": chosen.together, "curve": losses}
+        yield row("end_to_end", chains) | {"train_tokens": chosen.end_to_end, "curve": losses}
 
 
 _STUDIES = {"modules": modules, "model": model, "sentences": sentences}
 
 
-def _options(options: argparse.Namespace) -> Options:
-    names = ("layers", "depth", "rank", "lanes", "gated", "act", "params", "start", "tokens", "batch", "seed")
-    names = (*names, "sequence", "together", "device")
+def _options(options: argparse.Namespace) -> ConversionConfig:
+    names = ("layers", "depth", "rank", "lanes", "act", "params", "init", "tokens", "batch", "seed")
+    names = (*names, "sequence", "end_to_end", "device")
     given = {name: getattr(options, name, None) for name in names}
-    return Options(**{k: v for k, v in given.items() if v is not None}, data=str(options.data)).resolved()
+    return ConversionConfig(
+        **{k: v for k, v in given.items() if v is not None}, data=str(options.data)
+    ).resolved()
 
 
 def _open(
-    options: argparse.Namespace, chosen: Options, progress: Steps
+    options: argparse.Namespace, chosen: ConversionConfig, progress: Steps
 ) -> tuple[Source, list[MLP], CalibrationText]:
     device = torch.device(str(chosen.device))
     source = open_source(options.model, dtype=compute_dtype(device), device=device)
@@ -308,7 +312,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
 
 
 def _plot(document: dict[str, Any], path: Path) -> Path | None:
-    """Error against visits, a line a fit, on logarithmic axes; None without matplotlib."""
+    """Error against train_tokens, a line a fit, on logarithmic axes; None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -316,10 +320,10 @@ def _plot(document: dict[str, Any], path: Path) -> Path | None:
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     for row in document["rows"]:
-        line = [(point["visits"], point["rel_error"]) for point in row["curve"]]
-        label = f"layer {row['layer']}, {row['visits']:,} visits, gap {row['flatten_gap']:.2f}"
+        line = [(point["train_tokens"], point["rel_error"]) for point in row["curve"]]
+        label = f"layer {row['layer']}, {row['train_tokens']:,} training tokens, gap {row['flatten_gap']:.2f}"
         axes.loglog(*zip(*line, strict=True), marker=".", label=label)
-    axes.set(xlabel="token visits", ylabel="relative error on held-out tokens", title=document["device"])
+    axes.set(xlabel="training tokens", ylabel="relative error on held-out tokens", title=document["device"])
     axes.legend(fontsize="small")
     write_whole(path, partial(figure.savefig, format="png", dpi=120))
     return path
@@ -331,7 +335,7 @@ def _shares(text: str) -> list[float]:
     except ValueError as error:
         raise DLRError(f"{text!r} is not a list of shares such as 0.25,1") from error
     if not all(0 < share <= 100 for share in shares):
-        raise DLRError(f"the attack's shares of the visits must be above 0 and at most 100, not {text}")
+        raise DLRError(f"the attack's shares of the train_tokens must be above 0 and at most 100, not {text}")
     return shares
 
 
@@ -347,21 +351,20 @@ def _parser() -> argparse.ArgumentParser:
         study.add_argument("model", help="a transformers directory, a hub id or a .gguf file")
         study.add_argument("--data", required=True, help="calibration text, as `dlr-lock convert` takes it")
         study.add_argument("--layers", help="such as 1,12,25 or last-6; all by default")
-        study.add_argument("--visits", default="409600", help="token visits a module")
+        study.add_argument("--train-tokens", default="409600", help="training tokens of a module")
         for option in ("tokens", "batch", "depth", "rank", "lanes", "sequence"):
             study.add_argument(f"--{option}", type=int)
         study.add_argument("--seed", type=int, default=0)
         study.add_argument("--params", type=float, help="parameters of a chain over its MLP's")
-        study.add_argument("--gated", action="store_true", help="gated steps")
         study.add_argument("--act", help="activation of the steps")
-        study.add_argument("--start", help="mixed or random")
+        study.add_argument("--init", help="mixed or random")
         study.add_argument("--device", help="cpu, cuda, cuda:1; the best there is by default")
         study.add_argument(
             "--out", type=Path, help="folder of the files, instead of one a device under results"
         )
         if name == "modules":
             study.add_argument(
-                "--unlock", default="", help="visits of attacks, as shares of the fit's: 0.25,1"
+                "--redistill", default="", help="train_tokens of attacks, as shares of the fit's: 0.25,1"
             )
             for option in _OF_RECIPE:
                 study.add_argument(
@@ -370,7 +373,9 @@ def _parser() -> argparse.ArgumentParser:
         else:
             both = "independent,sequential"
             study.add_argument("--across", default=both if name == "model" else "sequential")
-            study.add_argument("--together", type=int, default=0, help="visits of the end-to-end phase")
+            study.add_argument(
+                "--end-to-end", type=int, default=0, help="train_tokens of the end-to-end phase"
+            )
         if name == "sentences":
             study.add_argument("--sentences", type=Path, required=True, help="a file, one sentence a line")
     return parser

@@ -18,9 +18,9 @@ from typing import Any
 from rich.console import Console
 
 from dlr_lock import DLRError
+from dlr_lock.microbench.bench import COLD_BYTES, ROUNDS, cases_of, numbers, run
 from dlr_lock.progress import Steps
-from dlr_lock.runtime.bench import COLD_BYTES, ROUNDS, cases_of, numbers, run
-from dlr_lock.runtime.checkpoint import usable_device
+from dlr_lock.runtime.device import usable_device
 from dlr_lock.tables import print_benchmark
 
 from .output import target, write_json, write_whole

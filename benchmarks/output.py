@@ -7,9 +7,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dlr_lock.runtime.files import write_whole
+from dlr_lock.common.files import write_whole
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 _PARTS = ("runtime", "triton_kernels", "convert", "audit")  # of dlr_lock, that a result depends on
 
 

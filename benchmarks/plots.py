@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dlr_lock.audit.svg import COLOURS, INK, style, svg_of
-from dlr_lock.runtime.files import write_whole
+from dlr_lock.common.files import write_whole
 
 from .output import folder
 from .tables import chain_name, kernel_cases, model_steps, over

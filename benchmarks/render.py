@@ -12,11 +12,10 @@ import sys
 from pathlib import Path
 
 from dlr_lock import DLRError
-from dlr_lock.runtime.files import write_whole
+from dlr_lock.common.files import write_whole
 
 from . import plots
-from .bootstrap import ROOT
-from .output import RESULTS
+from .output import RESULTS, ROOT
 from .schema import kind_of, load
 from .tables import TABLES, predictions
 

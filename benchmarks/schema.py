@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dlr_lock import DLRError
-from dlr_lock.runtime.bench import Row
-from dlr_lock.runtime.files import read_json
+from dlr_lock.common.files import read_json
+from dlr_lock.microbench.bench import Row
 
 from .gpu.rows import ConversionRow, FactRow, ModelRow, ProfileRow, SuiteRow, TrainingRow
 
@@ -65,7 +65,7 @@ _SIZES = (
     "rank",
     "batch",
     "tokens",
-    "visits",
+    "train_tokens",
 )
 _SIGNED = ("value", "kl", "loss", "original_loss")  # of all numbers, those that may be below 0
 _DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d")

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from dlr_lock.runtime.bench import cases_of
-from dlr_lock.runtime.explain import explain
+from dlr_lock.microbench.bench import cases_of
+from dlr_lock.microbench.explain import explain
 
 Row = dict[str, Any]
 
@@ -143,11 +143,11 @@ def training(document: Row) -> list[str]:
         sides.setdefault((row["model"], row["side"]), []).append(row)
     lines = []
     for (model, side), rows in sides.items():
-        timed = {row["policy"]: row for row in rows if row["step_s"]}
+        timed = {row["strategy"]: row for row in rows if row["step_s"]}
         inference = timed.pop("inference", None)
         best = min(timed.values(), key=lambda row: row["step_s"], default=None)
         if inference is None or best is None:
-            tried = next((row for row in rows if row["policy"] == "inference" and inference is None), None)
+            tried = next((row for row in rows if row["strategy"] == "inference" and inference is None), None)
             lines.append(
                 (model, side, "-" if tried is None else _us(tried | {"median_us": None}), "-", "-", "-")
             )
@@ -156,7 +156,7 @@ def training(document: Row) -> list[str]:
         for row in (timed.get("plain"), best):
             peak = "" if not row or row["peak_bytes"] is None else f", {row['peak_bytes'] / 1e9:.1f} GB"
             cells.append(f"{row['step_s'] / inference['step_s']:.1f}{peak}" if row else "failed")
-        lines.append((model, side, f"{1e3 * inference['step_s']:,.1f}", *cells, best["policy"]))
+        lines.append((model, side, f"{1e3 * inference['step_s']:,.1f}", *cells, best["strategy"]))
     tokens = document["rows"][0]["tokens"]
     what = f"An eager training step of all weights over an eager inference pass, {tokens:,} tokens"
     columns = ("model", "side", "inference, ms", "plain step", "best step", "best by")
@@ -167,13 +167,22 @@ def conversion(document: Row) -> list[str]:
     """A line a conversion."""
     lines = [
         (
-            row["model"], f"{row['layers']} of {row['of_layers']}", f"{row['visits']:,}", f"{row['seconds']:,.0f}",
+            row["model"], f"{row['layers']} of {row['of_layers']}", f"{row['train_tokens']:,}", f"{row['seconds']:,.0f}",
             f"{_number(row['original_loss'], '.3f')} to {_number(row['loss'], '.3f')}", _number(row["kl"], ".3f"),
             _number(row["flips"], ".0%"), _number(row["smallest_gap"], ".2f"),
         )
         for row in document["rows"]
     ]  # fmt: skip
-    columns = ("model", "layers", "visits a module", "seconds", "loss", "KL", "flips", "smallest gap")
+    columns = (
+        "model",
+        "layers",
+        "training tokens of a module",
+        "seconds",
+        "loss",
+        "KL",
+        "flips",
+        "smallest gap",
+    )
     return head(document, f"Conversion on {document['rows'][0]['text']}") + table(columns, lines)
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from dlr_lock.microbench.bench import COLD_BYTES, chain_cases
+from dlr_lock.microbench.slot import CPU_PROVIDERS, PROVIDERS, Slot, dtype_of
+from dlr_lock.microbench.timing import Runner
 from dlr_lock.runtime import best_device
-from dlr_lock.runtime.bench import COLD_BYTES, chain_cases
-from dlr_lock.runtime.slot import CPU_PROVIDERS, PROVIDERS, Slot, dtype_of
-from dlr_lock.runtime.timing import Runner
 
 DEVICE = best_device()
 GPU = DEVICE.type == "cuda"

@@ -1,8 +1,8 @@
 """Locking a model: sources, calibration text, activations, distillation, and the job that joins them."""
 
+from .config import ConversionConfig
 from .evaluate import Evaluation, evaluate
-from .job import convert_model
-from .options import Options
+from .pipeline import convert_model
 from .report import ConversionReport, ModuleReport
 from .use import complete, evaluate_checkpoint
 
@@ -10,7 +10,7 @@ __all__ = [
     "ConversionReport",
     "Evaluation",
     "ModuleReport",
-    "Options",
+    "ConversionConfig",
     "complete",
     "convert_model",
     "evaluate",

@@ -1,12 +1,14 @@
 """Module-wise distillation: one MLP's input and output on the calibration text into one DLR-Net.
 
-Why it is done this way (SmolLM2's layer 12, 1x36x64, 0.41 M token visits; docs/recipe.md has all that was tried):
+Why it is done this way (SmolLM2's layer 12, 1x36x64, 0.41 M training tokens; docs/recipe.md has all that was tried):
 x and y in units of their typical size with an output scale of 1 couple the steps strongly, which is what makes
 the chain a lock. Small batches fit better (relative error 0.255 at 1024 tokens, 0.239 at 512, 0.230 at 256) but
-shrink the flatten gap (0.74, 0.53, 0.48); the reading metric brings it back (1.5) for one percent of the error. B at
-twice the rate, with a decay of the weights, takes 2 to 7% off the error at a larger gap (1x12x192).
+shrink the flatten gap (0.74, 0.53, 0.48); the preconditioner brings it back
+(1.5) for one percent of the error. B at twice the rate, with a decay of the weights, takes 2 to 7% off the error at a
+larger gap (1x12x192).
 """
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,24 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime import DLRError, DLRNet, DLRSpec
+from ..common.errors import DLRError
+from ..common.progress import Count, no_count
+from ..common.splits import random_rows
+from ..runtime import DLRNet, DLRSpec
 from ..triton_kernels import lane_updates
-from .capture import Activations, random_rows
-from .fidelity import relative_error
-from .mlps import TeacherWeights
+from .activations import Activations
+from .config import Recipe
+from .evaluate import relative_error
+from .mlp_matching import TeacherWeights
 from .muon import Muon
-from .recipe import Recipe
-from .start import mixed_start, random_start
 
 _RESTARTS = 2  # of a fit that diverges, each at half the rate of the one before
 _WATCHES = 32  # times the loss is looked at
 _LOOK = 8  # batches between two looks, at least: the loss of one says little
 _RISE = 1.5  # a loss so many times the best one seen, and above the zero function's 1, is a fit that diverges
 _ROWS = 4096  # tokens to judge the typical size by
-_METRIC_TOKENS = 40_000
-# Rows that Muon orthogonalises at once. On 1x12x192 whole steps fit 1.2% better at equal visits and take 1.5 times the
-# FLOPs; spent on visits these are worth 5%. A copy of one wide step keeps whole matrices: in blocks it is undone 1.8%
-# worse.
+_PRECONDITIONER_TOKENS = 40_000
+# Rows that Muon orthogonalises at once. On 1x12x192 whole steps fit 1.2% better at equal training tokens and take 1.5
+# times the FLOPs; spent on training tokens these are worth 5%. A student of one wide step keeps whole matrices: in blocks
+# it fits 1.8% worse.
 _MUON_ROWS = 64
 
 Weights = dict[str, Tensor]
@@ -46,20 +50,34 @@ def distill(
     name: str,
     device: torch.device,
     teacher: TeacherWeights | None = None,
-    start: Weights | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    init: Weights | None = None,
+    progress: Count = no_count,
     watch: Callable[[int, Weights], None] | None = None,
     note: Callable[[str], object] = lambda sentence: None,
 ) -> Weights:
     """Fits a chain to y = mlp(x) and returns DLRNet's tensors in float32 on the CPU.
 
-    The first `tokens` rows of `activations` are trained on. name: the module's, for errors. teacher: the MLP's
-    weights, which the mixed start reads. start: tensors of a chain of one step to start from
-    instead (one step writes what it likes: its output scale is brought to the recipe's, its bias dropped). progress
-    is called with (visits done, visits in all), watch up to 32 times with (visits done, the tensors).
-    A fit whose loss rises or is not a number goes on from its last good state at half the rate, at most twice;
-    note is called with a sentence each time.
-    Raises DLRError if it diverges even so, and where the MLP's input or output is zero.
+    A fit whose loss rises or is not a number goes on from its last good state at half the rate, at most twice.
+
+    Args:
+        activations: x and y of the MLP, [N, d] each.
+        tokens: How many of the rows, from the first, are trained on.
+        spec: The chain.
+        recipe: How long, in which steps, from where.
+        name: The module's, for errors.
+        device: Where it is fitted.
+        teacher: The MLP's weights, which the mixed initialisation reads.
+        init: Tensors of a chain of one step to start from instead. One step writes what it likes: its output scale is
+            brought to the recipe's, and its bias dropped.
+        progress: Called with (training tokens done, in all).
+        watch: Called up to 32 times with (training tokens done, the tensors so far).
+        note: Called with a sentence each time that the fit diverges and goes on.
+
+    Returns:
+        DLRNet's tensors by name.
+
+    Raises:
+        DLRError: Where the fit diverges even so, and where the MLP's input or output is zero.
     """
     sample = activations.rows(random_rows(tokens, _ROWS, recipe.seed))
     rms_x, rms_y = (_typical_rms(t) for t in sample)
@@ -67,17 +85,17 @@ def distill(
         side = "output" if rms_x else "input"
         raise DLRError(f"the {side} of {name} is zero for most tokens: leave it out with --layers")
     generator = torch.Generator().manual_seed(recipe.seed)
-    if start is not None:
-        weights = {key: start[key] * rms_x for key in DLRNet.weight_names(spec)}
-        weights["dlr_B"] = start["dlr_B"] * start["dlr_scale"] / (recipe.scale * rms_y)
-    elif recipe.start == "mixed":
-        weights = mixed_start(spec, generator, teacher)
+    if init is not None:
+        weights = {key: init[key] * rms_x for key in DLRNet.weight_names(spec)}
+        weights["dlr_B"] = init["dlr_B"] * init["dlr_scale"] / (recipe.scale * rms_y)
+    elif recipe.init == "mixed":
+        weights = mixed_init(spec, generator, teacher)
     else:
-        weights = random_start(spec, generator)
+        weights = random_init(spec, generator)
     weights = {key: w.to(device) for key, w in weights.items()}
-    read = activations.rows(random_rows(tokens, _METRIC_TOKENS, recipe.seed))[0]
-    metric = reading_metric(read.to(device, torch.float32), recipe.metric)
-    optimizer = Muon(_groups(weights, recipe, metric), momentum=recipe.momentum)
+    read = activations.rows(random_rows(tokens, _PRECONDITIONER_TOKENS, recipe.seed))[0]
+    preconditioner = reading_preconditioner(read.to(device, torch.float32), recipe.preconditioner_exponent)
+    optimizer = Muon(_groups(weights, recipe, preconditioner), momentum=recipe.momentum)
     peaks = [group["lr"] for group in optimizer.param_groups]
 
     def stored() -> Weights:
@@ -89,25 +107,25 @@ def distill(
 
     first = activations.first[:tokens].nonzero()[:, 0]
     guard = _Guard(recipe, optimizer, weights, name, note)
-    visited = 0
+    trained = 0
     with _Gradients(spec, device, recipe.scale) as gradients:
         for rows in recipe.batches(tokens, first, generator):
             x, y = (t.to(device, torch.float32) for t in activations.rows(rows))
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * guard.share * recipe.schedule(visited + len(rows) / 2)
+                group["lr"] = peak * guard.share * recipe.schedule(trained + len(rows) / 2)
             loss = gradients.fill(weights, x / rms_x, y / rms_y)
             optimizer.step()
-            visited += len(rows)
-            if guard.look(visited, loss) and watch is not None:
-                watch(visited, stored())
-            progress(visited, recipe.visits)
+            trained += len(rows)
+            if guard.look(trained, loss) and watch is not None:
+                watch(trained, stored())
+            progress(trained, recipe.train_tokens)
     return stored()
 
 
-def reading_metric(x: Tensor, exponent: float) -> Tensor:
+def reading_preconditioner(x: Tensor, exponent: float) -> Tensor:
     """P^2 [d, d] with P = (C + eps)^-exponent of mean eigenvalue 1, C the covariance of x [N, d].
 
-    Steps of A and G are orthogonal in this metric, so that they also read the weak directions of x: measured,
+    Steps of A and G are orthogonal in this preconditioner, so that they also read the weak directions of x: measured,
     the flatten gap triples (0.49 to 1.86 at an exponent of 0.25) for under 1% of the error.
     """
     values, vectors = torch.linalg.eigh((x.T @ x / len(x)).double())
@@ -116,14 +134,14 @@ def reading_metric(x: Tensor, exponent: float) -> Tensor:
     return ((vectors * power.square()) @ vectors.T).float()
 
 
-def _groups(weights: Weights, recipe: Recipe, metric: Tensor) -> list[dict[str, Any]]:
+def _groups(weights: Weights, recipe: Recipe, preconditioner: Tensor) -> list[dict[str, Any]]:
     _, depth, rank, d = weights["dlr_A"].shape
     common = {"weight_decay": recipe.weight_decay, "rows": _MUON_ROWS if depth > 1 else None}
-    writing: dict[str, Any] = common | {"lr": recipe.rate * recipe.writing}
+    writing: dict[str, Any] = common | {"lr": recipe.rate * recipe.lr_multiplier_b}
     reading: dict[str, Any] = common | {"lr": recipe.rate}
-    # The metric wants the rank on the short side; a chain of higher rank than d reads everything anyway.
+    # The preconditioner wants the rank on the short side; a chain of higher rank than d reads everything anyway.
     if rank <= d:
-        reading["metric"] = metric
+        reading["preconditioner"] = preconditioner
     return [{"params": [w], **(writing if key == "dlr_B" else reading)} for key, w in weights.items()]
 
 
@@ -137,21 +155,21 @@ class _Guard:
         self._note = note
         self._learnt = False
         self._recipe, self._optimizer, self._weights, self._name = recipe, optimizer, weights, name
-        self._every = max(_LOOK * recipe.batch, recipe.visits // _WATCHES)
+        self._every = max(_LOOK * recipe.batch, recipe.train_tokens // _WATCHES)
         self._next = self._every
         self._losses: list[Tensor] = []
         self._best: float | None = None
         self._left = _RESTARTS
         self._keep()
 
-    def look(self, visited: int, loss: Tensor) -> bool:
+    def look(self, trained: int, loss: Tensor) -> bool:
         """Takes note of a batch's loss; true at one of the looks, where all is well."""
         if self._best is None:
-            self._best = loss.item()  # of the start
+            self._best = loss.item()  # of the initialisation
         self._losses.append(loss)
-        if visited < min(self._next, self._recipe.visits):
+        if trained < min(self._next, self._recipe.train_tokens):
             return False
-        self._next = visited + self._every
+        self._next = trained + self._every
         mean = torch.stack(self._losses).mean().item()
         self._losses.clear()
         # A finite loss before a step says nothing of the weights after it.
@@ -161,14 +179,14 @@ class _Guard:
             self._keep()
             self._learnt = True
             return True
-        ended = visited >= self._recipe.visits and not self._learnt
+        ended = trained >= self._recipe.train_tokens and not self._learnt
         if not self._left or ended:
             raise DLRError(
                 f"the distillation of {self._name} diverged {_RESTARTS + 1 - self._left} times in "
-                f"{self._recipe.visits} visits: try another --seed or a larger --batch"
+                f"{self._recipe.train_tokens} training tokens: try another --seed or a larger --batch"
             )
         self._note(
-            f"the distillation of {self._name} diverged near visit {visited:,} and went on at half the rate"
+            f"the distillation of {self._name} diverged near training token {trained:,} and went on at half the rate"
         )
         self._left -= 1
         self.share /= 2
@@ -226,3 +244,58 @@ def _typical_rms(rows: Tensor) -> float:
     """The median over tokens of their RMS: first tokens' massive activations (469 where the median is below
     1, in layer 1 of SmolLM2) would swamp a mean."""
     return rows.float().square().mean(1).sqrt().median().item()
+
+
+_B = 0.1  # B starts at a tenth of what would double x
+_NOTHING = 1e-6  # of the longest sum: what is shorter reads nothing, as do pruned units
+
+
+def random_init(spec: DLRSpec, generator: torch.Generator) -> dict[str, Tensor]:
+    """A, G ~ N(0, 1/d), so that pre-activations have unit RMS; B ~ 0.1 N(0, 1/(K r))."""
+    weights = {
+        name: torch.randn(spec.weight_shape, generator=generator) / math.sqrt(spec.hidden_size)
+        for name in DLRNet.weight_names(spec)
+    }
+    weights["dlr_B"] = torch.randn(spec.weight_shape, generator=generator) * (
+        _B / math.sqrt(spec.depth * spec.rank)
+    )
+    return weights
+
+
+def mixed_init(
+    spec: DLRSpec, generator: torch.Generator, teacher: TeacherWeights | None
+) -> dict[str, Tensor]:
+    """A random initialisation whose A and G read sums and differences of what the teacher reads, of norm 1, in any
+    order.
+
+    Of a gated MLP those of a unit's gate g and up u, for g u = ((g + u)^2 - (g - u)^2) / 4, and silu(z) is
+    z / 2 + z^2 / 4 around 0. Of an MLP without a gate those of two units drawn at random. B starts at random, so the
+    steps are as strongly coupled as ever (docs/recipe.md: the flatten gap, the attacks, and what the rows give away).
+    A chain with more rows than there are such sums keeps random ones; without the teacher's weights all are.
+    """
+    weights = random_init(spec, generator)
+    if teacher is None:
+        return weights
+    sums = _sums(teacher, generator)
+    for name in weights:
+        if name != "dlr_B":
+            rows = weights[name].view(-1, spec.hidden_size)
+            order = torch.randperm(len(rows), generator=generator)[: len(sums)]
+            signs = torch.randint(2, (len(order), 1), generator=generator) * 2 - 1
+            rows[order] = sums[: len(order)] * signs
+    return weights
+
+
+def _sums(teacher: TeacherWeights, generator: torch.Generator) -> Tensor:
+    """[n, d] of norm 1: pair by pair, in random order, the sum and the difference; of pruned units neither."""
+    up = teacher.up.cpu()
+    if teacher.gate is None:
+        other = up.roll(int(torch.randint(1, max(2, len(up)), (), generator=generator)), 0)
+    else:
+        other = teacher.gate.cpu()
+    pairs = torch.stack([other + up, other - up], dim=1)
+    sums = pairs[torch.randperm(len(pairs), generator=generator)].flatten(0, 1)
+    sums = sums / sums.abs().max().clamp(min=1e-30)  # for the squares of large ones
+    sizes = sums.norm(dim=1, keepdim=True)
+    alive = (sizes > _NOTHING * sizes.max())[:, 0]
+    return sums[alive] / sizes[alive]

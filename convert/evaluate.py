@@ -2,21 +2,96 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..runtime.errors import DLRError
-from .fidelity import relative_error
+from ..common.errors import DLRError
+from ..common.hooks import frozen, run_body
+from ..common.progress import Count, no_count
+from ..runtime import DLRNet
+from ..triton_kernels import chain_reference, flattened_reference, lane_updates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+LOCKED_GAP = 0.5  # a chain whose flatten gap is below is not locked: flattening undoes it
+_ROWS = 4096  # tokens at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """How one locked module does on held-out tokens.
+
+    rel_error: mean over tokens of |chain - mlp|^2 / |mlp|^2. flatten_gap: the same distance between the chain
+    and its flattened self, over |mlp|^2. coupling: RMS of the lanes' updates over RMS of x. first_error: the
+    relative error of sequences' first tokens alone, None where there are none; these carry the massive
+    activations of some models.
+    """
+
+    rel_error: float
+    flatten_gap: float
+    coupling: float
+    first_error: float | None = None
+
+    @property
+    def locked(self) -> bool:
+        """Whether the flatten gap is large enough to call this a lock."""
+        return self.flatten_gap >= LOCKED_GAP
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "locked": self.locked}
+
+
+@torch.no_grad()
+def measure(net: DLRNet, x: Tensor, y: Tensor, device: torch.device, first: Tensor | None = None) -> Fidelity:
+    """Compares a chain, with its weights as stored but in float32, with y = mlp(x) on held-out x, y [N, d].
+
+    first: bool [N], which tokens are the first of their sequences.
+    """
+    weights = A, B, _, _, G, act = in_float32(net, device)
+    errors, gap, update, size = [], 0.0, 0.0, 0.0
+    for start in range(0, len(x), _ROWS):
+        xb, yb = (t[start : start + _ROWS].to(device, torch.float32) for t in (x, y))
+        chain = chain_reference(xb, *weights)
+        flat = flattened_reference(xb, *weights)
+        errors.append(relative_error(chain, yb).cpu())
+        gap += ((flat - chain).square().sum(1) / size_of(yb)).sum().item()
+        update += lane_updates(xb, A, B, G, act).square().mean(0).sum().item()
+        size += xb.square().sum().item()
+    error = torch.cat(errors)
+    return Fidelity(
+        error.mean().item(),
+        gap / len(x),
+        math.sqrt(update / size) if size else 0.0,
+        error[first].mean().item() if first is not None and first.any() else None,
+    )
+
+
+def in_float32(
+    net: DLRNet, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, str]:
+    """(A, B, scale, bias, G, act): what `chain_reference` takes besides x, in float32 on `device`."""
+    A, B, scale, bias = (
+        w.to(device, torch.float32) for w in (net.dlr_A, net.dlr_B, net.dlr_scale, net.dlr_bias)
+    )
+    return A, B, scale, bias, None if net.dlr_G is None else net.dlr_G.to(device, torch.float32), net.spec.act
+
+
+def relative_error(y: Tensor, wanted: Tensor) -> Tensor:
+    """|y - wanted|^2 / |wanted|^2 for every token: [T, d], [T, d] -> [T]."""
+    return (y - wanted).square().sum(1) / size_of(wanted)
+
+
+def size_of(wanted: Tensor) -> Tensor:
+    """|wanted|^2 of every token, [T, d] -> [T]; a token without output counts as one of a millionth of the mean."""
+    size = wanted.square().sum(1)
+    return size.clamp(min=1e-6 * size.mean().clamp(min=1e-30))
+
 
 # Float32 logits of one forward pass stay below this where one sequence allows it (SmolLM2: 100 MB each).
 LOGIT_BYTES = 256 * 2**20
@@ -63,37 +138,13 @@ class StateEvaluation:
         return asdict(self)
 
 
-@contextmanager
-def frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients; the model's own modes come back at the end.
-
-    no_grad, not inference_mode: what a model stores during the pass (rotary tables that grow) must stay
-    usable in a later training step.
-    """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def run_body(model: PreTrainedModel, ids: Tensor) -> Any:
-    """The model's body on ids [b, n], without a cache; of a model with a head, no logits are worked out."""
-    body = model.base_model
-    options = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
-    return body(input_ids=ids.to(model.device), **options)
-
-
 def evaluate(
     model: PreTrainedModel,
     tokens: Tensor,
     *,
     original: PreTrainedModel | None = None,
     batch: int = 8,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Count = no_count,
 ) -> Evaluation:
     """Next-token cross entropy of `model` on tokens [S, n], and its distance to `original` if that is given.
 
@@ -110,8 +161,7 @@ def evaluate(
     at_once = max(1, min(batch, LOGIT_BYTES // (n * vocabulary(model) * 4)))
     loss = original_loss = kl = 0.0
     flips = 0
-    if progress is not None:
-        progress(0, sequences)
+    progress(0, sequences)
     for begin in range(0, sequences, at_once):
         ids = tokens[begin : begin + at_once]
         logits = _logits(model, ids)  # [T, V]
@@ -142,8 +192,7 @@ def evaluate(
             raise DLRError(
                 f"the divergence from the original is {kl}: a token has no chance at all in the model"
             )
-        if progress is not None:
-            progress(min(begin + at_once, sequences), sequences)
+        progress(min(begin + at_once, sequences), sequences)
 
     count = sequences * (n - 1)
     loss /= count
@@ -179,7 +228,7 @@ def compare(
     model: PreTrainedModel,
     original: PreTrainedModel,
     tokens: Tensor,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Count = no_count,
 ) -> Evaluation | StateEvaluation:
     """`evaluate` where the model predicts the next token, `evaluate_states` where it does not."""
     if not predicts_next(original):
@@ -193,7 +242,7 @@ def evaluate_states(
     original: PreTrainedModel,
     *,
     batch: int = 8,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Count = no_count,
 ) -> StateEvaluation:
     """Last hidden states of two models on tokens [S, n], compared. Raises DLRError where they are not finite."""
     error, cosine = 0.0, 0.0
@@ -203,8 +252,7 @@ def evaluate_states(
             got, wanted = (run_body(m, ids)[0].float().cpu() for m in (model, original))
         error += relative_error(got.flatten(0, 1), wanted.flatten(0, 1)).double().sum().item()
         cosine += torch.cosine_similarity(got.mean(1), wanted.mean(1)).double().sum().item()
-        if progress is not None:
-            progress(min(begin + batch, len(tokens)), len(tokens))
+        progress(min(begin + batch, len(tokens)), len(tokens))
     if not math.isfinite(error):
         raise DLRError("the hidden states contain NaN or infinity: are the model's weights sound?")
     return StateEvaluation(error / tokens.numel(), cosine / len(tokens), tokens.numel())

@@ -23,13 +23,15 @@ _ROUNDS = (
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised matrix by matrix; parameters are [..., r, d] with r <= d or not.
 
-    A group may carry a `metric`, see `orthogonalised`, and `rows`: a matrix of more rows is cut into equal blocks of
-    at most so many, each orthogonalised by itself. The iteration's FLOPs grow with the cube of a block's rows.
+    A group may carry a `preconditioner`, see `orthogonalised`, and `rows`: a matrix of more rows is cut into equal
+    blocks of at most so many, each orthogonalised by itself. The iteration's FLOPs grow with the cube of a block's rows.
     `weight_decay` shrinks a parameter by lr * weight_decay a step.
     """
 
     def __init__(self, groups: list[dict[str, Any]], momentum: float = 0.95) -> None:
-        super().__init__(groups, {"momentum": momentum, "metric": None, "rows": None, "weight_decay": 0.0})
+        super().__init__(
+            groups, {"momentum": momentum, "preconditioner": None, "rows": None, "weight_decay": 0.0}
+        )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -41,22 +43,22 @@ class Muon(torch.optim.Optimizer):
                 momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                 direction = torch.lerp(parameter.grad, momentum, group["momentum"])
                 blocks = _blocks(direction, group["rows"])
-                update = orthogonalised(blocks, group["metric"]).view_as(parameter)
+                update = orthogonalised(blocks, group["preconditioner"]).view_as(parameter)
                 if group["weight_decay"]:
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.sub_(update, alpha=group["lr"])
 
 
-def orthogonalised(matrices: Tensor, metric: Tensor | None = None) -> Tensor:
+def orthogonalised(matrices: Tensor, preconditioner: Tensor | None = None) -> Tensor:
     """orth(M P) P for each matrix M, [..., r, d] -> [..., r, d]: singular values of orth() are about 1.
 
-    metric: P^2 [d, d] for a symmetric P, None for P = 1; with one, r <= d. The iteration
+    preconditioner: P^2 [d, d] for a symmetric P, None for P = 1; with one, r <= d. The iteration
     X <- aX + b(XX^T)X + c(XX^T)^2 X keeps X's right factor, so it runs on the Gram matrix of the short side:
     on [r, d] a third of the FLOPs of the plain form, on [1536, 576] a twelfth.
     """
     if matrices.shape[-2] > matrices.shape[-1]:
         return orthogonalised(matrices.mT).mT
-    right = matrices if metric is None else matrices @ metric
+    right = matrices if preconditioner is None else matrices @ preconditioner
     gram = right @ matrices.mT  # M P (M P)^T
     size = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] * _SAFETY**2 + 1e-20
     gram = gram / size

@@ -6,7 +6,6 @@ loaded: transformers would fill missing weights with random numbers and go on.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import tempfile
@@ -22,16 +21,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..runtime.dtypes import dtype_name
-from ..runtime.errors import DLRError
-from ..runtime.files import read_json
-from ..triton_kernels.cache import cache_folder
+from ..common.cache import cache_folder
+from ..common.dtypes import dtype_name
+from ..common.errors import DLRError, first_line
+from ..common.files import hash_files, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' words; the rest is kept as float32
-_CHUNK = 16 * 2**20
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -84,14 +82,15 @@ def open_source(
     if given.is_file():
         if given.suffix.lower() != ".gguf":
             raise DLRError(f"{source} is a file, but neither a model's directory nor a .gguf file")
-        fingerprint = _fingerprint([given], named=False)
+        fingerprint = hash_files([given])
         folder = _from_gguf(given, fingerprint, dtype, gguf_dir)
         _check_config(folder)
         _check_weights(folder)
     else:
         folder = given if given.is_dir() else _from_hub(str(source))
         _check_config(folder)
-        fingerprint = _fingerprint([folder / "config.json", *_check_weights(folder)])
+        files = [folder / "config.json", *_check_weights(folder)]
+        fingerprint = hash_files(sorted(files, key=lambda path: path.name), named=True)
     with _quiet():
         model = _load(folder, dtype).to(device).eval().requires_grad_(False)
         tokenizer = load_tokenizer(folder)
@@ -114,7 +113,9 @@ def _from_hub(name: str) -> Path:
         )
     except Exception as error:
         # Not found, gated, no network, proxies: a dozen unrelated classes of httpx, requests and the hub.
-        raise DLRError(f"{missing} a model to be had from the Hugging Face hub ({_line(error)})") from error
+        raise DLRError(
+            f"{missing} a model to be had from the Hugging Face hub ({first_line(error)})"
+        ) from error
 
 
 def _from_gguf(file: Path, fingerprint: str, dtype: torch.dtype | str, cache: Path | None) -> Path:
@@ -149,7 +150,7 @@ def _from_gguf(file: Path, fingerprint: str, dtype: torch.dtype | str, cache: Pa
             )
         except Exception as error:
             # The reader meets a broken file with whatever its parsing trips over.
-            raise DLRError(f"{file} cannot be read as GGUF: {_line(error)}") from error
+            raise DLRError(f"{file} cannot be read as GGUF: {first_line(error)}") from error
         _check_missing(info, file)
         _check_finite(model, file)
         try:
@@ -162,7 +163,7 @@ def _from_gguf(file: Path, fingerprint: str, dtype: torch.dtype | str, cache: Pa
                 if not folder.is_dir():
                     whole.rename(folder)
         except (OSError, SafetensorError) as error:
-            raise DLRError(f"{file} cannot be unpacked to {cache}: {_line(error)}") from error
+            raise DLRError(f"{file} cannot be unpacked to {cache}: {first_line(error)}") from error
     return folder
 
 
@@ -216,7 +217,7 @@ def _check_weights(folder: Path) -> list[Path]:
                 pass  # reads the header and holds it against the file's size
         except (SafetensorError, OSError) as error:
             raise DLRError(
-                f"{file} is truncated or damaged ({_line(error)}): fetch the model again"
+                f"{file} is truncated or damaged ({first_line(error)}): fetch the model again"
             ) from error
     return files
 
@@ -230,6 +231,12 @@ def _dtype(folder: Path) -> torch.dtype:
                 part = tensors.get_slice(name)
                 numbers[_DTYPES.get(part.get_dtype(), torch.float32)] += math.prod(part.get_shape())
     return numbers.most_common(1)[0][0]
+
+
+def public_name(source: str) -> str:
+    """A source's name as it may be published: of a local path only the last part."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else source
 
 
 def compute_dtype(device: torch.device) -> torch.dtype | str:
@@ -261,7 +268,7 @@ def _load(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
         raise
     except Exception as error:
         # Fields of the wrong type, sizes that differ: every architecture fails in its own way.
-        raise DLRError(f"{folder} cannot be loaded: {_line(error)}") from error
+        raise DLRError(f"{folder} cannot be loaded: {first_line(error)}") from error
     _check_missing(info, folder)
     return model
 
@@ -292,26 +299,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise DLRError(f"the tokenizer in {folder} cannot be loaded: {_line(error)}") from error
-
-
-def _fingerprint(files: list[Path], named: bool = True) -> str:
-    """SHA-256 over name, size and bytes of each file, in the order of their names."""
-    digest = hashlib.sha256()
-    for file in sorted(files, key=lambda path: path.name):
-        if named:
-            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while chunk := stream.read(_CHUNK):
-                digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error's message, cut to what fits on a line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
+        raise DLRError(f"the tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
 
 
 @contextmanager

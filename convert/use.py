@@ -7,13 +7,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..runtime import DLRError, load
-from ..runtime.checkpoint import is_locked, usable_device
+from ..common.errors import DLRError
+from ..common.progress import Progress, no_progress
+from ..runtime import load
+from ..runtime.checkpoint import is_locked
+from ..runtime.device import usable_device
 from ..runtime.generation import generate
+from .data import read_text, sequence_length
 from .evaluate import Evaluation, evaluate
-from .job import Progress, sequence_length
 from .source import compute_dtype, load_tokenizer, open_source
-from .text import read_text
 
 
 @contextmanager
@@ -41,7 +43,7 @@ def evaluate_checkpoint(
     original: str | Path | None = None,
     tokens: int = 10_240,
     device: torch.device | str | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = no_progress,
 ) -> Evaluation:
     """Loss of a model on at most `tokens` tokens of a text, and its distance to `original` where one is given.
 

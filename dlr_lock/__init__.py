@@ -4,10 +4,19 @@ Importing this package registers locked checkpoints with transformers, so that
 `AutoModelForCausalLM.from_pretrained` loads them.
 """
 
+from pathlib import Path
+
+# In the source tree the subpackages lie beside this folder, under the names that pyproject.toml gives their imports;
+# in an installation they lie in it. So a tree, bare or installed as editable, runs its own modules and no others'.
+_tree = Path(__file__).resolve().parents[1]
+if (_tree / "pyproject.toml").is_file() and (_tree / "triton_kernels").is_dir():
+    __path__.append(str(_tree))
+
 from . import _threads  # noqa: F401
 from .audit import AuditReport, audit_model
+from .common.errors import DLRError
 from .convert import ConversionReport, convert_model
-from .runtime import DLRError, DLRNet, DLRSpec, load
+from .runtime import DLRNet, DLRSpec, load
 from .triton_kernels import backend
 
 __all__ = [

@@ -6,7 +6,7 @@ from rich.text import Text
 
 from .audit.report import AuditReport
 from .audit.words import Section, seconds_words, sections, verdict_words
-from .convert.card import evaluation_words
+from .convert.report import evaluation_words
 
 _WIDTH = 100
 _NAME, _FIGURE = 36, 14  # characters of a cell, in the first column and in others, that are never folded

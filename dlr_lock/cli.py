@@ -13,6 +13,10 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from . import tables
+from .audit.config import RENAMED as RENAMED_AUDIT
+from .audit.config import AuditConfig
+from .convert.config import RENAMED, ConversionConfig
+from .options import options_of
 from .progress import Steps
 
 app = typer.Typer(
@@ -45,77 +49,21 @@ def demo(
 
 
 @app.command()
+@options_of(ConversionConfig)
 def convert(
     source: Annotated[str, typer.Argument(help="A transformers directory, a hub id or a .gguf file.")],
     out: Annotated[Path, typer.Argument(help="The directory to write the locked checkpoint to.")],
-    layers: Annotated[str | None, typer.Option(help="Which layers: 2-5,9 or last-6.  [default: all]")] = None,
-    mlps: Annotated[
-        str | None, typer.Option(help="Regular expression of MLP module names, for models not recognised.")
-    ] = None,
-    depth: Annotated[
-        int | None, typer.Option(help="Steps of a chain, near to this at equal parameters.")
-    ] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of a step, a multiple of 16.")] = None,
-    lanes: Annotated[int, typer.Option(help="Chains side by side in a module.")] = 1,
-    gated: Annotated[bool, typer.Option("--gated", help="Gated steps: three matrices a step.")] = False,
-    act: Annotated[str, typer.Option(help="Activation of the steps, by transformers' name.")] = "silu",
-    params: Annotated[float, typer.Option(help="Parameters of a chain over those of its MLP.")] = 1.0,
-    start: Annotated[
-        str,
-        typer.Option(
-            help="mixed: from sums and differences of what the MLP's units read. random: from nothing of the MLP, "
-            "fits worse."
-        ),
-    ] = "mixed",
-    data: Annotated[
-        str, typer.Option(help="Calibration text: .txt, .jsonl, .parquet, a datasets name, or self.")
-    ] = "self",
-    effort: Annotated[
-        str, typer.Option(help="quick, standard or best: chooses what is not given below; see the README.")
-    ] = "standard",
-    tokens: Annotated[int | None, typer.Option(help="Tokens of calibration text.")] = None,
-    visits: Annotated[int | None, typer.Option(help="Token visits of each module's distillation.")] = None,
-    together: Annotated[
-        int | None,
-        typer.Option(help="Token visits of the end-to-end phase, all chains together; 0 for none."),
-    ] = None,
-    unlock: Annotated[
-        float | None,
-        typer.Option(help="Visits of the attack on each module, as a share of the conversion's; 0 for none."),
-    ] = None,
-    sequence: Annotated[
-        int | None, typer.Option(help="Tokens a sequence of calibration text.  [default: 512]")
-    ] = None,
-    across: Annotated[
-        str | None,
-        typer.Option(help="sequential: modules correct one another's errors; independent: they do not."),
-    ] = None,
-    batch: Annotated[int | None, typer.Option(help="Tokens a batch.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of starts, batches and sampled text.")] = 0,
-    temperature: Annotated[float, typer.Option(help="Temperature of text sampled by --data self.")] = 1.0,
-    dtype: Annotated[
-        str, typer.Option(help="Of the checkpoint: auto (the source's), float32, bfloat16, float16.")
-    ] = "auto",
-    device: Device = None,
-    max_memory: Annotated[
-        str | None, typer.Option(help="For activations, such as 4GiB.  [default: a quarter of the memory]")
-    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a locked checkpoint.")] = False,
     as_json: Json = False,
+    **config: Any,
 ) -> None:
     """Lock a model: replace its MLPs by DLR-Nets of as many parameters, fitted to them."""
-    from .convert import Options, convert_model
+    from .convert import convert_model
 
-    options = Options(
-        layers=layers, mlps=mlps, depth=depth, rank=rank, lanes=lanes, gated=gated, act=act, params=params,
-        start=start, data=data, effort=effort, tokens=tokens, visits=visits, together=together, unlock=unlock,
-        sequence=sequence, across=across, batch=batch, seed=seed, temperature=temperature, dtype=dtype,
-        device=device, max_memory=max_memory,
-    )  # fmt: skip
     if not as_json:
-        _screen.print(tables.choices(options.resolved()), markup=False)
+        _screen.print(tables.choices(ConversionConfig(**config).resolved()), markup=False)
     with _said_words(), Steps(_screen) as steps:
-        report = convert_model(source, out, overwrite=overwrite, progress=steps, **options.said())
+        report = convert_model(source, out, overwrite=overwrite, progress=steps, **config)
     if as_json:
         _print_json(report.to_dict())
     else:
@@ -138,7 +86,7 @@ def inspect(checkpoint: Locked, as_json: Json = False) -> None:
 @app.command()
 def verify(checkpoint: Locked, as_json: Json = False) -> None:
     """Compare every file of a locked checkpoint with the manifest's hashes."""
-    from .runtime import DLRError
+    from .common.errors import DLRError
     from .runtime import verify as verify_checkpoint
 
     faults = verify_checkpoint(checkpoint)
@@ -175,41 +123,16 @@ def evaluate(
 
 
 @app.command()
+@options_of(AuditConfig)
 def audit(
     checkpoint: Locked,
     original: Annotated[str, typer.Option(help="The model that was locked.")],
     out: Annotated[
         Path | None, typer.Option(help="Folder for audit.json and audit.html.  [default: CHECKPOINT-audit]")
     ] = None,
-    budget: Annotated[
-        str, typer.Option(help="quick or full: what an attacker may spend, where not said below.")
-    ] = "quick",
-    task: Annotated[
-        str, typer.Option(help="Text to fine-tune on: .txt, .jsonl, .parquet, a datasets name, or invented.")
-    ] = "invented",
-    data: Annotated[
-        str, typer.Option(help="Neutral text, in the same forms, or topics: Python's documentation.")
-    ] = "topics",
-    attacks: Annotated[str | None, typer.Option(help="Some of full,LoRA,attention,MeZO.")] = None,
-    shares: Annotated[
-        str | None, typer.Option(help="Visits of distilling a chain back, over its conversion's: 0.0625,1.")
-    ] = None,
-    tuning: Annotated[int | None, typer.Option(help="Training tokens of a fine-tune.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Tokens a step of it.")] = None,
-    sequence: Annotated[int | None, typer.Option(help="Tokens a sequence of it.")] = None,
-    seeds: Annotated[int | None, typer.Option(help="Runs at the best rate.")] = None,
-    rates: Annotated[int | None, typer.Option(help="Rates tried, at most.")] = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="Tokens of neutral text to distil chains back on.")
-    ] = None,
-    heldout: Annotated[int | None, typer.Option(help="Tokens of neutral text to measure on.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of runs and of the invented task.")] = 0,
-    device: Device = None,
-    max_memory: Annotated[
-        str | None, typer.Option(help="For activations, such as 4GiB.  [default: a quarter of the memory]")
-    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an audit.")] = False,
     as_json: Json = False,
+    **config: Any,
 ) -> None:
     """Attack a locked checkpoint as an informed engineer would, and say what each attack costs."""
     from .audit import audit_model
@@ -217,12 +140,7 @@ def audit(
 
     folder = out or checkpoint.resolve().with_name(f"{checkpoint.resolve().name}-audit")
     with _said_words(), Steps(_screen) as steps:
-        report = audit_model(
-            checkpoint, original, folder, overwrite=overwrite, progress=steps, budget=budget, task=task,
-            data=data, attacks=attacks, shares=shares, tuning=tuning, batch=batch, sequence=sequence,
-            seeds=seeds, rates=rates, tokens=tokens, heldout=heldout, seed=seed, device=device,
-            max_memory=max_memory,
-        )  # fmt: skip
+        report = audit_model(checkpoint, original, folder, overwrite=overwrite, progress=steps, **config)
     if as_json:
         _print_json(report.to_dict())
     else:
@@ -269,7 +187,6 @@ def bench(
         int | None, typer.Option(help="Steps of a chain, near to this at equal parameters.")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of a step, a multiple of 16.")] = None,
-    gated: Annotated[bool, typer.Option("--gated", help="Gated steps: three matrices a step.")] = False,
     tokens: Annotated[str, typer.Option(help="Token counts, such as 1,16,512.")] = "1,16,512",
     dtype: Annotated[
         str, typer.Option(help="auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16.")
@@ -282,13 +199,11 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time one MLP against the DLR-Net in its place, or explain which kernels would run it and why."""
-    from .runtime.bench import chain_cases, numbers, run
-    from .runtime.checkpoint import usable_device
-    from .runtime.explain import explain as explain_cases
+    from .microbench.bench import chain_cases, numbers, run
+    from .microbench.explain import explain as explain_cases
+    from .runtime.device import usable_device
 
-    cases = chain_cases(
-        hidden, intermediate, lanes=lanes, depth=depth, rank=rank, gated=gated, tokens=numbers(tokens)
-    )
+    cases = chain_cases(hidden, intermediate, lanes=lanes, depth=depth, rank=rank, tokens=numbers(tokens))
     place = usable_device(device)
     if explain:
         facts = explain_cases(cases, device=place, dtype=dtype)
@@ -336,10 +251,11 @@ def _one_line_errors():
         sys.stderr.close()  # the reader of our output has left: no more to say to anyone
         sys.exit(0)
     except Exception as error:
-        from .runtime import DLRError
+        from .common.errors import DLRError
 
         if hasattr(error, "format_message"):  # click's own errors, which newer typers carry a copy of
-            _fail(error.format_message())
+            unknown = getattr(error, "option_name", None)
+            _fail(_RENAMED.get(str(unknown).lstrip("-").replace("-", "_")) or error.format_message())
         if not isinstance(error, DLRError | MemoryError) and "out of memory" not in str(error):
             raise
         _fail(str(error) or "out of memory: use a smaller --batch or --max-memory")
@@ -348,6 +264,9 @@ def _one_line_errors():
 def _fail(message: str) -> None:
     print(f"dlr-lock: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+_RENAMED = RENAMED_AUDIT | RENAMED
 
 
 def _interrupt(signum: int, frame: Any) -> None:

@@ -6,13 +6,13 @@ from rich.console import Console
 from rich.table import Table
 
 from .audit.demo import DemoResult
-from .convert import ConversionReport, Evaluation, Options
-from .convert.card import evaluation_words, lock_status, unlock_words
+from .convert import ConversionConfig, ConversionReport, Evaluation
+from .convert.config import EFFORTS
 from .convert.evaluate import StateEvaluation
-from .convert.options import EFFORTS
+from .convert.report import evaluation_words, lock_status, redistillation_words
 
 
-def choices(options: Options) -> str:
+def choices(options: ConversionConfig) -> str:
     """One line: what a conversion will do."""
     shape = (
         "depth and rank to match"
@@ -22,33 +22,33 @@ def choices(options: Options) -> str:
     memory = int(options.max_memory or 0) / 2**30
     return (
         f"effort {options.effort} (on a CPU {EFFORTS[options.effort].words}): {options.tokens:,} tokens of "
-        f"{options.data}; {options.visits:,} token visits a module in batches of {options.batch:,}, "
-        f"{options.together:,} of all together; layers {options.layers or 'all'}; {options.lanes} lane(s), {shape}; "
-        f"{options.start} start; on {options.device}, {memory:.1f} GiB for activations"
+        f"{options.data}; {options.train_tokens:,} training tokens a module in batches of {options.batch:,}, "
+        f"{options.end_to_end:,} of all chains at once; layers {options.layers or 'all'}; {options.lanes} lane(s), {shape}; "
+        f"{options.init} initialisation; on {options.device}, {memory:.1f} GiB for activations"
     )
 
 
 def print_report(console: Console, report: ConversionReport) -> None:
     """The modules, the fidelity and the totals of a conversion."""
     columns = ["module", "chain", "relative\nerror", "flatten\ngap", "coupling", "hidden\nstates", "seconds"]
-    attacked = any(m.unlocking for m in report.modules)
+    attacked = any(m.redistillation for m in report.modules)
     table = _table(*columns, *(["undoing it"] if attacked else []))
     for m in report.modules:
         gap = f"{m.fidelity.flatten_gap:.2f}" + ("" if m.fidelity.locked else " NOT LOCKED")
         table.add_row(
             m.module, str(m.spec), f"{m.fidelity.rel_error:.4f}", gap, f"{m.fidelity.coupling:.2f}",
             "-" if m.drift is None else f"{m.drift:.4f}", f"{m.seconds:.0f}",
-            *([unlock_words(m.unlocking)] if attacked else []),
+            *([redistillation_words(m.redistillation)] if attacked else []),
         )  # fmt: skip
     console.print(table)
     if isinstance(report.evaluation, StateEvaluation):
         console.print(evaluation_words(report.evaluation))
     else:
         print_evaluation(console, report.evaluation)
-    if report.together:
-        t = report.together
+    if report.end_to_end:
+        t = report.end_to_end
         console.print(
-            f"before {t.visits:,} token visits of the end-to-end phase: {evaluation_words(t.evaluation_before)} "
+            f"before {t.train_tokens:,} training tokens of the end-to-end phase: {evaluation_words(t.evaluation_before)} "
             f"Smallest flatten gap, over |chain|^2: {t.smallest_gap_before:.2f}, then {t.smallest_gap_after:.2f}"
         )
     for warning in report.warnings:
@@ -57,7 +57,7 @@ def print_report(console: Console, report: ConversionReport) -> None:
     console.print(
         f"parameters {report.params_locked:,} (original {report.params_original:,}, ratio {ratio:.4f}); "
         f"{len(report.modules)} of {report.mlps} MLPs converted in {report.seconds:.0f} s, "
-        f"{report.modules[0].tokens:,} token visits each"
+        f"{report.modules[0].train_tokens:,} training tokens each"
     )
     for m in report.modules:
         if abs(m.spec.params / m.params_original - 1) > 0.01:

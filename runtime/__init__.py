@@ -3,9 +3,10 @@
 Importing this package registers the checkpoints' quantization method with transformers.
 """
 
-from .checkpoint import best_device, inspect, load, verify
+from ..common.errors import DLRError
+from .checkpoint import inspect, load, verify
 from .config import DLRConfig
-from .errors import DLRError
+from .device import best_device
 from .module import DLRNet
 from .quantizer import lock, locked_modules
 from .spec import DLRSpec

@@ -1,9 +1,6 @@
 """A locked checkpoint on disk: writing, loading, describing and checking it."""
 
-import hashlib
 import json
-from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +9,14 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ..triton_kernels import current_backend
+from ..common.errors import DLRError, first_line
+from ..common.files import MANIFEST, hash_files, read_json
+from ..common.version import __version__
 from .config import METHOD, DLRConfig
-from .errors import DLRError
-from .files import MANIFEST, read_json
+from .device import usable_device
 from .quantizer import locked_modules
 
 MANIFEST_FORMAT = 1
-_CHUNK = 16 * 2**20  # bytes read at a time while hashing
 
 
 def load(
@@ -40,37 +37,10 @@ def load(
         model = model_class.from_pretrained(folder, dtype=dtype)
     except (OSError, RuntimeError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         hint = "; dlr-lock verify names a bad file" if (folder / MANIFEST).is_file() else ""
-        first_line = str(error).strip().splitlines()[0]
-        raise DLRError(f"{folder} does not load: {first_line}{hint}") from error
+        raise DLRError(f"{folder} does not load: {first_line(error)}{hint}") from error
     if not locked_modules(model):
         raise DLRError(f"{folder} holds no DLR-Net")
     return model.to(place).eval()
-
-
-def best_device() -> torch.device:
-    """The first CUDA (or ROCm) device, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def usable_device(name: torch.device | str | None) -> torch.device:
-    """The device of that name, or the best there is for None.
-
-    Raises DLRError where it cannot be used, or not by the backend that the user asks for: before long work.
-    """
-    try:
-        device = best_device() if name is None else torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise DLRError(f"device {str(name)!r} cannot be used: {str(error).splitlines()[0]}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise DLRError(f"device {str(name)!r} is not supported: use cpu or cuda")
-    try:
-        asked = current_backend()
-    except ValueError as error:
-        raise DLRError(str(error)) from error
-    if asked == "triton" and device.type == "cpu":
-        raise DLRError("backend 'triton' wants a CUDA or ROCm device: unset DLR_LOCK_BACKEND")
-    return device
 
 
 def read_config(folder: Path) -> DLRConfig:
@@ -101,11 +71,11 @@ def is_locked(folder: Path) -> bool:
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     """Writes dlr_manifest.json: size and SHA-256 of every file in `folder`, and `facts` about the conversion."""
     files = {
-        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256(path)}
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": hash_files([path])}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    program = f"dlr-lock {version('dlr-lock')}"
+    program = f"dlr-lock {__version__}"
     manifest = {"format": MANIFEST_FORMAT, "program": program, **facts, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -132,26 +102,12 @@ def verify(path: str | Path) -> list[str]:
     faults = _size_faults(folder, files)
     faulty = {fault.split(":")[0] for fault in faults}
     for name, entry in files.items():
-        if name not in faulty and sha256(folder / name) != entry["sha256"]:
+        if name not in faulty and hash_files([folder / name]) != entry["sha256"]:
             faults.append(f"{name}: its content was altered")
     for path_ in sorted(folder.rglob("*.safetensors")):
         if str(path_.relative_to(folder)) not in files:
             faults.append(f"{path_.relative_to(folder)}: not in the manifest")
     return faults
-
-
-def sha256(path: Path) -> str:
-    """The file's SHA-256, in hexadecimal."""
-    digest = hashlib.sha256()
-    for chunk in _chunks(path):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            yield chunk
 
 
 def _size_faults(folder: Path, files: dict[str, Any]) -> list[str]:

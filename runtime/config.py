@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .errors import DLRError
+from ..common.errors import DLRError
 from .spec import DLRSpec
 
 METHOD = "dlr"

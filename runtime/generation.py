@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from .errors import DLRError
+from ..common.errors import DLRError
 
 
 class _Pieces(TextStreamer):

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from ..common.errors import DLRError
 from .config import METHOD, DLRConfig
-from .errors import DLRError
 from .module import DLRNet
 
 register_quantization_config(METHOD)(DLRConfig)

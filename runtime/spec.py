@@ -4,8 +4,8 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ..common.errors import DLRError
 from ..triton_kernels import ACTIVATIONS
-from .errors import DLRError
 
 RANK_MULTIPLE = 16  # the narrowest tile of the matrix units
 # SmolLM2's MLPs (d 576, f 1536) are fitted as well by 12 steps as by 18, 36 or 144 of as many parameters in all, within

@@ -9,7 +9,7 @@ import pytest
 from tiny import save_tiny
 
 from dlr_lock.cli import main
-from dlr_lock.convert.text import english_topics
+from dlr_lock.convert.data import english_topics
 
 
 def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
@@ -35,13 +35,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def converted(folder: Path) -> dict:
     result = run(
         "convert", folder / "source", folder / "out", "--data", folder / "topics.txt", "--tokens", 2048,
-        "--visits", 8192, "--batch", 256, "--depth", 3, "--rank", 16, "--layers", "0-1", "--json",
+        "--train-tokens", 8192, "--batch", 256, "--depth", 3, "--rank", 16, "--layers", "0-1", "--json",
     )  # fmt: skip
     return json.loads(result.stdout)
 
 
 def test_convert_prints_one_object(converted: dict) -> None:
-    keys = {"module", "rel_error", "flatten_gap", "coupling", "tokens", "seconds"}
+    keys = {"module", "rel_error", "flatten_gap", "coupling", "train_tokens", "seconds"}
     assert len(converted["modules"]) == 2 and all(keys <= set(m) for m in converted["modules"])
     assert {"params_original", "params_locked", "seconds"} <= set(converted)
 

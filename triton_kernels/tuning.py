@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import triton
 
-from .cache import cache_folder
+from ..common.cache import cache_folder
 from .cost import Device, Shape, choose, decode_plan
 from .decode_plan import MAX_STEPS, DecodePlan
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from dlr_lock.convert.endtoend import with_chains
+from dlr_lock.convert.end_to_end import with_chains
 from dlr_lock.runtime import DLRNet, DLRSpec
 
 POSITIONS = 8192

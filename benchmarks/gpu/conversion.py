@@ -1,4 +1,4 @@
-"""Stage `conversion`: a model is locked, as many layers and visits as there is time for, and compared.
+"""Stage `conversion`: a model is locked, as many layers and train_tokens as there is time for, and compared.
 
 Without --model the model is one of random weights and SmolLM2-135M's sizes, of fewer layers: the speed is real, the
 fidelity is that of an MLP without structure, and every row says so. Without --data the text is Python's help topics.
@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from dlr_lock.convert import ConversionReport, convert_model
+from dlr_lock.convert.config import EFFORTS
+from dlr_lock.convert.data import english_topics
 from dlr_lock.convert.evaluate import Evaluation
-from dlr_lock.convert.options import EFFORTS
-from dlr_lock.convert.text import english_topics
 
 from . import build
 from .rows import ConversionRow
@@ -31,39 +31,39 @@ def measure(record: Record) -> None:
     with TemporaryDirectory() as scratch:
         source, layers = _source(record, Path(scratch))
         for name in record.unmeasured(("one layer", "all that fits"), lambda name: {"name": name}):
-            count, visits = 1, 2048 if record.smoke else EFFORTS["quick"].visits
+            count, train_tokens = 1, 2048 if record.smoke else EFFORTS["quick"].train_tokens
             if name != "one layer":
                 first = next(row for row in record.rows if row["name"] == "one layer")
                 if record.smoke:
                     count = layers
                 else:
                     seconds = _SHARE * record.left()
-                    count, visits = plan(layers, first["visits_per_s"], first["seconds"], seconds)
+                    count, train_tokens = plan(layers, first["train_tokens_per_s"], first["seconds"], seconds)
             if not count:
                 record.stop("after 1 of 2: the limit of time")
                 return
-            record.add(_convert(record, source, Path(scratch) / name, name, layers, count, visits))
+            record.add(_convert(record, source, Path(scratch) / name, name, layers, count, train_tokens))
 
 
 def plan(layers: int, rate: float, first_seconds: float, seconds: float) -> tuple[int, int]:
-    """(layers, visits a module) that fit in `seconds`: as many layers as get quick's visits, each with what is left,
+    """(layers, training tokens of a module) that fit in `seconds`: as many layers as get quick's train_tokens, each with what is left,
     up to a GPU's standard.
 
-    rate: visits a second. first_seconds: of the first conversion, of which what was no distillation is taken to
+    rate: train_tokens a second. first_seconds: of the first conversion, of which what was no distillation is taken to
     return, half of it with every layer.
     """
-    least, most = EFFORTS["quick"].visits, 20 * EFFORTS["standard"].visits
+    least, most = EFFORTS["quick"].train_tokens, 20 * EFFORTS["standard"].train_tokens
     fixed = max(0.0, first_seconds - least / rate)
     a_layer = fixed / 2
     count = min(layers, int((seconds - fixed) / (a_layer + least / rate)))
     if count < 1:
         return 0, 0
-    visits = int(rate * ((seconds - fixed) / count - a_layer))
-    return count, min(most, max(least, visits // 512 * 512))
+    train_tokens = int(rate * ((seconds - fixed) / count - a_layer))
+    return count, min(most, max(least, train_tokens // 512 * 512))
 
 
 def _convert(
-    record: Record, source: Path, out: Path, name: str, layers: int, count: int, visits: int
+    record: Record, source: Path, out: Path, name: str, layers: int, count: int, train_tokens: int
 ) -> ConversionRow:
     """Locks the last `count` layers."""
     data = record.options.data or source.parent / "topics.txt"
@@ -71,7 +71,7 @@ def _convert(
         data.write_text(english_topics(), encoding="utf-8")
     sizes = {"tokens": 2048, "heldout": 512, "batch": 256, "sequence": 64} if record.smoke else _tokens(data)
     report: ConversionReport = convert_model(
-        source, out, layers=f"last-{count}", visits=visits, data=str(data), unlock=0.0, together=0,
+        source, out, layers=f"last-{count}", train_tokens=train_tokens, data=str(data), redistill=0.0, end_to_end=0,
         device=str(record.device), progress=lambda what, done, total: record.alive(what), **sizes,
     )  # fmt: skip
     evaluation = report.evaluation
@@ -87,7 +87,7 @@ def _convert(
         layers=count,
         of_layers=layers,
         tokens=int(report.options["tokens"]),
-        visits=visits,
+        train_tokens=train_tokens,
         seconds=report.seconds,
         original_loss=evaluation.original_loss,
         loss=evaluation.loss,
@@ -95,7 +95,7 @@ def _convert(
         flips=evaluation.flips,
         smallest_gap=min(fit.flatten_gap for fit in fits),
         largest_rel_error=max(fit.rel_error for fit in fits),
-        visits_per_s=visits * count / sum(module.seconds for module in report.modules),
+        train_tokens_per_s=train_tokens * count / sum(module.seconds for module in report.modules),
     )
 
 

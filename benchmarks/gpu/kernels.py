@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 
-from dlr_lock.runtime.bench import COLD_BYTES, ROUNDS, Row, cases_of, numbers
-from dlr_lock.runtime.bench import measure as measured
-from dlr_lock.runtime.dtypes import dtype_name
-from dlr_lock.runtime.slot import CPU_PROVIDERS, PROVIDERS, Case, Slot, dtype_of
-from dlr_lock.runtime.timing import first_line, measured_rates
+from dlr_lock.common.dtypes import dtype_name
+from dlr_lock.common.errors import typed_line
+from dlr_lock.microbench.bench import COLD_BYTES, ROUNDS, Row, cases_of, numbers
+from dlr_lock.microbench.bench import measure as measured
+from dlr_lock.microbench.slot import CPU_PROVIDERS, PROVIDERS, Case, Slot, dtype_of
+from dlr_lock.microbench.timing import measured_rates
 from dlr_lock.triton_kernels import cost
 
 from ..kernels import CHAINS, SHAPES, SMOKE, TOKENS
-from .stage import Record, check_device, noting
+from .stage import Record, capture_error, check_device
 
 # The order of worth: what a short visit leaves out stands last.
 _CHAINS = ("1", "1x64", "8x64")
@@ -49,11 +50,11 @@ def measure(record: Record) -> None:
                 if gpu:
                     torch.cuda.empty_cache()
                 rows = measured(
-                    Slot(case, record.device, dtype, cold_bytes), providers, rates, rounds, noting
+                    Slot(case, record.device, dtype, cold_bytes), providers, rates, rounds, capture_error
                 )
             except (RuntimeError, MemoryError) as error:  # such as a case that does not fit
                 check_device(error)
-                rows = [failed(case, first_line(error))]
+                rows = [failed(case, typed_line(error))]
             record.add(*rows)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dlr_lock.runtime.timing import Runner, measured_rates
+from dlr_lock.microbench.timing import Runner, measured_rates
 
 from .rows import FactRow
 from .stage import Record

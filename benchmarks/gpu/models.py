@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dlr_lock.common.dtypes import dtype_name
+from dlr_lock.microbench.timing import Runner, set_times, take_turns
 from dlr_lock.runtime import DLRSpec
-from dlr_lock.runtime.dtypes import dtype_name
-from dlr_lock.runtime.timing import Runner, set_times, take_turns
 from dlr_lock.triton_kernels import backend
 
 from . import build
 from .build import ModelShape
 from .rows import ModelRow
-from .stage import Record, noting
+from .stage import Record, capture_error
 from .step import KEPT, decode_step, errors, prefill_step
 
 ROUNDS = 10
@@ -62,7 +62,7 @@ def measure(record: Record) -> None:
             del sides[old]
         _free(gpu)
         row = failed(job)
-        with noting(row):  # such as a model that does not fit
+        with capture_error(row):  # such as a model that does not fit
             for name, spec in sorted(wanted):
                 if (name, spec) not in sides:
                     model = sides.get((name, ""))
@@ -113,16 +113,16 @@ def compared(job: Job, ours: PreTrainedModel, theirs: PreTrainedModel, rounds: i
             for engine in ("eager", "graph") if gpu else ("eager",):
                 row = ModelRow(**job.key(), dtype=dtype_name(model.dtype), side=side, engine=engine)
                 runner = step = None
-                with noting(row):
+                with capture_error(row):
                     step = step_of(job, model)
                     runner = Runner(lambda _, step=step: step(), 1, model.device, graph=engine == "graph")
                 rows.append(row)
                 runners.append(runner)
                 steps.append(step)
-        times = take_turns(rows, runners, rounds, noting)
+        times = take_turns(rows, runners, rounds, capture_error)
         for row, runner, step, seconds in zip(rows, runners, steps, times, strict=True):
             if runner is not None and row.error_message is None:
-                with noting(row):
+                with capture_error(row):
                     _judge(row, job, theirs if row.side == "original" else ours, runner, step)
                     if row.accurate:
                         row.launches = runner.launches()

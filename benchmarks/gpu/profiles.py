@@ -8,8 +8,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dlr_lock import DLRError
-from dlr_lock.runtime.bench import COLD_BYTES
-from dlr_lock.runtime.slot import Case, Slot, dtype_of
+from dlr_lock.microbench.bench import COLD_BYTES
+from dlr_lock.microbench.slot import Case, Slot, dtype_of
 from dlr_lock.runtime.spec import DLRSpec
 from dlr_lock.triton_kernels import backend
 

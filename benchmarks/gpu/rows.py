@@ -1,4 +1,4 @@
-"""A row of each stage's results; the kernels' is dlr_lock.runtime.bench.Row. None: not measured, or not to be had."""
+"""A row of each stage's results; the kernels' is dlr_lock.microbench.bench.Row. None: not measured, or not to be had."""
 
 from dataclasses import dataclass, field
 
@@ -62,10 +62,10 @@ class ModelRow:
 
 @dataclass(slots=True)
 class TrainingRow:
-    """An eager training step of a whole model by one policy, or (policy `inference`) a pass without autograd by the
+    """An eager training step of a whole model by one strategy, or (strategy `inference`) a pass without autograd by the
     kernels.
 
-    Seconds are medians. accurate, of a policy: the loss is that of the side's first policy that could be run (the plain
+    Seconds are medians. accurate, of a strategy: the loss is that of the side's first strategy that could be run (the plain
     one, where it fits) within 1%, and so are the gradients of the first and the last MLP's or chain's first weight
     within 5%; gradient_error is the largest of these, |g - g0| / |g0|. accurate, of inference: the logits are finite
     and, of a locked model, those of its chains, with the errors of a ModelRow.
@@ -78,7 +78,7 @@ class TrainingRow:
     tokens: int
     dtype: str
     side: str
-    policy: str
+    strategy: str
     accurate: bool = False
     loss: float | None = None
     gradient_error: float | None = None
@@ -104,7 +104,7 @@ class ConversionRow:
     layers: int
     of_layers: int
     tokens: int
-    visits: int  # a module
+    train_tokens: int  # a module
     seconds: float
     original_loss: float | None
     loss: float | None
@@ -112,7 +112,7 @@ class ConversionRow:
     flips: float | None
     smallest_gap: float | None
     largest_rel_error: float | None
-    visits_per_s: float  # of the distillation alone
+    train_tokens_per_s: float  # of the distillation alone
     error_message: str | None = None
 
 

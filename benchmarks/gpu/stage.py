@@ -24,9 +24,9 @@ from typing import Any, TypeVar
 import torch
 
 from dlr_lock import DLRError
-from dlr_lock.runtime import timing
-from dlr_lock.runtime.checkpoint import usable_device
-from dlr_lock.runtime.timing import device_name, machine
+from dlr_lock.common import errors
+from dlr_lock.common.machine import device_name, machine
+from dlr_lock.runtime.device import usable_device
 
 from ..output import files, folder, source, target, write_json
 from ..schema import SCHEMA, TIMES, faults, load
@@ -53,7 +53,7 @@ def check_device(error: BaseException) -> None:
 
 
 # What fails becomes the row's message; raises DeviceLost where nothing after it can be measured.
-noting = partial(timing.noting, check=check_device)
+capture_error = partial(errors.capture_error, check=check_device)
 
 
 class Record:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
-from dlr_lock.audit.systems.model import chain_weights, replaced
+from dlr_lock.audit.strategies.model import chain_weights, replaced
 from dlr_lock.runtime import DLRNet, locked_modules
 from dlr_lock.triton_kernels import backend, chain_reference
 

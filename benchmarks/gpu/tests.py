@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from dlr_lock import DLRError
 
-from ..bootstrap import ROOT
+from ..output import ROOT
 from .rows import SuiteRow
 from .stage import Record, die_with_parent
 
@@ -18,7 +18,7 @@ ON_GPU = tuple(f"{_KERNELS}test_{name}.py" for name in ("gpu", "decode", "prefil
 # One that starts a process of its own, to see that it finds the package; the first file skips without a GPU.
 SMOKE = {
     "tests": ON_GPU[:1],
-    "moretests": ("tests/runtime/test_bench.py::test_the_command_refuses_in_one_line",),
+    "moretests": ("tests/microbench/test_bench.py::test_the_command_refuses_in_one_line",),
 }
 _ENDED = re.compile(r"^(?P<file>\S+?)::.*? (?P<how>PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b")
 _REASON = re.compile(r"^(?:FAILED|ERROR) (?P<file>\S+?)(?:::| |$).*")
@@ -39,7 +39,7 @@ def files(stage: str) -> list[str]:
         return list(ON_GPU)
     others = sorted(f"{_KERNELS}{path.name}" for path in (ROOT / _KERNELS).glob("test_*.py"))
     return [
-        "tests/runtime/test_bench.py",
+        "tests/microbench/test_bench.py",
         *(n for n in others if n not in ON_GPU and not n.endswith("test_aot.py")),
     ]
 
@@ -50,10 +50,7 @@ def _key(name: str) -> dict[str, str]:
 
 def _run(record: Record, name: str) -> SuiteRow:
     """Raises DLRError where pytest itself does not run."""
-    # This folder makes the package of this tree importable, whatever is installed.
-    paths = [str(ROOT / "benchmarks" / "site"), os.environ.get("PYTHONPATH")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-    environment["PYTHONUNBUFFERED"] = "1"
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "pytest", "-v", "--color=no", "-p", "no:cacheprovider", name]
     lines = []
     with subprocess.Popen(

@@ -1,7 +1,7 @@
-"""Stage `training`: what a training step of a whole model takes against an inference pass, by every policy.
+"""Stage `training`: what a training step of a whole model takes against an inference pass, by every strategy.
 
-The lock's promise is that the first grows and the second does not. The best policy of either side counts, for an
-attacker takes the best. All run eagerly, as training code does. Policies compute the same, so that the loss and the
+The lock's promise is that the first grows and the second does not. The best strategy of either side counts, for an
+attacker takes the best. All run eagerly, as training code does. Strategies compute the same, so that the loss and the
 gradients of the first one that can be run (the plain one, where it fits) are the gate of all others.
 """
 
@@ -16,44 +16,45 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dlr_lock.audit.meters import device_peak, median_seconds, time_step
-from dlr_lock.audit.systems.model import ModelPolicy, model_policies, prepared
+from dlr_lock.audit.meters import device_peak, time_step
+from dlr_lock.audit.strategies.model import ModelStrategy, model_strategies, prepared
+from dlr_lock.common.dtypes import dtype_name
+from dlr_lock.common.timing import median_seconds
 from dlr_lock.runtime import DLRSpec
-from dlr_lock.runtime.dtypes import dtype_name
 from dlr_lock.triton_kernels import backend
 
 from . import build
 from .build import ModelShape
 from .rows import TrainingRow
-from .stage import Record, noting
+from .stage import Record, capture_error
 from .step import KEPT, errors
 
 SEQUENCES, LENGTH = 4, 1024
-_SAME_LOSS = 0.01  # relative: policies differ in the order of sums alone
+_SAME_LOSS = 0.01  # relative: strategies differ in the order of sums alone
 _SAME_GRADIENT = 0.05  # |g - g0| / |g0|: as for the loss, after all layers and steps in 16 bits
 Gradients = list[Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A policy of one side of a model; None is inference."""
+    """A strategy of one side of a model; None is inference."""
 
     shape: ModelShape
     spec: DLRSpec
     side: str
-    policy: ModelPolicy | None
+    strategy: ModelStrategy | None
 
     def key(self) -> dict[str, Any]:
         """The fields of a row that tell the job."""
         lanes, depth, rank, _ = self.spec.weight_shape
-        name = "inference" if self.policy is None else self.policy.name
+        name = "inference" if self.strategy is None else self.strategy.name
         return {
-            "model": self.shape.name, "lanes": lanes, "depth": depth, "rank": rank, "side": self.side, "policy": name
+            "model": self.shape.name, "lanes": lanes, "depth": depth, "rank": rank, "side": self.side, "strategy": name
         }  # fmt: skip
 
 
 def measure(record: Record) -> None:
-    """A row for inference and for every policy of both sides that trains all weights."""
+    """A row for inference and for every strategy of both sides that trains all weights."""
     gpu = record.device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     size = (1, 16) if record.smoke else (SEQUENCES, LENGTH)
@@ -72,19 +73,21 @@ def measure(record: Record) -> None:
             ids = torch.randint(job.shape.vocabulary, size, generator=torch.Generator().manual_seed(3))
         row = failed(job)
         try:
-            with noting(row):
+            with capture_error(row):
                 if not sides:
                     original = build.original(job.shape, dtype, record.device)
                     sides = {"original": original, "locked": build.locked(original, job.shape, job.spec)}
                     record.alive("when the models were built")
                 tokens, repeats = ids.to(record.device), 1 if record.smoke else 3
-                if job.policy is None:
+                if job.strategy is None:
                     _infer(row, sides[job.side], tokens, repeats)
                 else:
                     gradients = _train(row, job, sides[job.side], tokens, repeats)
                     first = next((r for r in record.rows if _is_gate(r, row)), None)
                     if first is not None and job.side not in gates:  # an earlier process measured it
-                        its = next(j for j in listed if j.key() == job.key() | {"policy": first["policy"]})
+                        its = next(
+                            j for j in listed if j.key() == job.key() | {"strategy": first["strategy"]}
+                        )
                         gates[job.side] = _train(failed(its), its, sides[job.side], tokens, repeats=0)
                     judge(row, gradients, first, gates.get(job.side, gradients))
                     if row.accurate:
@@ -105,9 +108,9 @@ def _free(sides: dict[str, PreTrainedModel]) -> None:
 
 
 def judge(row: TrainingRow, gradients: Gradients, first: dict[str, Any] | None, gate: Gradients) -> None:
-    """Opens the row's gate, or takes its times. first: the row of the gate's policy, None where it is this one's."""
+    """Opens the row's gate, or takes its times. first: the row of the gate's strategy, None where it is this one's."""
     assert row.loss is not None
-    loss, policy = (row.loss, row.policy) if first is None else (first["loss"], first["policy"])
+    loss, strategy = (row.loss, row.strategy) if first is None else (first["loss"], first["strategy"])
     differ = [
         ((g.float() - g0.float()).norm() / g0.float().norm()).item()
         for g, g0 in zip(gradients, gate, strict=True)
@@ -117,7 +120,7 @@ def judge(row: TrainingRow, gradients: Gradients, first: dict[str, Any] | None, 
     row.accurate = abs(row.loss - loss) <= _SAME_LOSS * abs(loss) and row.gradient_error <= _SAME_GRADIENT
     if not row.accurate:
         row.error_message = (
-            f"loss {row.loss:.4f} and gradients {row.gradient_error:.1e} away, of {policy} {loss:.4f}"
+            f"loss {row.loss:.4f} and gradients {row.gradient_error:.1e} away, of {strategy} {loss:.4f}"
         )
 
 
@@ -126,7 +129,7 @@ def jobs(*, smoke: bool) -> list[Job]:
     listed = []
     for shape in build.TINY if smoke else build.SHAPES:
         for side in ("original", "locked"):
-            own = [p for p in model_policies(locked=side == "locked") if p.aim == "weights"]
+            own = [p for p in model_strategies(locked=side == "locked") if p.trainable == "weights"]
             listed += [Job(shape, shape.specs()[0], side, p) for p in (None, *(own[:2] if smoke else own))]
     return listed
 
@@ -157,8 +160,8 @@ def _infer(row: TrainingRow, model: PreTrainedModel, ids: Tensor, repeats: int) 
 def _train(row: TrainingRow, job: Job, model: PreTrainedModel, ids: Tensor, repeats: int) -> Gradients:
     """Times a step (not with 0 repeats), and returns the gradients that the gate looks at."""
     losses, gradients = [], []
-    assert job.policy is not None
-    with backend("naive"), prepared(model, job.shape.mlps, job.policy) as trained:
+    assert job.strategy is not None
+    with backend("naive"), prepared(model, job.shape.mlps, job.strategy) as trained:
 
         def loss(tokens: Tensor) -> Tensor:
             value = model(input_ids=tokens, labels=tokens, use_cache=False).loss
@@ -188,4 +191,4 @@ def judged(model: PreTrainedModel, mlps: Sequence[str]) -> list[nn.Parameter]:
 
 def _is_gate(row: dict[str, Any], of: TrainingRow) -> bool:
     same = all(row[name] == getattr(of, name) for name in ("model", "lanes", "depth", "rank", "side"))
-    return same and row["policy"] != "inference" and row["accurate"]
+    return same and row["strategy"] != "inference" and row["accurate"]

@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_tiny(arch, folder / arch)
         dlr_lock.convert_model(
             folder / arch, folder / f"{arch}-locked", data=str(folder / "text.txt"), tokens=2048, heldout=512,
-            visits=4096, sequence=32, unlock=0.0, device="cpu", depth=4,
+            train_tokens=4096, sequence=32, redistill=0.0, device="cpu", depth=4,
         )  # fmt: skip
     return folder
 
@@ -69,12 +69,12 @@ def test_an_audit_and_its_files(folder: Path) -> None:
     }
     swap = next(row for row in report.structural if row.name == "swap")
     assert report.recovers(swap) < 1e-6 < report.recovers(report.structural[0])
-    assert [len(module.copies) for module in report.modules] == [2, 2]
-    assert {round(c.share or 0, 2) for m in report.modules for c in m.copies} == {0.5}
-    done = {(run.arm, run.attack) for run in report.runs if run.best}
-    arms = ("original", "locked", "re-distilled, 0.5")
-    tuned = {(arm, attack) for arm in arms for attack in ("full", "LoRA", "attention")}
-    assert done == tuned == {(row.arm, row.attack) for row in report.steps}
+    assert [len(module.students) for module in report.modules] == [2, 2]
+    assert {round(c.share or 0, 2) for m in report.modules for c in m.students} == {0.5}
+    done = {(run.variant, run.attack) for run in report.runs if run.best}
+    variants = ("original", "locked", "re-distilled, 0.5")
+    tuned = {(variant, attack) for variant in variants for attack in ("full", "LoRA", "attention")}
+    assert done == tuned == {(row.variant, row.attack) for row in report.steps}
     assert {v.measure for v in report.verdicts} == {"flops", "seconds", "peak"}
     assert {a.mode for a in report.asymmetries} == {"eager", "checkpointed", "best"}
     assert any("not timed" in note for note in report.notes)
@@ -142,10 +142,10 @@ def test_a_strewn_mlp_is_attacked_alike_on_both_sides(folder: Path) -> None:
     save_tiny("opt", folder / "opt")
     dlr_lock.convert_model(
         folder / "opt", folder / "opt-locked", data=str(folder / "text.txt"), tokens=2048, heldout=512,
-        visits=4096, sequence=32, unlock=0.0, device="cpu", layers="1",
+        train_tokens=4096, sequence=32, redistill=0.0, device="cpu", layers="1",
     )  # fmt: skip
     report = audit(folder, "opt-audit", "opt", attacks="attention", rates=1, seeds=1)
-    plain = {s.arm: s.flops for s in report.steps if s.policy == "LoRA on attention, plain"}
+    plain = {s.variant: s.flops for s in report.steps if s.strategy == "LoRA on attention, plain"}
     assert abs(plain["locked"] / plain["original"] - 1) < 0.05
     assert not report.asymmetries and any("not gated" in note for note in report.notes)
 

@@ -8,22 +8,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dlr_lock.audit.asymmetry import Asymmetry, asymmetries
 from dlr_lock.audit.meters import Counts, StepCounts, StepSeconds
-from dlr_lock.audit.systems.compare import OBJECTIVES, Objective, best, compare, measured
-from dlr_lock.audit.systems.slot import Arm, Row, arms, counted_arms, measure
-from dlr_lock.runtime import DLRError, DLRSpec
+from dlr_lock.audit.strategies.compare import OBJECTIVES, Objective, best, compare, measured
+from dlr_lock.audit.strategies.slot import Row, Variant, counted_variants, measure, variants
+from dlr_lock.common.errors import DLRError
+from dlr_lock.runtime import DLRSpec
 
 HIDDEN, WIDTH, TOKENS = 2048, 8192, 512
 CHAINS = [(1, 16), (1, 64), (1, 256), (4, 64), (16, 48)]  # lanes x steps, all of 12288 units
 
 
-def pair(lanes: int, depth: int) -> tuple[DLRSpec, Arm, Arm]:
+def pair(lanes: int, depth: int) -> tuple[DLRSpec, Variant, Variant]:
     spec = DLRSpec.matching(HIDDEN, WIDTH, mlp_gated=True, lanes=lanes, depth=depth)
     assert (spec.lanes, spec.depth) == (lanes, depth) and lanes * depth * spec.rank == 12288
-    return spec, *arms(spec, WIDTH, tokens=TOKENS, dtype=torch.float32, device=torch.device("cpu"))
+    return spec, *variants(spec, WIDTH, tokens=TOKENS, dtype=torch.float32, device=torch.device("cpu"))
 
 
-def counted(arm: Arm, policy: str) -> StepCounts:
-    counts = measure(arm, arm.policy(policy)).counts
+def counted(variant: Variant, strategy: str) -> StepCounts:
+    counts = measure(variant, variant.strategy(strategy)).counts
     assert counts is not None
     return counts
 
@@ -54,21 +55,21 @@ def test_what_naive_training_keeps_grows_linearly_in_lanes_times_steps() -> None
     with FakeTensorMode():
         for lanes, depth in ((1, 8), (1, 16), (1, 32), (2, 16), (4, 8)):
             spec = DLRSpec(256, lanes, depth, 16)
-            arm, _ = arms(spec, 64, tokens=TOKENS, dtype=torch.float32, device=torch.device("cpu"))
-            held[lanes, depth] = counted(arm, "plain").held / (4 * TOKENS)
+            variant, _ = variants(spec, 64, tokens=TOKENS, dtype=torch.float32, device=torch.device("cpu"))
+            held[lanes, depth] = counted(variant, "plain").held / (4 * TOKENS)
     step = 256 + 2 * 16
     assert held[1, 32] - held[1, 16] == 2 * (held[1, 16] - held[1, 8]) == 16 * step
     for lanes, depth in held:  # all lanes read the same x first: it is kept once
         assert held[lanes, depth] == lanes * depth * step - (lanes - 1) * 256 + 256
 
 
-def test_best_policies_and_their_limits() -> None:
+def test_best_strategies_and_their_limits() -> None:
     """On SmolLM2's slot: what the lock costs an attacker who has read this program, in a model of 30 layers."""
     spec = DLRSpec.matching(576, 1536, mlp_gated=True, depth=16)
-    locked, original = counted_arms(spec, 1536, tokens=2048, dtype=torch.bfloat16)
-    table = {(c.aim, str(c.objective)): c for c in compare(locked, original, layers=30)}
-    assert set(aim for aim, _ in table) == {"weights", "adapters", "nothing"}
-    naive = {r.policy: r for r in locked}["plain"].memory(30) / original[0].memory(30)  # type: ignore[operator]
+    locked, original = counted_variants(spec, 1536, tokens=2048, dtype=torch.bfloat16)
+    table = {(c.trainable, str(c.objective)): c for c in compare(locked, original, layers=30)}
+    assert set(trainable for trainable, _ in table) == {"weights", "adapters", "nothing"}
+    naive = {r.strategy: r for r in locked}["plain"].memory(30) / original[0].memory(30)  # type: ignore[operator]
     free = table["weights", "least memory at 1.02 x flops"]
     redone = table["weights", "least memory at 1.19 x flops"]
     any_price = table["weights", "least memory"]
@@ -83,10 +84,10 @@ def test_best_policies_and_their_limits() -> None:
     assert table["weights", "least seconds"].locked is None  # nothing was timed
     for comparison in table.values():
         for row in (comparison.locked, comparison.original):
-            assert row is None or row.aim == comparison.aim
+            assert row is None or row.trainable == comparison.trainable
     base = original[0]
     for row in locked:  # nobody else meets the limit for less
-        if row.aim == "weights" and measured(row, "flops") <= 1.02 * 7 / 6 * measured(base, "flops"):  # type: ignore
+        if row.trainable == "weights" and measured(row, "flops") <= 1.02 * 7 / 6 * measured(base, "flops"):  # type: ignore
             assert redone.locked is not None and redone.locked.memory(30) <= row.memory(30)  # type: ignore[operator]
 
 
@@ -124,7 +125,7 @@ def test_asymmetry_by_counts() -> None:
     """Plain FLOPs know none; dependent launches only against the runtime's forward."""
     spec = DLRSpec.matching(128, 512, mlp_gated=True, depth=12)
     with FakeTensorMode():
-        pair = arms(spec, 512, tokens=512, dtype=torch.bfloat16, device=torch.device("cpu"))
+        pair = variants(spec, 512, tokens=512, dtype=torch.bfloat16, device=torch.device("cpu"))
         table = asymmetries(*pair)
     assert {a.mode for a in table} == {"eager", "checkpointed", "best"}  # compiled code is timed, not counted
     assert {a.measure for a in table} == {"flops", "launches", "dependent"}
@@ -141,8 +142,8 @@ def test_asymmetry_by_counts() -> None:
 def test_asymmetry_by_seconds_has_all_modes() -> None:
     """Of a tiny slot, for the modes that need no compiler: that there are times, not what they are."""
     spec = DLRSpec(32, 1, 3, 16)
-    locked, original = arms(spec, 48, tokens=8, dtype=torch.float32, device=torch.device("cpu"))
-    plain = [replace(a, policies=[p for p in a.policies if not p.compiled]) for a in (locked, original)]
+    locked, original = variants(spec, 48, tokens=8, dtype=torch.float32, device=torch.device("cpu"))
+    plain = [replace(a, strategies=[p for p in a.strategies if not p.compiled]) for a in (locked, original)]
     table = [a for a in asymmetries(*plain, repeats=1) if a.measure == "seconds"]
     assert {(a.mode, a.forward) for a in table} == {
         (mode, forward) for mode in ("eager", "checkpointed", "best") for forward in ("reference", "runtime")

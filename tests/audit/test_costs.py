@@ -6,9 +6,9 @@ import torch
 from test_learning import MLPS, locked_model
 from tiny import tiny_model
 
-from dlr_lock.audit.costs import Arm, count_steps, time_steps
+from dlr_lock.audit.costs import Variant, count_steps, time_steps
 from dlr_lock.audit.meters import count
-from dlr_lock.audit.systems.model import measure_model, model_policies
+from dlr_lock.audit.strategies.model import measure_model, model_strategies
 from dlr_lock.triton_kernels import backend
 
 ATTACKS = ["full", "LoRA", "attention", "MeZO"]
@@ -17,12 +17,12 @@ ATTACKS = ["full", "LoRA", "attention", "MeZO"]
 def test_the_rows_of_an_arm() -> None:
     model = locked_model()
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    arm = Arm("locked", model, MLPS, deep=True)
-    counted = list(count_steps(arm, ATTACKS, (2, 24)))
+    variant = Variant("locked", model, MLPS, deep=True)
+    counted = list(count_steps(variant, ATTACKS, (2, 24)))
     assert not any(row.seconds for row in counted)
-    rows = time_steps(lambda: [arm], counted, (2, 24))
+    rows = time_steps(lambda: [variant], counted, (2, 24))
     assert [replace(row, seconds=None) for row in rows] == counted
-    assert {row.attack for row in rows} == set(ATTACKS) and len({r.policy for r in rows}) == len(rows)
+    assert {row.attack for row in rows} == set(ATTACKS) and len({r.strategy for r in rows}) == len(rows)
     for attack in ATTACKS:
         mine = [row for row in rows if row.attack == attack]
         timed = [row for row in mine if row.seconds is not None]
@@ -30,9 +30,9 @@ def test_the_rows_of_an_arm() -> None:
         assert min(r.dependent for r in timed) == min(r.dependent for r in mine)
     # counted on tensors without data as on real ones
     ids = torch.zeros(2, 24, dtype=torch.int64)
-    for policy in model_policies(locked=True)[:3]:
-        counts = measure_model(model, MLPS, policy, ids).counts
-        row = next(r for r in rows if r.policy == policy.name)
+    for strategy in model_strategies(locked=True)[:3]:
+        counts = measure_model(model, MLPS, strategy, ids).counts
+        row = next(r for r in rows if r.strategy == strategy.name)
         assert counts is not None and row.flops == counts.flops
         # For tensors without data transformers writes the causal mask out, and the keys and values of every head.
         for more in (row.held - counts.held, row.peak - counts.peak):
@@ -42,7 +42,7 @@ def test_the_rows_of_an_arm() -> None:
 
 def test_mezo_is_two_passes_of_inference() -> None:
     model = tiny_model("llama")
-    (row,) = count_steps(Arm("original", model, MLPS), ["MeZO"], (2, 24))
+    (row,) = count_steps(Variant("original", model, MLPS), ["MeZO"], (2, 24))
     with torch.no_grad(), backend("naive"):
         passed = count(lambda: model(input_ids=torch.zeros(2, 24, dtype=torch.int64), use_cache=False))
     assert row.flops == 2 * passed.flops and row.held == 0
@@ -50,9 +50,9 @@ def test_mezo_is_two_passes_of_inference() -> None:
 
 def test_adapters_of_conv1d_layers() -> None:
     names = ["transformer.h.0.mlp", "transformer.h.1.mlp"]
-    rows = list(count_steps(Arm("original", tiny_model("gpt2"), names), ["full", "attention"], (2, 24)))
+    rows = list(count_steps(Variant("original", tiny_model("gpt2"), names), ["full", "attention"], (2, 24)))
     assert {row.attack for row in rows} == {"full", "attention"}
 
 
 def test_an_arm_without_linear_layers_has_no_row_for_adapters() -> None:
-    assert list(count_steps(Arm("original", tiny_model("llama"), []), ["attention"], (2, 24))) == []
+    assert list(count_steps(Variant("original", tiny_model("llama"), []), ["attention"], (2, 24))) == []

@@ -9,10 +9,11 @@ from tiny import tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dlr_lock.audit.learning import AIMS, FIRST_RATES, Tuning, fine_tune, sweep, trainable
+from dlr_lock.audit.learning import FIRST_RATES, TRAINABLES, Tuning, fine_tune, sweep, trainable
 from dlr_lock.audit.report import Run
 from dlr_lock.audit.texts import Text
-from dlr_lock.runtime import DLRError, DLRNet, DLRSpec
+from dlr_lock.common.errors import DLRError
+from dlr_lock.runtime import DLRNet, DLRSpec
 
 MLPS = ["model.layers.0.mlp", "model.layers.1.mlp"]
 PLAN = Tuning(tokens=1536, batch=64, looks=4, seeds=2, rates=4)
@@ -36,7 +37,7 @@ def counting() -> Text:
 def tune(model: PreTrainedModel, attack: str, rate: float | None = None, seed: int = 0) -> Run:
     return fine_tune(
         model, MLPS, counting(), torch.randint(320, (2, 16)), PLAN,
-        arm="locked", attack=attack, rate=rate or 30 * FIRST_RATES[attack], seed=seed,
+        variant="locked", attack=attack, rate=rate or 30 * FIRST_RATES[attack], seed=seed,
     )  # fmt: skip
 
 
@@ -60,7 +61,7 @@ def test_a_run(attack: str) -> None:
 
 
 def test_what_is_trained() -> None:
-    for attack in AIMS:
+    for attack in TRAINABLES:
         model = locked_model()
         before = {name: p.clone() for name, p in model.named_parameters()}
         ids = torch.randint(320, (2, 16))
@@ -118,7 +119,7 @@ def test_every_sequence_is_seen_once_before_any_twice() -> None:
         return inner(*args, **kwargs)
 
     model.forward = forward
-    fine_tune(model, MLPS, task, task.heldout, PLAN, arm="locked", attack="full", rate=1e-5, seed=0)
+    fine_tune(model, MLPS, task, task.heldout, PLAN, variant="locked", attack="full", rate=1e-5, seed=0)
     first = torch.cat(seen)[:32]
     assert torch.equal(first[:, 0].sort().values, task.train[:, 0].sort().values)
     assert sum(len(ids) for ids in seen) * 16 == PLAN.tokens
@@ -154,4 +155,4 @@ def test_a_sweep_stops_at_its_limit() -> None:
 def test_nothing_to_train() -> None:
     model, task = tiny_model("llama"), counting()
     with pytest.raises(DLRError, match="nothing to train"):
-        fine_tune(model, [], task, task.heldout, PLAN, arm="a", attack="attention", rate=1e-3, seed=0)
+        fine_tune(model, [], task, task.heldout, PLAN, variant="a", attack="attention", rate=1e-3, seed=0)

@@ -16,12 +16,12 @@ from dlr_lock.audit.asymmetry import Asymmetry
 from dlr_lock.audit.page import page
 from dlr_lock.audit.report import (
     AuditReport,
-    Copy,
-    ModuleCopies,
+    ModuleStudents,
     Price,
     Run,
     StepCost,
     Structural,
+    Student,
     Verdict,
 )
 from dlr_lock.audit.words import MEASURES, flops_words, rate_words, verdict_words
@@ -32,7 +32,7 @@ from dlr_lock.convert.evaluate import StateEvaluation
 HOSTILE = "<script>alert('x')</script>"
 BUILD = Path(__file__).parents[2] / "build"
 ATTACKS = {"full": 3.2e-4, "LoRA": 1e-3, "attention": 1e-3, "MeZO": 1e-6}
-ARMS = {"original": 1.0, "locked": 0.8, "re-distilled": 0.95}  # of the gain
+VARIANTS = {"original": 1.0, "locked": 0.8, "re-distilled": 0.95}  # of the gain
 TOKENS = [0, 4096, 8192, 16384, 32768, 65536]
 
 
@@ -42,21 +42,21 @@ def evaluation(gap: float) -> Evaluation:
 
 def runs() -> list[Run]:
     made = []
-    for arm, part in ARMS.items():
+    for variant, part in VARIANTS.items():
         for attack, rate in ATTACKS.items():
-            start = 4.0 if arm == "locked" else 3.8
+            start = 4.0 if variant == "locked" else 3.8
             reach = part * (0.02 if attack == "MeZO" else {"full": 1.9, "LoRA": 1.6}.get(attack, 1.4))
             for seed in range(3):
                 losses = [start - reach * (1 - 0.5 ** (n / 12_000)) * (1 + 0.04 * seed) for n in TOKENS]
                 losses[0] = start
                 made.append(
-                    Run(arm, attack, rate, seed, 512, TOKENS, losses, (3.1, 3.4 + part), 1.37, best=True)
+                    Run(variant, attack, rate, seed, 512, TOKENS, losses, (3.1, 3.4 + part), 1.37, best=True)
                 )
             worse = replace(
                 made[-1], rate=rate / 3.16, seed=0, losses=[x + 0.01 for x in made[-1].losses], best=False
             )
             diverged = Run(
-                arm, attack, rate * 3.16, 0, 512, TOKENS[:2], [start, 7.77], (3.1, None), 1.37, True
+                variant, attack, rate * 3.16, 0, 512, TOKENS[:2], [start, 7.77], (3.1, None), 1.37, True
             )
             made += [worse, diverged]  # `fine_tune` gives no neutral loss after a run that diverged
     return made
@@ -64,24 +64,24 @@ def runs() -> list[Run]:
 
 def steps() -> list[StepCost]:
     made = []
-    for arm, lock in (("original", 1.0), ("locked", 4.6), ("re-distilled", 1.0)):
+    for variant, lock in (("original", 1.0), ("locked", 4.6), ("re-distilled", 1.0)):
         for attack, prefix, less in (
             ("full", "", 1.0), ("LoRA", "LoRA, ", 0.7), ("attention", "LoRA on attention, ", 0.6),
         ):  # fmt: skip
-            for policy, redo, keep in (
+            for strategy, redo, keep in (
                 ("plain", 1.0, 1.0), ("layer checkpoint, plain", 1.33, 0.3), ("inversion", 1.17, 0.35),
                 ("layer checkpoint, look-ahead 256, inverted", 1.4, 0.22),
             ):  # fmt: skip
-                if arm == "locked" or policy in ("plain", "layer checkpoint, plain"):
+                if variant == "locked" or strategy in ("plain", "layer checkpoint, plain"):
                     peak = int(2e9 * less * keep * (lock if keep == 1.0 else 1.1))
                     made.append(
                         StepCost(
-                            arm, attack, prefix + policy, 512, int(4.1e11 * less * redo), peak, peak // 2, 1200, 900,
-                            None if "look-ahead" in policy else 1.37 * redo,
+                            variant, attack, prefix + strategy, 512, int(4.1e11 * less * redo), peak, peak // 2, 1200, 900,
+                            None if "look-ahead" in strategy else 1.37 * redo,
                         )
                     )  # fmt: skip
-    mezo = replace(made[0], attack="MeZO", policy="MeZO", flops=int(5.5e11), peak=10**8, held=0)
-    return [*made, *(replace(mezo, arm=arm) for arm in ARMS)]
+    mezo = replace(made[0], attack="MeZO", strategy="MeZO", flops=int(5.5e11), peak=10**8, held=0)
+    return [*made, *(replace(mezo, variant=variant) for variant in VARIANTS)]
 
 
 def verdicts() -> list[Verdict]:
@@ -117,13 +117,13 @@ def verdicts() -> list[Verdict]:
 @pytest.fixture
 def report() -> AuditReport:
     modules = [
-        ModuleCopies(
+        ModuleStudents(
             f"model.layers.{layer}.mlp", "1x16x96 silu", 0.21 + 0.01 * layer, 0.94,
             [
-                Copy(start, visits, visits / 409_600, (0.21 + 0.01 * layer) * (0.97 + 9_000 / visits * worse),
-                     0.05 + 5_000 / visits, visits / 3_000)
+                Student(start, train_tokens, train_tokens / 409_600, (0.21 + 0.01 * layer) * (0.97 + 9_000 / train_tokens * worse),
+                     0.05 + 5_000 / train_tokens, train_tokens / 3_000)
                 for start, worse in (("linear", 1.0), ("flat", 1.6), ("random", 5.0))
-                for visits in (25_600, 102_400, 409_600)
+                for train_tokens in (25_600, 102_400, 409_600)
             ],
         )
         for layer in range(11, 15)
@@ -228,15 +228,15 @@ def test_every_row_of_every_list_is_on_the_page(report: AuditReport) -> None:
         assert row.about in read.text
     for m in report.modules:
         assert has(read.rows, m.module, m.chain, f"{m.chain_error:.4f}", f"{m.gap:.2f}")
-        for c in m.copies:
-            assert has(read.rows, m.module, c.start, f"{c.visits:,}", f"{c.share:.3g}", f"{c.error:.4f}")
+        for c in m.students:
+            assert has(read.rows, m.module, c.init, f"{c.train_tokens:,}", f"{c.share:.3g}", f"{c.error:.4f}")
     for run in report.runs:
-        assert has(read.rows, run.arm, run.attack, rate_words(run.rate), str(run.seed))
+        assert has(read.rows, run.variant, run.attack, rate_words(run.rate), str(run.seed))
         assert f"{run.tokens[-1]:,}:\N{NO-BREAK SPACE}{run.losses[-1]:.4f}" in read.text
     for step in report.steps:
-        policy = step.policy.removeprefix("LoRA on attention, ").removeprefix("LoRA, ")
-        assert has(read.rows, step.arm, step.attack, policy, f"{step.tokens:,}", flops_words(step.flops)) or has(
-            read.rows, step.arm, step.attack, policy, f"{step.tokens:,}",
+        strategy = step.strategy.removeprefix("LoRA on attention, ").removeprefix("LoRA, ")
+        assert has(read.rows, step.variant, step.attack, strategy, f"{step.tokens:,}", flops_words(step.flops)) or has(
+            read.rows, step.variant, step.attack, strategy, f"{step.tokens:,}",
             f"{flops_words(step.flops)} ({step.flops / report.steps[0].flops:.3g})",
         )  # fmt: skip
     for a in report.asymmetries:
@@ -307,10 +307,10 @@ def test_the_verdict_in_words(report: AuditReport) -> None:
     assert half.startswith("To reach 50% of the original's best gain (a held-out loss of 2.901 nats a token)")
     assert "1.3 times the FLOPs (2.73 PFLOP against 2.1 PFLOP), 1.3 times the seconds (93.6 min" in half
     assert "(756.3 MiB against 581.7 MiB), by 'locked, attention' (layer checkpoint, plain)." in half
-    assert "Where one unlocking serves 100 fine-tunes: 1.04 times the FLOPs (2.18 PFLOP" in half
+    assert "Where one redistillation serves 100 fine-tunes: 1.04 times the FLOPs (2.18 PFLOP" in half
     assert "(74.9 min against 72 min), by 're-distilled, full' (plain)." in half
     assert "serves 10 fine-tunes" not in half  # they change nothing
-    assert half.endswith("weakest in FLOPs where one unlocking serves 100 fine-tunes: 1.04 times.")
+    assert half.endswith("weakest in FLOPs where one redistillation serves 100 fine-tunes: 1.04 times.")
     assert "more than 1.3 times the seconds" in most
     assert "no attack on the locked model has a price" in unknown
     assert around.startswith("'re-distil' brings the model") and "320 TFLOP and 10.2 min" in around
@@ -322,7 +322,7 @@ def test_the_verdict_in_words(report: AuditReport) -> None:
 
 
 def test_seeds_that_diverged_are_said(report: AuditReport) -> None:
-    seeds = [run for run in report.runs if run.best and (run.arm, run.attack) == ("original", "full")]
+    seeds = [run for run in report.runs if run.best and (run.variant, run.attack) == ("original", "full")]
     lost = replace(
         seeds[2], diverged=True, neutral=(3.1, None), tokens=TOKENS[:3], losses=seeds[2].losses[:3]
     )
@@ -344,9 +344,9 @@ def test_terminal(report: AuditReport, encoder: AuditReport) -> None:
     assert all(len(line) <= 100 for line in text.splitlines())
     for row in report.structural:
         assert row.name in text
-    for arm in ARMS:
+    for variant in VARIANTS:
         for attack in ATTACKS:
-            assert re.search(rf"^{arm} +{attack} ", text, re.M)
+            assert re.search(rf"^{variant} +{attack} ", text, re.M)
     for m in report.modules:
         assert m.module in text
     assert " ".join(text.split()).count(" ".join(verdict_words(report)[0].split())) == 1
@@ -382,7 +382,7 @@ def test_a_browser_shows_it(report: AuditReport, browser: str, tmp_path: Path) -
     read = Reader(dumped.stdout)
     for row in report.structural:
         assert has(read.rows, row.name)
-    for arm in ARMS:
+    for variant in VARIANTS:
         for attack in ATTACKS:
-            assert has(read.rows, arm, attack)
+            assert has(read.rows, variant, attack)
     assert (BUILD / "audit.png").stat().st_size > 10_000

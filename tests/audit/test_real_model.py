@@ -1,4 +1,4 @@
-"""The demo on the real SmolLM2-135M-Instruct, with one layer and a fifth of its visits."""
+"""The demo on the real SmolLM2-135M-Instruct, with one layer and a fifth of its train_tokens."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ import pytest
 from dlr_lock import DLRError
 from dlr_lock.audit import demo
 from dlr_lock.audit.demo import fetch_model, run_demo
+from dlr_lock.common.cache import cache_folder
 from dlr_lock.runtime import verify
-from dlr_lock.triton_kernels.cache import cache_folder
 
 
 @pytest.mark.slow
@@ -23,10 +23,10 @@ def test_the_demo_locks_a_layer_of_massive_activations(
         fetch_model(cache_folder())
     except DLRError as error:
         pytest.skip(str(error))
-    result = run_demo(layers="1", visits=76_800, out=tmp_path / "locked")
+    result = run_demo(layers="1", train_tokens=76_800, out=tmp_path / "locked")
     (module,) = result.report.modules
     assert str(module.spec) == "1x12x192 silu"
-    # Layer 1 writes 469 where the median is below 1, on first tokens, which half as many visits leave at an error of
+    # Layer 1 writes 469 where the median is below 1, on first tokens, which half as many train_tokens leave at an error of
     # 0.3 and the chain unlocked.
     assert module.fidelity.rel_error < 0.4 and module.fidelity.locked
     assert module.fidelity.first_error is not None and module.fidelity.first_error < 0.15

@@ -12,13 +12,14 @@ from tiny import VOCABULARY, tiny_model
 from torch import Tensor
 
 from dlr_lock.audit.redistil import redistil, redistil_flops, redistil_row, step_flops
-from dlr_lock.audit.report import Copy, ModuleCopies
-from dlr_lock.convert.endtoend import flatten_gaps, with_chains
-from dlr_lock.convert.evaluate import compare, distance_of
-from dlr_lock.convert.fidelity import in_float32, relative_error
-from dlr_lock.convert.kept import Kept
-from dlr_lock.convert.mlps import MLP, find_mlps
-from dlr_lock.runtime import DLRError, DLRNet, DLRSpec, lock
+from dlr_lock.audit.report import ModuleStudents, Student
+from dlr_lock.common.errors import DLRError
+from dlr_lock.common.resume import ResumeStore
+from dlr_lock.convert.end_to_end import flatten_gaps, with_chains
+from dlr_lock.convert.evaluate import compare, distance_of, in_float32, relative_error
+from dlr_lock.convert.mlp_discovery import find_mlps
+from dlr_lock.convert.mlp_matching import MLP
+from dlr_lock.runtime import DLRNet, DLRSpec, lock
 from dlr_lock.triton_kernels import chain_reference
 
 CPU = torch.device("cpu")
@@ -55,14 +56,20 @@ def models(arch: str, coupling: float = 1.0, off: float = 0.0) -> tuple[Any, Any
 
 
 def run(original: Any, locked: Any, mlps: list[MLP], train: Tensor, heldout: Tensor, **options: Any) -> Any:
-    given = {"visits": [512], "conversion": {}, "device": CPU, "max_memory": 2**30, "scratch": Path("unused")}
+    given = {
+        "train_tokens": [512],
+        "conversion": {},
+        "device": CPU,
+        "max_memory": 2**30,
+        "scratch": Path("unused"),
+    }
     return redistil(locked, original, mlps, train, heldout, **given | options)
 
 
-def figures(modules: list[tuple[ModuleCopies, DLRNet]]) -> dict[str, ModuleCopies]:
+def figures(modules: list[tuple[ModuleStudents, DLRNet]]) -> dict[str, ModuleStudents]:
     """By module, but for the seconds."""
     return {
-        m.module: replace(m, copies=[replace(copy, seconds=0.0) for copy in m.copies]) for m, _ in modules
+        m.module: replace(m, students=[replace(copy, seconds=0.0) for copy in m.students]) for m, _ in modules
     }
 
 
@@ -70,16 +77,16 @@ def test_an_mlp_in_the_guise_of_a_chain_is_found() -> None:
     """The chain's own error comes from its weights; the copy, fitted to the chain alone, comes down to it."""
     torch.manual_seed(0)
     original, locked, mlps = models("opt", coupling=1e-3, off=0.3)
-    found = list(run(original, locked, mlps, tokens(), tokens(8), visits=[256, 12_288]))
+    found = list(run(original, locked, mlps, tokens(), tokens(8), train_tokens=[256, 12_288]))
     for module, net in found:
         linear, random = (
-            sorted(m.visits for m in module.copies if m.start == s) for s in ("linear", "random")
+            sorted(m.train_tokens for m in module.students if m.init == s) for s in ("linear", "random")
         )
         assert linear == random == [256, 12_288]
-        errors = {(c.start, c.visits): c for c in module.copies}
+        errors = {(c.init, c.train_tokens): c for c in module.students}
         assert module.chain_error > 0.05 and module.gap < 0.01
-        assert errors["random", 12_288].copy_error < 0.6 * errors["random", 256].copy_error
-        assert errors["linear", 12_288].copy_error < 0.01
+        assert errors["random", 12_288].student_error < 0.6 * errors["random", 256].student_error
+        assert errors["linear", 12_288].student_error < 0.01
         assert errors["linear", 12_288].error == pytest.approx(module.chain_error, rel=0.1)
         assert module.undone(1.1) is not None
         assert best(module, 12_288) == errors["linear", 12_288]
@@ -90,11 +97,11 @@ def test_a_strong_lock_takes_work_and_more_work_undoes_more() -> None:
     torch.manual_seed(0)
     original, locked, mlps = models("opt", coupling=2.0)
     starts = "flat", "random"
-    module, _ = next(run(original, locked, mlps, tokens(), tokens(8), visits=[256, 8192], starts=starts))
-    assert module.gap > 0.2 and module.copies[0].copy_error > 0.2
-    for start in starts:
-        little, more = (copy for copy in module.copies if copy.start == start)
-        assert more.copy_error < 0.8 * little.copy_error
+    module, _ = next(run(original, locked, mlps, tokens(), tokens(8), train_tokens=[256, 8192], inits=starts))
+    assert module.gap > 0.2 and module.students[0].student_error > 0.2
+    for init in starts:
+        little, more = (copy for copy in module.students if copy.init == init)
+        assert more.student_error < 0.8 * little.student_error
 
 
 @pytest.mark.parametrize("arch", ["llama", "opt", "bert"])
@@ -125,8 +132,8 @@ def test_what_is_measured_is_what_is_said(arch: str) -> None:
     found = list(run(original, locked, mlps, train, heldout, conversion=conversion))
     gaps = flatten_gaps(locked, {m.module: locked.get_submodule(m.module) for m in mlps}, heldout)
     for module, net in found:
-        ((visits, net),) = net.items()
-        name, copy = module.module, best(module, visits)
+        ((train_tokens, net),) = net.items()
+        name, copy = module.module, best(module, train_tokens)
 
         def of(chain: DLRNet, x: Tensor) -> Tensor:
             return chain_reference(x, *in_float32(chain, CPU))
@@ -138,11 +145,11 @@ def test_what_is_measured_is_what_is_said(arch: str) -> None:
             relative_error(of(net, x), y),
             relative_error(of(net, own), of(chain, own)),
         ]
-        said = [module.chain_error, copy.error, copy.copy_error]
+        said = [module.chain_error, copy.error, copy.student_error]
         assert said == pytest.approx([e.mean().item() for e in by_hand], rel=0.02)  # captured in bfloat16
         assert module.gap == pytest.approx(gaps[name], rel=0.02)
         assert module.chain == str(chain.spec)
-        assert {c.share for c in module.copies} == {0.25 if conversion[name] else None}
+        assert {c.share for c in module.students} == {0.25 if conversion[name] else None}
         fresh = DLRSpec.of_params(D, chain.spec.params, depth=1, gated=True)
         assert net.spec.params in (fresh.params, chain.spec.params)
 
@@ -169,22 +176,24 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     original, locked, mlps = models("opt")
     text = tokens(), tokens(8)
     whole = list(run(original, locked, mlps, *text))
-    next(run(original, locked, mlps, *text, kept=Kept(tmp_path / "audit", {"seed": 0})))  # and no further
+    next(
+        run(original, locked, mlps, *text, kept=ResumeStore(tmp_path / "audit", {"seed": 0}))
+    )  # and no further
     said: list[str] = []
-    kept = Kept(tmp_path / "audit", {"seed": 0})
+    kept = ResumeStore(tmp_path / "audit", {"seed": 0})
     resumed = list(run(original, locked, mlps, *text, kept=kept, progress=lambda what, *_: said.append(what)))
     assert figures(resumed) == figures(whole)
     for (_, nets), (_, of_whole) in zip(resumed, whole, strict=True):
-        ((visits, net),), ((same, wanted),) = nets.items(), of_whole.items()
+        ((train_tokens, net),), ((same, wanted),) = nets.items(), of_whole.items()
         assert (
-            visits == same
+            train_tokens == same
             and net.spec == wanted.spec
             and all(map(torch.equal, net.parameters(), wanted.parameters()))
         )
     fits = {what for what in said if "re-distilling" in what}
     assert fits == {
-        f"re-distilling {mlps[1].module} (2 of 2), {start} start, 512 visits"
-        for start in ("linear", "random")
+        f"re-distilling {mlps[1].module} (2 of 2), {init} init, 512 training tokens"
+        for init in ("linear", "random")
     }
     nothing: list[str] = []
     list(run(original, locked, mlps, *text, kept=kept, progress=lambda what, *_: nothing.append(what)))
@@ -197,18 +206,18 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
 
 def test_a_copy_that_diverges_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     original, locked, mlps = models("opt")
-    real = redistil.__globals__["fit_copy"]
+    real = redistil.__globals__["fit_student"]
 
-    def fragile(*args: Any, start: str, **options: Any) -> DLRNet:
-        if start in failing:
+    def fragile(*args: Any, init: str, **options: Any) -> DLRNet:
+        if init in failing:
             raise DLRError("it diverged")
-        return real(*args, start=start, **options)
+        return real(*args, init=init, **options)
 
-    monkeypatch.setitem(redistil.__globals__, "fit_copy", fragile)
+    monkeypatch.setitem(redistil.__globals__, "fit_student", fragile)
     failing, notes = {"linear"}, []
     module, _ = next(run(original, locked, mlps, tokens(), tokens(8), note=notes.append))
-    assert [c.start for c in module.copies] == ["random"]
-    assert notes == [f"a copy of {mlps[0].module} is missing (linear start, 512 visits): it diverged"]
+    assert [c.init for c in module.students] == ["random"]
+    assert notes == [f"a copy of {mlps[0].module} is missing (linear init, 512 training tokens): it diverged"]
     failing = {"linear", "random"}
     with pytest.raises(DLRError, match="no copy of"):
         next(run(original, locked, mlps, tokens(), tokens(8)))
@@ -219,13 +228,15 @@ def test_the_copies_in_the_model_are_measured_against_the_original(arch: str) ->
     torch.manual_seed(0)
     original, locked, mlps = models(arch)
     train, heldout = tokens(), tokens(8)
-    found = list(run(original, locked, mlps, train, heldout, visits=[256, 4096]))
-    row = redistil_row(locked, original, found, heldout, name="undone", visits=4096, tokens=train.numel())
-    copies = with_chains(locked, {m.module: nets[4096] for m, nets in found}, [])
-    assert distance_of(row.evaluation) == pytest.approx(
-        distance_of(compare(copies, original, heldout)), rel=1e-4
+    found = list(run(original, locked, mlps, train, heldout, train_tokens=[256, 4096]))
+    row = redistil_row(
+        locked, original, found, heldout, name="undone", train_tokens=4096, tokens=train.numel()
     )
-    assert (row.name, row.slots, row.visits) == ("undone", "MLP", 4096)
+    students = with_chains(locked, {m.module: nets[4096] for m, nets in found}, [])
+    assert distance_of(row.evaluation) == pytest.approx(
+        distance_of(compare(students, original, heldout)), rel=1e-4
+    )
+    assert (row.name, row.slots, row.train_tokens) == ("undone", "MLP", 4096)
     assert row.seconds == sum(best(m, 4096).seconds for m, _ in found)
     for nets in (nets for _, nets in found):
         assert row.flops > 6 * nets[4096].spec.params * 4096
@@ -233,18 +244,18 @@ def test_the_copies_in_the_model_are_measured_against_the_original(arch: str) ->
 
 def test_flops_are_those_of_the_fit_its_steps_the_passes_and_the_start() -> None:
     chain = DLRSpec(32, 2, 3, 16)
-    for net, start, least_squares in (
+    for net, init, least_squares in (
         (DLRNet(DLRSpec(32, 1, 1, 96)), "linear", 2 * 32 * 32 * 7),
         (DLRNet(DLRSpec(32, 1, 1, 64, gated=True)), "random", 0),
     ):
-        for visits, used, steps in ((1000, 300, 4), (200, 200, 1)):
+        for train_tokens, used, steps in ((1000, 300, 4), (200, 200, 1)):
             wanted = (
-                6 * net.spec.params * visits
+                6 * net.spec.params * train_tokens
                 + steps * step_flops(net.spec)
                 + 2 * 7 * used
                 + least_squares * used
             )
-            assert redistil_flops(net, chain, visits, start, model_params=7, tokens=300) == wanted
+            assert redistil_flops(net, chain, train_tokens, init, model_params=7, tokens=300) == wanted
 
 
 def test_a_step_of_the_optimizer_is_counted() -> None:
@@ -253,5 +264,8 @@ def test_a_step_of_the_optimizer_is_counted() -> None:
     assert step_flops(DLRSpec(16, 1, 1, 64)) == 2 * (2 * 16 * 16 * 64 * 2 + (1 + 3 * 4) * 2 * 16**3)
 
 
-def best(module: ModuleCopies, visits: int) -> Copy:
-    return min((copy for copy in module.copies if copy.visits == visits), key=lambda copy: copy.copy_error)
+def best(module: ModuleStudents, train_tokens: int) -> Student:
+    return min(
+        (copy for copy in module.students if copy.train_tokens == train_tokens),
+        key=lambda copy: copy.student_error,
+    )

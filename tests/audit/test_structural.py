@@ -9,11 +9,11 @@ from tiny import VOCABULARY, tiny_model
 from torch import Tensor
 
 from dlr_lock.audit.structural import attacks, dropped, merged, structural_rows, swapped, truncated
-from dlr_lock.convert.endtoend import with_chains
-from dlr_lock.convert.evaluate import Evaluation, compare, distance_of
-from dlr_lock.convert.fidelity import in_float32, measure, relative_error
-from dlr_lock.convert.mlps import MLP, find_mlps
-from dlr_lock.convert.unlock import flattened
+from dlr_lock.convert.end_to_end import with_chains
+from dlr_lock.convert.evaluate import Evaluation, compare, distance_of, in_float32, measure, relative_error
+from dlr_lock.convert.mlp_discovery import find_mlps
+from dlr_lock.convert.mlp_matching import MLP
+from dlr_lock.convert.redistill import flattened
 from dlr_lock.runtime import DLRNet, DLRSpec, lock
 from dlr_lock.triton_kernels import ACTIVATIONS, chain_reference
 

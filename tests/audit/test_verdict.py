@@ -8,13 +8,15 @@ from dlr_lock.audit.report import Run, StepCost
 from dlr_lock.audit.verdict import mean_curves, tokens_to, verdicts
 
 
-def run(arm: str, attack: str, losses: list[float], *, seed: int = 0, best: bool = True) -> Run:
+def run(variant: str, attack: str, losses: list[float], *, seed: int = 0, best: bool = True) -> Run:
     tokens = [100 * n for n in range(len(losses))]
-    return Run(arm, attack, 1e-3, seed, 10, tokens, losses, (2.0, 2.0), 0.1, False, best)
+    return Run(variant, attack, 1e-3, seed, 10, tokens, losses, (2.0, 2.0), 0.1, False, best)
 
 
-def step(arm: str, attack: str, policy: str, flops: int, peak: int, seconds: float | None = None) -> StepCost:
-    return StepCost(arm, attack, policy, 10, flops, peak, peak, 1, 1, seconds)
+def step(
+    variant: str, attack: str, strategy: str, flops: int, peak: int, seconds: float | None = None
+) -> StepCost:
+    return StepCost(variant, attack, strategy, 10, flops, peak, peak, 1, 1, seconds)
 
 
 STEPS = [
@@ -30,14 +32,14 @@ ORIGINAL = [run("original", "full", [6.0, 4.0, 3.0]), run("original", "LoRA", [6
 
 
 def found(
-    runs: list[Run], unlocking: float = 5000.0
+    runs: list[Run], redistillation: float = 5000.0
 ) -> dict[tuple[float, str, int], tuple[float | None, bool, str]]:
-    table = verdicts(runs, STEPS, {"re-distilled": {"flops": unlocking, "seconds": 50.0}})
+    table = verdicts(runs, STEPS, {"re-distilled": {"flops": redistillation, "seconds": 50.0}})
     return {
         (v.share, v.measure, v.tunes): (
             v.ratio,
             v.bound,
-            v.locked.attack + ", " + v.locked.policy if v.locked else "",
+            v.locked.attack + ", " + v.locked.strategy if v.locked else "",
         )
         for v in table
     }

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny import save_tiny
 
-from dlr_lock.convert.text import english_topics
+from dlr_lock.convert.data import english_topics
 
-TINY = ["--tokens", "2048", "--batch", "256", "--depth", "3", "--rank", "16", "--visits"]
+TINY = ["--tokens", "2048", "--batch", "256", "--depth", "3", "--rank", "16", "--train-tokens"]
 fidelity = importlib.import_module("benchmarks.fidelity")
 
 
@@ -40,27 +40,27 @@ def test_modules(text: Path, tmp_path: Path) -> None:
         "1",
         *TINY,
         "4096,8192",
-        "--unlock",
+        "--redistill",
         "0.5",
         "--rate",
         "0.01",
     )
     rows = run(tmp_path, "modules", *arguments)
-    assert [row["visits"] for row in rows] == [4096, 8192]
+    assert [row["train_tokens"] for row in rows] == [4096, 8192]
     for row in rows:
-        assert row["flops"] == 6 * (2 * 3 * 16 * 64 + 2 * 64) * row["visits"] and row["rate"] == 0.01
-        assert row["curve"][-1]["visits"] == row["visits"]
+        assert row["flops"] == 6 * (2 * 3 * 16 * 64 + 2 * 64) * row["train_tokens"] and row["rate"] == 0.01
+        assert row["curve"][-1]["train_tokens"] == row["train_tokens"]
         assert row["curve"][-1]["rel_error"] == pytest.approx(row["rel_error"], rel=1e-5)
-        assert [attack["start"] for attack in row["attacks"]] == ["linear", "flat", "random"]
+        assert [attack["init"] for attack in row["attacks"]] == ["linear", "flat", "random"]
         assert {attack["cost"] for attack in row["attacks"]} == {0.5}
     assert rows[1]["rel_error"] < rows[0]["rel_error"]
 
 
 def test_model(text: Path, tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "source")
-    rows = run(tmp_path, "model", source, "--data", text, *TINY, "4096", "--together", "2048")
+    rows = run(tmp_path, "model", source, "--data", text, *TINY, "4096", "--end-to-end", "2048")
     assert [(row["across"], row["phase"]) for row in rows] == [
-        ("independent", "modules"), ("independent", "together"), ("sequential", "modules"), ("sequential", "together"),
+        ("independent", "modules"), ("independent", "end_to_end"), ("sequential", "modules"), ("sequential", "end_to_end"),
     ]  # fmt: skip
     assert all(len(row["gaps"]) == 2 and row["kl"] > 0 for row in rows)
     assert rows[3]["kl"] < rows[2]["kl"]
@@ -89,9 +89,9 @@ def test_spearman_is_the_correlation_of_ranks() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (["--visits", "many"], "many"),
+        (["--train-tokens", "many"], "many"),
         (["--data", "missing.txt"], "missing.txt"),
-        (["--unlock", "2,x"], "2,x"),
+        (["--redistill", "2,x"], "2,x"),
     ],
 )
 def test_bad_input_is_one_line(

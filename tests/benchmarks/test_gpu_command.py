@@ -21,15 +21,13 @@ command = importlib.import_module("benchmarks.gpu.__main__")
 plan = importlib.import_module("benchmarks.gpu.plan")
 stage = importlib.import_module("benchmarks.gpu.stage")
 schema = importlib.import_module("benchmarks.schema")
-bootstrap = importlib.import_module("benchmarks.bootstrap")
 
 
 def bare_machine(folder: Path) -> tuple[Path, Path]:
     """(Python, tree): one with all that is installed here but this package, and this package's sources alone."""
     tree, venv = folder / "tree", folder / "venv"
     tree.mkdir()
-    parts = {path.relative_to(ROOT).parts[0] for path in bootstrap.SourceTree().folders.values()}
-    for part in (*parts, "benchmarks", "tests"):
+    for part in ("dlr_lock", "runtime", "triton_kernels", "convert", "audit", "benchmarks", "tests"):
         shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__", "results"))
     shutil.copy(ROOT / "pyproject.toml", tree)
     EnvBuilder(symlinks=True).create(venv)
@@ -95,9 +93,9 @@ def test_the_rows_say_what_was_measured(smoke: tuple[str, Path]) -> None:
         assert row["accurate"] and row["median_us"] > 0 and row["ratio_to_original"] > 0
         assert (row["error"] is None) == (row["side"] == "original")
     assert {row["phase"] for row in rows["models"]} == {"decode", "prefill"}
-    policies = {(row["side"], row["policy"]): row for row in rows["training"]}
+    strategies = {(row["side"], row["strategy"]): row for row in rows["training"]}
     for side in ("original", "locked"):
-        plain, inference = policies[side, "plain"], policies[side, "inference"]
+        plain, inference = strategies[side, "plain"], strategies[side, "inference"]
         assert plain["step_s"] > plain["backward_s"] > 0 and inference["step_s"] > 0
         assert plain["gradient_error"] == 0 and (inference["error"] is None) == (side == "original")
     one, all_layers = rows["conversion"]
@@ -261,7 +259,7 @@ def test_a_plain_step_that_does_not_fit_leaves_the_others(
     train = training._train
 
     def small(row: Any, *rest: Any, **named: Any) -> Any:
-        if row.policy == "plain":
+        if row.strategy == "plain":
             raise torch.OutOfMemoryError("out of memory")
         return train(row, *rest, **named)
 
@@ -269,7 +267,7 @@ def test_a_plain_step_that_does_not_fit_leaves_the_others(
     assert stage.main(["--stage", "training", "--smoke", "--minutes", "2", "--out", str(tmp_path)]) == 1
     (path,) = tmp_path.glob("*.json")
     rows = schema.load(path)["rows"]
-    assert {row["policy"] for row in rows if not row["accurate"]} == {"plain"}
+    assert {row["strategy"] for row in rows if not row["accurate"]} == {"plain"}
     assert len([row for row in rows if row["step_s"]]) == len(rows) - 2
 
 
@@ -327,9 +325,9 @@ def test_numbers_that_are_not_finite_are_red() -> None:
     assert stage.finite({"fact": "copy", "value": nan}) == {"fact": "copy", "value": None}
 
 
-def test_a_policy_whose_gradient_is_wrong_has_no_time() -> None:
+def test_a_strategy_whose_gradient_is_wrong_has_no_time() -> None:
     training = importlib.import_module("benchmarks.gpu.training")
-    jobs = [job for job in training.jobs(smoke=True) if job.side == "locked" and job.policy is not None]
+    jobs = [job for job in training.jobs(smoke=True) if job.side == "locked" and job.strategy is not None]
     original = training.build.original(jobs[0].shape, torch.float32, torch.device("cpu"))
     model = training.build.locked(original, jobs[0].shape, jobs[0].spec)
     ids = torch.arange(16)[None]
@@ -375,7 +373,7 @@ def test_pytest_that_does_not_run_is_no_success(tmp_path: Path, monkeypatch: pyt
 def test_a_tree_measures_itself_whatever_is_installed(tmp_path: Path) -> None:
     (tmp_path / "dlr_lock").mkdir()
     (tmp_path / "dlr_lock" / "__init__.py").write_text("raise SystemExit('another')")
-    code = "import importlib.util; import benchmarks.bootstrap; print(importlib.util.find_spec('dlr_lock').origin)"
+    code = "import importlib.util; import benchmarks; print(importlib.util.find_spec('dlr_lock').origin)"
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     run = subprocess.run(
         [sys.executable, "-c", code], cwd="/", env=environment, capture_output=True, text=True
@@ -401,11 +399,11 @@ def test_counts_of_pytest() -> None:
 
 def test_a_conversion_is_planned_by_the_speed_of_the_first_layer() -> None:
     planned = importlib.import_module("benchmarks.gpu.conversion").plan
-    layers, visits = planned(30, 1e6, 5.0, 200.0)
-    assert layers == 30 and 4.0e6 < visits < 4.1e6  # 6.5 s a layer, 2.4 of them no distillation
+    layers, train_tokens = planned(30, 1e6, 5.0, 200.0)
+    assert layers == 30 and 4.0e6 < train_tokens < 4.1e6  # 6.5 s a layer, 2.4 of them no distillation
     assert planned(30, 1e6, 5.0, 5000.0) == (30, 8_192_000)  # as much as a GPU's standard
-    layers, visits = planned(30, 1e4, 15.0, 200.0)
-    assert layers == 15 and 102_400 <= visits < 110_000  # fewer layers rather than fewer visits
+    layers, train_tokens = planned(30, 1e4, 15.0, 200.0)
+    assert layers == 15 and 102_400 <= train_tokens < 110_000  # fewer layers rather than fewer train_tokens
     assert planned(30, 1e4, 15.0, 10.0) == (0, 0)
 
 

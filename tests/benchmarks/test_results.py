@@ -285,16 +285,16 @@ def test_every_kind_of_a_gpu_run_has_its_table(tmp_path: Path) -> None:
             MODEL | {"side": "locked", "engine": "graph"} | TIMED | {"median_us": 1000.0, "error": 0.004},
         ],
         "training": [
-            step | {"side": "locked", "policy": "inference", "accurate": True, "step_s": 0.1},
-            step | {"side": "locked", "policy": "plain", "accurate": True, "step_s": 2.5, "peak_bytes": 80 * 10**9},
-            step | {"side": "locked", "policy": "inversion", "accurate": True, "step_s": 1.2, "peak_bytes": 10**9},
+            step | {"side": "locked", "strategy": "inference", "accurate": True, "step_s": 0.1},
+            step | {"side": "locked", "strategy": "plain", "accurate": True, "step_s": 2.5, "peak_bytes": 80 * 10**9},
+            step | {"side": "locked", "strategy": "inversion", "accurate": True, "step_s": 1.2, "peak_bytes": 10**9},
         ],
         "conversion": [
             {
                 "name": "one layer", "model": "SmolLM2", "random": False, "text": "wiki.txt", "layers": 6,
-                "of_layers": 30, "tokens": 10**6, "visits": 8 * 10**6, "seconds": 120.5, "original_loss": 3.0,
+                "of_layers": 30, "tokens": 10**6, "train_tokens": 8 * 10**6, "seconds": 120.5, "original_loss": 3.0,
                 "loss": 3.2, "kl": 0.21, "flips": 0.18, "smallest_gap": 0.8, "largest_rel_error": 0.2,
-                "visits_per_s": 1e6,
+                "train_tokens_per_s": 1e6,
             }
         ],
     }  # fmt: skip

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
+from dlr_lock.common.errors import DLRError
 from dlr_lock.convert import distill as distill_module
-from dlr_lock.convert.capture import Activations
-from dlr_lock.convert.distill import distill
-from dlr_lock.convert.fidelity import measure
-from dlr_lock.convert.mlps import TeacherWeights
-from dlr_lock.convert.recipe import Recipe
-from dlr_lock.convert.start import mixed_start, random_start
-from dlr_lock.runtime import DLRError, DLRNet, DLRSpec
+from dlr_lock.convert.activations import Activations
+from dlr_lock.convert.config import Recipe
+from dlr_lock.convert.distill import distill, mixed_init, random_init
+from dlr_lock.convert.evaluate import measure
+from dlr_lock.convert.mlp_matching import TeacherWeights
+from dlr_lock.runtime import DLRNet, DLRSpec
 
 CPU = torch.device("cpu")
 D, F, N = 48, 96, 4096
@@ -34,7 +34,7 @@ def pairs(x: torch.Tensor, y: torch.Tensor) -> Activations:
 def fit(
     x: torch.Tensor, y: torch.Tensor, spec: DLRSpec = SPEC, weights: TeacherWeights | None = None, **recipe
 ):
-    recipe = {"visits": 49_152, "batch": 128} | recipe
+    recipe = {"train_tokens": 49_152, "batch": 128} | recipe
     tensors = distill(pairs(x, y), N, spec, Recipe(**recipe), name="mlp", device=CPU, teacher=weights)
     net = DLRNet(spec)
     net.assign(tensors)
@@ -78,8 +78,8 @@ def test_the_mixed_start_fits_better_where_the_mlp_reads_few_directions() -> Non
     weights = narrow_teacher()
     x = torch.randn(N + 1024, D)
     y = run(weights, x)
-    _, random = fit(x, y, start="random", visits=16_384)
-    _, mixed = fit(x, y, weights=weights, start="mixed", visits=16_384)
+    _, random = fit(x, y, init="random", train_tokens=16_384)
+    _, mixed = fit(x, y, weights=weights, init="mixed", train_tokens=16_384)
     assert mixed.rel_error < 0.75 * random.rel_error  # measured 0.50 to 0.53
 
 
@@ -91,7 +91,7 @@ def test_the_mixed_start_reads_sums_and_differences_of_two_of_the_mlps_rows(gate
     weights = TeacherWeights(up, torch.randn(count, D) if gate else None, down)
     rows = up if weights.gate is None else torch.cat([up, weights.gate])
     spec = DLRSpec(hidden_size=D, lanes=1, depth=2, rank=16, gated=gated)
-    start = mixed_start(spec, torch.Generator().manual_seed(0), weights)
+    start = mixed_init(spec, torch.Generator().manual_seed(0), weights)
     for name in ("dlr_A", "dlr_G") if gated else ("dlr_A",):
         reads = start[name].view(-1, D)
         assert torch.allclose(reads.norm(dim=1), torch.ones(len(reads)))
@@ -109,7 +109,7 @@ def test_the_mixed_start_reads_nothing_of_pruned_units_and_keeps_random_rows_ins
     weights = teacher()
     assert weights.gate is not None
     weights.up[4:], weights.gate[4:] = 0, 1e-12
-    start = mixed_start(SPEC, torch.Generator().manual_seed(0), weights)["dlr_A"].view(-1, D)
+    start = mixed_init(SPEC, torch.Generator().manual_seed(0), weights)["dlr_A"].view(-1, D)
     assert (start.norm(dim=1) > 0.5).all()
     live = torch.cat([weights.gate[:4], weights.up[:4]])
     span = torch.linalg.svd(live, full_matrices=False)[2]
@@ -117,19 +117,19 @@ def test_the_mixed_start_reads_nothing_of_pruned_units_and_keeps_random_rows_ins
 
 
 def test_b_moves_twice_as_fast_as_a_and_both_decay() -> None:
-    weights = random_start(SPEC, torch.Generator())
+    weights = random_init(SPEC, torch.Generator())
     recipe = Recipe(1024, 128, rate=0.01, weight_decay=0.125)
     groups = {id(g["params"][0]): g for g in distill_module._groups(weights, recipe, torch.eye(D))}
     a, b = groups[id(weights["dlr_A"])], groups[id(weights["dlr_B"])]
     assert (a["lr"], b["lr"]) == pytest.approx((0.01, 0.02))
     assert a["weight_decay"] == b["weight_decay"] == 0.125 and a["rows"] == b["rows"] == 64
-    assert "metric" in a and "metric" not in b
+    assert "preconditioner" in a and "preconditioner" not in b
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("rate", 0.0), ("rate", float("nan")), ("momentum", 1.0), ("scale", 0.0), ("metric", 100.0),
-     ("writing", -1.0), ("weight_decay", 1000.0)],
+    [("rate", 0.0), ("rate", float("nan")), ("momentum", 1.0), ("scale", 0.0), ("preconditioner_exponent", 100.0),
+     ("lr_multiplier_b", -1.0), ("weight_decay", 1000.0)],
 )  # fmt: skip
 def test_a_recipe_that_makes_no_sense_is_refused(name: str, value: float) -> None:
     with pytest.raises(DLRError, match=f"{name} must be from"):
@@ -138,7 +138,7 @@ def test_a_recipe_that_makes_no_sense_is_refused(name: str, value: float) -> Non
 
 def test_a_mixed_start_of_unknown_weights_is_random() -> None:
     spec, seed = SPEC, torch.Generator()
-    mixed, random = mixed_start(spec, seed.manual_seed(1), None), random_start(spec, seed.manual_seed(1))
+    mixed, random = mixed_init(spec, seed.manual_seed(1), None), random_init(spec, seed.manual_seed(1))
     assert mixed.keys() == random.keys() and all(torch.equal(mixed[k], random[k]) for k in mixed)
 
 
@@ -148,7 +148,7 @@ def test_the_same_seed_gives_the_same_chain(lanes: int) -> None:
     x = torch.randn(N + 64, D)
     y = run(weights, x)
     spec = DLRSpec(hidden_size=D, lanes=lanes, depth=2, rank=16)
-    one, two, other = (fit(x, y, spec, visits=2048, seed=seed)[0] for seed in (3, 3, 4))
+    one, two, other = (fit(x, y, spec, train_tokens=2048, seed=seed)[0] for seed in (3, 3, 4))
     assert torch.equal(one.dlr_A, two.dlr_A) and not torch.equal(one.dlr_A, other.dlr_A)
 
 
@@ -175,7 +175,7 @@ def test_a_fit_that_diverges_is_said() -> None:
     y = torch.randn(N, D)
     y[::16] = torch.finfo(torch.float32).max  # their squares overflow: no batch's loss is a number
     with pytest.raises(DLRError, match=r"layers\.3\.mlp diverged 3 times"):
-        distill(pairs(x, y), N, SPEC, Recipe(visits=2 * N, batch=64), name="layers.3.mlp", device=CPU)
+        distill(pairs(x, y), N, SPEC, Recipe(train_tokens=2 * N, batch=64), name="layers.3.mlp", device=CPU)
 
 
 def test_a_fit_that_stumbles_goes_on_from_its_last_good_state() -> None:
@@ -183,9 +183,9 @@ def test_a_fit_that_stumbles_goes_on_from_its_last_good_state() -> None:
     weights = teacher()
     x = torch.randn(N + 1024, D)
     y = run(weights, x)
-    _, sound = fit(x, y, visits=2 * N, batch=32)
+    _, sound = fit(x, y, train_tokens=2 * N, batch=32)
     y[7] = torch.finfo(torch.float32).max
-    _, stumbled = fit(x, y, visits=2 * N, batch=32)
+    _, stumbled = fit(x, y, train_tokens=2 * N, batch=32)
     assert stumbled.rel_error < sound.rel_error + 0.1 < 1
 
 
@@ -197,7 +197,7 @@ def test_typical_sizes_are_those_of_all_tokens_whatever_the_number_of_tokens() -
     x[::64], y[::64] = 300 * x[::64], 300 * y[::64]
     data = Activations(x, y, torch.arange(tokens) % 64 == 0, mapped=False)
     spec = DLRSpec(hidden_size=16, lanes=1, depth=2, rank=16)
-    tensors = distill(data, tokens, spec, Recipe(visits=1024, batch=512), name="mlp", device=CPU)
+    tensors = distill(data, tokens, spec, Recipe(train_tokens=1024, batch=512), name="mlp", device=CPU)
     assert tensors["dlr_scale"].mean().item() == pytest.approx(1, rel=0.1)
     assert tensors["dlr_A"].square().mean().item() == pytest.approx(1 / 16, rel=0.3)  # reads x of unit size
 
@@ -205,7 +205,7 @@ def test_typical_sizes_are_those_of_all_tokens_whatever_the_number_of_tokens() -
 @pytest.mark.parametrize("batch", [1, 8, 512])
 def test_first_tokens_are_a_small_share_of_every_batch_size(batch: int) -> None:
     first = torch.arange(0, 8192, 128)
-    recipe = Recipe(visits=4096, batch=batch)
+    recipe = Recipe(train_tokens=4096, batch=batch)
     rows = torch.cat(list(recipe.batches(8192, first, torch.Generator().manual_seed(0))))
     assert len(rows) == 4096
     assert 0.008 < torch.isin(rows, first).float().mean().item() < 0.03
@@ -214,4 +214,4 @@ def test_first_tokens_are_a_small_share_of_every_batch_size(batch: int) -> None:
 def test_a_fit_that_never_gets_anywhere_is_no_result() -> None:
     x = torch.randn(N, D)
     with pytest.raises(DLRError, match="diverged"):
-        fit(x, torch.randn(N, D), visits=4096, batch=512, rate=50.0)
+        fit(x, torch.randn(N, D), train_tokens=4096, batch=512, rate=50.0)

@@ -11,8 +11,8 @@ from tiny import VOCABULARY, tiny_config, tiny_model
 from torch.nn import functional as F
 from transformers import BertForSequenceClassification
 
+from dlr_lock.common.errors import DLRError
 from dlr_lock.convert.evaluate import Evaluation, evaluate
-from dlr_lock.runtime.errors import DLRError
 
 
 @pytest.fixture(scope="module")

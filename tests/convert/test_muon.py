@@ -46,14 +46,14 @@ def test_it_descends_on_a_badly_scaled_problem() -> None:
     ("rank", "block"), [(16, 16), (64, 64), (80, 40), (192, 64), (272, 34), (53, 53), (67, 1)]
 )
 def test_wide_steps_move_in_equal_blocks_of_rows(rank: int, block: int) -> None:
-    metric = torch.diag(torch.linspace(1, 2, 96))
+    preconditioner = torch.diag(torch.linspace(1, 2, 96))
     weight, gradient = torch.randn(2, 3, rank, 96), torch.randn(2, 3, rank, 96)
     weight.grad, before = gradient, weight.clone()
-    Muon([{"params": [weight], "lr": 0.5, "metric": metric, "rows": 64}]).step()
+    Muon([{"params": [weight], "lr": 0.5, "preconditioner": preconditioner, "rows": 64}]).step()
     for first in range(0, rank, block):
         rows = slice(first, first + block)
         moved = (before - weight)[..., rows, :] / 0.5
-        wanted = orthogonalised(gradient[..., rows, :], metric)
+        wanted = orthogonalised(gradient[..., rows, :], preconditioner)
         torch.testing.assert_close(moved, wanted, rtol=1e-3, atol=1e-4)
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from tiny import VOCABULARY, tiny_model
 
-from dlr_lock.convert.capture import capture
+from dlr_lock.convert.activations import SequentialCalibrator, capture
+from dlr_lock.convert.config import Recipe
 from dlr_lock.convert.distill import distill
-from dlr_lock.convert.layers import Stack
-from dlr_lock.convert.mlps import MLP, find_mlps
-from dlr_lock.convert.recipe import Recipe
-from dlr_lock.convert.streams import Streams
+from dlr_lock.convert.layer_runner import LayerRunner
+from dlr_lock.convert.mlp_discovery import find_mlps
+from dlr_lock.convert.mlp_matching import MLP
 from dlr_lock.runtime import DLRNet, DLRSpec
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def wrong_chain(mlp: MLP) -> DLRNet:
 def test_before_anything_is_locked_the_pairs_are_the_originals(arch: str, tmp_path: Path) -> None:
     model = tiny_model(arch, layers=3)
     mlps, ids = find_mlps(model)[1:], tokens()
-    pairs = Streams(model, mlps, ids, max_memory=ROOM, scratch=tmp_path).pairs(mlps[0])
+    pairs = SequentialCalibrator(model, mlps, ids, max_memory=ROOM, scratch=tmp_path).pairs(mlps[0])
     captured = capture(model, mlps, ids, max_memory=ROOM, scratch=tmp_path)
     _, wanted = next(captured)
     for got, want in ((pairs.x, wanted.x), (pairs.y, wanted.y)):
@@ -48,13 +48,13 @@ def test_a_module_that_does_as_asked_repairs_the_hidden_states(
     """After a chain that is quite wrong, y* in the next layer's place must bring back the original's states."""
     model = tiny_model(arch, layers=3)
     mlps, ids = find_mlps(model), tokens()
-    streams = Streams(model, mlps, ids, max_memory=memory, scratch=tmp_path)
+    streams = SequentialCalibrator(model, mlps, ids, max_memory=memory, scratch=tmp_path)
     chain = wrong_chain(mlps[0])
     drift = streams.put(mlps[0], chain)
     assert drift > 1e-3
     pairs = streams.pairs(mlps[1])
 
-    stack = Stack(model, mlps, ids)
+    stack = LayerRunner(model, mlps, ids)
     true = stack.run(1, stack.run(0, stack.embed(ids)))
     bent = stack.look(mlps[0], stack.embed(ids), instead=lambda x, y: chain(x)).out
     assert torch.allclose(
@@ -69,7 +69,7 @@ def test_the_drift_is_that_of_the_locked_model(tmp_path: Path) -> None:
     model = tiny_model("llama", layers=3)
     mlps, ids = find_mlps(model), tokens()
     chain = wrong_chain(mlps[1])
-    drift = Streams(model, mlps, ids, max_memory=ROOM, scratch=tmp_path).put(mlps[1], chain)
+    drift = SequentialCalibrator(model, mlps, ids, max_memory=ROOM, scratch=tmp_path).put(mlps[1], chain)
     states = []
     for replaced in (False, True):
         if replaced:
@@ -89,15 +89,15 @@ def test_errors_are_corrected_along_the_way(tmp_path: Path) -> None:
 
     def fit(pairs, mlp: MLP) -> DLRNet:
         net = DLRNet(spec)
-        recipe = Recipe(visits=20_480, batch=256, seed=mlp.layer)
+        recipe = Recipe(train_tokens=20_480, batch=256, seed=mlp.layer)
         net.assign(distill(pairs, ids.numel(), spec, recipe, name=mlp.module, device=CPU))
         return net
 
-    streams = Streams(model, mlps, ids, max_memory=ROOM, scratch=tmp_path)
+    streams = SequentialCalibrator(model, mlps, ids, max_memory=ROOM, scratch=tmp_path)
     sequential = [streams.put(mlp, fit(streams.pairs(mlp), mlp)) for mlp in mlps]
     captured = capture(model, mlps, ids, max_memory=ROOM, scratch=tmp_path)
     chains = [fit(pairs, mlp) for mlp, pairs in captured]
-    streams = Streams(model, mlps, ids, max_memory=ROOM, scratch=tmp_path)
+    streams = SequentialCalibrator(model, mlps, ids, max_memory=ROOM, scratch=tmp_path)
     independent = [streams.put(mlp, chain) for mlp, chain in zip(mlps, chains, strict=True)]
     assert sequential[0] == pytest.approx(independent[0], rel=0.02)  # nothing to correct yet
     assert sequential[-1] < independent[-1]

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from test_plugin import locked_tiny
 
-from dlr_lock.runtime import DLRError, inspect, load, verify
+from dlr_lock.common.errors import DLRError
+from dlr_lock.common.files import MANIFEST
+from dlr_lock.runtime import inspect, load, verify
 from dlr_lock.runtime.checkpoint import write_manifest
-from dlr_lock.runtime.files import MANIFEST
 
 
 @pytest.fixture

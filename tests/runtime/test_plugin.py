@@ -13,8 +13,9 @@ from tiny import save_tiny, tiny_model
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from dlr_lock.convert.mlps import find_mlps
-from dlr_lock.runtime import DLRError, DLRNet, DLRSpec, load, lock, locked_modules
+from dlr_lock.common.errors import DLRError
+from dlr_lock.convert.mlp_discovery import find_mlps
+from dlr_lock.runtime import DLRNet, DLRSpec, load, lock, locked_modules
 
 ARCHITECTURES = ["llama", "qwen3", "gemma2", "mistral", "phi", "gpt2", "gpt_neox", "opt", "helium", "bloom"]
 

@@ -2,7 +2,8 @@ import random
 
 import pytest
 
-from dlr_lock.runtime import DLRError, DLRNet, DLRSpec
+from dlr_lock.common.errors import DLRError
+from dlr_lock.runtime import DLRNet, DLRSpec
 
 
 def mlp_params(d: int, f: int, gated: bool, bias: bool) -> int:

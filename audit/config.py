@@ -1,0 +1,137 @@
+"""Every choice of an audit."""
+
+import re
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ..common.errors import DLRError
+from ..common.memory import memory_bytes
+from ..common.options import check_names, option
+from ..runtime.device import usable_device
+from .learning import FIRST_RATES, Tuning
+from .texts import INVENTED, TOPICS
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What an attacker may spend, and how well it is measured. tokens, heldout: of neutral text to distil chains back
+    on, and to measure on. shares: of a module's conversion that distilling it back may cost, in train_tokens. tuning, batch,
+    sequence: training tokens of a fine-tune, of a step, of a sequence. task_heldout: tokens that judge it.
+    seeds, rates: runs at the best rate, and rates tried at most. timed: whether the asymmetry is timed, too."""
+
+    tokens: int
+    heldout: int
+    shares: str
+    attacks: str
+    tuning: int
+    batch: int
+    sequence: int
+    task_heldout: int
+    seeds: int
+    rates: int
+    timed: bool
+
+
+BUDGETS = {
+    "quick": Budget(
+        32_768, 4_096, "0.0625", "full,LoRA,attention",
+        4_096, 256, 128, 512, 3, 4, False,
+    ),
+    "full": Budget(
+        409_600, 10_240, "0.0625,0.25,1", "full,LoRA,attention,MeZO",
+        262_144, 2_048, 512, 8_192, 3, 6, True,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditConfig:
+    """The choices of `audit_model`; None means: as `budget` says.
+
+    Every field says in its help what it is; `dlr-lock audit --help` prints them all. The texts are those of
+    `texts.read_split`, a fine-tune's numbers those of `Budget`.
+    """
+
+    budget: str = option("quick", "quick or full: what an attacker may spend, where not said below.")
+    task: str = option(
+        INVENTED, "Text to fine-tune on: .txt, .jsonl, .parquet, a datasets name, or invented."
+    )
+    data: str = option(TOPICS, "Neutral text, in the same forms, or topics: Python's documentation.")
+    attacks: str | None = option(None, "Some of full,LoRA,attention,MeZO.")
+    shares: str | None = option(
+        None, "Training tokens of redistilling a chain, over its conversion's: 0.0625,1."
+    )
+    tuning: int | None = option(None, "Training tokens of a fine-tune.")
+    batch: int | None = option(None, "Tokens a step of it.")
+    sequence: int | None = option(None, "Tokens a sequence of it.")
+    seeds: int | None = option(None, "Runs at the best rate.")
+    rates: int | None = option(None, "Rates tried, at most.")
+    tokens: int | None = option(None, "Tokens of neutral text to redistill chains on.")
+    heldout: int | None = option(None, "Tokens of neutral text to measure on.")
+    seed: int = option(0, "Seed of runs and of the invented task.")
+    device: str | None = option(None, "cpu, cuda, cuda:1, ...; the best there is by default.")
+    max_memory: int | str | None = option(
+        None, "For activations, such as 4GiB.  [default: a quarter of the memory]"
+    )
+
+    @classmethod
+    def of(cls, choices: dict[str, Any]) -> "AuditConfig":
+        """The choices by name. Raises DLRError on a name that there is not, with today's name of an old one."""
+        check_names(choices, cls, RENAMED)
+        return cls(**choices)
+
+    def resolved(self) -> "AuditConfig":
+        """The same with every None filled in. Raises DLRError on bad values."""
+        if self.budget not in BUDGETS:
+            raise DLRError(f"unknown budget {self.budget!r}; one of {', '.join(BUDGETS)}")
+        budget = asdict(BUDGETS[self.budget])
+        chosen = replace(
+            self,
+            **{k: v for k, v in budget.items() if k in self.__slots__ and getattr(self, k) is None},
+            device=str(usable_device(self.device)),
+            max_memory=memory_bytes(self.max_memory),
+        )
+        for name in ("tokens", "heldout", "tuning", "batch", "sequence", "seeds", "rates"):
+            if getattr(chosen, name) < 1:
+                raise DLRError(f"--{name} must be at least 1, not {getattr(chosen, name)}")
+        assert chosen.sequence and chosen.batch and chosen.tuning
+        if not 2 <= chosen.sequence <= chosen.batch <= chosen.tuning:
+            raise DLRError(
+                f"--sequence {chosen.sequence}, --batch {chosen.batch}, --tuning {chosen.tuning}: a sequence has 2 "
+                "tokens or more, a step one sequence or more, a run one step or more"
+            )
+        if not 0 <= self.seed < 2**31:
+            raise DLRError(f"--seed must be from 0 to {2**31 - 1}, not {self.seed}")
+        for attack in chosen.chosen_attacks:
+            if attack not in FIRST_RATES:
+                raise DLRError(f"unknown attack {attack!r}; some of {','.join(FIRST_RATES)}")
+        if not chosen.chosen_shares:
+            raise DLRError("--shares must name one share of the train_tokens at least, such as 0.0625")
+        return chosen
+
+    @property
+    def chosen_attacks(self) -> list[str]:
+        return list(dict.fromkeys(part.strip() for part in str(self.attacks).split(",")))
+
+    @property
+    def chosen_shares(self) -> list[float]:
+        """In ascending order."""
+        parts = [part.strip() for part in str(self.shares).split(",") if part.strip()]
+        if not all(re.fullmatch(r"\d*\.?\d+", part) and 0 < float(part) <= 100 for part in parts):
+            raise DLRError(f"--shares {self.shares}: numbers above 0 and at most 100, such as 0.0625,0.25")
+        return sorted({float(part) for part in parts})
+
+    @property
+    def plan(self) -> Tuning:
+        """How a resolved audit fine-tunes."""
+        assert self.tuning and self.batch and self.seeds and self.rates
+        return Tuning(self.tuning, self.batch, _LOOKS, self.seeds, self.rates)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The choices that a report repeats."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+_LOOKS = 6  # at the held-out loss in a run
+
+RENAMED: dict[str, str] = {}  # options by their old names, with the line that says the new one

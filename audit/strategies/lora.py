@@ -1,0 +1,96 @@
+"""LoRA (arXiv 2106.09685): the weights stay, and low-rank changes of them are trained.
+
+A weight W [.., n, d] gets V [.., n, a] and U [.., a, d], of adapter rank a: W + V U. Written apart, as
+z W^T + (z U^T) V^T, the frozen product keeps no input and has no gradient of W: 2/3 of plain training's FLOPs, and as
+many states kept, for U wants them. Merged, W + V U is formed once a step and trained like any weight, by any form of
+the chain.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ...common.hooks import removed
+from ...triton_kernels import ACTIVATIONS
+from .steps import lanes_of, output
+
+Adapter = tuple[Tensor, Tensor]  # V, U
+
+
+def new_adapter(W: Tensor, rank: int) -> Adapter:
+    """V of zeros and a random U for W [.., n, d], both to be trained: the model starts unchanged."""
+    *lead, n, d = W.shape
+    V = W.new_zeros(*lead, n, rank).requires_grad_()
+    return V, (torch.randn(*lead, rank, d, dtype=W.dtype, device=W.device) * d**-0.5).requires_grad_()
+
+
+def adapted_chain(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    G: Tensor | None = None,
+    act: str = "silu",
+    *,
+    adapters: Sequence[Adapter],
+) -> Tensor:
+    """The chain with an adapter for A, B and, gated, G, in this order, written apart; for the rest as
+    `chain_reference`. V [L, K, r, a], U [L, K, a, d]."""
+    start = z = lanes_of(x, A, B, G, act)
+    weights = [W for W in (A, B, G) if W is not None]
+    flat = [t for W, (V, U) in zip(weights, adapters, strict=True) for t in (W, V, U)]
+    for step in zip(*(t.unbind(1) for t in flat), strict=True):
+        (A_k, *A_k_low), (B_k, V, U), *gate = (step[i : i + 3] for i in range(0, len(step), 3))
+        seen = z.to(A.dtype)
+        h = _reads(seen, A_k, *A_k_low)
+        h = ACTIVATIONS[act](_reads(seen, *gate[0])) * h if gate else ACTIVATIONS[act](h)
+        z = z + (torch.bmm(h, B_k) + torch.bmm(torch.bmm(h, V), U))
+    return output(x, start, z, scale, bias)
+
+
+def merged_chain(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    G: Tensor | None = None,
+    *,
+    adapters: Sequence[Adapter],
+    form: Callable[..., Tensor],
+) -> Tensor:
+    """`adapted_chain` with W + V U in the place of each W, by a form of the chain that takes all but x by name."""
+    weights = {name: W for name, W in (("A", A), ("B", B), ("G", G)) if W is not None}
+    merged = {name: W + V @ U for (name, W), (V, U) in zip(weights.items(), adapters, strict=True)}
+    return form(x, scale=scale, bias=bias, **merged)
+
+
+@contextmanager
+def attached(linears: Sequence[nn.Module], rank: int) -> Iterator[list[Tensor]]:
+    """Linear layers, nn.Linear or Conv1D, with an adapter each, within the block; gives what is to be trained."""
+    adapters = [new_adapter(_matrix(linear), rank) for linear in linears]
+    hooks = [
+        linear.register_forward_hook(lambda _, inputs, y, V=V, U=U: y + low_rank(inputs[0], V, U))
+        for linear, (V, U) in zip(linears, adapters, strict=True)
+    ]
+    with removed(hooks):
+        yield [t for adapter in adapters for t in adapter]
+
+
+def _matrix(linear: nn.Module) -> Tensor:
+    """W [n, d]."""
+    weight = linear.get_parameter("weight").detach()
+    return weight.mT if isinstance(linear, Conv1D) else weight
+
+
+def low_rank(x: Tensor, V: Tensor, U: Tensor) -> Tensor:
+    """x (V U)^T: x [.., d], V [n, a], U [a, d]."""
+    return nn.functional.linear(nn.functional.linear(x, U), V)
+
+
+def _reads(z: Tensor, W: Tensor, V: Tensor, U: Tensor) -> Tensor:
+    return torch.bmm(z, W.mT) + torch.bmm(torch.bmm(z, U.mT), V.mT)

@@ -1,0 +1,377 @@
+"""Teacher activations: what goes into each MLP and what comes out of it, on the calibration text.
+
+A pass over the text serves as many layers as fit into the memory budget and ends right behind the last of
+them. A layer that does not fit alone is kept in memory-mapped files.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..common.errors import DLRError
+from ..common.hooks import StopForward, first_argument, frozen, removed, run_body, submodule
+from ..common.progress import Count, no_count
+from ..runtime import DLRNet
+from .evaluate import relative_error
+from .layer_runner import LayerRunner, Seen, Sum
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedModel
+
+    from .mlp_matching import MLP
+
+
+# Tokens in one forward pass: enough to keep the matrix products busy, little beside the activations kept.
+_BATCH_TOKENS = 4096
+# Tokens in the trial pass that tells whether every MLP is called exactly once.
+_TRIAL_TOKENS = 8
+
+
+class Activations:
+    """Input and output of one MLP on N tokens, valid until `close()`.
+
+    x, y    [N, d] in the dtype of the capture, in memory or memory-mapped (`mapped`), on the CPU
+    first   [N] bool, True at the first token of each sequence
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, first: Tensor, mapped: bool) -> None:
+        self._x: Tensor | None = x
+        self._y: Tensor | None = y
+        self.first = first
+        self.mapped = mapped
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    @property
+    def x(self) -> Tensor:
+        return _open(self._x)
+
+    @property
+    def y(self) -> Tensor:
+        return _open(self._y)
+
+    def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of x and y at the tokens index [b] int64, in that order, both [b, d].
+
+        A mapped file is read in ascending order: neighbours share pages, and the disk is read forwards.
+        """
+        if not self.mapped:
+            return self.x.index_select(0, index), self.y.index_select(0, index)
+        ascending, order = index.sort()
+        back = order.argsort()
+        x, y = (part.index_select(0, ascending).index_select(0, back) for part in (self.x, self.y))
+        return x, y
+
+    def close(self) -> None:
+        """Give the memory, or the disk space, back."""
+        self._x = self._y = None
+
+
+def _open(part: Tensor | None) -> Tensor:
+    if part is None:
+        raise RuntimeError("these activations were released when the next ones were asked for")
+    return part
+
+
+def group_layers(
+    mlps: Sequence[MLP], tokens: int, max_memory: int, dtype: torch.dtype = torch.bfloat16
+) -> list[list[MLP]]:
+    """Which MLPs share a teacher pass: as many in a row as keep x and y within max_memory bytes.
+
+    At least one; one that is alone and too large is the one that goes to disk.
+    """
+    groups: list[list[MLP]] = []
+    room = 0
+    for mlp in mlps:
+        size = _bytes(mlp, tokens, dtype)
+        if not groups or size > room:
+            groups.append([])
+            room = max_memory
+        groups[-1].append(mlp)
+        room -= size
+    return groups
+
+
+def capture(
+    model: PreTrainedModel,
+    mlps: Sequence[MLP],
+    tokens: Tensor,
+    *,
+    max_memory: int,
+    scratch: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    progress: Count = no_count,
+) -> Iterator[tuple[MLP, Activations]]:
+    """Yield each MLP, in the order given, with its activations on tokens [S, n].
+
+    Activations are released when the next ones are asked for, so at no time is more than max_memory bytes
+    held for them (what the caller still refers to comes on top). x and y of an MLP that exceeds the budget
+    alone lie in `scratch`, in files without a name: they vanish with the process, whatever ends it. progress
+    is called with (sequences done, S), from 0 to S in every pass.
+    Raises DLRError when an MLP is not called exactly once in a pass, does not see every token, or has NaN or
+    infinity in its activations, and when `scratch` cannot hold what does not fit into memory.
+    """
+    sequences, n = tokens.shape
+    if not mlps or not sequences:
+        return
+    _check_calls(model, mlps, tokens[:1, : min(n, _TRIAL_TOKENS)])
+    first = torch.zeros(sequences, n, dtype=torch.bool)
+    first[:, 0] = True
+    for group in group_layers(mlps, tokens.numel(), max_memory, dtype):
+        mapped = _bytes(group[0], tokens.numel(), dtype) > max_memory
+        held: list[Activations] = []
+        try:
+            for mlp in group:
+                x, y = (
+                    storage(tokens.numel(), mlp.hidden_size, dtype, scratch if mapped else None) for _ in "xy"
+                )
+                held.append(Activations(x, y, first.flatten(), mapped))
+            _fill(model, group, held, tokens, progress)
+            del x, y
+            for mlp, activations in zip(group, held, strict=True):
+                yield mlp, activations
+                activations.close()
+        finally:
+            for activations in held:
+                activations.close()
+
+
+def _bytes(mlp: MLP, tokens: int, dtype: torch.dtype) -> int:
+    return 2 * tokens * mlp.hidden_size * dtype.itemsize
+
+
+def storage(rows: int, width: int, dtype: torch.dtype, scratch: Path | None) -> Tensor:
+    """[rows, width], in memory, or in a nameless file in `scratch` that vanishes with the process.
+
+    Raises DLRError where the disk has no room for it.
+    """
+    if scratch is None:
+        return torch.empty(rows, width, dtype=dtype)
+    size = rows * width * dtype.itemsize
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix="activations-", dir=scratch)
+        try:
+            # Take the space now: a mapped file that meets a full disk later kills the process (SIGBUS).
+            os.posix_fallocate(descriptor, 0, size)
+            return torch.from_file(name, shared=True, size=rows * width, dtype=dtype).view(rows, width)
+        finally:
+            os.close(descriptor)
+            os.unlink(name)  # the mapping keeps the data; nothing is left behind, even by kill -9
+    except OSError as error:
+        raise DLRError(
+            f"{scratch}: no room for {size / 2**20:,.0f} MiB of activations ({error.strerror}); "
+            "allow more --max-memory or use fewer --tokens"
+        ) from error
+
+
+def _fill(
+    model: PreTrainedModel,
+    group: Sequence[MLP],
+    held: Sequence[Activations],
+    tokens: Tensor,
+    progress: Count,
+) -> None:
+    sequences, n = tokens.shape
+    at_once = max(1, _BATCH_TOKENS // n)
+    progress(0, sequences)
+    for begin in range(0, sequences, at_once):
+        batch = tokens[begin : begin + at_once]
+        rows = slice(begin * n, (begin + len(batch)) * n)
+        wanted = {(mlp.module, side) for mlp in group for side in ("input", "output")}
+
+        # The arguments that differ from turn to turn are bound now, not when the hook runs.
+        def keep(
+            index: int, side: str, value: Any, rows: slice = rows, wanted: set[tuple[str, str]] = wanted
+        ) -> None:
+            mlp = group[index]
+            if (mlp.module, side) not in wanted:
+                raise DLRError(
+                    f"{mlp.module} is called more than once in a pass: such a module cannot be replaced"
+                )
+            part = held[index].x if side == "input" else held[index].y
+            checked_store(part[rows], value, f"the {side} of {mlp.module if side == 'input' else mlp.output}")
+            wanted.remove((mlp.module, side))
+            if not wanted:
+                raise StopForward
+
+        _forward(model, group, batch, keep)
+        if wanted:
+            raise DLRError(f"{min(wanted)[0]} is not called in every pass: leave it out of --layers")
+        progress(min(begin + at_once, sequences), sequences)
+
+
+def checked_store(part: Tensor, value: Any, what: str) -> None:
+    """Copies value [..., d] to part [rows, d], casting it. Raises DLRError where it does not fit or is not finite."""
+    if not isinstance(value, Tensor) or value.shape[-1] != part.shape[-1] or value.numel() != part.numel():
+        shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise DLRError(f"{what} is {shape}, not one row of {part.shape[-1]} for each of {len(part)} tokens")
+    part.copy_(value.reshape(part.shape))
+    if not part.isfinite().all():
+        if value.isfinite().all():
+            raise DLRError(f"{what} exceeds the range of {part.dtype}: capture in bfloat16 or float32")
+        raise DLRError(f"{what} contains NaN or infinity: are the model's weights sound?")
+
+
+def _check_calls(model: PreTrainedModel, mlps: Sequence[MLP], tokens: Tensor) -> None:
+    """Run a few tokens through the whole body and count how often each MLP is called, before the work starts.
+
+    (Later passes stop behind the last MLP of their group and would miss a second call, as in ALBERT.)
+    """
+    calls = {(index, side): 0 for index in range(len(mlps)) for side in ("input", "output")}
+
+    def count(index: int, side: str, value: Any) -> None:
+        calls[index, side] += 1
+
+    _forward(model, mlps, tokens, count)
+    for (index, side), number in calls.items():
+        name = mlps[index].module if side == "input" else mlps[index].output
+        if number == 0:
+            raise DLRError(f"{name} is not called when the model runs: leave it out of --layers")
+        if number > 1:
+            raise DLRError(
+                f"{name} is called {number} times in a pass: a module used more than once cannot be replaced"
+            )
+
+
+def _forward(
+    model: PreTrainedModel, mlps: Sequence[MLP], tokens: Tensor, keep: Callable[[int, str, Any], None]
+) -> None:
+    """One forward pass of the body; calls keep(index of the MLP, "input" or "output", value) for each."""
+
+    def before(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            keep(index, "input", first_argument(args, kwargs))
+
+        return hook
+
+    def after(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            keep(index, "output", output)
+
+        return hook
+
+    hooks: list[RemovableHandle] = []
+    with removed(hooks):
+        for index, mlp in enumerate(mlps):
+            module, output = submodule(model, mlp.module), submodule(model, mlp.output)
+            hooks.append(module.register_forward_pre_hook(before(index), with_kwargs=True))
+            hooks.append(output.register_forward_hook(after(index)))
+        with frozen(model), suppress(StopForward):
+            run_body(model, tokens)
+
+
+class SequentialCalibrator:
+    """The hidden states of tokens [S, n] in the original and in the locked model, at the same layer of both.
+
+    They are float32 and lie in memory, or in files in `scratch` where they would exceed max_memory bytes.
+    For each MLP, in model order, call `pairs` and then `put`; `put` alone where the chain is there already.
+    progress is called with (sequences done, S) in every pass through a layer.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        mlps: list[MLP],
+        tokens: Tensor,
+        *,
+        max_memory: int,
+        scratch: Path,
+        progress: Count = no_count,
+    ) -> None:
+        self._runner = LayerRunner(model, mlps, tokens)
+        self._tokens = tokens
+        self._device = model.device
+        self._progress = progress
+        d, count = mlps[0].hidden_size, tokens.numel()
+        # Two streams in float32, x and y* in bfloat16: 12 bytes an element.
+        self._scratch = scratch if 12 * count * d > max_memory else None
+        self._teacher = storage(count, d, torch.float32, self._scratch).view(*tokens.shape, d)
+        self._locked = self._teacher  # the same until something is locked
+        self._layer = 0
+        # Modules whose targets are the original's outputs, for no Sum was found.
+        self.uncorrected: set[str] = set()
+        self._first = torch.zeros(tokens.shape, dtype=torch.bool)
+        self._first[:, 0] = True
+        for rows in self._batches():
+            self._teacher[rows].copy_(self._runner.embed(tokens[rows]))
+
+    def pairs(self, mlp: MLP) -> Activations:
+        """What mlp's module should make of what: (x_locked, y*) in bfloat16, with (sequence, token) as rows."""
+        self._go_to(mlp)
+        count, d, n = self._tokens.numel(), mlp.hidden_size, self._tokens.shape[1]
+        x, y = (storage(count, d, torch.bfloat16, self._scratch) for _ in "xy")
+        where = self._runner.find_sum(mlp, self._of(self._teacher, slice(0, 1)))
+        if where is None:
+            self.uncorrected.add(mlp.module)
+        for rows in self._batches():
+            ours = theirs = self._runner.look(mlp, self._of(self._teacher, rows), where)
+            if self._locked is not self._teacher:
+                ours = self._runner.look(mlp, self._of(self._locked, rows), where)
+            at = slice(rows.start * n, rows.stop * n)
+            checked_store(x[at], ours.x, f"the input of {mlp.module}")
+            checked_store(y[at], _wanted(theirs, ours, where), f"the output of {mlp.output}")
+        return Activations(x, y, self._first.flatten(), self._scratch is not None)
+
+    def put(self, mlp: MLP, net: DLRNet) -> float:
+        """Takes the fitted chain in the MLP's place and moves on behind its layer.
+
+        Returns how far the locked stream is from the original's there: the mean over tokens of
+        |locked - original|^2 / |original|^2.
+        """
+        self._go_to(mlp)
+        before = self._locked
+        if before is self._teacher:
+            size = self._tokens.numel(), mlp.hidden_size
+            self._locked = storage(*size, torch.float32, self._scratch).view_as(before)
+        chain = copy.deepcopy(net).to(self._device)
+        drift = 0.0
+        for rows in self._batches():
+            out = self._runner.look(mlp, self._of(before, rows), instead=lambda x, y: chain(x)).out
+            truth = self._runner.run(self._layer, self._of(self._teacher, rows))
+            drift += relative_error(out.float().flatten(0, 1), truth.float().flatten(0, 1)).sum().item()
+            self._locked[rows].copy_(out)
+            self._teacher[rows].copy_(truth)
+        self._layer += 1
+        return drift / self._tokens.numel()
+
+    def _go_to(self, mlp: MLP) -> None:
+        """Both streams through the layers before mlp's, which keep their MLPs."""
+        while self._layer < self._runner.layer_of[mlp.module]:
+            for stream in {id(s): s for s in (self._teacher, self._locked)}.values():
+                for rows in self._batches():
+                    stream[rows].copy_(self._runner.run(self._layer, self._of(stream, rows)))
+            self._layer += 1
+
+    def _of(self, stream: Tensor, rows: slice) -> Tensor:
+        return stream[rows].to(self._device, self._runner.dtype)
+
+    def _batches(self) -> Iterator[slice]:
+        sequences, n = self._tokens.shape
+        size = max(1, _BATCH_TOKENS // n)
+        self._progress(0, sequences)
+        for at in range(0, sequences, size):
+            rows = slice(at, min(at + size, sequences))
+            yield rows
+            self._progress(rows.stop, sequences)
+
+
+def _wanted(theirs: Seen, ours: Seen, where: Sum | None) -> Tensor:
+    """y*, from what the original's layer and the locked model's showed."""
+    if where is None or theirs is ours:
+        return theirs.y
+    assert theirs.total is not None and ours.total is not None
+    y = ours.y.float()
+    rest = ours.total.float().view_as(y) - where.factor * y
+    return (theirs.total.float().view_as(y) - rest) / where.factor

@@ -1,0 +1,268 @@
+"""Every choice of a conversion, with its default and its help: the command line is made from these fields."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.dtypes import DTYPES
+from ..common.errors import DLRError
+from ..common.memory import memory_bytes
+from ..common.options import check_names, flag, option
+from ..runtime import DLRSpec
+from ..runtime.device import usable_device
+
+INITS = ("mixed", "random")
+ACROSS = ("sequential", "independent")
+
+_WARMUP = 0.125  # share of the training tokens, and at most 150 steps
+_DECAY = 0.5  # share of the training tokens, at the end, over which the rate falls to 0
+_FIRST = 4 / 512  # share of a batch that is drawn from first tokens, beside those that come by chance
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How one module is distilled: how long, in which steps, and from where.
+
+    Attributes:
+        train_tokens: Training tokens, the same token counted each time that it is trained on.
+        batch: Tokens of a step.
+        init: 'mixed' for sums and differences of the teacher's reading directions, or 'random'; see distill.py.
+        seed: Of the initialisation and of the batches.
+        rate, momentum: Muon's.
+        scale: The output scale in units of y; a smaller one makes the chain move its state by more.
+        preconditioner_exponent: Of the preconditioner of A and G, see `reading_preconditioner`; 0 for none.
+        lr_multiplier_b: B's learning rate over that of A and G.
+        weight_decay: Muon's.
+
+    Raises:
+        DLRError: On values that make no sense.
+    """
+
+    train_tokens: int
+    batch: int = 512
+    init: str = "mixed"
+    seed: int = 0
+    rate: float = 0.012
+    momentum: float = 0.95
+    scale: float = 1.0
+    preconditioner_exponent: float = 0.2
+    lr_multiplier_b: float = 2.0
+    weight_decay: float = 0.03
+
+    def __post_init__(self) -> None:
+        if self.init not in INITS:
+            raise DLRError(f"unknown init {self.init!r}; one of {', '.join(INITS)}")
+        for name, low, high in (
+            ("rate", 1e-6, 100.0), ("momentum", 0.0, 0.999), ("scale", 1e-3, 1e3),
+            ("preconditioner_exponent", 0.0, 1.0), ("lr_multiplier_b", 1e-3, 1e3), ("weight_decay", 0.0, 1.0),
+        ):  # fmt: skip
+            if not low <= getattr(self, name) <= high:
+                raise DLRError(f"{name} must be from {low:g} to {high:g}, not {getattr(self, name):g}")
+        if self.batch < 1 or self.train_tokens < self.batch:
+            raise DLRError(
+                f"{self.train_tokens} training tokens are not even one batch of {self.batch} tokens"
+            )
+
+    def schedule(self, trained: float) -> float:
+        """The share of the peak learning rate after so many training tokens: up, flat, down to 0."""
+        done = trained / self.train_tokens
+        warmup = min(_WARMUP, 150 * self.batch / self.train_tokens)
+        return min(1.0, done / warmup, (1 - done) / _DECAY)
+
+    def batches(self, tokens: int, first: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+        """Rows of the calibration text for every step, without replacement within an epoch.
+
+        A few in each batch are first tokens of their sequences: these carry the massive activations of some layers
+        and are rare (one in 512).
+
+        Args:
+            tokens: How many rows there are.
+            first: [F] int64, the rows that are first tokens.
+            generator: What the draws are made with.
+
+        Yields:
+            [b] int64, b <= `batch`, until the training tokens are spent.
+        """
+        left = self.train_tokens
+        order = torch.empty(0, dtype=torch.int64)
+        while left > 0:
+            size = min(self.batch, left, tokens)
+            # 4 of 512; of a small batch now and then one
+            chance = torch.rand((), generator=generator).item()
+            extra = int(size * _FIRST + chance) if len(first) else 0
+            if len(order) < size - extra:
+                order = torch.randperm(tokens, generator=generator)
+            rows, order = order[: size - extra], order[size - extra :]
+            left -= size
+            if extra:
+                rows = torch.cat([rows, first[torch.randint(len(first), (extra,), generator=generator)]])
+            yield rows
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """What an effort stands for on a CPU.
+
+    Attributes:
+        words: What it takes and gives, for a user.
+        tokens: Tokens of calibration text.
+        train_tokens: Training tokens of a module.
+        end_to_end: Training tokens of the end-to-end phase.
+        redistill: The attacker's training tokens as a share of a module's.
+    """
+
+    words: str
+    tokens: int
+    train_tokens: int
+    end_to_end: int
+    redistill: float
+
+    def on(self, device: torch.device) -> "Effort":
+        """The same for a device: a GPU has time for more."""
+        if device.type == "cpu":
+            return self
+        return replace(
+            self,
+            tokens=8 * self.tokens,
+            train_tokens=20 * self.train_tokens,
+            end_to_end=64 * self.end_to_end,
+        )
+
+
+# The words are of a 135M model on two CPU cores; the error is the relative one on held-out text.
+EFFORTS = {
+    "quick": Effort("half a minute a layer, error 0.24: a first look", 81_920, 102_400, 0, 0.0),
+    "standard": Effort("four minutes a layer, error 0.17: for a few layers", 163_840, 409_600, 0, 0.25),
+    "best": Effort(
+        "over half an hour a layer, error 0.14, and an hour or two at the end",
+        491_520,
+        1_638_400,
+        262_144,
+        1.0,
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversionConfig:
+    """The choices of `convert_model`; None means that `resolved` chooses, by the effort and the machine.
+
+    Every field says in its help what it is; `dlr-lock convert --help` prints them all.
+    """
+
+    layers: str | None = option(None, "Which layers: 2-5,9 or last-6.  [default: all]")
+    mlps: str | None = option(None, "Regular expression of MLP module names, for models not recognised.")
+    depth: int | None = option(None, "Steps of a chain, near to this at equal parameters.")
+    rank: int | None = option(None, "Rank of a step, a multiple of 16.")
+    lanes: int = option(1, "Chains side by side in a module.")
+    act: str = option("silu", "Activation of the steps, by transformers' name.")
+    params: float = option(1.0, "Parameters of a chain over those of its MLP.")
+    init: str = option(
+        "mixed",
+        "mixed: from sums and differences of what the MLP's units read. random: from nothing of the MLP, fits worse.",
+    )
+    data: str = option("self", "Calibration text: .txt, .jsonl, .parquet, a datasets name, or self.")
+    effort: str = option(
+        "standard", "quick, standard or best: chooses what is not given below; see the README."
+    )
+    tokens: int | None = option(None, "Tokens of calibration text.")
+    heldout: int | None = option(None, "Tokens of calibration text that are kept back to measure on.")
+    train_tokens: int | None = option(None, "Training tokens of each module's distillation.")
+    end_to_end: int | None = option(
+        None, "Training tokens of the end-to-end phase, all chains at once; 0 for none."
+    )
+    redistill: float | None = option(
+        None, "Training tokens of the attack on each module, as a share of the conversion's; 0 for none."
+    )
+    sequence: int | None = option(None, "Tokens a sequence of calibration text.  [default: 512]")
+    across: str | None = option(
+        None, "sequential: modules correct one another's errors; independent: they do not."
+    )
+    batch: int | None = option(None, "Tokens a batch.")
+    seed: int = option(0, "Seed of initialisations, batches and sampled text.")
+    temperature: float = option(1.0, "Temperature of text sampled by --data self.")
+    dtype: str = option("auto", "Of the checkpoint: auto (the source's), float32, bfloat16, float16.")
+    device: str | None = option(None, "cpu, cuda, cuda:1, ...; the best there is by default.")
+    max_memory: int | str | None = option(
+        None, "For activations, such as 4GiB.  [default: a quarter of the memory]"
+    )
+
+    @classmethod
+    def of(cls, choices: dict[str, Any]) -> "ConversionConfig":
+        """The choices by name. Raises DLRError on a name that there is not, with today's name of an old one."""
+        check_names(choices, cls, RENAMED)
+        return cls(**choices)
+
+    def resolved(self) -> "ConversionConfig":
+        """The same with every None that depends on the machine filled in. Raises DLRError on bad values."""
+        device = usable_device(self.device)
+        if self.effort not in EFFORTS:
+            raise DLRError(f"unknown effort {self.effort!r}; one of {', '.join(EFFORTS)}")
+        if self.across not in (None, *ACROSS):
+            raise DLRError(f"unknown way across the layers {self.across!r}; one of {', '.join(ACROSS)}")
+        effort = EFFORTS[self.effort].on(device)
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise DLRError(f"unknown dtype {self.dtype!r}; one of auto, {', '.join(DTYPES)}")
+        for name in ("tokens", "heldout", "train_tokens", "batch", "lanes", "depth", "rank", "sequence"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise DLRError(f"{flag(name)} must be at least 1, not {value}")
+        if not 0 <= self.seed < 2**62:
+            raise DLRError(f"--seed must be from 0 to {2**62 - 1}, not {self.seed}")
+        if not 1e-3 <= self.temperature <= 1e3:
+            raise DLRError(f"--temperature must be from 0.001 to 1000, not {self.temperature:g}")
+        if not 0.1 <= self.params <= 10:
+            raise DLRError(f"--params must be from 0.1 to 10 times the MLP's, not {self.params:g}")
+        if self.end_to_end is not None and self.end_to_end < 0:
+            raise DLRError(f"--end-to-end must not be negative, not {self.end_to_end}")
+        if self.redistill is not None and not 0 <= self.redistill <= 100:
+            raise DLRError(
+                f"--redistill must be from 0 to 100 times the conversion's training tokens, not {self.redistill:g}"
+            )
+        tokens = self.tokens or effort.tokens
+        chosen = replace(
+            self,
+            tokens=tokens,
+            heldout=self.heldout or max(512, min(10_240, tokens // 8)),
+            train_tokens=self.train_tokens or effort.train_tokens,
+            end_to_end=effort.end_to_end if self.end_to_end is None else self.end_to_end,
+            redistill=effort.redistill if self.redistill is None else self.redistill,
+            batch=self.batch or 512,
+            device=str(device),
+            max_memory=memory_bytes(self.max_memory),
+        )
+        chosen.recipe()  # raises on what makes none
+        return chosen
+
+    def recipe(self) -> Recipe:
+        """How each module is distilled, for a resolved configuration. Raises DLRError on values that make no sense."""
+        return Recipe(int(self.train_tokens or 0), int(self.batch or 0), self.init, self.seed)
+
+    def spec_for(self, hidden_size: int, params: int) -> DLRSpec:
+        """The chain for an MLP of so many parameters. Raises DLRError where the choices make none."""
+        return DLRSpec.of_params(
+            hidden_size,
+            round(params * self.params),
+            lanes=self.lanes,
+            depth=self.depth,
+            rank=self.rank,
+            act=self.act,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The choices by name, as a report repeats them."""
+        return asdict(self)
+
+
+_GATED = "gated steps were measured as no lock and fit 3% worse (docs/experiments/lock-strength.md), so there are none"
+# What options were called before 0.2; whoever still says so is told today's name.
+RENAMED = {
+    "visits": "--visits is now --train-tokens",
+    "together": "--together is now --end-to-end",
+    "unlock": "--unlock is now --redistill",
+    "start": "--start is now --init",
+    "gated": f"--gated is gone: {_GATED}",
+}

@@ -1,0 +1,94 @@
+"""What all parts of a conversion work with, in one object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..common.progress import Count, Progress
+from ..common.resume import ResumeStore
+from .activations import Activations, SequentialCalibrator, capture
+from .config import ConversionConfig
+from .data import CalibrationText
+from .mlp_matching import MLP
+from .source import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(slots=True)
+class Context:
+    """One conversion's inputs and its surroundings.
+
+    Attributes:
+        source: The original, in eval mode, on the device.
+        mlps: The MLPs that are converted, in model order.
+        text: Calibration text in the model's tokens.
+        config: Every choice, resolved.
+        stored: The dtype of the checkpoint's weights.
+        resume: Finished parts of an interrupted run.
+        scratch: A folder for what does not fit into memory.
+        progress: Called with (what is being done, done, total).
+        notes: What the owner should know, a sentence each; parts add to it.
+    """
+
+    source: Source
+    mlps: list[MLP]
+    text: CalibrationText
+    config: ConversionConfig
+    stored: torch.dtype
+    resume: ResumeStore
+    scratch: Path
+    progress: Progress
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The original."""
+        return self.source.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the work is done."""
+        return torch.device(str(self.config.device))
+
+    @property
+    def tokens(self) -> Tensor:
+        """All calibration text, [S, n] int64: what is trained on, then what is held out."""
+        return torch.cat([self.text.train, self.text.heldout])
+
+    @property
+    def train_rows(self) -> int:
+        """How many tokens of `tokens`, from the first, are trained on."""
+        return self.text.train.numel()
+
+    @property
+    def identity(self) -> list[str]:
+        """Modules that chains replace besides their MLPs' own."""
+        return [name for mlp in self.mlps for name in mlp.identity]
+
+    def count(self, what: str) -> Count:
+        """The progress of one thing."""
+        return partial(self.progress, what)
+
+    def capture(self, mlps: Sequence[MLP]) -> Iterator[tuple[MLP, Activations]]:
+        """The original's activations at each of `mlps`, one after the other; see `activations.capture`."""
+        return capture(self.model, mlps, self.tokens, **self._room("activations"))
+
+    def calibrator(self) -> SequentialCalibrator:
+        """Both models' hidden states in front of the first layer. Raises Unrepeatable, see `SequentialCalibrator`."""
+        return SequentialCalibrator(self.model, self.mlps, self.tokens, **self._room("activations"))
+
+    def _room(self, what: str) -> dict:
+        return {
+            "max_memory": int(self.config.max_memory or 0),
+            "scratch": self.scratch,
+            "progress": self.count(what),
+        }

@@ -1,0 +1,317 @@
+"""The end-to-end phase: all chains at once, against what the original says at the end of the model.
+
+Modules fitted one at a time leave errors that only the whole model shows. Here the loss is taken where the
+model's users look: KL(original || locked) of the next token, or, in a model without a language-model head,
+|locked - original|^2 / |original|^2 of the last hidden states. Only the chains learn.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..common.errors import DLRError
+from ..common.hooks import removed, run_body
+from ..common.progress import Count, no_count
+from ..runtime import DLRNet
+from ..runtime.quantizer import replace_module
+from ..triton_kernels import chain_reference, flattened_reference
+from .context import Context
+from .evaluate import (
+    CHUNK,
+    LOCKED_GAP,
+    LOGIT_BYTES,
+    Evaluation,
+    StateEvaluation,
+    compare,
+    distance_of,
+    divergence,
+    in_float32,
+    measure,
+    predicts_next,
+    relative_error,
+    vocabulary,
+)
+from .muon import Muon
+from .redistill import attack_module
+from .report import EndToEndReport, Modules, Redistillation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class EndToEndPlan:
+    """`train_tokens` training tokens in batches of about `batch` tokens (whole sequences), Muon at peak rate `rate`."""
+
+    train_tokens: int
+    batch: int = 2048
+    rate: float = 0.0005
+    momentum: float = 0.9
+    seed: int = 0
+
+
+class TrainableChain(nn.Module):
+    """A chain as its owner, or an attacker, trains it: the reference with float32 parameters, recomputed in
+    backward so that one chain's steps at a time are held."""
+
+    dlr_A: nn.Parameter
+    dlr_B: nn.Parameter
+    dlr_G: nn.Parameter | None
+    dlr_scale: nn.Parameter
+    dlr_bias: nn.Parameter
+
+    def __init__(self, net: DLRNet, device: torch.device) -> None:
+        super().__init__()
+        self.register_parameter("dlr_G", None)
+        self.act = net.spec.act
+        for name, weight in net.named_parameters():
+            trains = name in net.weight_names(net.spec)
+            value = weight.detach().to(device, torch.float32, copy=True)
+            self.register_parameter(name, nn.Parameter(value, requires_grad=trains))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self._chain(x)
+        return checkpoint(self._chain, x, use_reentrant=False)
+
+    def _chain(self, x: Tensor) -> Tensor:
+        vectors = self.dlr_scale, self.dlr_bias
+        y = chain_reference(x.float(), self.dlr_A, self.dlr_B, *vectors, self.dlr_G, self.act)
+        return y.to(x.dtype)
+
+
+def train_end_to_end(
+    model: PreTrainedModel,
+    chains: dict[str, DLRNet],
+    identity: list[str],
+    tokens: Tensor,
+    plan: EndToEndPlan,
+    *,
+    progress: Count = no_count,
+    watch: Callable[[int, float], None] | None = None,
+) -> dict[str, DLRNet]:
+    """Trains all `chains`, in their places in `model` (the original, left as it is), on tokens [S, n].
+
+    Returns new chains in the dtype of the old. identity: modules that a chain replaces besides its own. watch is
+    called after every batch with (training tokens, its loss). Raises DLRError where the loss is not finite.
+    """
+    places = {name: TrainableChain(net, model.device) for name, net in chains.items()}
+    student = with_chains(model, places, identity)
+    optimizer = Muon(
+        [
+            {"params": [p for p in place.parameters() if p.requires_grad], "lr": plan.rate}
+            for place in places.values()
+        ],
+        momentum=plan.momentum,
+    )
+    generator = torch.Generator().manual_seed(plan.seed)
+    sequences, n = tokens.shape
+    at_once = max(1, min(plan.batch // n, LOGIT_BYTES // (4 * n * vocabulary(model)), sequences))
+    parts = max(1, round(plan.batch / (n * at_once)))
+    order = torch.empty(0, dtype=torch.int64)
+    steps = max(1, math.ceil(plan.train_tokens / (n * at_once * parts)))
+    for step in range(steps):
+        done = (step + 0.5) / steps
+        for group in optimizer.param_groups:
+            group["lr"] = plan.rate * min(1.0, (step + 1) / max(1, steps // 10), 2 * (1 - done))
+        total = 0.0
+        for _ in range(parts):
+            if len(order) < at_once:
+                order = torch.randperm(sequences, generator=generator)
+            ids, order = tokens[order[:at_once]].to(model.device), order[at_once:]
+            loss = distance(student, model, ids) / parts
+            loss.backward()
+            total += loss.item()
+        if not math.isfinite(total):
+            raise DLRError("the end-to-end phase diverged: try a lower rate")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        trained = (step + 1) * parts * at_once * n
+        progress(min(trained, plan.train_tokens), plan.train_tokens)
+        if watch is not None:
+            watch(trained, total)
+    return {name: _stored(places[name], net) for name, net in chains.items()}
+
+
+def distance(student: nn.Module, original: PreTrainedModel, ids: Tensor) -> Tensor:
+    """How far the student is from the original on ids [b, n]: mean KL of the next token's distribution, or the
+    mean relative error of the last hidden states; a scalar tensor that carries the student's gradients."""
+    with torch.no_grad():
+        wanted = _output(original, ids)
+    got = _output(student, ids)
+    if not predicts_next(original):
+        return relative_error(got, wanted).mean()
+    # One part after the other through the softmax, computed again in backward: at 49,152 tokens of vocabulary
+    # the log-probabilities of 1024 positions are 200 MB.
+    parts = max(1, got.numel() // CHUNK)
+    losses = [
+        checkpoint(_kl, g, w, use_reentrant=False)
+        for g, w in zip(got.chunk(parts), wanted.chunk(parts), strict=True)
+    ]
+    return torch.stack(losses).sum() / len(got)
+
+
+def _kl(got: Tensor, wanted: Tensor) -> Tensor:
+    """Summed over positions; logits [T, V]."""
+    return divergence(wanted.log_softmax(-1), got.log_softmax(-1)).sum()
+
+
+def _output(model: Any, ids: Tensor) -> Tensor:
+    """Logits [T, V], or last hidden states [T, d], in float32."""
+    states = model(input_ids=ids).logits if predicts_next(model) else run_body(model, ids)[0]
+    return states.float().flatten(0, 1)
+
+
+def with_chains(model: PreTrainedModel, chains: dict[str, Any], identity: list[str]) -> PreTrainedModel:
+    """A copy of the model with `chains`, modules by name, in their places; all other weights are the model's own
+    tensors, not copies."""
+    shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    student = copy.deepcopy(model, memo=shared)
+    for name, chain in chains.items():
+        # on the model's device; a chain that is there already stays the very module, for it is being trained
+        here = (
+            chain
+            if next(chain.parameters()).device == model.device
+            else copy.deepcopy(chain).to(model.device)
+        )
+        replace_module(student, name, here)
+    for name in identity:
+        replace_module(student, name, nn.Identity())
+    return student
+
+
+@torch.no_grad()
+def flatten_gaps(model: PreTrainedModel, chains: dict[str, DLRNet], tokens: Tensor) -> dict[str, float]:
+    """Of each chain in a locked model: mean of |flattened - chain|^2 / |chain|^2 over its inputs for tokens [S, n]."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in chains}
+
+    def hook(name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].float().flatten(0, -2)
+            weights = in_float32(chains[name], x.device)
+            seen[name].append(relative_error(flattened_reference(x, *weights), chain_reference(x, *weights)))
+
+        return keep
+
+    with removed([model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in chains]):
+        for ids in tokens.split(8):
+            run_body(model, ids)
+    return {name: torch.cat(parts).mean().item() for name, parts in seen.items()}
+
+
+def _stored(place: TrainableChain, net: DLRNet) -> DLRNet:
+    trained = DLRNet(net.spec, dtype=net.dlr_A.dtype)
+    trained.assign({name: weight.detach().cpu() for name, weight in place.named_parameters()})
+    return trained
+
+
+_KEPT_GAP = 0.95  # share of the smallest flatten gap that the phase must leave
+_KEPT_ERROR = 0.9  # share of the error that an attacker's student has against the chain
+
+
+def run_end_to_end(context: Context, modules: Modules) -> EndToEndReport | None:
+    """The phase that the configuration asks for, measured before and after: it changes modules.chains.
+
+    None where none was asked for, and where it was dropped because it failed or made the lock weaker, which is noted.
+    """
+    if not context.config.end_to_end:
+        return None
+    started = time.monotonic()
+    model, text = context.model, context.text
+
+    def figures(what: str) -> tuple[Evaluation | StateEvaluation, dict[str, float]]:
+        locked = with_chains(model, modules.chains, context.identity)
+        evaluation = compare(locked, model, text.heldout, context.count(f"measuring {what}"))
+        return evaluation, flatten_gaps(locked, modules.chains, text.heldout)
+
+    before, fitted = figures("the modules"), modules.chains
+    try:
+        modules.chains = train_end_to_end(
+            model,
+            fitted,
+            context.identity,
+            text.train,
+            EndToEndPlan(context.config.end_to_end, seed=context.config.seed),
+            progress=context.count("end-to-end phase"),
+        )
+        after = figures("the end-to-end phase")
+    except DLRError as error:
+        modules.chains = fitted
+        context.notes.append(f"the end-to-end phase was dropped: {error}")
+        return None
+    weakest = min(after[1], key=lambda name: after[1][name])
+    done = EndToEndReport(
+        context.config.end_to_end,
+        time.monotonic() - started,
+        before[0],
+        after[0],
+        min(before[1].values()),
+        min(after[1].values()),
+        weakest,
+    )
+    weaker = _unlocked(before[1], after[1]) or _weaker(done)
+    if not weaker and context.config.redistill:
+        try:
+            attacks = _attacked(context, modules, weakest, fitted[weakest])
+        except DLRError as error:  # it says nothing of the chains
+            context.notes.append(f"the attack on {weakest} after the end-to-end phase failed: {error}")
+        else:
+            done = replace(done, redistillation_before=attacks[0], redistillation_after=attacks[1])
+            weaker = _weaker(done)
+    if weaker:
+        modules.chains = fitted
+        context.notes.append(f"the end-to-end phase was dropped, for it {weaker}")
+        return None
+    return done
+
+
+def _attacked(
+    context: Context, modules: Modules, name: str, fitted: DLRNet
+) -> tuple[Redistillation, Redistillation]:
+    """The attack on one module's chain before and after the phase, on the original's activations."""
+    mlp = next(mlp for mlp in context.mlps if mlp.module == name)
+    report = next(report for report in modules.reports if report.module == name)
+    done = []
+    for _, pairs in context.capture([mlp]):
+        held = pairs.rows(torch.arange(context.train_rows, len(pairs)))
+        for when, net in {"before": fitted, "after": modules.chains[name]}.items():
+            error = measure(net, *held, context.device).rel_error
+            progress = context.count(f"redistilling {name}, as it was {when} the end-to-end phase")
+            done.append(attack_module(context, net, report, pairs, error, progress))
+    before, after = done
+    return before, after
+
+
+def _unlocked(before: dict[str, float], after: dict[str, float]) -> str | None:
+    """The module that the phase unlocked, by the flatten gaps of all; None where it unlocked none."""
+    for name, gap in before.items():
+        if gap >= LOCKED_GAP and not after[name] >= LOCKED_GAP:
+            return f"unlocked {name}: its flatten gap was {gap:.3f}, then {after[name]:.3f}"
+    return None
+
+
+def _weaker(done: EndToEndReport) -> str | None:
+    """What the phase made worse; None where it is to be kept."""
+    t = done
+    distances = distance_of(t.evaluation_before), distance_of(t.evaluation_after)
+    if distances[1] > distances[0]:
+        return f"led away from the original: distance {distances[0]:.4f}, then {distances[1]:.4f}"
+    if not t.smallest_gap_after >= _KEPT_GAP * t.smallest_gap_before:
+        return (
+            f"lowered the smallest flatten gap: {t.smallest_gap_before:.3f}, then {t.smallest_gap_after:.3f}"
+        )
+    if t.redistillation_before and t.redistillation_after:
+        before, after = t.redistillation_before.student_error, t.redistillation_after.student_error
+        undone = t.redistillation_after.undone and not t.redistillation_before.undone
+        if undone or after < _KEPT_ERROR * before:
+            return f"made {t.weakest} easier to undo: a student's error was {before:.4f}, then {after:.4f}"
+    return None

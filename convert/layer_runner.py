@@ -1,0 +1,286 @@
+"""A model's layers, run one at a time on hidden states that are kept between them.
+
+What a model hands to each layer besides the hidden states (masks, positions, rotary tables) is caught from a
+real pass and given again. That this is right is settled by running: two texts must get the same extras, and
+each layer must begin with what the one before gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..common.errors import DLRError
+from ..common.hooks import StopForward, first_argument, frozen, removed, run_body
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Placed(Protocol):
+    """An MLP by the names of the module whose input is its x and of the one whose output is its y."""
+
+    module: str
+
+    @property
+    def output(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Where an MLP's output y meets the rest of the layer: total = factor * y + rest.
+
+    module: the first module whose input is the total, inside the layer (the norm of a post-norm layer); None
+    for the layer's output.
+    """
+
+    module: str | None
+    factor: float
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one run of a layer showed: x and y of its MLP, the total of its Sum, and the layer's output."""
+
+    x: Tensor
+    y: Tensor
+    total: Tensor | None
+    out: Tensor
+
+
+class Unrepeatable(DLRError):
+    """The model's layers cannot be run one at a time."""
+
+
+class LayerRunner:
+    """The layers that hold `mlps`, for sequences like `tokens` [S, n].
+
+    Raises Unrepeatable where the layers are not one list, are not called once each and in order, or get
+    something besides hidden states that depends on the text (an encoder's output, for one).
+    """
+
+    def __init__(self, model: PreTrainedModel, mlps: Sequence[Placed], tokens: Tensor) -> None:
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise Unrepeatable("its decoder's layers are given what the encoder read")
+        self._model = model
+        self._tokens = tokens
+        self._layers, places = _layers_of(model, mlps)
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._extras: dict[int, list[_Call]] = {}
+        self.layer_of = places
+        self._check()
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids [b, n] -> the hidden states that the first layer gets, [b, n, d]."""
+        return self._catch(ids, stop=True)[0].hidden
+
+    def run(self, index: int, hidden: Tensor) -> Tensor:
+        """Layer number `index` on hidden states [b, n, d] -> [b, n, d]."""
+        call = self._calls(len(hidden))[index]
+        with frozen(self._model):
+            return _hidden(self._layers[index](hidden, *call.args, **call.kwargs))
+
+    def look(
+        self,
+        mlp: Placed,
+        hidden: Tensor,
+        where: Sum | None = None,
+        instead: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Seen:
+        """Runs mlp's layer on `hidden` [b, n, d]; instead(x, y) -> y, where given, is what the MLP returns."""
+        seen: dict[str, Tensor] = {}
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen["x"] = first_argument(args, kwargs)
+
+        def leave(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+            seen["y"] = y.clone()  # the layer may add to it in place
+            if instead is None:
+                return None
+            return instead(seen["x"], y).to(y.dtype).view_as(y)
+
+        def meet(module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen["total"] = args[0]
+
+        self._calls(len(hidden))  # before the hooks: it runs the model
+        hooks = [
+            self._model.get_submodule(mlp.module).register_forward_pre_hook(enter, with_kwargs=True),
+            self._model.get_submodule(mlp.output).register_forward_hook(leave),
+        ]
+        if where is not None and where.module is not None:
+            hooks.append(self._model.get_submodule(where.module).register_forward_pre_hook(meet))
+        with removed(hooks):
+            out = self.run(self.layer_of[mlp.module], hidden)
+        total = out if where is not None and where.module is None else seen.get("total")
+        return Seen(seen["x"], seen["y"], total, out)
+
+    def find_sum(self, mlp: Placed, hidden: Tensor) -> Sum | None:
+        """Where y is added to the rest, found by changing y and looking what changes by as much.
+
+        None where no such place is: behind a norm of y itself, as in Gemma 2.
+        """
+        nudge = torch.Generator(device="cpu").manual_seed(0)
+
+        def changed(x: Tensor, y: Tensor) -> Tensor:
+            delta = torch.randn(y.shape, generator=nudge).to(y.device, torch.float32)
+            return y + (delta * y.float().square().mean().sqrt()).to(y.dtype)
+
+        plain_y, plain = self._inputs_behind(mlp, hidden, None)
+        moved_y, moved = self._inputs_behind(mlp, hidden, changed)
+        delta = moved_y.float() - plain_y.float()
+        rounding = 4 * torch.finfo(hidden.dtype).eps
+        for (name, before), (_, after) in zip(plain, moved, strict=True):
+            if before.numel() != plain_y.numel() or before.shape[-1] != plain_y.shape[-1]:
+                continue
+            change = (after.float() - before.float()).view_as(delta)
+            if torch.equal(before.view_as(plain_y), plain_y):
+                continue  # y itself, on its way
+            factor = ((change * delta).sum() / delta.square().sum()).item()
+            if factor and (change - factor * delta).norm() <= (
+                1e-3 * abs(factor) * delta.norm() + rounding * before.float().norm()
+            ):
+                return Sum(name, factor)
+        return None
+
+    def _inputs_behind(
+        self, mlp: Placed, hidden: Tensor, instead: Callable[[Tensor, Tensor], Tensor] | None
+    ) -> tuple[Tensor, list[tuple[str | None, Tensor]]]:
+        """y, and the input of every module that runs after the MLP in its layer, and the layer's output."""
+        behind: list[tuple[str | None, Tensor]] = []
+        given: list[Tensor] = []
+
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if given and args and isinstance(args[0], Tensor):
+                behind.append((self._names[id(module)], args[0].clone()))
+
+        def leave(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+            changed = y if instead is None else instead(args[0], y)
+            given.append(changed.clone())
+            return changed
+
+        self._calls(len(hidden))  # before the hooks: it runs the model
+        index = self.layer_of[mlp.module]
+        hooks = [part.register_forward_pre_hook(enter) for part in self._layers[index].modules()]
+        hooks.append(self._model.get_submodule(mlp.output).register_forward_hook(leave))
+        with removed(hooks):
+            out = self.run(index, hidden)
+        return given[0], [*behind, (None, out)]
+
+    def _calls(self, sequences: int) -> list[_Call]:
+        """What the layers are called with for so many sequences."""
+        if sequences not in self._extras:
+            calls = self._catch(self._tokens[:sequences])
+            nothing = torch.empty(0)  # the states are not wanted again, and are large
+            self._extras[sequences] = [replace(call, hidden=nothing, output=nothing) for call in calls]
+        return self._extras[sequences]
+
+    def _catch(self, ids: Tensor, stop: bool = False) -> list[_Call]:
+        """One pass of ids [b, n] through the model's body; what each layer was called with. stop: before the
+        first layer runs."""
+        calls: list[_Call] = []
+        orders: list[int] = []
+
+        def enter(index: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                orders.append(index)
+                calls.append(_Call.of(args, kwargs))
+                if stop:
+                    raise StopForward
+
+            return hook
+
+        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            calls[-1].output = _hidden(output)
+
+        hooks = []
+        for index, layer in enumerate(self._layers):
+            hooks.append(layer.register_forward_pre_hook(enter(index), with_kwargs=True))
+            hooks.append(layer.register_forward_hook(leave))
+        with removed(hooks), frozen(self._model):
+            try:
+                run_body(self._model, ids)
+            except StopForward:
+                return calls
+        if orders != list(range(len(self._layers))):
+            raise Unrepeatable("its layers are not run once each and in their order")
+        return calls
+
+    def _check(self) -> None:
+        """Two texts must get the same extras, and each layer begin where the one before ended."""
+        ids = self._tokens[:1]
+        other = ids.roll(1, dims=1)
+        calls, others = self._catch(ids), self._catch(other)
+        self.dtype = calls[0].hidden.dtype  # of the hidden states
+        for index, (one, two) in enumerate(zip(calls, others, strict=True)):
+            if not _equal((one.args, one.kwargs), (two.args, two.kwargs)):
+                raise Unrepeatable("its layers are given more that depends on the text than hidden states")
+            if index and not torch.equal(one.hidden, calls[index - 1].output):
+                raise Unrepeatable("something happens to the hidden states between its layers")
+        again = self.run(0, calls[0].hidden.clone())
+        if not torch.allclose(again.float(), calls[0].output.float(), rtol=1e-3, atol=1e-3):
+            raise Unrepeatable("a layer gives something else when it is run again")
+
+
+@dataclass
+class _Call:
+    """One call of a layer: hidden states, all else that it was given, and the hidden states that it returned."""
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+        if args:
+            hidden, rest, named = args[0], args[1:], dict(kwargs)
+        else:
+            named = dict(kwargs)
+            hidden, rest = named.pop("hidden_states", None), ()
+        if not isinstance(hidden, Tensor) or hidden.dim() != 3:
+            raise Unrepeatable("its layers do not get hidden states of shape [sequences, tokens, features]")
+        return cls(hidden.clone(), rest, named, hidden)
+
+
+def _layers_of(model: nn.Module, mlps: Sequence[Placed]) -> tuple[list[nn.Module], dict[str, int]]:
+    """The list of layers that holds every MLP, and each MLP's place in it, by its module's name."""
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    holders: set[str] = set()
+    places: dict[str, int] = {}
+    for mlp in mlps:
+        above = [name for name in lists if mlp.module.startswith(f"{name}.")]
+        if not above:
+            raise Unrepeatable(f"{mlp.module} is in no list of layers")
+        holder = min(above, key=len)
+        holders.add(holder)
+        places[mlp.module] = int(mlp.module[len(holder) + 1 :].split(".")[0])
+    if len(set(places.values())) < len(mlps):
+        raise Unrepeatable("a layer holds more than one MLP")
+    if len(holders) > 1:
+        raise Unrepeatable(f"its MLPs are in several lists of layers ({', '.join(sorted(holders))})")
+    return list(lists[holders.pop()]), places
+
+
+def _hidden(output: Any) -> Tensor:
+    """The hidden states of a layer's output: itself, or the first of several."""
+    first = output[0] if isinstance(output, tuple | list) else output
+    if not isinstance(first, Tensor):
+        raise Unrepeatable("its layers do not return hidden states")
+    return first
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    return a is b or bool(a == b)

@@ -1,0 +1,293 @@
+"""A conversion from end to end: source, text, activations, distillation, checkpoint, figures."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..common.dtypes import DTYPES, dtype_name
+from ..common.errors import DLRError
+from ..common.files import check_space, check_target, whole_directory
+from ..common.progress import Progress, no_progress
+from ..common.resume import ResumeStore, run_lock
+from ..common.version import __version__
+from ..runtime import DLRNet, load, lock
+from ..runtime.checkpoint import write_manifest
+from .activations import Activations, SequentialCalibrator
+from .config import ConversionConfig
+from .context import Context
+from .data import calibration_text, digest, poor_text
+from .distill import distill
+from .end_to_end import run_end_to_end
+from .evaluate import compare, measure
+from .layer_runner import Unrepeatable
+from .mlp_discovery import find_mlps, select_layers
+from .mlp_matching import MLP, teacher_weights
+from .redistill import attack_module
+from .report import ConversionReport, ModuleReport, Modules, model_card
+from .source import compute_dtype, open_source, public_name
+
+_Module = tuple[DLRNet, ModuleReport]
+
+
+def convert_model(
+    source: str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+    **options: Any,
+) -> ConversionReport:
+    """Locks a model: replaces its MLPs by DLR-Nets fitted to them and writes the checkpoint `out`.
+
+    `out` appears whole, at the end. Finished modules are kept in `<out>.partial` until then: the same call goes on
+    from there after a failure or Ctrl-C.
+
+    Args:
+        source: A transformers directory, a hub id or a .gguf file.
+        out: The directory of the checkpoint.
+        overwrite: Whether a locked checkpoint that is there already is replaced.
+        progress: Called with (what is being done, done, total) as the work goes on.
+        **options: The fields of `ConversionConfig`.
+
+    Returns:
+        What was done and measured.
+
+    Raises:
+        DLRError: On everything that the user can correct.
+    """
+    started = time.monotonic()
+    config = ConversionConfig.of(options).resolved()
+    target = Path(out).expanduser().absolute()
+    given = Path(source).expanduser().resolve()
+    if given.exists() and (given.is_relative_to(target.resolve()) or target.resolve().is_relative_to(given)):
+        raise DLRError(f"the source {source} and the output {out} lie in one another; choose another output")
+    check_target(target, overwrite=overwrite)
+    with run_lock(target):
+        # It checks the target again, now that nobody else writes.
+        with whole_directory(target, overwrite=overwrite) as work:
+            context, mlps = _prepared(source, target, work / "scratch", config, progress)
+            report = _converted(context, mlps, work, str(out), started)
+        context.resume.remove()
+    return report
+
+
+def _prepared(
+    source: str | Path, target: Path, scratch: Path, config: ConversionConfig, progress: Progress
+) -> tuple[Context, int]:
+    """All that the work needs, and how many MLPs the model has; raises DLRError before any long work."""
+    device = torch.device(str(config.device))
+    scratch.mkdir()
+    with _shown(progress, "reading the model"):
+        original = open_source(source, dtype=compute_dtype(device), device=device)
+        if getattr(original.model.config, "is_encoder_decoder", False):
+            raise DLRError(f"{original.name} is an encoder-decoder model, which is not supported")
+        every = find_mlps(original.model, config.mlps)
+        mlps = select_layers(every, config.layers)
+        for mlp in mlps:
+            config.spec_for(mlp.hidden_size, mlp.params)  # raises where there is no such chain
+        stored = DTYPES.get(config.dtype) or original.dtype
+        check_space(target, original.model.num_parameters() * stored.itemsize)
+    text = calibration_text(original, config, progress)
+    # All that the modules of a conversion depend on; a module made with other facts is not reused.
+    free = (
+        "device", "max_memory", "end_to_end", "data", "heldout", "layers", "dtype", "effort", "temperature",
+        "redistill",
+    )  # fmt: skip
+    chosen = {name: value for name, value in config.to_dict().items() if name not in free}
+    facts = chosen | {
+        "recipe": {name: value for name, value in asdict(config.recipe()).items() if name not in chosen},
+        "source": original.fingerprint,
+        "layers": [mlp.module for mlp in mlps],
+        "text": digest(text.train, text.heldout),
+        "dtype": dtype_name(stored),
+        "program": __version__,
+    }
+    resume = ResumeStore(target, facts)
+    return Context(original, mlps, text, config, stored, resume, scratch, progress), len(every)
+
+
+def _converted(context: Context, mlps: int, work: Path, out: str, started: float) -> ConversionReport:
+    """Writes the checkpoint into `work`, which will be `out`. mlps: how many the original has."""
+    modules = distill_modules(context)
+    end_to_end = run_end_to_end(context, modules)
+    with _shown(context.progress, "writing the checkpoint"):
+        locked_parameters = _write(context, modules.chains, work)
+        shutil.rmtree(context.scratch)
+    original, model = context.source, context.model
+    report = ConversionReport(
+        source=public_name(original.name),
+        out=out,
+        options=context.config.to_dict() | {"dtype": dtype_name(context.stored), "data": context.text.source},
+        modules=modules.reports,
+        mlps=mlps,
+        params_original=model.num_parameters(),
+        params_locked=locked_parameters,
+        # the checkpoint, read back as its users will
+        evaluation=compare(
+            load(work, dtype=model.dtype, device=context.device),
+            model,
+            context.text.heldout,
+            context.count("measuring the locked model"),
+        ),
+        seconds=time.monotonic() - started,
+        across=modules.across,
+        end_to_end=end_to_end,
+        warnings=[note for note in (*context.notes, poor_text(context.text.train)) if note],
+        program={"dlr-lock": __version__} | {name: version(name) for name in ("torch", "transformers")},
+    )
+    (work / "README.md").write_text(model_card(report), encoding="utf-8")
+    facts = report.to_dict() | {"fingerprint": original.fingerprint}
+    del facts["out"]
+    write_manifest(work, {"conversion": facts})
+    return report
+
+
+def _write(context: Context, chains: dict[str, DLRNet], work: Path) -> int:
+    """Saves the source, read again in the checkpoint's dtype, with the chains in place; returns its parameters.
+
+    Read again, because casting a loaded model would also cast what must stay in float32 (rotary frequencies).
+    """
+    original = context.source
+    model = type(original.model).from_pretrained(original.path, dtype=context.stored)
+    lock(model, chains, context.identity)
+    model.save_pretrained(work)
+    if original.tokenizer is not None:
+        original.tokenizer.save_pretrained(work)
+    return model.num_parameters()
+
+
+def distill_modules(context: Context) -> Modules:
+    """Distils every MLP of a conversion, in model order; finished modules are taken from the resume store.
+
+    Raises:
+        DLRError: As `distill` and `capture` do, and where the modules are to correct one another and the model does
+            not allow it.
+    """
+    config, mlps = context.config, context.mlps
+    done = Modules({}, [], config.across or "sequential")
+    calibrator: SequentialCalibrator | None = None
+    if done.across == "sequential":
+        try:
+            calibrator = context.calibrator()
+        except Unrepeatable as error:
+            if config.across:
+                raise DLRError(f"the model cannot be distilled sequentially: {error}") from error
+            done.across = "independent"
+            context.notes.append(f"modules were distilled independently: {error}")
+    before = {mlp.module: _restored(context, mlp) for mlp in mlps}
+    todo = [mlp for mlp in mlps if not _finished(before[mlp.module], config)]
+    independent = context.capture(todo if calibrator is None else [])
+    for number, mlp in enumerate(mlps, 1):
+        module = before[mlp.module]
+        if not _finished(module, config):
+            pairs = calibrator.pairs(mlp) if calibrator else next(independent)[1]
+            title = f"{mlp.module} ({number} of {len(mlps)})"
+            if module is None:
+                module = _fit(context, mlp, pairs, title)
+                _keep(context, module)  # before what may fail
+            if config.redistill:
+                module = _attacked(context, module, pairs, title)
+                _keep(context, module)
+            pairs.close()
+        assert module is not None
+        net, report = module
+        if calibrator:
+            report = replace(report, drift=calibrator.put(mlp, net))
+        done.chains[mlp.module] = net
+        done.reports.append(report)
+        context.notes.extend(report.notes)
+    unknown = [mlp.module for mlp in mlps if mlp.up is None]
+    if unknown and config.init == "mixed":
+        context.notes.append(
+            f"the inside of {', '.join(unknown)} is unknown: a chain in its place started at random, which fits worse"
+        )
+    if calibrator and calibrator.uncorrected:
+        context.notes.append(
+            f"{len(calibrator.uncorrected)} of {len(mlps)} modules were fitted to the original's outputs and correct "
+            "no errors before them, for a norm follows their MLPs"
+        )
+    return done
+
+
+def _fit(context: Context, mlp: MLP, pairs: Activations, title: str) -> _Module:
+    started = time.monotonic()
+    spec = context.config.spec_for(mlp.hidden_size, mlp.params)
+    recipe = context.config.recipe()
+    recipe = replace(recipe, seed=recipe.seed + mlp.layer)
+    notes: list[str] = []
+    tensors = distill(
+        pairs,
+        context.train_rows,
+        spec,
+        recipe,
+        name=mlp.module,
+        device=context.device,
+        teacher=teacher_weights(context.model, mlp) if recipe.init == "mixed" else None,
+        progress=context.count(f"distilling {title}, {spec}"),
+        note=notes.append,
+    )
+    net = DLRNet(spec, dtype=context.stored)
+    net.assign(tensors)
+    held = torch.arange(context.train_rows, len(pairs))
+    fidelity = measure(net, *pairs.rows(held), context.device, pairs.first[held])
+    seconds = time.monotonic() - started
+    report = ModuleReport(
+        mlp.module, mlp.layer, spec, mlp.params, fidelity, recipe.train_tokens, seconds, notes=tuple(notes)
+    )
+    return net, report
+
+
+def _attacked(context: Context, module: _Module, pairs: Activations, title: str) -> _Module:
+    """The module with the attack's outcome; without one, and a note, where the attack itself failed."""
+    net, report = module
+    try:
+        found = attack_module(
+            context, net, report, pairs, report.fidelity.rel_error, context.count(f"redistilling {title}")
+        )
+    except DLRError as error:
+        # Not kept with the module: the attack is tried again where an interrupted conversion goes on.
+        context.notes.append(f"the attack on {report.module} failed: {error}")
+        return module
+    return net, replace(report, redistillation=found)
+
+
+def _keep(context: Context, module: _Module) -> None:
+    net, report = module
+    context.resume.put(report.module, net.state_dict(), report.to_dict())
+
+
+def _restored(context: Context, mlp: MLP) -> _Module | None:
+    """A module that an interrupted conversion finished, None where it did not."""
+    found = context.resume.get(mlp.module)
+    if found is None:
+        return None
+    try:
+        report = ModuleReport.from_dict(found[1])
+        net = DLRNet(report.spec, dtype=context.stored)
+        net.assign(found[0])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DLRError(
+            f"what {context.resume.folder} keeps of {mlp.module} is damaged: delete that folder"
+        ) from error
+    return net, report
+
+
+def _finished(module: _Module | None, config: ConversionConfig) -> bool:
+    return module is not None and (module[1].redistillation is not None or not config.redistill)
+
+
+@contextmanager
+def _shown(progress: Progress, what: str) -> Iterator[None]:
+    """Work whose progress is only that it is done."""
+    progress(what, 0, 1)
+    yield
+    progress(what, 1, 1)

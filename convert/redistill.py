@@ -1,0 +1,221 @@
+"""Redistillation, the strongest attack known to us: a chain is fitted back into an MLP of its size.
+
+The attacker distils the chain into a student, on text, from one of three initialisations:
+
+    flat     the chain flattened, one step of rank L K r: every step reads x
+    linear   the same with each step's reading directions brought back to x. With u_k the state's movement before
+             step k, z_k = x + u_k and u_k is nearly x J_k for the best linear J_k, so a unit that reads z_k A reads
+             about x (1 + J_k) A
+    random   a fresh SwiGLU MLP with as many parameters, which takes nothing from the chain but its outputs
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..common.errors import DLRError
+from ..common.progress import Count, no_count
+from ..common.splits import random_rows
+from ..runtime import DLRNet, DLRSpec
+from ..triton_kernels import chain_reference
+from ..triton_kernels.reference import add_product, step_hidden
+from .activations import Activations
+from .config import Recipe
+from .context import Context
+from .distill import distill
+from .evaluate import in_float32, measure
+from .report import ModuleReport, Redistillation
+
+INITS = ("linear", "flat", "random")
+FIT_TOKENS = 40_000  # tokens for the linear maps J_k
+BATCH = 256  # smaller ones undo more: 128 undid a small chain at 0.05 of its training tokens that 512 did not
+_RATE = 0.012
+_ROWS = 8192  # tokens at a time, where the chain is run
+
+
+def attack_module(
+    context: Context,
+    net: DLRNet,
+    report: ModuleReport,
+    pairs: Activations,
+    chain_error: float,
+    progress: Count,
+) -> Redistillation:
+    """The attack on a module's chain, for the share of its conversion's training tokens that the configuration says.
+
+    pairs, chain_error, errors: as for `redistill`.
+    """
+    assert context.config.redistill
+    return redistill(
+        copy.deepcopy(net).float(),
+        pairs,
+        context.train_rows,
+        chain_error,
+        train_tokens=max(1, round(context.config.redistill * report.train_tokens)),
+        conversion=report.train_tokens,
+        name=report.module,
+        device=context.device,
+        seed=context.config.seed + report.layer,
+        progress=progress,
+    )
+
+
+def redistill(
+    net: DLRNet,
+    activations: Activations,
+    tokens: int,
+    chain_error: float,
+    *,
+    train_tokens: int,
+    conversion: int,
+    name: str,
+    device: torch.device,
+    init: str = "linear",
+    seed: int = 0,
+    progress: Count = no_count,
+) -> Redistillation:
+    """Distils a chain back into an MLP of its size, and measures the student.
+
+    Args:
+        net: The chain.
+        activations: x and y = mlp(x) of the original MLP, [N, d] each.
+        tokens: How many of the rows, from the first, are the attacker's text.
+        chain_error: The chain's own relative error against the MLP.
+        train_tokens: The attacker's training tokens.
+        conversion: Those that the chain cost.
+        name, device, init, seed, progress: As for `fit_student`.
+
+    Raises:
+        DLRError: As `fit_student` does.
+    """
+    own = Activations(
+        activations.x, _outputs(net, activations.x, device), activations.first, activations.mapped
+    )
+    student = fit_student(
+        net,
+        own,
+        tokens,
+        train_tokens=train_tokens,
+        init=init,
+        seed=seed,
+        name=name,
+        device=device,
+        progress=progress,
+    )
+    held = torch.arange(tokens, len(activations))
+    error, student_error = (
+        measure(student, *pairs.rows(held), device).rel_error for pairs in (activations, own)
+    )
+    return Redistillation(train_tokens, conversion, error, chain_error, student_error)
+
+
+def fit_student(
+    net: DLRNet,
+    activations: Activations,
+    tokens: int,
+    *,
+    train_tokens: int,
+    init: str,
+    seed: int,
+    name: str,
+    device: torch.device,
+    progress: Count = no_count,
+    note: Callable[[str], object] = lambda sentence: None,
+) -> DLRNet:
+    """An MLP of a chain's size, one step wide, distilled from it: float32, on the CPU. The chain is left as it is.
+
+    Args:
+        net: The chain.
+        activations: x and y = net(x), [N, d] each.
+        tokens: How many of the rows, from the first, are the attacker's text.
+        train_tokens: The attacker's training tokens.
+        init: One of INITS, see above.
+        seed: Of the draws.
+        name: The module's, for errors.
+        device: Where it is fitted.
+        progress, note: As for `distill`.
+
+    Raises:
+        DLRError: On another initialisation, and as `distill` does.
+    """
+    if init not in INITS:
+        raise DLRError(f"unknown init {init!r}; one of {', '.join(INITS)}")
+    given = None
+    if init == "random":
+        spec = DLRSpec.of_params(net.spec.hidden_size, net.spec.params, depth=1, act="silu", gated=True)
+    else:
+        reads = None
+        if init == "linear":
+            x = activations.rows(random_rows(tokens, FIT_TOKENS, seed))[0]
+            reads = linear_reads(net, x.to(device, torch.float32))
+        flat = flattened(net, reads)
+        spec, given = flat.spec, flat.state_dict()
+    batch = min(BATCH, train_tokens)
+    recipe = Recipe(train_tokens, batch, "random", seed, rate=_RATE, lr_multiplier_b=1.0, weight_decay=0.0)
+    tensors = distill(
+        activations,
+        tokens,
+        spec,
+        recipe,
+        name=f"the student of {name}",
+        device=device,
+        init=given,
+        progress=progress,
+        note=note,
+    )
+    student = DLRNet(spec, dtype=torch.float32)
+    student.assign(tensors)
+    return student
+
+
+def flattened(net: DLRNet, reads: dict[str, Tensor] | None = None) -> DLRNet:
+    """The MLP that a chain is when every step reads x: one step of rank L K r, in float32, on the chain's device.
+
+    reads: what its steps read x with instead of their A (and G), [L, K, r, d] each, as `linear_reads` gives them.
+    """
+    spec = net.spec
+    flat = DLRNet(
+        DLRSpec(spec.hidden_size, 1, 1, spec.lanes * spec.depth * spec.rank, spec.act, spec.gated),
+        dtype=torch.float32,
+        device=net.dlr_A.device,
+    )
+    tensors = dict(net.named_parameters()) | (reads or {})
+    flat.assign({name: tensors[name].reshape(p.shape) for name, p in flat.named_parameters()})
+    return flat
+
+
+@torch.no_grad()
+def linear_reads(net: DLRNet, x: Tensor) -> dict[str, Tensor]:
+    """A and G of every step, brought back to x: A (1 + J_k)^T with J_k [d, d] the least-squares map of x to u_k.
+
+    x: [N, d] float32, tokens to fit J_k on. Returns [L, K, r, d] each, in float32 on x's device.
+    """
+    A, B, _, _, G, act = in_float32(net, x.device)
+    rms = x.square().mean(1, keepdim=True).sqrt()
+    weight = 1 / rms.clamp(min=1e-6 * rms.mean())  # every token counts alike, whatever its size
+    wx = x * weight
+    covariance = (wx.T @ wx).double()
+    covariance.diagonal().add_(1e-4 * covariance.diagonal().mean())
+    solve = torch.linalg.inv(covariance).float() @ wx.T  # [d, N]
+    readers = {"dlr_A": A} if G is None else {"dlr_A": A, "dlr_G": G}
+    reads = {name: torch.empty_like(w) for name, w in readers.items()}
+    for lane in range(net.spec.lanes):
+        z = x[None]
+        for k in range(net.spec.depth):
+            jacobian = solve @ ((z[0] - x) * weight)  # u = x J
+            for name, w in readers.items():
+                reads[name][lane, k] = w[lane, k] + w[lane, k] @ jacobian.T
+            one = slice(lane, lane + 1)
+            z = add_product(z, step_hidden(z, A[one, k], None if G is None else G[one, k], act), B[one, k])
+    return reads
+
+
+@torch.no_grad()
+def _outputs(net: DLRNet, x: Tensor, device: torch.device) -> Tensor:
+    weights, y = in_float32(net, device), torch.empty(x.shape, dtype=x.dtype)
+    for at in range(0, len(x), _ROWS):
+        rows = slice(at, at + _ROWS)
+        y[rows] = chain_reference(x[rows].to(device, torch.float32), *weights)
+    return y

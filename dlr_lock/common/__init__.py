@@ -1,0 +1,1 @@
+"""What several folders need and none owns: it stands below all of them and imports none."""

@@ -1,0 +1,141 @@
+"""What long work keeps as it goes: every finished part, so that an interruption costs one at most."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import DLRError
+from .files import exclusive, full_disk_is_an_error, read_json
+
+_ABOUT = "run.json"
+_CLAIM = "claimed.part"  # no part of a run, as the name says
+
+
+@contextmanager
+def run_lock(target: Path) -> Iterator[None]:
+    """What is kept for `target`, and it, are this process's alone while the block runs: raises DLRError where another
+    has them. A Ctrl-C in the block says what is kept."""
+    folder = _folder(target)
+    made = [parent for parent in folder.parents if not parent.exists()]
+    claim = folder / _CLAIM
+    try:
+        with exclusive(claim, f"another run is writing to {folder}: choose another output"):
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    claim.unlink()
+                with suppress(OSError):  # not empty: something is kept
+                    folder.rmdir()
+    except KeyboardInterrupt as stop:
+        if not (count := _count(folder)):
+            raise
+        raise KeyboardInterrupt(
+            f"interrupted; {count} finished parts are kept in {folder}: the same command goes on from there"
+        ) from stop
+    finally:
+        with suppress(OSError):
+            for parent in made:
+                parent.rmdir()
+
+
+class ResumeStore:
+    """The finished parts of one run, in `<target>.partial` beside what is to be written; to be used within `run_lock`.
+
+    facts: everything that the parts depend on. Raises DLRError where the directory holds the parts of a run with other
+    facts.
+    """
+
+    def __init__(self, target: Path, facts: dict[str, Any]) -> None:
+        self.folder = _folder(target)
+        self._about = json.dumps(facts, sort_keys=True, default=str)
+        if self.folder.exists() and not (self.folder / _ABOUT).is_file():
+            if not self.folder.is_dir() or any(
+                not path.name.endswith(".part") for path in self.folder.iterdir()
+            ):
+                raise DLRError(f"{self.folder} is in the way and not of an interrupted run: move it away")
+        elif self.folder.exists() and not self.count:
+            (self.folder / _ABOUT).unlink()  # it was interrupted before its first part
+        elif self.folder.exists():
+            before = read_json(self.folder / _ABOUT)
+            other = sorted(
+                key for key in {*before, *facts} if before.get(key) != json.loads(self._about).get(key)
+            )
+            if other:
+                raise DLRError(
+                    f"{self.folder} keeps {self.count} finished parts of a run with other {', '.join(other)}: "
+                    "run as then to go on with it, or delete it"
+                )
+
+    @property
+    def count(self) -> int:
+        """How many parts are there."""
+        return _count(self.folder)
+
+    def has(self, part: str) -> bool:
+        """Whether a part is finished."""
+        return self._path(part).is_file()
+
+    def get(self, part: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """A part's tensors and the figures kept with it; None where it is not finished."""
+        path = self._path(part)
+        if not self.has(part):
+            return None
+        try:
+            return load_file(path), read_json(path.with_suffix(".json"))
+        except (SafetensorError, DLRError) as error:
+            raise DLRError(f"{path} is damaged: delete it, and its part is done again") from error
+
+    def put(self, part: str, tensors: dict[str, Tensor], figures: dict[str, Any]) -> None:
+        """Keeps a finished part: whole or not at all, whatever interrupts. Raises DLRError where the disk is full."""
+        try:
+            with full_disk_is_an_error(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                about = self.folder / _ABOUT
+                # Where there are no locks, this is what keeps two runs from being mixed.
+                if about.is_file() and about.read_text(encoding="utf-8") != self._about:
+                    raise DLRError(f"another run is writing to {self.folder}: choose another output")
+                path = self._path(part)
+                for file, write in (
+                    (about, lambda p: p.write_text(self._about, encoding="utf-8")),
+                    (
+                        path.with_suffix(".json"),
+                        lambda p: p.write_text(json.dumps(figures), encoding="utf-8"),
+                    ),
+                    (path, lambda p: save_file(tensors, p)),  # last: it is what says that the part is there
+                ):
+                    unfinished = file.with_name(f"{file.name}.part")
+                    write(unfinished)
+                    os.replace(unfinished, file)
+        except SafetensorError as error:
+            raise DLRError(f"{self.folder} cannot be written: {error}") from error
+
+    def remove(self) -> None:
+        """Gives the disk space back, once the whole is written. What is not ours stays."""
+        for file in [
+            *self.folder.glob("*.safetensors"),
+            *self.folder.glob("*.json"),
+            *self.folder.glob("*.part"),
+        ]:
+            if file.name != _CLAIM:  # which `run_lock` removes, and the folder with it
+                file.unlink(missing_ok=True)
+
+    def _path(self, part: str) -> Path:
+        # A module's name may be longer than a file's can be.
+        return self.folder / f"{hashlib.sha256(part.encode()).hexdigest()[:16]}.safetensors"
+
+
+def _folder(target: Path) -> Path:
+    return target.with_name(f"{target.name}.partial")
+
+
+def _count(folder: Path) -> int:
+    return len(list(folder.glob("*.safetensors")))

@@ -1,0 +1,73 @@
+"""What the cost model says of a chain, in full: floor, prediction of each path, choice and why."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ..common.dtypes import dtype_name
+from ..common.errors import DLRError
+from ..triton_kernels import cost
+from ..triton_kernels.cost import Prediction
+from ..triton_kernels.lookahead import block_steps
+from .slot import Case, dtype_of
+
+
+def explain(cases: Sequence[Case], *, device: torch.device, dtype: str = "auto") -> dict[str, Any]:
+    """What the cost model makes of cases that share a chain, times in microseconds: a JSON object; nothing runs.
+
+    device: a GPU, or anything else for an H200's constants, which `assumed` then says. dtype: as `dtype_of` takes it
+    for a GPU. Raises DLRError on a dtype that is unknown, or a chain that the kernels cannot hold.
+    """
+    weights = dtype_of(dtype, gpu=True)
+    gpu = device.type == "cuda"
+    constants = cost.H200
+    if gpu:
+        constants = cost.device_constants(
+            torch.cuda.current_device() if device.index is None else device.index
+        )
+    spec = cases[0].spec
+    usual = Case(spec, cases[0].intermediate, cost.USUAL_TOKENS).shape(weights)
+    width = spec.rank * block_steps(cost.best_width(usual, constants), spec.depth, spec.rank)
+    try:
+        rows = [_explained(case, width, constants, weights) for case in cases]
+    except ValueError as error:
+        raise DLRError(f"the kernels cannot run {spec} on {spec.hidden_size} features: {error}") from error
+    return {
+        "schema": 1,
+        "device": asdict(constants),
+        "assumed": not gpu,
+        "chain": spec.to_dict() | {"intermediate": cases[0].intermediate, "params": spec.params},
+        "dtype": dtype_name(weights),
+        "gram": {"m": width, "S": width // spec.rank, "bytes": usual.gram_bytes(width)},
+        "solve_columns": cost.solve_columns(width, spec.rank, spec.gated),
+        "rows": rows,
+    }
+
+
+def _explained(case: Case, width: int, device: cost.Device, dtype: torch.dtype) -> dict[str, Any]:
+    """The prediction of each path for one case, `decode` None where it cannot run, and which one is chosen."""
+    shape = case.shape(dtype)
+    steps = width // shape.rank
+    plan = cost.decode_plan(shape, device, steps)
+    decode = None
+    if plan is not None:
+        launch = {"m": plan.steps * plan.rank, "S": plan.steps, "ctas_a_lane": plan.slices}
+        launch["num_warps"] = plan.num_warps
+        decode = _times(cost.predict_decode(shape, plan, device)) | launch
+    return {
+        "tokens": case.tokens,
+        "floor_us": 1e6 * cost.floor_seconds(shape, device),
+        "dense": _times(cost.predict_dense(shape, case.intermediate, device)),
+        "decode": decode,
+        "prefill": _times(cost.predict_prefill(shape, width, device)) | {"m": width, "S": steps},
+        "choice": "prefill" if cost.choose(shape, device, steps) is None else "decode",
+    }
+
+
+def _times(prediction: Prediction) -> dict[str, Any]:
+    return {
+        "predicted_us": 1e6 * prediction.seconds, "floor_us": 1e6 * prediction.floor,
+        "rounds": prediction.rounds, "launches": prediction.launches,
+    }  # fmt: skip

@@ -1,0 +1,133 @@
+"""What fills one MLP slot in a benchmark: the dense MLP, the plain chain and the chain's fast forms, on one x.
+
+Data are random: x of unit RMS, updates of about half of it. Each MLP comes in several copies, which calls rotate
+over.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+from ..common.dtypes import DTYPES
+from ..common.errors import DLRError
+from ..runtime.spec import DLRSpec
+from ..triton_kernels import backend, chain_reference, cost, dlr_net, gram_blocks, gram_width, lookahead
+from ..triton_kernels.cost import Shape
+from .timing import Call
+
+# Each family in the forms that it is timed in; "ours" is the op, as the cost model steers it, "prefill" and
+# "decode" are its two paths.
+PROVIDERS = (
+    "dense-eager", "dense-compiled", "dense-graph", "naive-eager", "naive-compiled", "naive-graph",
+    "lookahead-eager", "ours-eager", "ours-graph", "prefill-graph", "decode-graph",
+)  # fmt: skip
+CPU_PROVIDERS = ("dense-eager", "naive-eager", "lookahead-eager")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A gated MLP of width `intermediate`, the chain in its place, and a number of tokens."""
+
+    spec: DLRSpec
+    intermediate: int
+    tokens: int
+
+    @property
+    def dense_params(self) -> int:
+        return 3 * self.spec.hidden_size * self.intermediate
+
+    def shape(self, dtype: torch.dtype) -> Shape:
+        """The chain on these tokens, as the cost model counts it."""
+        return Shape(*self.spec.weight_shape, self.tokens, self.spec.gated, dtype.itemsize)
+
+
+def dense_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """The SwiGLU MLP: x [T, d], gate and up [f, d], down [d, f] -> [T, d]."""
+    return linear(silu(linear(x, gate)) * linear(x, up), down)
+
+
+def ours(**call: Any) -> Tensor:
+    """The op with its Triton kernels; arguments as `dlr_net`'s."""
+    with backend("triton"):
+        return dlr_net(**call)
+
+
+def dtype_of(name: str, *, gpu: bool) -> torch.dtype:
+    """The dtype of that name; "auto" is bfloat16 on a GPU and float32 on a CPU. Raises DLRError on another name."""
+    if name == "auto":
+        return torch.bfloat16 if gpu else torch.float32
+    if name not in DTYPES:
+        raise DLRError(f"unknown dtype {name!r}; one of auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+class Slot:
+    """The tensors of a case: x, and copies of both MLPs' weights of `cold_bytes` at least."""
+
+    def __init__(self, case: Case, device: torch.device, dtype: torch.dtype, cold_bytes: float) -> None:
+        self.case, self.device, self.dtype = case, device, dtype
+        d, f = case.spec.hidden_size, case.intermediate
+        _, depth, rank, _ = shape = case.spec.weight_shape
+        source = torch.Generator(device).manual_seed(0)
+
+        def normal(*size: int, over: int = 1) -> Tensor:
+            values = torch.randn(size, generator=source, device=device)
+            return values.mul_(over**-0.5).to(dtype)
+
+        self.x = normal(case.tokens, d)
+        gate, up, down = normal(f, d, over=d), normal(f, d, over=d), normal(d, f, over=f)
+        self.dense = _copies({"gate": gate, "up": up, "down": down}, cold_bytes)
+        chain = {"A": normal(*shape, over=d), "B": normal(*shape, over=depth * rank)}
+        chain |= {"G": normal(*shape, over=d)} if case.spec.gated else {}
+        chain |= {n: torch.rand(d, generator=source, device=device) for n in ("scale", "bias")}
+        self.chain = _copies(chain, cold_bytes)
+        width = gram_width(shape, case.spec.gated, dtype.itemsize, device)
+        self.gram = [gram_blocks(w["A"], w["B"], w.get("G"), block=width) for w in self.chain]
+
+    def call(self, provider: str) -> tuple[Call, int] | None:
+        """How to call a provider, and on how many copies; None where the case has no such form."""
+        family, mode = provider.split("-")
+        if (form := self._form(family)) is None:
+            return None
+        forward, arguments = form
+        if mode == "compiled":
+            forward = torch.compile(forward, dynamic=False, fullgraph=True)
+        return (lambda i: forward(x=self.x, **arguments[i])), len(arguments)
+
+    def _form(self, family: str) -> tuple[Callable[..., Tensor], list[dict[str, Any]]] | None:
+        """The function of a family, and what it takes beside x for each copy."""
+        if family == "dense":
+            return dense_mlp, list(self.dense)
+        chains: list[dict[str, Any]] = [{"act": self.case.spec.act, **w} for w in self.chain]
+        if family == "naive":
+            return chain_reference, chains
+        with_gram = [c | {"G": c.get("G"), "gram": g} for c, g in zip(chains, self.gram, strict=True)]
+        if family in ("lookahead", "ours"):
+            return (lookahead if family == "lookahead" else ours), with_gram
+        # One of the two paths of the kernels, past the cost model, where it has both to choose from.
+        shape = self.case.shape(self.dtype)
+        steps = self.gram[0].shape[-2] // shape.rank
+        plan = cost.decode_plan(shape, cost.device_constants(self.device.index), steps)
+        if plan is None:
+            return None
+        from ..triton_kernels.decode import decode, workspace
+        from ..triton_kernels.prefill import prefill
+
+        if family == "prefill":
+            return prefill, with_gram
+        fixed = {"plan": plan, "workspace": workspace(plan, self.device)}
+        return decode, [
+            c | fixed | {"gram": c["gram"][0], "gate_gram": c["gram"][1] if shape.gated else None}
+            for c in with_gram
+        ]
+
+
+def _copies(weights: dict[str, Tensor], wanted: float) -> list[dict[str, Tensor]]:
+    size = sum(w.nbytes for w in weights.values())
+    more = max(1, math.ceil(wanted / size)) - 1
+    return [weights] + [{name: w.clone() for name, w in weights.items()} for _ in range(more)]

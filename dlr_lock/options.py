@@ -1,0 +1,48 @@
+"""Command-line options made from a configuration's fields, so that a default and a help stand in one place."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+
+def options_of(config: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator: the command takes an option for each field of the dataclass `config`, as keyword arguments.
+
+    Fields are those that `common.options.option` made. A field of several types becomes an option of text.
+    """
+    hints = get_type_hints(config)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
+        kept = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        made = [
+            inspect.Parameter(
+                f.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=f.default,
+                annotation=Annotated[_type(hints[f.name]), typer.Option(help=f.metadata["help"])],
+            )
+            for f in fields(config)
+        ]
+
+        @wraps(command)
+        def run(**arguments: Any) -> None:
+            command(**arguments)
+
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in kept[:-1]] + made + kept[-1:]
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters]
+        run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate
+
+
+def _type(hint: Any) -> Any:
+    """What the command line takes for a field: its type, or text where it may be of several."""
+    several = [kind for kind in getattr(hint, "__args__", ()) if kind is not type(None)]
+    return str | None if len(several) > 1 else hint

@@ -1,0 +1,1 @@
+"""Results as sections, and what renders them: console, HTML and Markdown."""

@@ -1,0 +1,103 @@
+"""The attack on one module: it must undo what can be undone."""
+
+import pytest
+import torch
+
+from dlr_lock.common.errors import DLRError
+from dlr_lock.convert.activations import Activations
+from dlr_lock.convert.evaluate import measure
+from dlr_lock.convert.redistill import fit_student, flattened, linear_reads, redistill
+from dlr_lock.runtime import DLRNet, DLRSpec
+
+CPU = torch.device("cpu")
+D, N = 32, 2048
+
+
+def chain(coupling: float, *, act: str = "silu", lanes: int = 1, gated: bool = False) -> DLRNet:
+    spec = DLRSpec(D, lanes, 4, 16, act, gated)
+    net = DLRNet(spec)
+    weights = {name: torch.randn(spec.weight_shape) / D**0.5 for name in net.weight_names(spec)}
+    weights["dlr_B"] *= coupling
+    net.assign(weights | {"dlr_scale": torch.full((D,), 1 / coupling), "dlr_bias": torch.zeros(D)})
+    return net
+
+
+def pairs(net: DLRNet) -> Activations:
+    x = torch.randn(N + 512, D)
+    with torch.no_grad():
+        y = net(x)
+    return Activations(x, y, torch.arange(len(x)) % 64 == 0, mapped=False)
+
+
+def attack(net: DLRNet, start: str, train_tokens: int):
+    return redistill(
+        net,
+        pairs(net),
+        N,
+        0.0,
+        train_tokens=train_tokens,
+        conversion=4096,
+        name="mlp",
+        device=CPU,
+        init=start,
+    )
+
+
+def fit(net: DLRNet, data: Activations, start: str, train_tokens: int, seed: int = 0) -> DLRNet:
+    return fit_student(net, data, N, train_tokens=train_tokens, init=start, seed=seed, name="mlp", device=CPU)
+
+
+@pytest.mark.parametrize(("lanes", "gated"), [(1, False), (3, False), (1, True)])
+def test_a_weakly_coupled_chain_is_given_away_by_flattening(lanes: int, gated: bool) -> None:
+    net = chain(1e-3, lanes=lanes, gated=gated)
+    data = pairs(net)
+    with torch.no_grad():
+        error = (flattened(net)(data.x) - data.y).norm() / data.y.norm()
+    assert error < 0.02
+    assert attack(net, "flat", 512).student_error < 0.05
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_the_linear_start_sees_through_a_state_that_is_linear_in_x(lanes: int) -> None:
+    """With a linear activation z_k is exactly x J_k: strong coupling hides nothing then."""
+    net = chain(0.5, act="linear", lanes=lanes)
+    data = pairs(net)
+    with torch.no_grad():
+        seen, blind = (
+            ((flattened(net, reads)(data.x) - data.y).norm() / data.y.norm()).item()
+            for reads in (linear_reads(net, data.x), None)
+        )
+    assert seen < 1e-2 < 0.1 < blind
+
+
+def test_a_strongly_coupled_chain_takes_work_and_more_work_undoes_more() -> None:
+    torch.manual_seed(0)
+    net = chain(0.5)
+    little, more = (attack(net, "linear", train_tokens) for train_tokens in (512, 40_960))
+    assert more.student_error < 0.7 * little.student_error
+    assert more.cost == 10 and more.chain_error == 0.0 and not more.undone
+
+
+def test_a_random_start_is_a_fresh_swiglu_mlp_that_takes_nothing_but_outputs() -> None:
+    torch.manual_seed(0)
+    net = chain(0.5, act="relu")
+    data = pairs(net)
+    held = torch.arange(N, len(data))
+    little, more = (fit(net, data, "random", train_tokens) for train_tokens in (2048, 20_480))
+    assert more.spec == DLRSpec(D, 1, 1, more.spec.rank, "silu", gated=True)
+    assert abs(more.spec.params - net.spec.params) <= 3 * 16 * D / 2  # half a tile of units: D is small
+    errors = [measure(copy, *data.rows(held), CPU).rel_error for copy in (little, more)]
+    assert errors[1] < 0.8 * errors[0] < 0.8
+    other = chain(0.5, act="relu")  # the outputs are the same, so the copy is
+    assert torch.equal(fit(other, data, "random", 2048).dlr_B, little.dlr_B)
+
+
+def test_a_copy_depends_on_its_seed_and_the_chain_stays_as_it_is() -> None:
+    net = chain(0.5)
+    data = pairs(net)
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    first, again, other = (fit(net, data, "linear", 512, seed) for seed in (3, 3, 4))
+    assert torch.equal(first.dlr_A, again.dlr_A) and not torch.equal(first.dlr_A, other.dlr_A)
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+    with pytest.raises(DLRError, match="unknown init 'teacher'; one of linear, flat, random"):
+        fit(net, data, "teacher", 512)
