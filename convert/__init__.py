@@ -7,10 +7,10 @@ from .report import ConversionReport, ModuleReport
 from .use import complete, evaluate_checkpoint
 
 __all__ = [
+    "ConversionConfig",
     "ConversionReport",
     "Evaluation",
     "ModuleReport",
-    "ConversionConfig",
     "complete",
     "convert_model",
     "evaluate",

@@ -38,10 +38,12 @@ _TRIAL_TOKENS = 8
 
 
 class Activations:
-    """Input and output of one MLP on N tokens, valid until `close()`.
+    """Input and output of one MLP on N tokens, on the CPU, valid until `close()`.
 
-    x, y    [N, d] in the dtype of the capture, in memory or memory-mapped (`mapped`), on the CPU
-    first   [N] bool, True at the first token of each sequence
+    Attributes:
+        x, y: [N, d] in the dtype of the capture, in memory or memory-mapped.
+        first: [N] bool, true at the first token of each sequence.
+        mapped: Whether x and y are mapped files.
     """
 
     def __init__(self, x: Tensor, y: Tensor, first: Tensor, mapped: bool) -> None:
@@ -87,9 +89,13 @@ def _open(part: Tensor | None) -> Tensor:
 def group_layers(
     mlps: Sequence[MLP], tokens: int, max_memory: int, dtype: torch.dtype = torch.bfloat16
 ) -> list[list[MLP]]:
-    """Which MLPs share a teacher pass: as many in a row as keep x and y within max_memory bytes.
+    """Which MLPs share a teacher pass: as many in a row as keep x and y within max_memory bytes, but one at least.
 
-    At least one; one that is alone and too large is the one that goes to disk.
+    Args:
+        mlps: In the order that they are wanted in.
+        tokens: How many tokens the pass is over.
+        max_memory: Bytes for their activations; an MLP that is alone in its group and exceeds them goes to disk.
+        dtype: Of the activations.
     """
     groups: list[list[MLP]] = []
     room = 0
@@ -113,14 +119,27 @@ def capture(
     dtype: torch.dtype = torch.bfloat16,
     progress: Count = no_count,
 ) -> Iterator[tuple[MLP, Activations]]:
-    """Yield each MLP, in the order given, with its activations on tokens [S, n].
+    """What goes into each MLP and what comes out of it, on a text.
 
     Activations are released when the next ones are asked for, so at no time is more than max_memory bytes
-    held for them (what the caller still refers to comes on top). x and y of an MLP that exceeds the budget
-    alone lie in `scratch`, in files without a name: they vanish with the process, whatever ends it. progress
-    is called with (sequences done, S), from 0 to S in every pass.
-    Raises DLRError when an MLP is not called exactly once in a pass, does not see every token, or has NaN or
-    infinity in its activations, and when `scratch` cannot hold what does not fit into memory.
+    held for them (what the caller still refers to comes on top).
+
+    Args:
+        model: Any transformers model.
+        mlps: The MLPs that are watched.
+        tokens: [S, n] int64.
+        max_memory: Bytes for activations.
+        scratch: Where x and y of an MLP lie that exceeds the budget alone, in files without a name: they vanish with
+            the process, whatever ends it.
+        dtype: Of the activations.
+        progress: Called with (sequences done, S), from 0 to S in every pass.
+
+    Yields:
+        Each MLP, in the order given, with its activations.
+
+    Raises:
+        DLRError: Where an MLP is not called exactly once in a pass, does not see every token, or has NaN or infinity
+            in its activations, and where `scratch` cannot hold what does not fit into memory.
     """
     sequences, n = tokens.shape
     if not mlps or not sequences:
@@ -154,7 +173,8 @@ def _bytes(mlp: MLP, tokens: int, dtype: torch.dtype) -> int:
 def storage(rows: int, width: int, dtype: torch.dtype, scratch: Path | None) -> Tensor:
     """[rows, width], in memory, or in a nameless file in `scratch` that vanishes with the process.
 
-    Raises DLRError where the disk has no room for it.
+    Raises:
+        DLRError: Where the disk has no room for it.
     """
     if scratch is None:
         return torch.empty(rows, width, dtype=dtype)
@@ -213,7 +233,11 @@ def _fill(
 
 
 def checked_store(part: Tensor, value: Any, what: str) -> None:
-    """Copies value [..., d] to part [rows, d], casting it. Raises DLRError where it does not fit or is not finite."""
+    """Copies value [..., d] to part [rows, d], casting it.
+
+    Raises:
+        DLRError: Where it does not fit or is not finite; `what` names it.
+    """
     if not isinstance(value, Tensor) or value.shape[-1] != part.shape[-1] or value.numel() != part.numel():
         shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise DLRError(f"{what} is {shape}, not one row of {part.shape[-1]} for each of {len(part)} tokens")
@@ -273,11 +297,28 @@ def _forward(
 
 
 class SequentialCalibrator:
-    """The hidden states of tokens [S, n] in the original and in the locked model, at the same layer of both.
+    """Sequential calibration: each module learns on the locked model's own activations to undo its errors so far.
 
-    They are float32 and lie in memory, or in files in `scratch` where they would exceed max_memory bytes.
-    For each MLP, in model order, call `pairs` and then `put`; `put` alone where the chain is there already.
-    progress is called with (sequences done, S) in every pass through a layer.
+    Two streams of hidden states go up the model layer by layer, the original's and the locked one's. An MLP adds
+    y to the rest of its layer (`Sum`): total = factor * y + rest. What the module of the locked model should give
+    is what brings its total to the original's:
+
+        y* = (total_original - rest_locked) / factor        at x_locked
+
+    which is the MLP's y where nothing was locked before. Where a norm stands between y and the sum, y* is the
+    original's y. For each MLP, in model order, call `pairs` and then `put`; `put` alone where the chain is there
+    already.
+
+    Args:
+        model: The original.
+        mlps: The MLPs that are locked, in model order.
+        tokens: [S, n] int64, the text.
+        max_memory: Bytes for both streams, float32; beyond them they lie in files in `scratch`.
+        scratch: The folder of these files.
+        progress: Called with (sequences done, S) in every pass through a layer.
+
+    Raises:
+        Unrepeatable: Where the model's layers cannot be run one at a time.
     """
 
     def __init__(
@@ -308,7 +349,7 @@ class SequentialCalibrator:
             self._teacher[rows].copy_(self._runner.embed(tokens[rows]))
 
     def pairs(self, mlp: MLP) -> Activations:
-        """What mlp's module should make of what: (x_locked, y*) in bfloat16, with (sequence, token) as rows."""
+        """What an MLP's chain is to be fitted to: x of the locked model and y*, [S n, d] each in bfloat16."""
         self._go_to(mlp)
         count, d, n = self._tokens.numel(), mlp.hidden_size, self._tokens.shape[1]
         x, y = (storage(count, d, torch.bfloat16, self._scratch) for _ in "xy")
@@ -327,8 +368,9 @@ class SequentialCalibrator:
     def put(self, mlp: MLP, net: DLRNet) -> float:
         """Takes the fitted chain in the MLP's place and moves on behind its layer.
 
-        Returns how far the locked stream is from the original's there: the mean over tokens of
-        |locked - original|^2 / |original|^2.
+        Returns:
+            How far the locked stream is from the original's there: the mean over tokens of
+            |locked - original|^2 / |original|^2.
         """
         self._go_to(mlp)
         before = self._locked

@@ -48,9 +48,10 @@ _MAX_SAMPLED_AT_ONCE = 64
 class CalibrationText:
     """Token ids packed into sequences of n tokens.
 
-    train    [S, n] int64, in the order of the text
-    heldout  [H, n] int64, taken from the same text at even distances; no sequence is in both
-    source   what the text is, fit for a model card (a file's name without its folder)
+    Attributes:
+        train: [S, n] int64, in the order of the text.
+        heldout: [H, n] int64, taken from the same text at even distances; no sequence is in both.
+        source: What the text is, fit for a model card (a file's name without its folder).
     """
 
     train: Tensor
@@ -70,17 +71,25 @@ def load_text(
     temperature: float = 1.0,
     progress: Count = no_count,
 ) -> CalibrationText:
-    """Read `tokens` tokens of calibration text and `heldout_tokens` more, each rounded down to sequences.
-
-    source is one of
-      - a file: .txt; .jsonl or .parquet with a string in `text` (or with one string field only);
-      - a dataset: `name`, `name:split` or `name:config:split` (split `train` unless said otherwise);
-      - `self`: sequences sampled from `model` at `temperature`, always the same for the same `seed`.
+    """Reads calibration text and packs it into sequences, a part of which is held out.
 
     Documents are joined with the EOS token where the tokenizer has one. A sequence starts and ends with the tokens
-    (BOS; CLS and SEP) that the tokenizer puts around a text by default, if it does. progress is called with (tokens
-    so far, wanted).
-    Raises DLRError when the text cannot be read or there is too little of it.
+    (BOS; CLS and SEP) that the tokenizer puts around a text by default, if it does.
+
+    Args:
+        source: One of
+            a file: .txt; .jsonl or .parquet with a string in `text` (or with one string field only);
+            a dataset: `name`, `name:split` or `name:config:split` (split `train` unless said otherwise);
+            `self`: sequences sampled from `model` at `temperature`, always the same for the same `seed`.
+        tokenizer: The model's, None where it has none.
+        tokens: Tokens to train on, rounded down to sequences.
+        heldout_tokens: Tokens to measure on, likewise.
+        sequence_length: Tokens of a sequence.
+        model, seed, temperature: What `self` samples from, and how.
+        progress: Called with (tokens so far, wanted).
+
+    Raises:
+        DLRError: Where the text cannot be read or there is too little of it.
     """
     n = sequence_length
     if n < 2:
@@ -111,7 +120,11 @@ def load_text(
 
 
 def calibration_text(original: Source, config: ConversionConfig, progress: Progress) -> CalibrationText:
-    """The text that a resolved configuration names, in the model's tokens. Raises DLRError as `load_text` does."""
+    """The text that a resolved configuration names, in the model's tokens.
+
+    Raises:
+        DLRError: As `load_text` does, and where the model cannot take sequences of the length that is asked for.
+    """
     assert config.tokens and config.heldout  # resolved
     room = positions(original.model)
     if config.sequence and room and config.sequence > room:
@@ -151,10 +164,19 @@ def poor_text(tokens: Tensor) -> str | None:
 def read_text(
     source: str | Path, tokenizer: PreTrainedTokenizerBase | None, *, tokens: int, sequence_length: int
 ) -> Tensor:
-    """[S, n] int64: at most `tokens` tokens from the beginning of a text, to measure a model on.
+    """The beginning of a text, to measure a model on.
 
-    source: a file or a dataset as for `load_text`. n is `sequence_length`, or shorter where the text is.
-    Raises DLRError where the text cannot be read or is empty.
+    Args:
+        source: A file or a dataset as for `load_text`.
+        tokenizer: The model's.
+        tokens: How many tokens of the text are taken, at most.
+        sequence_length: Tokens of a sequence; fewer where the text is shorter.
+
+    Returns:
+        [S, n] int64.
+
+    Raises:
+        DLRError: Where the text cannot be read or is empty.
     """
     if tokenizer is None:
         raise DLRError("the model comes without a tokenizer, so text cannot be turned into tokens")

@@ -34,8 +34,8 @@ _RISE = 1.5  # a loss so many times the best one seen, and above the zero functi
 _ROWS = 4096  # tokens to judge the typical size by
 _PRECONDITIONER_TOKENS = 40_000
 # Rows that Muon orthogonalises at once. On 1x12x192 whole steps fit 1.2% better at equal training tokens and take 1.5
-# times the FLOPs; spent on training tokens these are worth 5%. A student of one wide step keeps whole matrices: in blocks
-# it fits 1.8% worse.
+# times the FLOPs; spent on training tokens these are worth 5%. A student of one wide step keeps whole matrices: in
+# blocks it fits 1.8% worse.
 _MUON_ROWS = 64
 
 Weights = dict[str, Tensor]
@@ -123,10 +123,17 @@ def distill(
 
 
 def reading_preconditioner(x: Tensor, exponent: float) -> Tensor:
-    """P^2 [d, d] with P = (C + eps)^-exponent of mean eigenvalue 1, C the covariance of x [N, d].
+    """The preconditioner of A and G: P^2 with P = (C + eps)^-exponent of mean eigenvalue 1, C the covariance of x.
 
-    Steps of A and G are orthogonal in this preconditioner, so that they also read the weak directions of x: measured,
-    the flatten gap triples (0.49 to 1.86 at an exponent of 0.25) for under 1% of the error.
+    Muon's steps are orthogonal in it, so that they also read the weak directions of x: measured, the flatten gap
+    triples (0.49 to 1.86 at an exponent of 0.25) for under 1% of the error.
+
+    Args:
+        x: [N, d] float32, inputs of the MLP.
+        exponent: From 0, which is none, to 1.
+
+    Returns:
+        [d, d] float32.
     """
     values, vectors = torch.linalg.eigh((x.T @ x / len(x)).double())
     power = (values.clamp(min=0) + 1e-3 * values.mean().clamp(min=1e-30)) ** -exponent
@@ -251,7 +258,7 @@ _NOTHING = 1e-6  # of the longest sum: what is shorter reads nothing, as do prun
 
 
 def random_init(spec: DLRSpec, generator: torch.Generator) -> dict[str, Tensor]:
-    """A, G ~ N(0, 1/d), so that pre-activations have unit RMS; B ~ 0.1 N(0, 1/(K r))."""
+    """A chain's weights at random: A, G ~ N(0, 1/d), so that pre-activations have unit RMS; B ~ 0.1 N(0, 1/(K r))."""
     weights = {
         name: torch.randn(spec.weight_shape, generator=generator) / math.sqrt(spec.hidden_size)
         for name in DLRNet.weight_names(spec)

@@ -50,7 +50,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EndToEndPlan:
-    """`train_tokens` training tokens in batches of about `batch` tokens (whole sequences), Muon at peak rate `rate`."""
+    """How the phase trains.
+
+    Attributes:
+        train_tokens: Training tokens in all.
+        batch: About so many of them a step, in whole sequences.
+        rate, momentum: Muon's; the rate at its peak.
+        seed: Of the order of the text.
+    """
 
     train_tokens: int
     batch: int = 2048
@@ -99,10 +106,22 @@ def train_end_to_end(
     progress: Count = no_count,
     watch: Callable[[int, float], None] | None = None,
 ) -> dict[str, DLRNet]:
-    """Trains all `chains`, in their places in `model` (the original, left as it is), on tokens [S, n].
+    """Trains all chains at once, in their places in the model.
 
-    Returns new chains in the dtype of the old. identity: modules that a chain replaces besides its own. watch is
-    called after every batch with (training tokens, its loss). Raises DLRError where the loss is not finite.
+    Args:
+        model: The original, which is left as it is.
+        chains: Module name to chain.
+        identity: Modules that chains replace besides their MLPs' own.
+        tokens: [S, n] int64, the text.
+        plan: How long and how fast.
+        progress: Called with (training tokens done, in all).
+        watch: Called after every batch with (training tokens done, its loss).
+
+    Returns:
+        New chains, in the dtype of the old, on the CPU.
+
+    Raises:
+        DLRError: Where the loss is not finite.
     """
     places = {name: TrainableChain(net, model.device) for name, net in chains.items()}
     student = with_chains(model, places, identity)
@@ -143,8 +162,16 @@ def train_end_to_end(
 
 
 def distance(student: nn.Module, original: PreTrainedModel, ids: Tensor) -> Tensor:
-    """How far the student is from the original on ids [b, n]: mean KL of the next token's distribution, or the
-    mean relative error of the last hidden states; a scalar tensor that carries the student's gradients."""
+    """How far a locked model is from its original on a text, with its gradients.
+
+    Args:
+        student: The model with chains.
+        original: What it is to be like.
+        ids: [b, n] int64.
+
+    Returns:
+        A scalar: the mean KL of the next token's distribution, or the mean relative error of the last hidden states.
+    """
     with torch.no_grad():
         wanted = _output(original, ids)
     got = _output(student, ids)
@@ -172,8 +199,13 @@ def _output(model: Any, ids: Tensor) -> Tensor:
 
 
 def with_chains(model: PreTrainedModel, chains: dict[str, Any], identity: list[str]) -> PreTrainedModel:
-    """A copy of the model with `chains`, modules by name, in their places; all other weights are the model's own
-    tensors, not copies."""
+    """A copy of a model with chains in their places; all other weights are the model's own tensors, not copies.
+
+    Args:
+        model: The original, or a locked model.
+        chains: Module name to what takes its place.
+        identity: Modules that become nn.Identity.
+    """
     shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     student = copy.deepcopy(model, memo=shared)
     for name, chain in chains.items():
@@ -191,7 +223,16 @@ def with_chains(model: PreTrainedModel, chains: dict[str, Any], identity: list[s
 
 @torch.no_grad()
 def flatten_gaps(model: PreTrainedModel, chains: dict[str, DLRNet], tokens: Tensor) -> dict[str, float]:
-    """Of each chain in a locked model: mean of |flattened - chain|^2 / |chain|^2 over its inputs for tokens [S, n]."""
+    """The flatten gap of each chain in a locked model, over |chain|^2, on the model's own activations.
+
+    Args:
+        model: The locked model.
+        chains: Its chains by module name.
+        tokens: [S, n] int64.
+
+    Returns:
+        Module name to the mean over tokens of |flattened - chain|^2 / |chain|^2.
+    """
     seen: dict[str, list[Tensor]] = {name: [] for name in chains}
 
     def hook(name: str) -> Callable[..., None]:

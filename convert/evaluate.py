@@ -27,10 +27,12 @@ _ROWS = 4096  # tokens at a time
 class Fidelity:
     """How one locked module does on held-out tokens.
 
-    rel_error: mean over tokens of |chain - mlp|^2 / |mlp|^2. flatten_gap: the same distance between the chain
-    and its flattened self, over |mlp|^2. coupling: RMS of the lanes' updates over RMS of x. first_error: the
-    relative error of sequences' first tokens alone, None where there are none; these carry the massive
-    activations of some models.
+    Attributes:
+        rel_error: Mean over tokens of |chain - mlp|^2 / |mlp|^2.
+        flatten_gap: The same distance between the chain and its flattened self, over |mlp|^2.
+        coupling: RMS of the lanes' updates over RMS of x.
+        first_error: The relative error of sequences' first tokens alone, None where there are none; these carry the
+            massive activations of some models.
     """
 
     rel_error: float
@@ -49,9 +51,14 @@ class Fidelity:
 
 @torch.no_grad()
 def measure(net: DLRNet, x: Tensor, y: Tensor, device: torch.device, first: Tensor | None = None) -> Fidelity:
-    """Compares a chain, with its weights as stored but in float32, with y = mlp(x) on held-out x, y [N, d].
+    """Compares a chain, with its weights as stored but in float32, with its MLP on held-out tokens.
 
-    first: bool [N], which tokens are the first of their sequences.
+    Args:
+        net: The chain.
+        x: [N, d], the MLP's input.
+        y: [N, d], its output.
+        device: Where the chain is run.
+        first: [N] bool, which tokens are the first of their sequences; None where that is not asked.
     """
     weights = A, B, _, _, G, act = in_float32(net, device)
     errors, gap, update, size = [], 0.0, 0.0, 0.0
@@ -101,10 +108,16 @@ CHUNK = 16 * 2**20
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures over `tokens` predicted tokens (every token but the first of each sequence), in nats per token.
+    """Figures over predicted tokens: every token but the first of each sequence.
 
-    The fields of the original are None where no original was given.
-    kl: mean KL(original || model); flips: share of positions whose likeliest next token differs, 0 to 1.
+    Attributes:
+        loss, original_loss: Cross entropy in nats a token; the original's is None where none was given, as are all
+            fields that follow from it.
+        perplexity, original_perplexity: Their exponentials.
+        tokens: How many were predicted.
+        loss_gap: loss - original_loss.
+        kl: Mean KL(original || model), in nats.
+        flips: Share of positions whose likeliest next token differs, 0 to 1.
     """
 
     loss: float
@@ -123,10 +136,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class StateEvaluation:
-    """How far a model without a language-model head is from its original, over `tokens` tokens.
+    """How far a model without a language-model head is from its original.
 
-    state_error: mean over tokens of |locked - original|^2 / |original|^2 of the last hidden states; cosine: mean
-    over sequences of the cosine between their mean-pooled last hidden states.
+    Attributes:
+        state_error: Mean over tokens of |locked - original|^2 / |original|^2 of the last hidden states.
+        cosine: Mean over sequences of the cosine between their mean-pooled last hidden states.
+        tokens: How many tokens that is over.
     """
 
     state_error: float
@@ -146,12 +161,19 @@ def evaluate(
     batch: int = 8,
     progress: Count = no_count,
 ) -> Evaluation:
-    """Next-token cross entropy of `model` on tokens [S, n], and its distance to `original` if that is given.
+    """Next-token cross entropy of a model on a text, and its distance to the original. Softmax in float32, sums in
+    float64.
 
-    batch is the largest number of sequences in a pass; fewer are taken where their logits would not fit into
-    256 MiB. progress is called with (sequences done, S). Softmax in float32, sums in float64.
-    Raises DLRError for tokens with nothing to predict, for a model without a language-model head, for two
-    models with different vocabularies, and for a loss that is not finite.
+    Args:
+        model: A causal language model.
+        tokens: [S, n] int64.
+        original: What it is compared with, None for nothing.
+        batch: The largest number of sequences in a pass; fewer are taken where their logits exceed 256 MiB.
+        progress: Called with (sequences done, S).
+
+    Raises:
+        DLRError: On tokens with nothing to predict, a model without a language-model head, two models with different
+            vocabularies, and a loss that is not finite.
     """
     if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise DLRError(
@@ -244,7 +266,17 @@ def evaluate_states(
     batch: int = 8,
     progress: Count = no_count,
 ) -> StateEvaluation:
-    """Last hidden states of two models on tokens [S, n], compared. Raises DLRError where they are not finite."""
+    """Last hidden states of two models on a text, compared.
+
+    Args:
+        model, original: The two.
+        tokens: [S, n] int64.
+        batch: Sequences in a pass.
+        progress: Called with (sequences done, S).
+
+    Raises:
+        DLRError: Where they are not finite.
+    """
     error, cosine = 0.0, 0.0
     for begin in range(0, len(tokens), batch):
         ids = tokens[begin : begin + batch]

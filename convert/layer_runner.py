@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class Placed(Protocol):
     """An MLP by the names of the module whose input is its x and of the one whose output is its y."""
 
-    module: str
+    @property
+    def module(self) -> str: ...
 
     @property
     def output(self) -> str: ...
@@ -34,8 +35,10 @@ class Placed(Protocol):
 class Sum:
     """Where an MLP's output y meets the rest of the layer: total = factor * y + rest.
 
-    module: the first module whose input is the total, inside the layer (the norm of a post-norm layer); None
-    for the layer's output.
+    Attributes:
+        module: The first module whose input is the total, inside the layer (the norm of a post-norm layer); None
+            for the layer's output.
+        factor: What y is multiplied with on its way.
     """
 
     module: str | None
@@ -44,7 +47,13 @@ class Sum:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one run of a layer showed: x and y of its MLP, the total of its Sum, and the layer's output."""
+    """What one run of a layer showed.
+
+    Attributes:
+        x, y: Input and output of its MLP, [b, n, d].
+        total: The total of its `Sum`, [b, n, d]; None where none was asked for.
+        out: The layer's output, [b, n, d].
+    """
 
     x: Tensor
     y: Tensor
@@ -57,10 +66,16 @@ class Unrepeatable(DLRError):
 
 
 class LayerRunner:
-    """The layers that hold `mlps`, for sequences like `tokens` [S, n].
+    """The layers that hold some MLPs, run one at a time on sequences of one length.
 
-    Raises Unrepeatable where the layers are not one list, are not called once each and in order, or get
-    something besides hidden states that depends on the text (an encoder's output, for one).
+    Args:
+        model: Any transformers model.
+        mlps: The MLPs, in model order.
+        tokens: [S, n] int64, a text like the one that is run.
+
+    Raises:
+        Unrepeatable: Where the layers are not one list, are not called once each and in order, or get something
+            besides hidden states that depends on the text (an encoder's output, for one).
     """
 
     def __init__(self, model: PreTrainedModel, mlps: Sequence[Placed], tokens: Tensor) -> None:
@@ -94,7 +109,14 @@ class LayerRunner:
         where: Sum | None = None,
         instead: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Seen:
-        """Runs mlp's layer on `hidden` [b, n, d]; instead(x, y) -> y, where given, is what the MLP returns."""
+        """Runs one MLP's layer and watches.
+
+        Args:
+            mlp: The MLP.
+            hidden: [b, n, d], the hidden states in front of its layer.
+            where: The sum whose total is wanted, None for none.
+            instead: What gives the MLP's output from its own x and y, None to leave it.
+        """
         seen: dict[str, Tensor] = {}
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -124,7 +146,12 @@ class LayerRunner:
     def find_sum(self, mlp: Placed, hidden: Tensor) -> Sum | None:
         """Where y is added to the rest, found by changing y and looking what changes by as much.
 
-        None where no such place is: behind a norm of y itself, as in Gemma 2.
+        Args:
+            mlp: The MLP.
+            hidden: [b, n, d], hidden states in front of its layer to try it on.
+
+        Returns:
+            The place, None where there is none: behind a norm of y itself, as in Gemma 2.
         """
         nudge = torch.Generator(device="cpu").manual_seed(0)
 

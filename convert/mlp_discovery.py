@@ -45,12 +45,20 @@ if TYPE_CHECKING:
 
 
 def find_mlps(model: PreTrainedModel, pattern: str | None = None) -> list[MLP]:
-    """The model's MLPs, in model order.
+    """The model's MLPs, found by running 8 random tokens through it.
 
-    Runs 8 random tokens through the model; MLPs that a pass over text does not reach (those of an image tower)
-    are left out. With `pattern`, a regular expression searched for in module names, every matching module that
-    maps [.., d] to [.., d] token by token is taken whole, whatever is inside.
-    Raises DLRError where none is found, and where an MLP is used more than once in a pass.
+    MLPs that a pass over text does not reach (those of an image tower) are left out.
+
+    Args:
+        model: Any transformers model.
+        pattern: A regular expression searched for in module names, with which every matching module that maps
+            [.., d] to [.., d] token by token is taken whole, whatever is inside; None for recognition by structure.
+
+    Returns:
+        The MLPs, in model order.
+
+    Raises:
+        DLRError: Where none is found, and where an MLP is used more than once in a pass.
     """
     if pattern is not None:
         try:
@@ -104,7 +112,8 @@ def find_mlps(model: PreTrainedModel, pattern: str | None = None) -> list[MLP]:
 def select_layers(mlps: Sequence[MLP], layers: str | None) -> list[MLP]:
     """The MLPs of the layers named, as in "2-5,9" or "last-6", in model order; all of them for None.
 
-    Raises DLRError for what is not such a list and for a layer that has no MLP.
+    Raises:
+        DLRError: On what is not such a list, and on a layer that has no MLP.
     """
     if layers is None:
         return list(mlps)
@@ -210,8 +219,10 @@ _TOKENS = 8
 class Trial:
     """What modules get and give in one pass of 8 random tokens through the model.
 
-    count       calls of each module watched
-    inputs      their first input
+    Attributes:
+        count: Calls of each module watched, by name.
+        inputs, outputs: The first input and the output of those that map one tensor to one.
+        odd: Modules that were called with anything else than one tensor, or by keyword.
     """
 
     def __init__(self, model: PreTrainedModel, whole: Sequence[str]) -> None:

@@ -48,17 +48,18 @@ class Matrix:
 class MLP:
     """One MLP of a model: what a DLRNet takes the place of.
 
-    layer              the number --layers speaks of: the one in the module's path where no other MLP has it,
-                       else the position in the list
-    module             dotted name of the module whose place the DLRNet takes; its forward's input is x
-    identity           modules that become nn.Identity besides, where the MLP has no module of its own
-    hidden_size        d
-    intermediate_size  f; where the MLP's inside is unknown, the f of a plain MLP of `params` parameters
-    gated              whether the original is gated
-    act                its activation: the ACT2FN name, else the class name; "unknown" where the inside is
-    params             its parameters, biases included
-    up, gate, down     its matrices; up and down are None where the inside is unknown or does not compute
-                       down(act(gate x) * up x), as with a norm in between
+    Attributes:
+        layer: The number --layers speaks of: the one in the module's path where no other MLP has it, else the
+            position in the list.
+        module: Dotted name of the module whose place the DLRNet takes; its forward's input is x.
+        identity: Modules that become nn.Identity besides, where the MLP has no module of its own.
+        hidden_size: d.
+        intermediate_size: f; where the MLP's inside is unknown, the f of a plain MLP of `params` parameters.
+        gated: Whether the original is gated.
+        act: Its activation: the ACT2FN name, else the class name; "unknown" where the inside is.
+        params: Its parameters, biases included.
+        up, gate, down: Its matrices; up and down are None where the inside is unknown or does not compute
+            down(act(gate x) * up x), as with a norm in between.
     """
 
     layer: int
@@ -81,8 +82,13 @@ class MLP:
 
 @dataclass(frozen=True)
 class TeacherWeights:
-    """Float32 matrices of an MLP, a row of up and gate being what one hidden unit reads: up [f, d],
-    gate [f, d] or None, down [d, f]. Biases are left out."""
+    """Float32 matrices of an MLP, biases left out.
+
+    Attributes:
+        up: [f, d], a row being what one hidden unit reads.
+        gate: [f, d] likewise, None where the MLP is not gated.
+        down: [d, f].
+    """
 
     up: Tensor
     gate: Tensor | None

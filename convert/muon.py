@@ -23,9 +23,12 @@ _ROUNDS = (
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised matrix by matrix; parameters are [..., r, d] with r <= d or not.
 
-    A group may carry a `preconditioner`, see `orthogonalised`, and `rows`: a matrix of more rows is cut into equal
-    blocks of at most so many, each orthogonalised by itself. The iteration's FLOPs grow with the cube of a block's rows.
-    `weight_decay` shrinks a parameter by lr * weight_decay a step.
+    Args:
+        groups: Parameter groups as torch's optimizers take them. Besides `lr` a group may carry a `preconditioner`,
+            see `orthogonalised`; `rows`: a matrix of more rows is cut into equal blocks of at most so many, each
+            orthogonalised by itself, for the iteration's FLOPs grow with the cube of a block's rows; and
+            `weight_decay`, which shrinks a parameter by lr * weight_decay a step.
+        momentum: From 0 to 1.
     """
 
     def __init__(self, groups: list[dict[str, Any]], momentum: float = 0.95) -> None:
@@ -50,11 +53,17 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(matrices: Tensor, preconditioner: Tensor | None = None) -> Tensor:
-    """orth(M P) P for each matrix M, [..., r, d] -> [..., r, d]: singular values of orth() are about 1.
+    """orth(M P) P for each matrix M; singular values of orth() are about 1.
 
-    preconditioner: P^2 [d, d] for a symmetric P, None for P = 1; with one, r <= d. The iteration
-    X <- aX + b(XX^T)X + c(XX^T)^2 X keeps X's right factor, so it runs on the Gram matrix of the short side:
-    on [r, d] a third of the FLOPs of the plain form, on [1536, 576] a twelfth.
+    The iteration X <- aX + b(XX^T)X + c(XX^T)^2 X keeps X's right factor, so it runs on the Gram matrix of the short
+    side: on [r, d] a third of the FLOPs of the plain form, on [1536, 576] a twelfth.
+
+    Args:
+        matrices: [..., r, d].
+        preconditioner: P^2 [d, d] for a symmetric P, None for P = 1; with one, r <= d.
+
+    Returns:
+        [..., r, d].
     """
     if matrices.shape[-2] > matrices.shape[-1]:
         return orthogonalised(matrices.mT).mT

@@ -171,9 +171,14 @@ def fit_student(
 
 
 def flattened(net: DLRNet, reads: dict[str, Tensor] | None = None) -> DLRNet:
-    """The MLP that a chain is when every step reads x: one step of rank L K r, in float32, on the chain's device.
+    """The MLP that a chain is when every step reads x: one step of rank L K r.
 
-    reads: what its steps read x with instead of their A (and G), [L, K, r, d] each, as `linear_reads` gives them.
+    Args:
+        net: The chain.
+        reads: What its steps read x with instead of their A (and G), [L, K, r, d] each, as `linear_reads` gives them.
+
+    Returns:
+        A chain of one step, in float32, on the chain's device.
     """
     spec = net.spec
     flat = DLRNet(
@@ -190,7 +195,12 @@ def flattened(net: DLRNet, reads: dict[str, Tensor] | None = None) -> DLRNet:
 def linear_reads(net: DLRNet, x: Tensor) -> dict[str, Tensor]:
     """A and G of every step, brought back to x: A (1 + J_k)^T with J_k [d, d] the least-squares map of x to u_k.
 
-    x: [N, d] float32, tokens to fit J_k on. Returns [L, K, r, d] each, in float32 on x's device.
+    Args:
+        net: The chain.
+        x: [N, d] float32, tokens to fit J_k on.
+
+    Returns:
+        By name, [L, K, r, d] each, in float32 on x's device.
     """
     A, B, _, _, G, act = in_float32(net, x.device)
     rms = x.square().mean(1, keepdim=True).sqrt()

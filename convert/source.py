@@ -47,13 +47,14 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 class Source:
     """A model to lock.
 
-    model        in eval mode, requires_grad False
-    tokenizer    None where there is none
-    name         as the caller gave it
-    fingerprint  SHA-256 in hexadecimal of names and bytes of config.json and the weight files; of a GGUF file,
-                 of its bytes
-    path         the plain directory it was loaded from
-    dtype        of the weights in that directory
+    Attributes:
+        model: In eval mode, requires_grad False.
+        tokenizer: None where there is none.
+        name: As the caller gave it.
+        fingerprint: SHA-256 in hexadecimal of names and bytes of config.json and the weight files; of a GGUF file, of
+            its bytes.
+        path: The plain directory that it was loaded from.
+        dtype: Of the weights in that directory.
     """
 
     model: PreTrainedModel
@@ -71,12 +72,17 @@ def open_source(
     device: torch.device | str,
     gguf_dir: Path | None = None,
 ) -> Source:
-    """Check and load a source model.
+    """Checks and loads a source model.
 
-    dtype      of the weights in memory; "auto" is the checkpoint's own
-    gguf_dir   folder that gets the dequantised copy of a GGUF file, in a folder of its own, and is looked into
-               for one made before; a cache folder of the user's where it is None
-    Raises DLRError, in one line, for everything that is wrong with the source.
+    Args:
+        source: A transformers directory, a hub id or a .gguf file.
+        dtype: Of the weights in memory; "auto" is the checkpoint's own.
+        device: Where they lie.
+        gguf_dir: The folder that gets the dequantised copy of a GGUF file, in a folder of its own, and is looked into
+            for one made before; a cache folder of the user's where it is None.
+
+    Raises:
+        DLRError: In one line, on everything that is wrong with the source.
     """
     given = Path(source).expanduser()
     if given.is_file():

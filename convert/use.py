@@ -24,7 +24,8 @@ def opened(
 ) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase | None]]:
     """A locked checkpoint, a transformers directory, a hub id or a .gguf file: (model, tokenizer), while open.
 
-    Raises DLRError where it cannot be loaded.
+    Raises:
+        DLRError: Where it cannot be loaded.
     """
     place = usable_device(device)
     dtype = compute_dtype(place)
@@ -45,9 +46,18 @@ def evaluate_checkpoint(
     device: torch.device | str | None = None,
     progress: Progress = no_progress,
 ) -> Evaluation:
-    """Loss of a model on at most `tokens` tokens of a text, and its distance to `original` where one is given.
+    """Loss of a model on a text, and its distance to the original where one is given.
 
-    text: as `load_text` takes it, but for 'self'. Raises DLRError on what cannot be read or compared.
+    Args:
+        checkpoint: Any model, locked or not, see `opened`.
+        text: As `load_text` takes it, but for 'self'.
+        original: What it is compared with, None for nothing.
+        tokens: How many tokens of the text are taken, at most.
+        device: Where the models run, None for the best there is.
+        progress: Called with (what is being done, done, total).
+
+    Raises:
+        DLRError: On what cannot be read or compared.
     """
 
     def measuring(done: int, total: int) -> None:

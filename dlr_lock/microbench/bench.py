@@ -46,7 +46,6 @@ def chain_cases(
     lanes: int = 1,
     depth: int | None = None,
     rank: int | None = None,
-    gated: bool = False,
     tokens: Sequence[int],
 ) -> list[Case]:
     """One case a token count, for the chain that `DLRSpec.matching` finds. Raises DLRError on bad sizes."""
@@ -58,9 +57,7 @@ def chain_cases(
         raise DLRError(f"token counts are from 1 to {LONGEST}")
     if not all(size is None or 1 <= size <= WIDEST for size in (lanes, depth, rank)):
         raise DLRError(f"lanes, depth and rank are from 1 to {WIDEST}")
-    spec = DLRSpec.matching(
-        hidden, intermediate, mlp_gated=True, lanes=lanes, depth=depth, rank=rank, gated=gated
-    )
+    spec = DLRSpec.matching(hidden, intermediate, mlp_gated=True, lanes=lanes, depth=depth, rank=rank)
     return [Case(spec, intermediate, count) for count in tokens]
 
 

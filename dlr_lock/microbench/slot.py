@@ -83,7 +83,6 @@ class Slot:
         gate, up, down = normal(f, d, over=d), normal(f, d, over=d), normal(d, f, over=f)
         self.dense = _copies({"gate": gate, "up": up, "down": down}, cold_bytes)
         chain = {"A": normal(*shape, over=d), "B": normal(*shape, over=depth * rank)}
-        chain |= {"G": normal(*shape, over=d)} if case.spec.gated else {}
         chain |= {n: torch.rand(d, generator=source, device=device) for n in ("scale", "bias")}
         self.chain = _copies(chain, cold_bytes)
         width = gram_width(shape, case.spec.gated, dtype.itemsize, device)

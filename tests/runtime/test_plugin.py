@@ -33,10 +33,29 @@ def lock_randomly(model: nn.Module, gated: bool = False) -> dict[str, DLRNet]:
     return chains
 
 
-def locked_tiny(arch: str, gated: bool = False) -> nn.Module:
+def locked_tiny(arch: str) -> nn.Module:
     model = tiny_model(arch)
-    lock_randomly(model, gated)
+    lock_randomly(model)
     return model
+
+
+def test_gated_chains_load_and_are_not_saved(tmp_path: Path) -> None:
+    """A checkpoint of them from before stays usable; a new one is refused with the reason."""
+    with pytest.raises(DLRError, match="gated steps, which is not saved"):
+        lock_randomly(tiny_model("llama"), gated=True)
+    model = locked_tiny("llama")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    state = load_file(tmp_path / "model.safetensors")
+    for name, spec in config["quantization_config"]["modules"].items():
+        spec["gated"] = True
+        state[f"{name}.dlr_G"] = torch.randn_like(state[f"{name}.dlr_A"]) / 8
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = load(tmp_path)
+    assert not torch.allclose(logits(loaded), logits(model))
+    with pytest.raises(DLRError, match="gated steps, which is not saved"):
+        loaded.save_pretrained(tmp_path / "again")
 
 
 @torch.no_grad()
@@ -47,7 +66,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_round_trip_is_exact(arch: str, tmp_path: Path) -> None:
-    model = locked_tiny(arch, gated=arch == "llama")
+    model = locked_tiny(arch)
     wanted = logits(model)
     model.save_pretrained(tmp_path / "one")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
