@@ -24,8 +24,13 @@ def load(
 ) -> PreTrainedModel:
     """A locked checkpoint as a transformers model in eval mode, its MLPs DLRNets.
 
-    dtype: 'auto' for the checkpoint's own. device: None for the best there is. Raises DLRError where the
-    directory is no locked checkpoint, is of a newer format, or lacks a file or part of one.
+    Args:
+        path: The checkpoint's directory.
+        dtype: Of the weights in memory; 'auto' for the checkpoint's own.
+        device: Where they lie; None for the best there is.
+
+    Raises:
+        DLRError: Where the directory is no locked checkpoint, is of a newer format, or lacks a file or part of one.
     """
     folder, place = Path(path), usable_device(device)
     read_config(folder)
@@ -44,7 +49,11 @@ def load(
 
 
 def read_config(folder: Path) -> DLRConfig:
-    """The lock's description in config.json; raises DLRError where there is none or it cannot be read."""
+    """The lock's description in config.json.
+
+    Raises:
+        DLRError: Where there is none or it cannot be read.
+    """
     if not folder.is_dir():
         raise DLRError(f"{folder} is not a directory")
     if not (folder / "config.json").is_file():
@@ -89,9 +98,13 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 
 def verify(path: str | Path) -> list[str]:
-    """Compares every file with the manifest. Returns one line a fault, each naming its file; [] if all is well.
+    """Compares every file with the manifest.
 
-    Raises DLRError where the directory is no locked checkpoint or has no manifest.
+    Returns:
+        One line a fault, each naming its file; none if all is well.
+
+    Raises:
+        DLRError: Where the directory is no locked checkpoint or has no manifest.
     """
     folder = Path(path)
     if not folder.is_dir():

@@ -12,13 +12,19 @@ FORMAT = 1  # of the checkpoint; a reader refuses a newer one
 
 
 class DLRConfig(QuantizationConfigMixin):
-    """Which modules of a transformers model are DLR-Nets.
+    """Which modules of a transformers model are DLR-Nets. Names are those of the class in `architectures`.
 
-    modules: module name -> its DLRSpec. identity: names of the modules that became the identity, where the
-    MLP had no module of its own (OPT's activation_fn and fc2). tripwires: names of stock weights, stored with
-    a shape that no MLP has, on which a transformers without dlr_lock stumbles instead of filling the locked
-    MLPs with random weights. Names are those of the class in `architectures`. Raises DLRError on a newer
-    format and on anything that is not a lock's description.
+    Args:
+        modules: Module name to its DLRSpec, or to that as plain values.
+        identity: The modules that became the identity, where the MLP had no module of its own (OPT's activation_fn
+            and fc2).
+        tripwires: Stock weights that are stored with a shape that no MLP has, on which a transformers without dlr_lock
+            stumbles instead of filling the locked MLPs with random weights.
+        format: Of the checkpoint.
+        quant_method: Always 'dlr'.
+
+    Raises:
+        DLRError: On a newer format, and on anything that is not a lock's description.
     """
 
     def __init__(

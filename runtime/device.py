@@ -14,7 +14,8 @@ def best_device() -> torch.device:
 def usable_device(name: torch.device | str | None) -> torch.device:
     """The device of that name, or the best there is for None.
 
-    Raises DLRError where it cannot be used, or not by the backend that the user asks for: before long work.
+    Raises:
+        DLRError: Where it cannot be used, or not by the backend that the user asks for: before long work.
     """
     try:
         device = best_device() if name is None else torch.device(name)

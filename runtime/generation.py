@@ -38,10 +38,24 @@ def generate(
     chat: bool = False,
     emit: Callable[[str], None] = lambda text: None,
 ) -> str:
-    """The completion of `prompt`, handed to `emit` as it grows; greedy at temperature 0.
+    """The completion of a prompt, handed over as it grows.
 
-    chat: put the prompt through the tokenizer's chat template as a user's message. Raises DLRError on an empty
-    prompt, on a chat template that is not there, and on a model that cannot generate.
+    Args:
+        model: Any causal language model.
+        tokenizer: Its tokenizer.
+        prompt: The text to go on from.
+        max_new_tokens: Tokens to generate at most.
+        temperature: Of the sampling; 0 for the likeliest token every time.
+        seed: Of the sampling.
+        chat: Whether the prompt goes through the tokenizer's chat template as a user's message.
+        emit: Called with each piece of the text.
+
+    Returns:
+        The whole completion.
+
+    Raises:
+        DLRError: On an empty prompt, a chat template that is not there, numbers that make no sense, and a model that
+            cannot generate.
     """
     if not model.can_generate():
         raise DLRError(f"a {type(model).__name__} cannot generate text")

@@ -21,10 +21,18 @@ PARITY = 0.01
 
 @dataclass(frozen=True, slots=True)
 class DLRSpec:
-    """A DLR-Net of `lanes` chains of `depth` steps of rank `rank` on `hidden_size` features.
+    """The shape of a DLR-Net.
 
-    `act` is any activation that transformers names; `gated` steps carry a third matrix. Raises DLRError
-    where a value makes no chain.
+    Attributes:
+        hidden_size: Features of the model, d.
+        lanes: Chains side by side, L.
+        depth: Steps of each, K.
+        rank: Of a step, r: a multiple of 16.
+        act: Any activation that transformers names.
+        gated: Whether steps carry a third matrix, as those of students in a redistillation do; no lock has it.
+
+    Raises:
+        DLRError: Where a value makes no chain.
     """
 
     hidden_size: int
@@ -75,13 +83,22 @@ class DLRSpec:
         act: str = "silu",
         gated: bool = False,
     ) -> "DLRSpec":
-        """The DLR-Net with as many parameters as an MLP of width `intermediate_size`, within 1%.
+        """The DLR-Net with as many parameters as an MLP, within 1%.
 
-        `mlp_gated` and `mlp_bias` describe the MLP: gated ones have three matrices, not two. `depth` is a
-        wish: the nearest depth that keeps parity is taken, or without one, near `default_depth`, with a rank that
-        is a multiple of 64, as the solve's tiles are, where there is one. A `rank` is met exactly; with both
-        given there is nothing left to match. Where no multiple of 16 comes within 1% (small MLPs: a step of
-        rank 16 is then more than 2% of them), the nearest parameter count is taken.
+        Where no multiple of 16 comes within 1% (small MLPs: a step of rank 16 is then more than 2% of them), the
+        nearest parameter count is taken.
+
+        Args:
+            hidden_size, intermediate_size: The MLP's d and f.
+            mlp_gated: Whether the MLP has three matrices, not two.
+            mlp_bias: Whether it has biases.
+            lanes, act, gated: As in `DLRSpec`.
+            depth: A wish: the nearest depth that keeps parity is taken; without one a depth near `default_depth`, with
+                a rank that is a multiple of 64, as the solve's tiles are, where there is one.
+            rank: Met exactly; with a depth besides there is nothing left to match.
+
+        Raises:
+            DLRError: Where a value makes no chain.
         """
         matrices = 3 if mlp_gated else 2
         params = matrices * hidden_size * intermediate_size

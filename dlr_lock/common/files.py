@@ -24,9 +24,14 @@ MANIFEST = "dlr_manifest.json"  # marks a directory as ours: only such a one is 
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
-    """Raises DLRError unless `target` can be written: call it before long work, not after.
+    """Looks before long work, not after it, whether a directory can be written.
 
-    An existing directory is taken if it is empty, or, with `overwrite`, if it is a locked checkpoint.
+    Args:
+        target: The directory. One that exists is taken if it is empty, or, with `overwrite`, a locked checkpoint.
+        overwrite: Whether a locked checkpoint is replaced.
+
+    Raises:
+        DLRError: Where it cannot be written.
     """
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise DLRError(f"{target} exists and is not a directory")
@@ -50,7 +55,10 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 def whole_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary directory beside `target` that becomes it when the block ends, and vanishes if it fails.
 
-    Raises DLRError as `check_target` does, and where the device is full. Ctrl-C leaves nothing behind.
+    Ctrl-C leaves nothing behind.
+
+    Raises:
+        DLRError: As `check_target` does, and where the device is full.
     """
     check_target(target, overwrite=overwrite)
     made = [parent for parent in target.absolute().parents if not parent.exists()]
@@ -120,9 +128,12 @@ def hash_files(files: Sequence[Path], *, named: bool = False) -> str:
 
 @contextmanager
 def exclusive(path: Path, taken: str) -> Iterator[None]:
-    """`path`, made if need be, is this process's alone while the block runs, and let go of whatever ends the process.
+    """A file, made if need be, is this process's alone while the block runs, and let go of whatever ends the process.
 
-    Raises DLRError(taken) where another one has it. Where the system has no such locks, nothing is kept out.
+    Where the system has no such locks, nothing is kept out.
+
+    Raises:
+        DLRError: With the message `taken`, where another process has it.
     """
     if fcntl is None:
         yield

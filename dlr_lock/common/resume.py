@@ -21,8 +21,13 @@ _CLAIM = "claimed.part"  # no part of a run, as the name says
 
 @contextmanager
 def run_lock(target: Path) -> Iterator[None]:
-    """What is kept for `target`, and it, are this process's alone while the block runs: raises DLRError where another
-    has them. A Ctrl-C in the block says what is kept."""
+    """An output, and what is kept for it, are this process's alone while the block runs.
+
+    A Ctrl-C in the block says what is kept.
+
+    Raises:
+        DLRError: Where another process has them.
+    """
     folder = _folder(target)
     made = [parent for parent in folder.parents if not parent.exists()]
     claim = folder / _CLAIM
@@ -50,8 +55,12 @@ def run_lock(target: Path) -> Iterator[None]:
 class ResumeStore:
     """The finished parts of one run, in `<target>.partial` beside what is to be written; to be used within `run_lock`.
 
-    facts: everything that the parts depend on. Raises DLRError where the directory holds the parts of a run with other
-    facts.
+    Args:
+        target: What is to be written.
+        facts: Everything that the parts depend on, in plain values.
+
+    Raises:
+        DLRError: Where the directory holds the parts of a run with other facts.
     """
 
     def __init__(self, target: Path, facts: dict[str, Any]) -> None:
@@ -95,7 +104,16 @@ class ResumeStore:
             raise DLRError(f"{path} is damaged: delete it, and its part is done again") from error
 
     def put(self, part: str, tensors: dict[str, Tensor], figures: dict[str, Any]) -> None:
-        """Keeps a finished part: whole or not at all, whatever interrupts. Raises DLRError where the disk is full."""
+        """Keeps a finished part: whole or not at all, whatever interrupts.
+
+        Args:
+            part: Its name.
+            tensors: By name.
+            figures: Plain values.
+
+        Raises:
+            DLRError: Where the disk is full, or another run writes to the same folder.
+        """
         try:
             with full_disk_is_an_error(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)

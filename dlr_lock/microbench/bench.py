@@ -48,7 +48,11 @@ def chain_cases(
     rank: int | None = None,
     tokens: Sequence[int],
 ) -> list[Case]:
-    """One case a token count, for the chain that `DLRSpec.matching` finds. Raises DLRError on bad sizes."""
+    """One case a token count, for the chain that `DLRSpec.matching` finds.
+
+    Raises:
+        DLRError: On sizes that make no case.
+    """
     if not (1 <= hidden <= WIDEST and 1 <= intermediate <= WIDEST):
         raise DLRError(
             f"hidden and intermediate sizes are from 1 to {WIDEST}, not {hidden} and {intermediate}"
@@ -125,13 +129,28 @@ def run(
     save: Callable[[dict[str, Any]], None] = lambda document: None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """Measures every provider on every case and returns the results, a JSON object.
+    """Measures every provider on every case.
 
-    dtype: as `dtype_of` takes it. providers: of PROVIDERS; by default all on a GPU, CPU_PROVIDERS on a CPU.
-    rounds: samples a provider. minutes: no case is begun after them. save: is handed the results so far after every
-    case. A provider that fails gets a row that says so; a case that cannot be set up ends the run, with the reason
-    in `stopped`. Raises DLRError on a dtype or providers that are unknown, on providers that want a GPU, and where
-    not even one case can be set up.
+    A provider that fails gets a row that says so; a case that cannot be set up ends the run, with the reason in
+    `stopped`.
+
+    Args:
+        cases: What is measured.
+        device: Where.
+        dtype: As `dtype_of` takes it.
+        providers: Some of PROVIDERS; None for all on a GPU, for CPU_PROVIDERS on a CPU.
+        rounds: Samples a provider.
+        cold_bytes: Distinct weights that calls rotate over.
+        minutes: No case is begun after them; None for no limit.
+        save: Handed the results so far after every case.
+        progress: Called with (what is being done, done, total).
+
+    Returns:
+        The results, a JSON object.
+
+    Raises:
+        DLRError: On a dtype or providers that are unknown, on providers that want a GPU, and where not even one case
+            can be set up.
     """
     names = _checked(providers, device)
     weights = dtype_of(dtype, gpu=device.type == "cuda")
@@ -177,8 +196,15 @@ def measure(
     rounds: int,
     capture_error: Callable[[Row], AbstractContextManager[None]] = capture_error,
 ) -> list[Row]:
-    """A row for each of the providers that the slot's case has. capture_error(row): the context that its provider is run
-    in."""
+    """A row for each of the providers that the slot's case has.
+
+    Args:
+        slot: The tensors.
+        providers: Some of PROVIDERS.
+        rates: What the device reaches, which a row's rates are shares of.
+        rounds: Samples a provider.
+        capture_error: Gives the context that a row's provider is run in.
+    """
     rows: list[Row] = []
     runners: list[Runner | None] = []
     for name in providers:

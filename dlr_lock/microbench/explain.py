@@ -15,10 +15,18 @@ from .slot import Case, dtype_of
 
 
 def explain(cases: Sequence[Case], *, device: torch.device, dtype: str = "auto") -> dict[str, Any]:
-    """What the cost model makes of cases that share a chain, times in microseconds: a JSON object; nothing runs.
+    """What the cost model makes of cases that share a chain; nothing runs.
 
-    device: a GPU, or anything else for an H200's constants, which `assumed` then says. dtype: as `dtype_of` takes it
-    for a GPU. Raises DLRError on a dtype that is unknown, or a chain that the kernels cannot hold.
+    Args:
+        cases: The chain on several numbers of tokens.
+        device: A GPU, or anything else for an H200's constants, which `assumed` then says.
+        dtype: As `dtype_of` takes it for a GPU.
+
+    Returns:
+        A JSON object, times in microseconds.
+
+    Raises:
+        DLRError: On a dtype that is unknown, and on a chain that the kernels cannot hold.
     """
     weights = dtype_of(dtype, gpu=True)
     gpu = device.type == "cuda"

@@ -130,8 +130,19 @@ def take_turns(
     rounds: int,
     capture: Callable[[R], AbstractContextManager[None]],
 ) -> list[list[float]]:
-    """A sample a round of every runner whose row has no error, first to last and then back: what drifts (clocks,
-    temperature) falls on all alike. capture(row): the context that a sample is taken in."""
+    """Samples of every runner whose row has no error, one a round, first to last and then back.
+
+    In turns, so that what drifts (clocks, temperature) falls on all alike.
+
+    Args:
+        rows: One for each runner.
+        runners: None where a provider has none.
+        rounds: How many samples are taken of each.
+        capture: Gives the context that a row's sample is taken in.
+
+    Returns:
+        Seconds a call, by row and round.
+    """
     times: list[list[float]] = [[] for _ in rows]
     for turn in range(rounds):
         order = range(len(rows))
