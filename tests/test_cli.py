@@ -3,12 +3,17 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import typer
 from tiny import save_tiny
 
-from dlr_lock.cli import main
+from dlr_lock import DLRError, convert_model
+from dlr_lock.audit.config import AuditConfig
+from dlr_lock.cli import app, main
+from dlr_lock.convert.config import ConversionConfig
 from dlr_lock.convert.data import english_topics
 
 
@@ -88,6 +93,11 @@ def test_an_altered_file_is_named(converted: dict, folder: Path) -> None:
         (("convert", "{}/source", "{}/new", "--layers", "9"), "out of range"),
         (("convert", "{}/source", "{}/new", "--rank", "many"), "--rank"),
         (("convert", "{}/source", "{}/new", "--colour", "red"), "--colour"),
+        (("convert", "{}/source", "{}/new", "--visits", "8192"), "--visits is now --train-tokens"),
+        (("convert", "{}/source", "{}/new", "--together", "0"), "--together is now --end-to-end"),
+        (("convert", "{}/source", "{}/new", "--unlock", "0"), "--unlock is now --redistill"),
+        (("convert", "{}/source", "{}/new", "--start", "random"), "--start is now --init"),
+        (("convert", "{}/source", "{}/new", "--gated"), "no lock"),
         (("convert", "{}/source", "{}/source/new"), "lie in one another"),
         (("convert", "{}/source", "/proc/new"), "cannot write to /proc"),
         (("convert", "{}/source", "{}/new", "--temperature", "nan"), "--temperature"),
@@ -118,3 +128,21 @@ def test_mistakes_end_in_one_line_and_status_two(
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert ended.value.code == 2 and last.startswith("dlr-lock: ") and says in last
     assert sorted(p.name for p in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(("command", "config"), [("convert", ConversionConfig), ("audit", AuditConfig)])
+def test_every_choice_is_an_option_with_its_default_and_help(command: str, config: type) -> None:
+    offered = {
+        parameter.name: parameter for parameter in typer.main.get_command(app).commands[command].params
+    }
+    for field in fields(config):
+        option = offered[field.name]
+        assert option.opts == [f"--{field.name.replace('_', '-')}"]
+        assert option.default == field.default and option.help == field.metadata["help"]
+
+
+def test_a_choice_by_its_old_name_is_refused_with_the_new_one(folder: Path) -> None:
+    with pytest.raises(DLRError, match="--visits is now --train-tokens"):
+        convert_model(folder / "source", folder / "new", visits=8192)
+    with pytest.raises(DLRError, match="unknown option 'colour'; one of layers, mlps"):
+        convert_model(folder / "source", folder / "new", colour="red")
