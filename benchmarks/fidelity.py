@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor
 from dlr_lock import DLRError, DLRNet
 from dlr_lock.common.hooks import frozen
 from dlr_lock.common.machine import machine
+from dlr_lock.common.options import flag, help_of
 from dlr_lock.common.resume import ResumeStore
 from dlr_lock.convert.activations import Activations, capture
 from dlr_lock.convert.config import ConversionConfig, Recipe
@@ -47,6 +48,10 @@ from dlr_lock.runtime.device import usable_device
 
 from .output import target, write_json, write_whole
 
+_OF_CONVERSION = (
+    "layers", "depth", "rank", "lanes", "act", "params", "init", "tokens", "batch", "seed", "sequence", "end_to_end",
+    "device",
+)  # fmt: skip
 _OF_RECIPE = (
     "rate",
     "momentum",
@@ -281,12 +286,8 @@ _STUDIES = {"modules": modules, "model": model, "sentences": sentences}
 
 
 def _options(options: argparse.Namespace) -> ConversionConfig:
-    names = ("layers", "depth", "rank", "lanes", "act", "params", "init", "tokens", "batch", "seed")
-    names = (*names, "sequence", "end_to_end", "device")
-    given = {name: getattr(options, name, None) for name in names}
-    return ConversionConfig(
-        **{k: v for k, v in given.items() if v is not None}, data=str(options.data)
-    ).resolved()
+    given = {name: value for name in _OF_CONVERSION if (value := getattr(options, name, None)) is not None}
+    return ConversionConfig(**given, data=str(options.data)).resolved()
 
 
 def _open(
@@ -347,34 +348,29 @@ def _parser() -> argparse.ArgumentParser:
         ("model", "lock layers and measure the whole model"),
         ("sentences", "lock a sentence encoder and compare embeddings"),
     ):
-        study = studies.add_parser(name, help=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        study = studies.add_parser(name, help=about)
         study.add_argument("model", help="a transformers directory, a hub id or a .gguf file")
         study.add_argument("--data", required=True, help="calibration text, as `dlr-lock convert` takes it")
-        study.add_argument("--layers", help="such as 1,12,25 or last-6; all by default")
         study.add_argument("--train-tokens", default="409600", help="training tokens of a module")
-        for option in ("tokens", "batch", "depth", "rank", "lanes", "sequence"):
-            study.add_argument(f"--{option}", type=int)
-        study.add_argument("--seed", type=int, default=0)
-        study.add_argument("--params", type=float, help="parameters of a chain over its MLP's")
-        study.add_argument("--act", help="activation of the steps")
-        study.add_argument("--init", help="mixed or random")
-        study.add_argument("--device", help="cpu, cuda, cuda:1; the best there is by default")
+        for option in _OF_CONVERSION:
+            if option != "end_to_end":
+                kinds = get_type_hints(ConversionConfig)[option]
+                kind = next(kind for kind in (int, float, str) if kind in (kinds, *get_args(kinds)))
+                study.add_argument(flag(option), type=kind, help=help_of(ConversionConfig, option))
         study.add_argument(
             "--out", type=Path, help="folder of the files, instead of one a device under results"
         )
         if name == "modules":
             study.add_argument(
-                "--redistill", default="", help="train_tokens of attacks, as shares of the fit's: 0.25,1"
+                "--redistill", default="", help="training tokens of attacks, as shares of the fit's: 0.25,1"
             )
             for option in _OF_RECIPE:
-                study.add_argument(
-                    f"--{option.replace('_', '-')}", type=float, help="of the recipe, see Recipe"
-                )
+                study.add_argument(flag(option), type=float, help="of the recipe, see Recipe")
         else:
             both = "independent,sequential"
             study.add_argument("--across", default=both if name == "model" else "sequential")
             study.add_argument(
-                "--end-to-end", type=int, default=0, help="train_tokens of the end-to-end phase"
+                "--end-to-end", type=int, default=0, help="training tokens of the end-to-end phase"
             )
         if name == "sentences":
             study.add_argument("--sentences", type=Path, required=True, help="a file, one sentence a line")

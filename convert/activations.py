@@ -10,7 +10,8 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import DLRError
-from ..common.hooks import StopForward, first_argument, frozen, removed, run_body, submodule
+from ..common.hooks import StopForward, first_argument, submodule, watch_pass
 from ..common.progress import Count, no_count
 from ..runtime import DLRNet
 from .evaluate import relative_error
 from .layer_runner import LayerRunner, Seen, Sum
 
 if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
     from .mlp_matching import MLP
@@ -274,26 +274,18 @@ def _forward(
 ) -> None:
     """One forward pass of the body; calls keep(index of the MLP, "input" or "output", value) for each."""
 
-    def before(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            keep(index, "input", first_argument(args, kwargs))
+    def before(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(index, "input", first_argument(args, kwargs))
 
-        return hook
+    def after(index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        keep(index, "output", output)
 
-    def after(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            keep(index, "output", output)
-
-        return hook
-
-    hooks: list[RemovableHandle] = []
-    with removed(hooks):
-        for index, mlp in enumerate(mlps):
-            module, output = submodule(model, mlp.module), submodule(model, mlp.output)
-            hooks.append(module.register_forward_pre_hook(before(index), with_kwargs=True))
-            hooks.append(output.register_forward_hook(after(index)))
-        with frozen(model), suppress(StopForward):
-            run_body(model, tokens)
+    inputs, outputs = (
+        [submodule(model, name(mlp)) for mlp in mlps] for name in (attrgetter("module"), attrgetter("output"))
+    )
+    hooks = [m.register_forward_pre_hook(partial(before, i), with_kwargs=True) for i, m in enumerate(inputs)]
+    hooks += [m.register_forward_hook(partial(after, i)) for i, m in enumerate(outputs)]
+    watch_pass(model, tokens, hooks)
 
 
 class SequentialCalibrator:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..common.errors import DLRError
-from ..common.hooks import StopForward, first_argument, frozen, removed, run_body
+from ..common.hooks import StopForward, first_argument, frozen, removed, watch_pass
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -214,27 +215,21 @@ class LayerRunner:
         calls: list[_Call] = []
         orders: list[int] = []
 
-        def enter(index: int) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                orders.append(index)
-                calls.append(_Call.of(args, kwargs))
-                if stop:
-                    raise StopForward
-
-            return hook
+        def enter(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            orders.append(index)
+            calls.append(_Call.of(args, kwargs))
+            if stop:
+                raise StopForward
 
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             calls[-1].output = _hidden(output)
 
-        hooks = []
+        hooks = [layer.register_forward_hook(leave) for layer in self._layers]
         for index, layer in enumerate(self._layers):
-            hooks.append(layer.register_forward_pre_hook(enter(index), with_kwargs=True))
-            hooks.append(layer.register_forward_hook(leave))
-        with removed(hooks), frozen(self._model):
-            try:
-                run_body(self._model, ids)
-            except StopForward:
-                return calls
+            hooks.append(layer.register_forward_pre_hook(partial(enter, index), with_kwargs=True))
+        watch_pass(self._model, ids, hooks)
+        if stop:
+            return calls
         if orders != list(range(len(self._layers))):
             raise Unrepeatable("its layers are not run once each and in their order")
         return calls

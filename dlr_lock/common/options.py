@@ -23,3 +23,8 @@ def check_names(given: Iterable[str], config: type, renamed: Mapping[str, str]) 
     for name in given:
         if name not in known:
             raise DLRError(renamed.get(name) or f"unknown option {name!r}; one of {', '.join(known)}")
+
+
+def help_of(config: type, name: str) -> str:
+    """The help of a field."""
+    return next(f.metadata["help"] for f in fields(config) if f.name == name)
