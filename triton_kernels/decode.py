@@ -11,7 +11,7 @@ B and G once. A round is S steps, by look-ahead (`solve.py`):
 
 and at the end the lanes' z - x are added, and the last lane to arrive at a slice writes y. Lanes never wait
 for each other. `decode_plan.py` holds the geometry and the argument why the workspace is left as it was
-found; `decode_steps.py` runs the same schedule in plain torch, one CTA at a time, in any order.
+found; `tests/triton_kernels/decode_steps.py` runs the same schedule in plain torch, one CTA at a time, in any order.
 
 A step's rank is held as Q tiles of RP rows, its parts, of which the last may be ragged. Tile t of a round is part
 t % Q of step t // Q. Parts of one step do not depend on each other: there are Gram products between steps only.

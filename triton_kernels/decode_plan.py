@@ -1,6 +1,7 @@
 """The geometry of the decode kernel: who holds what, the layout of its memory, what a wait waits for.
 
-The kernel (`decode.py`) and the step interpreter (`decode_steps.py`) both take every number from here.
+The kernel (`decode.py`) and its schedule in plain torch (`tests/triton_kernels/decode_steps.py`) take every number from
+here.
 
 Workspace, float32 values: per lane a ring of three buffers of P, one buffer a round, [slot, tile, token,
 row] with the parts of every step (and gate) of the round; then Y [slot, token, d]; then, where a slice is too
@@ -166,10 +167,6 @@ class DecodePlan:
         """Tiles of a step, Q."""
         return ceil(self.rank / self.part)
 
-    def part_rows(self, part: int) -> slice:
-        """The rows of a part of a step; the last part may have fewer than `part`."""
-        return slice(part * self.part, min((part + 1) * self.part, self.rank))
-
     @property
     def rounds(self) -> int:
         return ceil(self.depth / self.steps)
@@ -184,25 +181,12 @@ class DecodePlan:
         """Tiles a slice. One: the state stays in registers; more: it lives in the workspace."""
         return ceil(self.slice_width / self.tile)
 
-    def columns(self, cta: int) -> slice:
-        """The columns of CTA `cta` of a lane."""
-        first = cta * self.slice_width
-        return slice(first, min(first + self.slice_width, self.hidden))
-
-    def round_steps(self, n: int) -> range:
-        """The steps of round n."""
-        return range(n * self.steps, min((n + 1) * self.steps, self.depth))
-
     # ---- the workspace
 
     @property
     def p_tiles(self) -> int:
         """Tiles [tokens, part] of P in a round: as many as parts a step, twice that where it is gated."""
         return self.maps * self.steps * self.parts
-
-    def p_tile(self, gate: int, step: int, part: int) -> int:
-        """Which tile of P belongs to a part of a round's step; gate: 0 for A, 1 for G."""
-        return (gate * self.steps + step) * self.parts + part
 
     @property
     def p_slot(self) -> int:
@@ -222,10 +206,6 @@ class DecodePlan:
     def p_share(self) -> int:
         """float32 values that a CTA zeroes of a buffer: a power of two; the last CTAs may have none."""
         return _power_of_two(ceil(self.p_buffer / self.slices), 1)
-
-    def p_start(self, lane: int, n: int, slot: int) -> int:
-        """Where a slot of round n's P starts in the values."""
-        return (lane * RING + n % RING) * self.p_buffer + slot * self.p_slot
 
     @property
     def y_slots(self) -> int:
@@ -263,10 +243,6 @@ class DecodePlan:
     def counters(self) -> int:
         """int32 counters of the workspace."""
         return (2 * self.lanes + self.slices) * LINE
-
-    def arrivals(self, n: int) -> int:
-        """What a lane's barrier counter holds once round n's P is complete."""
-        return (n + 1) * self.slices
 
     def constants(self) -> dict[str, int | bool]:
         """The kernel's compile-time arguments."""

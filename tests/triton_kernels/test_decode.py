@@ -20,10 +20,10 @@ from pathlib import Path
 import pytest
 import torch
 from aot import MATRIX_UNITS, cubin_resources
+from decode_steps import STUCK, Cta, Memory, ScheduleError, columns, orders, part_rows, run
 
 from dlr_lock.triton_kernels import chain_reference
 from dlr_lock.triton_kernels.decode import DecodePlan, decode, workspace
-from dlr_lock.triton_kernels.decode_steps import STUCK, Cta, Memory, ScheduleError, orders, run
 from dlr_lock.triton_kernels.device import KERNEL_ACTS
 
 ORDERS = tuple(orders(0))
@@ -158,7 +158,7 @@ class NoClear(Cta):
 
 class WaitsForTooMany(Cta):
     def wait(self, n: int) -> Iterator[str]:
-        while self.memory.counters[self.barrier] <= self.plan.arrivals(n):
+        while self.memory.counters[self.barrier] <= self.arrivals(n):
             yield STUCK
 
 
@@ -219,10 +219,10 @@ def test_plan_chosen() -> None:
         assert plan.lanes * plan.slices <= sms
         assert plan.tokens >= T
         assert plan.tile * plan.chunks >= plan.slice_width
-        columns = [plan.columns(c) for c in range(plan.slices)]
-        assert [c.start for c in columns] == [0] + [c.stop for c in columns[:-1]]
-        assert columns[-1].stop == d
-        rows = [plan.part_rows(q) for q in range(plan.parts)]
+        slices = [columns(plan, c) for c in range(plan.slices)]
+        assert [c.start for c in slices] == [0] + [c.stop for c in slices[:-1]]
+        assert slices[-1].stop == d
+        rows = [part_rows(plan, q) for q in range(plan.parts)]
         assert [q for part in rows for q in range(plan.rank)[part]] == list(range(plan.rank))
     with pytest.raises(ValueError, match="133 lanes do not fit 132"):
         DecodePlan.choose(lanes=133, depth=1, rank=16, hidden=64, tokens=1, sms=132)

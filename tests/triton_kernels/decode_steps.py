@@ -1,4 +1,4 @@
-"""The decode kernel's schedule in plain torch, one CTA at a time, in any order: the oracle of `decode.py`.
+"""The decode kernel's schedule in plain torch, one CTA at a time, in any order: the oracle of the kernel.
 
 Every CTA is a generator over one shared memory of the plan's layout that yields wherever another CTA could
 come between: after every tile added or read, every arrival, every turn of a wait, every zeroing. `run`
@@ -15,8 +15,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from .activations import ACTIVATIONS
-from .decode_plan import LINE, DecodePlan
+from dlr_lock.triton_kernels import ACTIVATIONS
+from dlr_lock.triton_kernels.decode_plan import LINE, RING, DecodePlan
 
 STUCK = "stuck"  # what a CTA yields when it waits in vain; anything else is progress
 
@@ -50,6 +50,22 @@ class Memory:
             )
 
 
+def columns(plan: DecodePlan, cta: int) -> slice:
+    """The columns of CTA `cta` of a lane; the last slice may have fewer."""
+    first = cta * plan.slice_width
+    return slice(first, min(first + plan.slice_width, plan.hidden))
+
+
+def part_rows(plan: DecodePlan, part: int) -> slice:
+    """The rows of a part of a step; the last part may have fewer than `plan.part`."""
+    return slice(part * plan.part, min((part + 1) * plan.part, plan.rank))
+
+
+def round_steps(plan: DecodePlan, n: int) -> range:
+    """The steps of round n."""
+    return range(n * plan.steps, min((n + 1) * plan.steps, plan.depth))
+
+
 @dataclass(frozen=True)
 class Chain:
     """What a launch reads, as `decode` takes it, and the y [T, d] that it writes."""
@@ -71,7 +87,7 @@ class Cta:
 
     def __init__(self, plan: DecodePlan, memory: Memory, chain: Chain, lane: int, cta: int) -> None:
         self.plan, self.memory, self.chain, self.lane, self.cta = plan, memory, chain, lane, cta
-        self.columns = plan.columns(cta)
+        self.columns = columns(plan, cta)
         self.tokens = len(chain.x)
         self.barrier, self.exit, self.turn = lane * LINE, plan.exits + lane * LINE, plan.turns + cta * LINE
         self.z = self.slice_of(chain.x).to(memory.dtype, copy=True)
@@ -95,6 +111,18 @@ class Cta:
         if self.plan.slices > 1:
             yield from self.leave()
 
+    def p_tile(self, gate: int, step: int, part: int) -> int:
+        """Which tile of P belongs to a part of a round's step; gate: 0 for A, 1 for G."""
+        return (gate * self.plan.steps + step) * self.plan.parts + part
+
+    def p_start(self, n: int, slot: int) -> int:
+        """Where a slot of this lane's P of round n starts in the values."""
+        return (self.lane * RING + n % RING) * self.plan.p_buffer + slot * self.plan.p_slot
+
+    def arrivals(self, n: int) -> int:
+        """What the lane's barrier counter holds once round n's P is complete."""
+        return (n + 1) * self.plan.slices
+
     def tiles(self) -> Iterator[slice]:
         """The tiles of the slice, as columns of the slice."""
         width = self.columns.stop - self.columns.start
@@ -111,20 +139,20 @@ class Cta:
         for gate, weights in enumerate((self.chain.A, self.chain.G)):
             if weights is None:
                 continue
-            for i, k in enumerate(self.plan.round_steps(n)):
+            for i, k in enumerate(round_steps(self.plan, n)):
                 w = self.slice_of(weights[self.lane, k])
                 z = self.z.to(w.dtype)
                 p = torch.stack([z[:, t] @ w[:, t].T for t in self.tiles()]).sum(0).to(self.z.dtype)
                 for part in range(self.plan.parts):
-                    ps[self.plan.p_tile(gate, i, part)] = p[:, self.plan.part_rows(part)]
+                    ps[self.p_tile(gate, i, part)] = p[:, part_rows(self.plan, part)]
         return ps
 
     def part(self, n: int, slot: int, tile: int) -> Tensor:
         """A tile [T, rows of the part] of the lane's P."""
-        start = self.plan.p_start(self.lane, n, slot)
+        start = self.p_start(n, slot)
         tiles = self.memory.values[start : start + self.plan.p_slot]
         tiles = tiles.view(self.plan.p_tiles, self.plan.tokens, self.plan.part)
-        rows = self.plan.part_rows(tile % self.plan.parts)
+        rows = part_rows(self.plan, tile % self.plan.parts)
         return tiles[tile, : self.tokens, : rows.stop - rows.start]
 
     def publish(self, n: int, ps: dict[int, Tensor]) -> Iterator[str]:
@@ -140,15 +168,15 @@ class Cta:
         yield "arrived"
 
     def wait(self, n: int) -> Iterator[str]:
-        while self.memory.counters[self.barrier] < self.plan.arrivals(n):
+        while self.memory.counters[self.barrier] < self.arrivals(n):
             yield STUCK
         yield "passed"
 
     def gather(self, n: int) -> Generator[str, None, dict[int, Tensor]]:
         """P of round n, complete: tile -> [T, rows of the part], the generator's value."""
         ps = {}
-        places = product(range(self.plan.maps), range(len(self.plan.round_steps(n))), range(self.plan.parts))
-        for tile in [self.plan.p_tile(*place) for place in places]:
+        places = product(range(self.plan.maps), range(len(round_steps(self.plan, n))), range(self.plan.parts))
+        for tile in [self.p_tile(*place) for place in places]:
             slots = [self.part(n, slot, tile) for slot in range(self.plan.p_slots)]
             ps[tile] = torch.stack(slots).sum(0)
             yield "read"
@@ -157,7 +185,7 @@ class Cta:
     def clear(self, n: int) -> Iterator[str]:
         """This CTA's share of round n's buffer becomes zero."""
         if not self.plan.deterministic:
-            buffer = self.memory.values[self.plan.p_start(self.lane, n, 0) :][: self.plan.p_buffer]
+            buffer = self.memory.values[self.p_start(n, 0) :][: self.plan.p_buffer]
             buffer[self.cta * self.plan.p_share :][: self.plan.p_share] = 0
             yield "cleared"
 
@@ -165,10 +193,10 @@ class Cta:
         """h_i [T, r] of round n's steps, in the weights' dtype."""
         act, rank, first = ACTIVATIONS[self.chain.act], self.plan.rank, n * self.plan.steps
         hs: list[Tensor] = []
-        for i in range(len(self.plan.round_steps(n))):
+        for i in range(len(round_steps(self.plan, n))):
             sums = []
             for gate, gram in enumerate((self.chain.gram, self.chain.gate_gram)[: self.plan.maps]):
-                p = torch.cat([ps[self.plan.p_tile(gate, i, part)] for part in range(self.plan.parts)], 1)
+                p = torch.cat([ps[self.p_tile(gate, i, part)] for part in range(self.plan.parts)], 1)
                 for j, h in enumerate(hs):
                     assert gram is not None  # `check` refuses rounds of several steps without
                     block, step = divmod(first, gram.shape[-1] // rank)
@@ -180,7 +208,7 @@ class Cta:
         return hs
 
     def update(self, n: int, hs: list[Tensor]) -> None:
-        for h, k in zip(hs, self.plan.round_steps(n), strict=True):
+        for h, k in zip(hs, round_steps(self.plan, n), strict=True):
             for t in self.tiles():
                 self.z[:, t] += (h @ self.slice_of(self.chain.B[self.lane, k])[:, t]).to(self.z.dtype)
 
