@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activations import triton_form
 from .decode_plan import DecodePlan, Workspace, workspace
-from .device import EXACT, KERNEL_ACTS, activate
+from .device import EXACT
 
 __all__ = ["DecodePlan", "Workspace", "decode", "workspace"]
 
@@ -61,7 +62,7 @@ def decode(
         x, A, B, G, scale, bias, gram, gate_gram, y, workspace.values, workspace.counters,
         x.shape[0], x.stride(0), *_strides(gram), *_strides(gate_gram),
         BLOCK=plan.steps if gram is None else gram.shape[-1] // plan.rank,
-        ACT=KERNEL_ACTS[act], **plan.constants(),
+        ACT=triton_form(act), **plan.constants(),
         **launch_options(plan),
     )  # fmt: skip
     return y
@@ -235,9 +236,9 @@ def _solve(
             for u in tl.static_range(t // Q * Q):
                 gate = gates[Q * Q * (t // Q * (t // Q - 1) // 2) + t % Q * (t // Q * Q) + u]
                 q = tl.dot(hs[u], gate, q, input_precision=EXACT)
-            h = activate(q, ACT) * p
+            h = ACT(q) * p
         else:
-            h = activate(p, ACT)
+            h = ACT(p)
         hs += (h.to(DTYPE),)
     return hs
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from .activations import KERNEL_ACTS
 from .cost import MAX_DECODE_TOKENS, Device, Shape, choose, device_constants
 from .decode import Workspace, decode, workspace
 from .decode_plan import DecodePlan
-from .device import KERNEL_ACTS
 from .prefill import prefill
 from .tuning import tune, tuned, wanted
 

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import EXACT, KERNEL_ACTS, activate, strides
+from .activations import triton_form
+from .device import EXACT, strides
 
 
 def matmul(
@@ -41,7 +42,7 @@ def matmul(
         tokens, columns, inner,
         *a.stride(), *W.stride(), *strides(total), *strides(out), *strides(z), 0 if x is None else x.stride(0),
         TOTAL=total is not None, STATE=state is not None, FINISH=finish is not None,
-        ACT=None if act is None else KERNEL_ACTS[act], **tile,
+        ACT=None if act is None else triton_form(act), **tile,
     )  # fmt: skip
 
 
@@ -98,5 +99,5 @@ def matmul_kernel(
         bias = tl.load(p_bias + o_n, mask=m_n, other=0.0)
         acc = acc * scale[None, :] + bias[None, :]
     if ACT is not None:
-        acc = activate(acc, ACT)
+        acc = ACT(acc)
     tl.store(p_out + lane * s_ol + o_t[:, None] * s_ot + o_n[None, :], acc, mask=m_tile)

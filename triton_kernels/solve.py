@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activations import triton_form
 from .decode_plan import padded_rank
-from .device import EXACT, KERNEL_ACTS, activate, strides
+from .device import EXACT, strides
 
 
 def block_solve(
@@ -45,7 +46,7 @@ def block_solve(
         tokens,
         *strides(P), *strides(Q), *strides(gram), *strides(gate_gram), *strides(H),
         S=steps, R=rank, RP=padded_rank(rank),
-        ACT=KERNEL_ACTS[act], GATED=gated, **tile,
+        ACT=triton_form(act), GATED=gated, **tile,
     )  # fmt: skip
     return H
 
@@ -114,13 +115,13 @@ def block_solve_kernel(
             if GATED:
                 gate = tl.load(p_gate + start * s_ej + start, mask=m_gram, other=0.0)
             for s in tl.static_range(min(GROUP, S - i * GROUP) - 1):
-                h = (activate(q, ACT) * p if GATED else activate(p, ACT)).to(p_h.dtype.element_ty)
+                h = (ACT(q) * p if GATED else ACT(p)).to(p_h.dtype.element_ty)
                 own = tl.where(o_s[None, :] == s, h, 0.0)
                 p = tl.dot(own, gram, p, input_precision=EXACT)
                 if GATED:
                     q = tl.dot(own, gate, q, input_precision=EXACT)
         # Padding columns are not zero for every activation (sigmoid), and a masked Gram row is: 0 * 0.5.
-        h = (activate(q, ACT) * p if GATED else activate(p, ACT)).to(p_h.dtype.element_ty)
+        h = (ACT(q) * p if GATED else ACT(p)).to(p_h.dtype.element_ty)
         tl.store(p_h + start, h, mask=m_t & m_i[None, :])
         hs = hs + (h,)
 

@@ -23,8 +23,8 @@ from aot import MATRIX_UNITS, cubin_resources
 from decode_steps import STUCK, Cta, Memory, ScheduleError, columns, orders, part_rows, run
 
 from dlr_lock.triton_kernels import chain_reference
+from dlr_lock.triton_kernels.activations import KERNEL_ACTS, triton_form
 from dlr_lock.triton_kernels.decode import DecodePlan, decode, workspace
-from dlr_lock.triton_kernels.device import KERNEL_ACTS
 
 ORDERS = tuple(orders(0))
 
@@ -408,7 +408,7 @@ def resources(plan: DecodePlan) -> dict[str, int]:
 
     from dlr_lock.triton_kernels.decode import decode_kernel, launch_options
 
-    constants = plan.constants() | {"BLOCK": 8, "ACT": "silu"}
+    constants = plan.constants() | {"BLOCK": 8, "ACT": triton_form("silu")}
     if not plan.gated:
         constants |= {"p_g": None, "p_gate": None}
     if plan.steps == 1:

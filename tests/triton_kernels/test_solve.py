@@ -7,12 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from dlr_lock.triton_kernels import ACTIVATIONS
-from dlr_lock.triton_kernels.device import KERNEL_ACTS, activate
+from dlr_lock.triton_kernels.activations import KERNEL_ACTS
 from dlr_lock.triton_kernels.solve import block_solve
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -130,26 +128,3 @@ def test_one_wrong_gram_tile_is_noticed(
     tile = block[3 if gate else 1][:, 3 * r : 4 * r, 4 * r :]  # the last step reads the one before
     tile.copy_(breakage(tile))
     assert error(execute(solve, *block, r, "silu"), wanted) > 1e4 * BOUNDS[torch.float32]
-
-
-@triton.jit
-def activate_kernel(p_p, p_y, N: tl.constexpr, ACT: tl.constexpr):
-    o_n = tl.arange(0, N)
-    tl.store(p_y + o_n, activate(tl.load(p_p + o_n), ACT))
-
-
-def activated(p: Tensor, act: str) -> Tensor:
-    p = p.to(DEVICE)
-    y = torch.empty_like(p)
-    activate_kernel[(1,)](p, y, N=p.numel(), ACT=KERNEL_ACTS[act])
-    return y.cpu()
-
-
-@pytest.mark.parametrize("act", sorted(KERNEL_ACTS))
-def test_activations(execute: Execute, act: str) -> None:
-    far = torch.tensor([30.0, 89.0, 100.0, 1e4])
-    p = torch.cat([torch.linspace(-12, 12, 1015), far, -far, torch.tensor([torch.nan])])
-    y = execute(activated, p, act)
-    assert y[-1].isnan(), "a NaN must not be hidden"
-    wanted = ACTIVATIONS[act](p.double())
-    torch.testing.assert_close(y.double(), wanted, rtol=2e-6, atol=5e-7, equal_nan=True)
