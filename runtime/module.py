@@ -69,14 +69,15 @@ class DLRNet(nn.Module):
         moved or trained. What goes past torch, such as writing through `.data`, it cannot see: call this then.
         """
         self.dlr_gram = None
-        if self.dlr_A.is_meta:
+        if self.dlr_A.is_meta or self.spec.gated:
             return
-        width = gram_width(self.spec.weight_shape, self.spec.gated, self.dlr_A.itemsize, self.dlr_A.device)
-        self.dlr_gram = gram_blocks(self.dlr_A, self.dlr_B, self.dlr_G, block=width)
+        self.dlr_gram = gram_blocks(self.dlr_A, self.dlr_B, block=gram_width(self.dlr_A))
         self._prepared = [(weakref.ref(w), _writes(w)) for w in self._weights()]
 
     def _current_gram(self) -> Tensor | None:
-        if torch.compiler.is_compiling():  # cannot be traced; what is compiled is inference
+        if (
+            self.spec.gated or torch.compiler.is_compiling()
+        ):  # cannot be traced; what is compiled is inference
             return self.dlr_gram
         weights = self._weights()
         seen = [(id(ref()), count) for ref, count in self._prepared]

@@ -10,12 +10,13 @@ from functools import cache
 from math import ceil
 
 import torch
+from torch import Tensor
 
 from .decode_plan import DecodePlan
 from .lookahead import BLOCK, block_steps
 
 MAX_DECODE_TOKENS = 64
-SOLVE_WIDTH = 512  # columns of one solve: the most whose steps stay in registers, half of it for gated steps
+SOLVE_WIDTH = 512  # columns of one solve: the most whose steps stay in registers
 SOLVE_STEPS = 16  # steps of one solve, which is unrolled: 120 small products
 _GRAM_SHARE = 1 / 8  # of the weights' memory, which Gram blocks wider than one solve may take
 USUAL_TOKENS = 4096  # of a prefill, which the width of Gram blocks is chosen for
@@ -66,23 +67,24 @@ def device_constants(index: int) -> Device:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A DLR-Net on T tokens: A, B (and G) [lanes, depth, rank, hidden] of `itemsize` bytes an element."""
+    """A DLR-Net on T tokens: A and B [lanes, depth, rank, hidden] of `itemsize` bytes an element."""
 
     lanes: int
     depth: int
     rank: int
     hidden: int
     tokens: int
-    gated: bool = False
     itemsize: int = 2
 
-    @property
-    def matrices(self) -> int:
-        return 3 if self.gated else 2
+    @staticmethod
+    def of(A: Tensor, tokens: int) -> "Shape":
+        """The shape of a chain with weights like A [L, K, r, d]."""
+        lanes, depth, rank, hidden = A.shape
+        return Shape(lanes, depth, rank, hidden, tokens, A.itemsize)
 
     @property
     def weight_bytes(self) -> int:
-        return self.matrices * self.lanes * self.depth * self.rank * self.hidden * self.itemsize
+        return 2 * self.lanes * self.depth * self.rank * self.hidden * self.itemsize
 
     @property
     def flops(self) -> int:
@@ -93,7 +95,7 @@ class Shape:
         """Of Gram blocks of `width` columns, as `gram_blocks` makes them."""
         steps = block_steps(width, self.depth, self.rank)
         blocks = ceil(self.depth / steps)
-        return 0 if steps == 1 else (self.matrices - 1) * self.lanes * blocks * width**2 * self.itemsize
+        return 0 if steps == 1 else self.lanes * blocks * width**2 * self.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +121,9 @@ def predict_decode(shape: Shape, plan: DecodePlan, device: Device) -> Prediction
     floor = floor_seconds(shape, device)
     busy = min(1.0, plan.lanes * plan.slices / device.sms)
     stream = shape.weight_bytes / plan.rounds / (device.bandwidth * busy)
-    maps = shape.matrices - 1
     # What every CTA reads from L2 for its solve: the Gram tiles and P; before that, P was added by all of them.
-    grams = plan.steps * (plan.steps - 1) // 2 * plan.rank**2 * maps * shape.itemsize
-    p = 4 * shape.tokens * plan.steps * plan.rank * maps
+    grams = plan.steps * (plan.steps - 1) // 2 * plan.rank**2 * shape.itemsize
+    p = 4 * shape.tokens * plan.steps * plan.rank
     adds = plan.lanes * plan.slices * p / device.atomics if plan.slices > 1 else 0.0
     barrier = device.barrier if plan.slices > 1 else 0.0
     # The Gram tiles are requested before the wait, P only after it.
@@ -136,9 +137,8 @@ def predict_decode(shape: Shape, plan: DecodePlan, device: Device) -> Prediction
 
 def predict_prefill(shape: Shape, width: int, device: Device) -> Prediction:
     """Rounds of launches with Gram blocks of `width` columns, each at the rate of its bytes or FLOPs."""
-    maps = shape.matrices - 1
     rounds = ceil(shape.depth / block_steps(width, shape.depth, shape.rank))
-    part = solve_columns(width, shape.rank, shape.gated)
+    part = solve_columns(width, shape.rank)
     parts = ceil(width / part)
     rows = shape.lanes * shape.tokens
     # u read and written, z written, x read: once a round but the last, where y is written instead
@@ -146,7 +146,7 @@ def predict_prefill(shape: Shape, width: int, device: Device) -> Prediction:
     moved = shape.weight_bytes + state + 2 * shape.tokens * shape.hidden * shape.itemsize
     products = max(shape.flops / device.flops, moved / device.bandwidth)
     # Two products a round: there is nothing to solve, and P is never in memory.
-    if width == shape.rank and not shape.gated:
+    if width == shape.rank:
         written = 2 * rows * shape.depth * shape.rank * shape.itemsize / device.bandwidth
         return Prediction(
             "prefill",
@@ -160,13 +160,13 @@ def predict_prefill(shape: Shape, width: int, device: Device) -> Prediction:
     columns = rows * shape.depth * shape.rank
     waves = ceil(ceil(shape.tokens / 64) * shape.lanes / (2 * device.sms))
     solves = max(
-        columns * (8 * maps + 2 * shape.itemsize) / device.bandwidth,
-        columns * part * maps / (device.flops / 3),
+        columns * (8 + 2 * shape.itemsize) / device.bandwidth,
+        columns * part / (device.flops / 3),
         waves * shape.depth * device.step,
     )
     # What the parts of a block add to the P of its later ones: 8 bytes an element read and written each time
-    between = (parts - 1) / 2 * columns * maps * max(2 * part / device.flops, 8 / device.bandwidth)
-    launches = rounds * (1 + maps + parts + (parts - 1) * maps)
+    between = (parts - 1) / 2 * columns * max(2 * part / device.flops, 8 / device.bandwidth)
+    launches = rounds * (2 * parts + 1)
     seconds = launches * device.launch + products + solves + between
     return Prediction("prefill", seconds, floor_seconds(shape, device), launches, rounds)
 
@@ -178,19 +178,17 @@ def predict_dense(shape: Shape, width: int, device: Device) -> Prediction:
     return Prediction("dense", 3 * device.launch + seconds, seconds, 3, 3)
 
 
-def solve_columns(width: int, rank: int, gated: bool) -> int:
+def solve_columns(width: int, rank: int) -> int:
     """Columns of a block of `width` that one solve takes: whole steps, as many as its registers hold."""
-    most = min(SOLVE_WIDTH // (1 + gated), SOLVE_STEPS * rank)
+    most = min(SOLVE_WIDTH, SOLVE_STEPS * rank)
     return min(width, max(rank, most // rank * rank))
 
 
-def gram_width(shape: tuple[int, ...], gated: bool, itemsize: int, device: torch.device) -> int:
-    """The width of Gram blocks, in columns, that suits weights [L, K, r, d] on a device."""
-    if device.type != "cuda":
+def gram_width(A: Tensor) -> int:
+    """The width of Gram blocks, in columns, that suits weights [L, K, r, d] of A's dtype on A's device."""
+    if not A.is_cuda:
         return BLOCK
-    lanes, depth, rank, hidden = shape
-    usual = Shape(lanes, depth, rank, hidden, USUAL_TOKENS, gated, itemsize)
-    return best_width(usual, device_constants(device.index or 0))
+    return best_width(Shape.of(A, USUAL_TOKENS), device_constants(A.device.index or 0))
 
 
 @cache
@@ -202,7 +200,7 @@ def best_width(shape: Shape, device: Device) -> int:
     to eight times.
     """
     lane = shape.depth * shape.rank
-    part = solve_columns(lane, shape.rank, shape.gated)
+    part = solve_columns(lane, shape.rank)
     even = shape.rank << (part // shape.rank).bit_length() - 1
     widths = sorted({min(lane, size * n) for size in (part, even) for n in (1, 2, 4, 8)})
     fitting = [w for w in widths if w <= part or shape.gram_bytes(w) <= _GRAM_SHARE * shape.weight_bytes]
@@ -232,7 +230,6 @@ def decode_plan(shape: Shape, device: Device, steps: int, deterministic: bool = 
             tokens=shape.tokens,
             sms=device.sms,
             itemsize=shape.itemsize,
-            gated=shape.gated,
             block_steps=steps,
             deterministic=deterministic,
         )

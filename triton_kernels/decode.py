@@ -1,7 +1,7 @@
 """The decode kernel: a whole DLR-Net for up to 64 tokens in one persistent cooperative launch.
 
-A CTA is (lane, slice): it holds d/C columns of its lane's state and streams the same columns of the lane's A,
-B and G once. A round is S steps, by look-ahead (`solve.py`):
+A CTA is (lane, slice): it holds d/C columns of its lane's state and streams the same columns of the lane's A
+and B once. A round is S steps, by look-ahead (`solve.py`):
 
     1. partial P_i = z[:, slice] A_i[:, slice]^T of the round's steps, added into the lane's P
     2. barrier among the C CTAs of the lane; this round's B and Gram tiles and the next A are requested before
@@ -36,8 +36,6 @@ def decode(
     scale: Tensor,
     bias: Tensor,
     gram: Tensor | None,
-    G: Tensor | None = None,
-    gate_gram: Tensor | None = None,
     act: str = "silu",
     *,
     plan: DecodePlan,
@@ -45,22 +43,21 @@ def decode(
 ) -> Tensor:
     """y [T, d] in x's dtype, contiguous: scale * sum_l (z[l,K] - x) + bias.
 
-    x: [T, d] with T <= plan.tokens, any float dtype, rows contiguous. A, B and, for gated steps, G:
-    [L, K, r, d] contiguous, of one dtype: float32, bfloat16 or float16. scale, bias: [d] float32.
-    gram: [L, N, m, m] in the weights' dtype, rows contiguous, of blocks of m/r steps that plan.steps divides, or
-    of any number where N = 1; unused for plan.steps == 1. gate_gram: gram's counterpart for G. act: one of
-    KERNEL_ACTS.
+    x: [T, d] with T <= plan.tokens, any float dtype, rows contiguous. A, B: [L, K, r, d] contiguous, of one dtype:
+    float32, bfloat16 or float16. scale, bias: [d] float32. gram: [L, N, m, m] in the weights' dtype, rows contiguous,
+    of blocks of m/r steps that plan.steps divides, or of any number where N = 1; unused for plan.steps == 1.
+    act: one of KERNEL_ACTS.
     workspace: made by `workspace` for this plan.
     Raises ValueError on shapes that do not fit the plan; the launch fails where lanes * slices CTAs do not
     fit the device at once.
     """
-    plan.check(x, A, B, G, gram, gate_gram)
+    plan.check(x, A, B, gram)
     if plan.steps == 1:
-        gram = gate_gram = None
+        gram = None
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     decode_kernel[(plan.lanes * plan.slices,)](
-        x, A, B, G, scale, bias, gram, gate_gram, y, workspace.values, workspace.counters,
-        x.shape[0], x.stride(0), *_strides(gram), *_strides(gate_gram),
+        x, A, B, scale, bias, gram, y, workspace.values, workspace.counters,
+        x.shape[0], x.stride(0), *((0, 0, 0) if gram is None else gram.stride()[:3]),
         BLOCK=plan.steps if gram is None else gram.shape[-1] // plan.rank,
         ACT=triton_form(act), **plan.constants(),
         **launch_options(plan),
@@ -76,10 +73,6 @@ def launch_options(plan: DecodePlan) -> dict[str, int | bool]:
         "enable_fp_fusion": True,
         "launch_cooperative_grid": True,
     }
-
-
-def _strides(gram: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0) if gram is None else gram.stride()[:3]
 
 
 @triton.jit
@@ -220,10 +213,9 @@ def _gather(
 
 @triton.jit
 def _solve(
-    ps, grams, gates, DTYPE: tl.constexpr,
-    ACT: tl.constexpr, GATED: tl.constexpr, Q: tl.constexpr, S: tl.constexpr,
+    ps, grams, DTYPE: tl.constexpr, ACT: tl.constexpr, Q: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of h [BM, RP] of a round, as in solve.py; the gates' p follow those of A in ps."""
+    """The tiles of h [BM, RP] of a round, as in solve.py."""
     hs = ()
     for t in tl.static_range(S * Q):
         # Before tile t's Gram tiles come those of the steps before, i Q a part of step i, and of its earlier parts.
@@ -231,15 +223,7 @@ def _solve(
         for u in tl.static_range(t // Q * Q):
             gram = grams[Q * Q * (t // Q * (t // Q - 1) // 2) + t % Q * (t // Q * Q) + u]
             p = tl.dot(hs[u], gram, p, input_precision=EXACT)
-        if GATED:
-            q = ps[S * Q + t]
-            for u in tl.static_range(t // Q * Q):
-                gate = gates[Q * Q * (t // Q * (t // Q - 1) // 2) + t % Q * (t // Q * Q) + u]
-                q = tl.dot(hs[u], gate, q, input_precision=EXACT)
-            h = ACT(q) * p
-        else:
-            h = ACT(p)
-        hs += (h.to(DTYPE),)
+        hs += (ACT(p).to(DTYPE),)
     return hs
 
 
@@ -253,8 +237,8 @@ def _write(p_y, p_scale, p_bias, delta, o_d, m_d, o_y, m_y):
 
 @triton.jit(do_not_specialize=["T"])
 def decode_kernel(
-    p_x, p_a, p_b, p_g, p_scale, p_bias, p_gram, p_gate, p_y, p_values, p_counters,
-    T, s_xt, s_gl, s_gn, s_gj, s_el, s_en, s_ej,
+    p_x, p_a, p_b, p_scale, p_bias, p_gram, p_y, p_values, p_counters,
+    T, s_xt, s_gl, s_gn, s_gj,
     L: tl.constexpr, K: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
     S: tl.constexpr, Q: tl.constexpr, RP: tl.constexpr, TILES: tl.constexpr,
     ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
@@ -262,7 +246,7 @@ def decode_kernel(
     STAGES: tl.constexpr, P_SLOT: tl.constexpr, P_SLOTS: tl.constexpr, RING: tl.constexpr, SHARE: tl.constexpr,
     Y_START: tl.constexpr, Y_SLOTS: tl.constexpr, Z_START: tl.constexpr,
     EXITS: tl.constexpr, TURNS: tl.constexpr, LINE: tl.constexpr,
-    ACT: tl.constexpr, GATED: tl.constexpr, DETERMINISTIC: tl.constexpr,
+    ACT: tl.constexpr, DETERMINISTIC: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = p_a.dtype.element_ty
     STEP: tl.constexpr = R * D
@@ -289,16 +273,10 @@ def decode_kernel(
     p_barrier = p_counters + i_l * LINE
     if S > 1:
         p_gram += i_l * s_gl
-    if GATED:
-        p_g += i_l * (K * STEP) + first
-        if S > 1:
-            p_gate += i_l * s_el
 
     if CHUNKS == 1:
         z = tl.load(p_x, mask=m_t & m_c, other=0.0).to(tl.float32)
         ws = _weights(p_a, o_w, m_c, K, D, R, RP, Q, S)
-        if GATED:
-            ws += _weights(p_g, o_w, m_c, K, D, R, RP, Q, S)
     else:
         for o_q in range(0, CHUNKS * DC, DC):
             m_q = m_t & (o_c[None, :] < width - o_q)
@@ -317,8 +295,6 @@ def decode_kernel(
                 m_q = o_c[None, :] < width - o_q
                 z = tl.load(p_z + o_q, mask=m_t & m_q, other=0.0)
                 ws = _weights(p_a + o_n + o_q, o_w, m_q, left, D, R, RP, Q, S)
-                if GATED:
-                    ws += _weights(p_g + o_n + o_q, o_w, m_q, left, D, R, RP, Q, S)
                 ps = _project(z, ws, ps, TILES)
         if C > 1:
             p_round = p_p + (n % RING) * BUFFER + o_p
@@ -326,29 +302,21 @@ def decode_kernel(
             _arrive(p_barrier)
 
         # ---- what does not depend on the other CTAs is requested before the wait. B and the Gram tiles reach
-        # shared memory meanwhile; the next A (and G) stay in flight until the next round's P. All of it after
+        # shared memory meanwhile; the next A stays in flight until the next round's P. All of it after
         # the arrival, whose release would wait for loads before it.
         if CHUNKS == 1:
             bs = _weights(p_b + o_n, o_w, m_c, left, D, R, RP, Q, S)
         grams = ()
-        gates = ()
         if S > 1:
             WHOLE: tl.constexpr = BLOCK % S == 0
             o_block = n * S // BLOCK
             o_step = (n * S % BLOCK) * R
             grams = _gram_tiles(p_gram + o_block * s_gn + o_step * (s_gj + 1), s_gj, left, R, RP, Q, S, WHOLE)
-            if GATED:
-                gates = _gram_tiles(
-                    p_gate + o_block * s_en + o_step * (s_ej + 1), s_ej, left, R, RP, Q, S, WHOLE
-                )
         if CHUNKS == 1:
             ws = _weights(p_a + o_n + S * STEP, o_w, m_c, left - S, D, R, RP, Q, S)
-            if GATED:
-                ws += _weights(p_g + o_n + S * STEP, o_w, m_c, left - S, D, R, RP, Q, S)
             tl.debug_barrier()
             bs = _settle(bs, left > 0, S * Q)
             grams = _settle(grams, left > 0, GRAMS)
-            gates = _settle(gates, left > 0, GRAMS if GATED else 0)
         if C > 1:
             _wait(p_barrier, (n + 1) * C)
             ps = _gather(p_round, m_t, P_SLOT, P_SLOTS, R, RP, Q, TILE, TILES)
@@ -359,7 +327,7 @@ def decode_kernel(
                 tl.store(p_share, tl.zeros((SHARE,), tl.float32), mask=o_z < BUFFER)
 
         # ---- the state moves on
-        hs = _solve(ps, grams, gates, DTYPE, ACT, GATED, Q, S)
+        hs = _solve(ps, grams, DTYPE, ACT, Q, S)
         if CHUNKS == 1:
             z = _update(z, hs, bs, S * Q)
         else:

@@ -4,7 +4,7 @@ The kernel (`decode.py`) and its schedule in plain torch (`tests/triton_kernels/
 here.
 
 Workspace, float32 values: per lane a ring of three buffers of P, one buffer a round, [slot, tile, token,
-row] with the parts of every step (and gate) of the round; then Y [slot, token, d]; then, where a slice is too
+row] with the parts of every step of the round; then Y [slot, token, d]; then, where a slice is too
 wide for registers, the state [lane, token, d]. P and Y have one slot that all add into, in the order they
 come; or, for `deterministic`, one a writer, summed in their order by the reader. int32 counters, each on a
 line of its own: a barrier and an exit counter a lane, a turn counter a slice.
@@ -57,7 +57,6 @@ class DecodePlan:
     rank: int
     hidden: int  # d
     tokens: int  # the most tokens of a call and the rows of a tile: 16, 32 or 64
-    gated: bool
     steps: int  # of a round, S
     slices: int  # CTAs a lane, C
     tile: int  # columns of the state that are held at once: a power of two
@@ -94,7 +93,6 @@ class DecodePlan:
         tokens: int,
         sms: int,
         itemsize: int = 2,
-        gated: bool = False,
         block_steps: int = MAX_STEPS,
         deterministic: bool = False,
     ) -> "DecodePlan":
@@ -113,7 +111,6 @@ class DecodePlan:
             raise ValueError(f"{lanes} lanes do not fit {sms} multiprocessors at once")
         slice_width = _up_to(ceil(hidden / (sms // lanes)), 16)
         rows = _power_of_two(tokens)
-        maps = 2 if gated else 1
         most = min(block_steps, depth, MAX_STEPS, max(1, MAX_WIDTH // rank))
         if block_steps >= depth:
             fitting = list(dict.fromkeys(ceil(depth / ceil(depth / s)) for s in range(most, 0, -1)))
@@ -126,13 +123,12 @@ class DecodePlan:
             """Steps of a round with such a tile, and rows of a part; None where not even one step fits."""
             for steps, part in product(fitting, parts):
                 tiles = ceil(rank / part)
-                shared = STAGES * tile * (4 * rows + itemsize * maps * steps * tiles * part)
+                shared = STAGES * tile * (4 * rows + itemsize * steps * tiles * part)
                 whole = tile >= slice_width
                 if (
                     (whole or (shared <= MAX_SHARED and (part > rows or rows == 64)))
-                    and maps * tiles**2 * steps * (steps - 1) // 2 <= MAX_PRODUCTS
-                    and _registers(rows, steps, rank, part, tile, itemsize, maps, whole)
-                    <= MAX_REGISTERS[rows]
+                    and tiles**2 * steps * (steps - 1) // 2 <= MAX_PRODUCTS
+                    and _registers(rows, steps, rank, part, tile, itemsize, whole) <= MAX_REGISTERS[rows]
                 ):
                     return steps, part
             return None
@@ -147,7 +143,6 @@ class DecodePlan:
             rank=rank,
             hidden=hidden,
             tokens=rows,
-            gated=gated,
             steps=steps,
             slices=ceil(hidden / slice_width),
             tile=tile,
@@ -156,11 +151,6 @@ class DecodePlan:
         )
 
     # ---- who holds what
-
-    @property
-    def maps(self) -> int:
-        """Weights that read the state: A and, for gated steps, G."""
-        return 2 if self.gated else 1
 
     @property
     def parts(self) -> int:
@@ -185,8 +175,8 @@ class DecodePlan:
 
     @property
     def p_tiles(self) -> int:
-        """Tiles [tokens, part] of P in a round: as many as parts a step, twice that where it is gated."""
-        return self.maps * self.steps * self.parts
+        """Tiles [tokens, part] of P in a round."""
+        return self.steps * self.parts
 
     @property
     def p_slot(self) -> int:
@@ -252,39 +242,33 @@ class DecodePlan:
             "C": self.slices, "DS": self.slice_width, "DC": self.tile, "CHUNKS": self.chunks, "STAGES": STAGES,
             "P_SLOT": self.p_slot, "P_SLOTS": self.p_slots, "RING": RING,
             "SHARE": self.p_share, "Y_START": self.y_start, "Y_SLOTS": self.y_slots, "Z_START": self.z_start,
-            "EXITS": self.exits, "TURNS": self.turns, "LINE": LINE, "GATED": self.gated,
-            "DETERMINISTIC": self.deterministic,
+            "EXITS": self.exits, "TURNS": self.turns, "LINE": LINE, "DETERMINISTIC": self.deterministic,
         }  # fmt: skip
 
-    def check(
-        self, x: Tensor, A: Tensor, B: Tensor, G: Tensor | None, gram: Tensor | None, gate_gram: Tensor | None
-    ) -> None:
+    def check(self, x: Tensor, A: Tensor, B: Tensor, gram: Tensor | None) -> None:
         """Raises ValueError, naming the shapes, unless the tensors of a call fit this plan."""
         shape = (self.lanes, self.depth, self.rank, self.hidden)
-        weights = [w for w in (A, B, G) if w is not None]
-        if len(weights) != (3 if self.gated else 2) or any(w.shape != shape for w in weights):
-            shapes = [list(w.shape) for w in weights]
+        if not A.shape == B.shape == shape:
             raise ValueError(
-                f"the plan is for {3 if self.gated else 2} weights of {list(shape)}, not {shapes}"
+                f"the plan is for weights of {list(shape)}, not {list(A.shape)}, {list(B.shape)}"
             )
-        if any(not w.is_contiguous() or w.dtype != A.dtype for w in weights):
-            raise ValueError("A, B and G must be contiguous and of one dtype")
+        if not A.is_contiguous() or not B.is_contiguous() or A.dtype != B.dtype:
+            raise ValueError("A and B must be contiguous and of one dtype")
         if x.dim() != 2 or not 0 < x.shape[0] <= self.tokens or x.shape[1] != self.hidden or x.stride(1) != 1:
             raise ValueError(
                 f"x must be [1 to {self.tokens}, {self.hidden}] with contiguous rows, not {list(x.shape)}"
             )
         if self.steps == 1:
             return  # rounds of one step read no Gram blocks
-        for g in (gram, gate_gram) if self.gated else (gram,):
-            lanes, blocks, rows, width = g.shape if g is not None and g.dim() == 4 else (0, 0, 0, 0)
-            block = width // self.rank
-            fits = lanes == self.lanes and rows == width > 0 and width % self.rank == 0
-            fits = fits and (blocks == 1 or block % self.steps == 0)
-            if not fits or blocks * block < self.depth:
-                raise ValueError(
-                    f"Gram blocks must be [{self.lanes}, N, m, m], m a multiple of {self.steps * self.rank},"
-                    f" not {None if g is None else list(g.shape)}"
-                )
+        lanes, blocks, rows, width = gram.shape if gram is not None and gram.dim() == 4 else (0, 0, 0, 0)
+        block = width // self.rank
+        fits = lanes == self.lanes and rows == width > 0 and width % self.rank == 0
+        fits = fits and (blocks == 1 or block % self.steps == 0)
+        if not fits or blocks * block < self.depth:
+            raise ValueError(
+                f"Gram blocks must be [{self.lanes}, N, m, m], m a multiple of {self.steps * self.rank},"
+                f" not {None if gram is None else list(gram.shape)}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,22 +288,20 @@ def workspace(plan: DecodePlan, device: torch.device | str) -> Workspace:
     return Workspace(zeros[: plan.values].view(torch.float32), zeros[values:])
 
 
-def _registers(
-    rows: int, steps: int, rank: int, part: int, tile: int, itemsize: int, maps: int, whole: bool
-) -> int:
+def _registers(rows: int, steps: int, rank: int, part: int, tile: int, itemsize: int, whole: bool) -> int:
     """Registers of a thread for what is held or on its way at once, in a round of `steps`; whole: a tile is a slice.
 
-    Before the wait that is the next A (and G), B and the Gram tiles; after it the next A, P, and left operands.
+    Before the wait that is the next A, B and the Gram tiles; after it the next A, P, and left operands.
     """
     tiles = steps * ceil(rank / part)
     weights = tiles * part * tile * itemsize if whole else 0
-    grams = maps * steps * (steps - 1) // 2 * (ceil(rank / part) * part) ** 2 * itemsize
+    grams = steps * (steps - 1) // 2 * (ceil(rank / part) * part) ** 2 * itemsize
     # In products of 16 or 32 rows and less than 64 columns some of the warps hold the same.
-    sums = maps * tiles * rows * (part if rows == 64 else max(part, 64)) * 4
+    sums = tiles * rows * (part if rows == 64 else max(part, 64)) * 4
     # From 64 rows on, a sum and what is made of it are held together; and for later steps h, by both groups of warps
     # and once more on its way.
     hidden = 3 * tiles * rows * part * itemsize if rows == 64 and steps > 1 else 0
-    state = rows * tile * 4 + maps * weights
+    state = rows * tile * 4 + weights
     return (state + max(weights + grams, sums * (2 if rows == 64 else 1) + hidden)) // 1024
 
 

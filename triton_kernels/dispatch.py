@@ -7,23 +7,11 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from .activations import KERNEL_ACTS
 from .cost import MAX_DECODE_TOKENS, Device, Shape, choose, device_constants
 from .decode import Workspace, decode, workspace
 from .decode_plan import DecodePlan
 from .prefill import prefill
 from .tuning import tune, tuned, wanted
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def why_not(A: Tensor, act: str) -> str | None:
-    """Why the kernels cannot run a chain of such weights and activation, as the end of a sentence; else None."""
-    if act not in KERNEL_ACTS:
-        return f"has no activation {act!r}; it has {', '.join(sorted(KERNEL_ACTS))}"
-    if A.dtype not in _DTYPES:
-        return f"has no weights of {A.dtype}"
-    return None
 
 
 def run(
@@ -32,7 +20,6 @@ def run(
     B: Tensor,
     scale: Tensor,
     bias: Tensor,
-    G: Tensor | None,
     act: str,
     gram: Tensor,
 ) -> Tensor:
@@ -40,18 +27,16 @@ def run(
     x = x.contiguous()
     if len(x) == 0:
         return torch.empty_like(x)
-    A, B, G = A.contiguous(), B.contiguous(), G if G is None else G.contiguous()
-    lanes, depth, rank, hidden = A.shape
-    shape = Shape(lanes, depth, rank, hidden, len(x), G is not None, A.dtype.itemsize)
+    A, B = A.contiguous(), B.contiguous()
+    shape = Shape.of(A, len(x))
     deterministic = torch.are_deterministic_algorithms_enabled()
-    device, steps = device_constants(x.device.index), gram.shape[-2] // rank
+    device, steps = device_constants(x.device.index), gram.shape[-2] // shape.rank
 
     def launch(plan: DecodePlan | None) -> Tensor:
         if plan is None:
-            return prefill(x, A, B, scale, bias, G, act, gram)
-        gate_gram = None if G is None else gram[1]
+            return prefill(x, A, B, scale, bias, act, gram)
         space = _workspace(plan, x.device)
-        return decode(x, A, B, scale, bias, gram[0], G, gate_gram, act, plan=plan, workspace=space)
+        return decode(x, A, B, scale, bias, gram, act, plan=plan, workspace=space)
 
     def launch_or_prefill(plan: DecodePlan | None) -> Tensor:
         try:

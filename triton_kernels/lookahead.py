@@ -8,8 +8,7 @@ Z + sum_{j<i} h_j B_j, so all of the block's products with the state can be done
     Z     += H B_blk                                    [T, d]   one product
 
 K dependent pairs of thin products become K / S pairs of wide ones and K small ones, for m / (4 d) more FLOPs and
-bytes. It is the oracle of the kernels' blocked arithmetic, and what runs on a CPU. Gated steps carry the Gram
-blocks of A and of G.
+bytes. It is the oracle of the kernels' blocked arithmetic, and what runs on a CPU.
 """
 
 from collections.abc import Callable
@@ -32,7 +31,6 @@ def lookahead(
     B: Tensor,
     scale: Tensor,
     bias: Tensor,
-    G: Tensor | None = None,
     act: str = "silu",
     *,
     block: int = BLOCK,
@@ -40,15 +38,15 @@ def lookahead(
 ) -> Tensor:
     """Output of a DLR-Net, a block of at most `block` / r steps at a time; inference only.
 
-    x: [..., d], A, B, G: [L, K, r, d], scale, bias: [d], as in `chain_reference`. gram: what `gram_blocks` gave
+    x: [..., d], A, B: [L, K, r, d], scale, bias: [d], as in `chain_reference`. gram: what `gram_blocks` gave
     for these weights; computed here if None, with `block`. Returns y: [..., d] in x's dtype.
     Raises ValueError on shapes or an activation that do not fit.
     """
     tokens = x.reshape(-1, x.shape[-1])
-    check_chain(tokens, A, B, G, act)
+    check_chain(tokens, A, B, None, act)
     if gram is None:
-        gram = gram_blocks(A, B, G, block=block)
-    check_gram(gram, A, G)
+        gram = gram_blocks(A, B, block=block)
+    check_gram(gram, A)
     rank, width = A.shape[2], gram.shape[-2]
     state = state_dtype(A.dtype)
     start = tokens.to(state)
@@ -58,43 +56,38 @@ def lookahead(
     z = lane(z)
     multiply, add = _products(A)
     reads, writes = _blocks(lane(wide(A)), width), _blocks(lane(wide(B)), width)
-    gates = [] if G is None else _blocks(lane(wide(G)), width)
-    grams = [lane(w).unbind(-3) for w in gram]
-    for n, (A_blk, B_blk) in enumerate(zip(reads, writes, strict=True)):
+    for A_blk, B_blk, gram_blk in zip(reads, writes, lane(gram).unbind(-3), strict=True):
         P = multiply(z, A_blk.mT)
-        gate = (multiply(z, gates[n].mT), grams[1][n]) if gates else None
-        _solve(P, grams[0][n], rank, act, add, gate)
+        _solve(P, gram_blk, rank, act, add)
         add(z, P, B_blk)
     y = scale.to(state) * (z - start if z.dim() == 2 else (z - start).sum(0)) + bias.to(state)
     return y.to(x.dtype).reshape(x.shape)
 
 
-def gram_blocks(A: Tensor, B: Tensor, G: Tensor | None = None, *, block: int = BLOCK) -> Tensor:
-    """Gram blocks of a chain's weights [L, K, r, d]: [W, L, N, m, m] in their dtype, summed in float32 or better.
+def gram_blocks(A: Tensor, B: Tensor, *, block: int = BLOCK) -> Tensor:
+    """Gram blocks of a chain's weights [L, K, r, d]: [L, N, m, m] in their dtype, summed in float32 or better.
 
-    m = S r for the S = max(1, block // r) steps of a block, at most K; N = ceil(K / S); W is 2 for gated steps (A,
-    then G), else 1. The tile [j r : (j + 1) r, i r : (i + 1) r] of block n is B_j A_i^T for step j before step i of
+    m = S r for the S = max(1, block // r) steps of a block, at most K; N = ceil(K / S).
+    The tile [j r : (j + 1) r, i r : (i + 1) r] of block n is B_j A_i^T for step j before step i of
     that block, and 0 elsewhere, as in the part of the last block that has no steps. For S = 1, where nothing comes
-    before, [W, L, K, r, 0]: m^2 zeros a step would be r / 2d of the weights' bytes, 19% for rank 768 at d = 2048.
+    before, [L, K, r, 0]: m^2 zeros a step would be r / 2d of the weights' bytes, 19% for rank 768 at d = 2048.
     """
     lanes, depth, rank, _ = A.shape
     steps = block_steps(block, depth, rank)
     count, width = -(-depth // steps), steps * rank
     if steps == 1:
-        return A.new_empty(1 if G is None else 2, lanes, depth, rank, 0)
+        return A.new_empty(lanes, depth, rank, 0)
     step = torch.arange(width, device=A.device) // rank
     later = step[:, None] < step[None, :]
-    readers = [A] if G is None else [A, G]
-    gram = A.new_zeros(len(readers), lanes, count, width, width)
+    gram = A.new_zeros(lanes, count, width, width)
     with without_autocast(A.device.type):
-        for w, reader in enumerate(readers):
-            for n in range(count):
-                part = slice(n * steps, (n + 1) * steps)
-                # 16-bit weights are multiplied as float32: these products are made once
-                rows, columns = (wide(W[:, part]).to(state_dtype(W.dtype)) for W in (B, reader))
-                full = rows @ columns.mT
-                m = full.shape[-1]
-                gram[w, :, n, :m, :m] = torch.where(later[:m, :m], full, 0.0).to(gram.dtype)
+        for n in range(count):
+            part = slice(n * steps, (n + 1) * steps)
+            # 16-bit weights are multiplied as float32: these products are made once
+            rows, columns = (wide(W[:, part]).to(state_dtype(W.dtype)) for W in (B, A))
+            full = rows @ columns.mT
+            m = full.shape[-1]
+            gram[:, n, :m, :m] = torch.where(later[:m, :m], full, 0.0).to(gram.dtype)
     return gram
 
 
@@ -110,12 +103,12 @@ def block_steps(block: int, depth: int, rank: int) -> int:
     return max(1, min(depth, block // rank))
 
 
-def check_gram(gram: Tensor, A: Tensor, G: Tensor | None) -> None:
-    """Raises ValueError, naming the shapes, unless `gram` has the form of A's (and G's) Gram blocks."""
+def check_gram(gram: Tensor, A: Tensor) -> None:
+    """Raises ValueError, naming the shapes, unless `gram` has the form of A's Gram blocks."""
     lanes, depth, rank, _ = A.shape
-    steps = gram.shape[-2] // rank if gram.dim() == 5 else 0
+    steps = gram.shape[-2] // rank if gram.dim() == 4 else 0
     width = steps * rank
-    wanted = (1 if G is None else 2, lanes, -(-depth // max(steps, 1)), width, width if steps > 1 else 0)
+    wanted = (lanes, -(-depth // max(steps, 1)), width, width if steps > 1 else 0)
     if steps == 0 or gram.shape != wanted or gram.dtype != A.dtype:
         raise ValueError(
             f"Gram blocks of shape {tuple(gram.shape)} and {gram.dtype} do not fit weights of {tuple(A.shape)} "
@@ -137,31 +130,21 @@ def _blocks(W: Tensor, width: int) -> list[Tensor]:
     return [*whole.unbind(-3), *([W.narrow(-2, count * width, left)] if left else [])]
 
 
-def _solve(
-    P: Tensor, gram: Tensor, rank: int, act: str, add: Callable, gate: tuple[Tensor, Tensor] | None = None
-) -> None:
-    """Turns P [.., T, m] of a block into its H, in place; gram [.., m', m'], m' >= m; gate: the same two of G.
+def _solve(P: Tensor, gram: Tensor, rank: int, act: str, add: Callable) -> None:
+    """Turns P [.., T, m] of a block into its H, in place; gram [.., m', m'], m' >= m.
 
     Step i takes what the earlier ones add in one product, of a width that grows. Written on, not anew, and without
     lists: on a CPU at one token an operation costs what its bytes do, and a list what an operation does.
     """
     activation = ACTIVATIONS[act]
-    in_place = activation is silu and not gate
     for first in range(0, P.shape[-1], rank):
         p = P.narrow(-1, first, rank)
         if first:
-            before = P.narrow(-1, 0, first)
-            add(p, before, gram.narrow(-1, first, rank).narrow(-2, 0, first))
-        if in_place:
+            add(p, P.narrow(-1, 0, first), gram.narrow(-1, first, rank).narrow(-2, 0, first))
+        if activation is silu:
             silu(p, inplace=True)  # spares a copy: 3 us of 25 a step
-            continue
-        q = p
-        if gate:
-            q = gate[0].narrow(-1, first, rank)
-            if first:
-                add(q, before, gate[1].narrow(-1, first, rank).narrow(-2, 0, first))
-        h = activation(q)
-        p.copy_(h * p if gate else h)
+        else:
+            p.copy_(activation(p))
 
 
 def _products(

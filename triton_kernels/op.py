@@ -1,13 +1,16 @@
-"""One op per DLR-Net: `torch.ops.dlr_lock.dlr_net`, with kernels for CPU and CUDA, a fake one and a raising one.
+"""One op per DLR-Net: `torch.ops.dlr_lock.dlr_net`, with a kernel for all devices, a fake one and a raising one.
 
 torch.compile takes it into a graph without a break (the fake kernel gives the shape), and a CUDA graph captures
 it: nothing in it waits for the device, and its memory comes from torch's allocator.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .activations import KERNEL_ACTS
 from .backend import current_backend
 from .cost import gram_width
 from .lookahead import check_gram, gram_blocks, lookahead, without_autocast
@@ -34,6 +37,9 @@ def dlr_net(
 ) -> Tensor:
     """Output of a DLR-Net by the current backend: see `backend`; inference only, but for 'naive'.
 
+    A gated chain runs by its definition whatever the backend: gated steps make no lock, so nothing faster is kept for
+    them.
+
     x: [..., d]; A, B, G: [L, K, r, d] of one float dtype; scale, bias: [d] float32; gram: what `gram_blocks` gave
     for these weights, without which it is computed in every call. Returns y: [..., d] in x's dtype.
     Raises ValueError on shapes, an activation or a device that do not fit, and RuntimeError where a gradient
@@ -45,7 +51,7 @@ def dlr_net(
     return torch.ops.dlr_lock.dlr_net(x, A, B, scale, bias, G, act, gram, backend)
 
 
-def _plain(
+def _run(
     x: Tensor,
     A: Tensor,
     B: Tensor,
@@ -56,43 +62,39 @@ def _plain(
     gram: Tensor | None,
     backend: str,
 ) -> Tensor:
-    if backend == "triton":
-        raise ValueError(f"backend 'triton' wants tensors on a CUDA or ROCm device, not on {x.device}")
     _check(x, A, B, scale, bias, G, act, gram)
-    with without_autocast(x.device.type):
-        if backend == "auto" and x.numel() < _FEW_TOKENS * x.shape[-1] and A.itemsize >= 4:
-            return chain_reference(x, A, B, scale, bias, G, act)
-        return lookahead(x, A, B, scale, bias, G, act, gram=gram)
-
-
-def _cuda(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    G: Tensor | None,
-    act: str,
-    gram: Tensor | None,
-    backend: str,
-) -> Tensor:
-    # Imported at the first use: Triton is Linux only, and takes half a second.
-    from .dispatch import run, why_not
-
-    _check(x, A, B, scale, bias, G, act, gram)
-    reason = why_not(A, act)
+    reason = unsupported_reason(x, A, G, act)
     if reason and backend == "triton":
         raise ValueError(f"backend 'triton' {reason}")
+    few = not x.is_cuda and x.numel() < _FEW_TOKENS * x.shape[-1] and A.itemsize >= 4
     # Triton launches on the current device, whatever the tensors'.
-    with torch.cuda.device(x.device), without_autocast("cuda"):
+    device = torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    with device, without_autocast(x.device.type):
+        if G is not None or (few and backend == "auto"):
+            return chain_reference(x, A, B, scale, bias, G, act)
         if gram is None:
-            width = gram_width(tuple(A.shape), G is not None, A.itemsize, A.device)
-            gram = gram_blocks(A, B, G, block=width)
+            gram = gram_blocks(A, B, block=gram_width(A))
         if reason or backend == "lookahead":
-            return lookahead(x, A, B, scale, bias, G, act, gram=gram)
+            return lookahead(x, A, B, scale, bias, act, gram=gram)
+        # Imported at the first use: Triton is Linux only, and takes half a second.
+        from .dispatch import run
+
         tokens = x.reshape(-1, x.shape[-1])
         vectors = scale.float().contiguous(), bias.float().contiguous()
-        return run(tokens, A, B, *vectors, G, act, gram.contiguous()).reshape(x.shape)
+        return run(tokens, A, B, *vectors, act, gram.contiguous()).reshape(x.shape)
+
+
+def unsupported_reason(x: Tensor, A: Tensor, G: Tensor | None, act: str) -> str | None:
+    """Why the kernels cannot run these tokens and weights, as the end of a sentence; None where they can."""
+    if G is not None:
+        return "has no gated steps, which make no lock: 'auto' runs them in plain torch"
+    if not x.is_cuda:
+        return f"wants tensors on a CUDA or ROCm device, not on {x.device}"
+    if act not in KERNEL_ACTS:
+        return f"has no activation {act!r}; it has {', '.join(sorted(KERNEL_ACTS))}"
+    if A.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"has no weights of {A.dtype}"
+    return None
 
 
 def _check(
@@ -111,8 +113,10 @@ def _check(
         raise ValueError(
             f"scale and bias must be [{A.shape[-1]}], not {list(scale.shape)}, {list(bias.shape)}"
         )
+    if gram is not None and G is not None:
+        raise ValueError("a gated chain has no Gram blocks")
     if gram is not None:
-        check_gram(gram, A, G)
+        check_gram(gram, A)
     _check_devices(x, A, B, scale, bias, G, gram)
 
 
@@ -151,7 +155,6 @@ def _autograd(*args: Tensor | str | None) -> Tensor:
 
 _library = torch.library.Library("dlr_lock", "DEF")
 _library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-_library.impl("dlr_net", _plain, "CompositeExplicitAutograd")  # the CPU and whatever has no kernels here
-_library.impl("dlr_net", _cuda, "CUDA")
+_library.impl("dlr_net", _run, "CompositeExplicitAutograd")  # every device
 _library.impl("dlr_net", _autograd, "Autograd")
 torch.library.register_fake("dlr_lock::dlr_net", _fake, lib=_library)

@@ -22,7 +22,7 @@ from .cost import Device, Shape, choose, decode_plan
 from .decode_plan import MAX_STEPS, DecodePlan
 
 VARIABLE = "DLR_LOCK_TUNE"
-_FORMAT = 2
+_FORMAT = 3
 _ROUNDS = 7  # samples a candidate, of which the median counts
 # Written between two samples: weights do not stay in L2 from one layer's turn to the next.
 _FLUSH_BYTES = 256 * 2**20

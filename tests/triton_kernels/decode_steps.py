@@ -10,7 +10,6 @@ tested here.
 import random
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -76,8 +75,6 @@ class Chain:
     scale: Tensor
     bias: Tensor
     gram: Tensor | None
-    G: Tensor | None
-    gate_gram: Tensor | None
     act: str
     y: Tensor
 
@@ -111,10 +108,6 @@ class Cta:
         if self.plan.slices > 1:
             yield from self.leave()
 
-    def p_tile(self, gate: int, step: int, part: int) -> int:
-        """Which tile of P belongs to a part of a round's step; gate: 0 for A, 1 for G."""
-        return (gate * self.plan.steps + step) * self.plan.parts + part
-
     def p_start(self, n: int, slot: int) -> int:
         """Where a slot of this lane's P of round n starts in the values."""
         return (self.lane * RING + n % RING) * self.plan.p_buffer + slot * self.plan.p_slot
@@ -136,15 +129,12 @@ class Cta:
     def project(self, n: int) -> dict[int, Tensor]:
         """This slice's share of P of round n: tile -> [T, rows of the part]."""
         ps = {}
-        for gate, weights in enumerate((self.chain.A, self.chain.G)):
-            if weights is None:
-                continue
-            for i, k in enumerate(round_steps(self.plan, n)):
-                w = self.slice_of(weights[self.lane, k])
-                z = self.z.to(w.dtype)
-                p = torch.stack([z[:, t] @ w[:, t].T for t in self.tiles()]).sum(0).to(self.z.dtype)
-                for part in range(self.plan.parts):
-                    ps[self.p_tile(gate, i, part)] = p[:, part_rows(self.plan, part)]
+        for i, k in enumerate(round_steps(self.plan, n)):
+            w = self.slice_of(self.chain.A[self.lane, k])
+            z = self.z.to(w.dtype)
+            p = torch.stack([z[:, t] @ w[:, t].T for t in self.tiles()]).sum(0).to(self.z.dtype)
+            for part in range(self.plan.parts):
+                ps[i * self.plan.parts + part] = p[:, part_rows(self.plan, part)]
         return ps
 
     def part(self, n: int, slot: int, tile: int) -> Tensor:
@@ -175,8 +165,7 @@ class Cta:
     def gather(self, n: int) -> Generator[str, None, dict[int, Tensor]]:
         """P of round n, complete: tile -> [T, rows of the part], the generator's value."""
         ps = {}
-        places = product(range(self.plan.maps), range(len(round_steps(self.plan, n))), range(self.plan.parts))
-        for tile in [self.p_tile(*place) for place in places]:
+        for tile in range(len(round_steps(self.plan, n)) * self.plan.parts):
             slots = [self.part(n, slot, tile) for slot in range(self.plan.p_slots)]
             ps[tile] = torch.stack(slots).sum(0)
             yield "read"
@@ -191,20 +180,17 @@ class Cta:
 
     def solve(self, n: int, ps: dict[int, Tensor]) -> list[Tensor]:
         """h_i [T, r] of round n's steps, in the weights' dtype."""
-        act, rank, first = ACTIVATIONS[self.chain.act], self.plan.rank, n * self.plan.steps
+        act, gram = ACTIVATIONS[self.chain.act], self.chain.gram
+        rank, first = self.plan.rank, n * self.plan.steps
         hs: list[Tensor] = []
         for i in range(len(round_steps(self.plan, n))):
-            sums = []
-            for gate, gram in enumerate((self.chain.gram, self.chain.gate_gram)[: self.plan.maps]):
-                p = torch.cat([ps[self.p_tile(gate, i, part)] for part in range(self.plan.parts)], 1)
-                for j, h in enumerate(hs):
-                    assert gram is not None  # `check` refuses rounds of several steps without
-                    block, step = divmod(first, gram.shape[-1] // rank)
-                    rows, columns = ((step + s) * rank for s in (j, i))
-                    p += h @ gram[self.lane, block, rows : rows + rank, columns : columns + rank]
-                sums.append(p)
-            h = act(sums[0]) if len(sums) == 1 else act(sums[1]) * sums[0]
-            hs.append(h.to(self.chain.A.dtype))
+            p = torch.cat([ps[i * self.plan.parts + part] for part in range(self.plan.parts)], 1)
+            for j, h in enumerate(hs):
+                assert gram is not None  # `check` refuses rounds of several steps without
+                block, step = divmod(first, gram.shape[-1] // rank)
+                rows, columns = ((step + s) * rank for s in (j, i))
+                p += h @ gram[self.lane, block, rows : rows + rank, columns : columns + rank]
+            hs.append(act(p).to(self.chain.A.dtype))
         return hs
 
     def update(self, n: int, hs: list[Tensor]) -> None:
@@ -284,8 +270,6 @@ def run(
     scale: Tensor,
     bias: Tensor,
     gram: Tensor | None,
-    G: Tensor | None = None,
-    gate_gram: Tensor | None = None,
     act: str = "silu",
     cta: type[Cta] = Cta,
 ) -> Tensor:
@@ -293,9 +277,9 @@ def run(
 
     Raises ScheduleError on a deadlock, or when the memory is not left clean.
     """
-    plan.check(x, A, B, G, gram, gate_gram)
+    plan.check(x, A, B, gram)
     y = torch.full_like(x, torch.nan)
-    chain = Chain(x, A, B, scale, bias, gram, G, gate_gram, act, y)
+    chain = Chain(x, A, B, scale, bias, gram, act, y)
     grid = [(lane, c) for lane in range(plan.lanes) for c in range(plan.slices)]
     ctas = {i: iter(cta(plan, memory, chain, *place)) for i, place in enumerate(grid)}
     stuck: set[int] = set()

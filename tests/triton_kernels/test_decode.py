@@ -33,7 +33,7 @@ def make_plan(L: int, K: int, r: int, d: int, S: int, C: int, tile: int = 0, **o
     """A plan of exactly these numbers; tile 0: the whole slice. A step is one part unless options say so."""
     width = math.ceil(d / C / 16) * 16
     tile = tile or max(16, 1 << (width - 1).bit_length())
-    options = {"tokens": 16, "gated": False, "part": max(16, 1 << (r - 1).bit_length())} | options
+    options = {"tokens": 16, "part": max(16, 1 << (r - 1).bit_length())} | options
     return DecodePlan(lanes=L, depth=K, rank=r, hidden=d, steps=S, slices=C, tile=tile, **options)
 
 
@@ -48,14 +48,11 @@ def make_chain(
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     weights = {"A": draw(L, K, r, d) / math.sqrt(d), "B": 1.5 * draw(L, K, r, d) / math.sqrt(K * r)}
-    if plan.gated:
-        weights["G"] = draw(L, K, r, d) / math.sqrt(d)
     weights = {name: w.to(dtype).to(device) for name, w in weights.items()}
     state = torch.float64 if dtype == torch.float64 else torch.float32
     chain = {"x": draw(T, d).to(dtype), "scale": draw(d).to(state), "bias": draw(d).to(state)}
     chain = {name: t.to(device) for name, t in chain.items()} | weights
     chain["gram"] = stored_gram(weights["A"], weights["B"], blocks * plan.steps)
-    chain["gate_gram"] = stored_gram(weights["G"], weights["B"], blocks * plan.steps) if plan.gated else None
     return chain
 
 
@@ -71,8 +68,7 @@ def stored_gram(A: torch.Tensor, B: torch.Tensor, steps: int) -> torch.Tensor:
 
 def wanted(chain: dict, act: str = "silu") -> torch.Tensor:
     """y by the definition, in float64 on the same weights."""
-    names = ("x", "A", "B", "scale", "bias", "G")
-    return chain_reference(*(None if chain.get(n) is None else chain[n].double() for n in names), act)
+    return chain_reference(*(chain[n].double() for n in ("x", "A", "B", "scale", "bias")), act=act)
 
 
 def assert_same(y: torch.Tensor, reference: torch.Tensor, ratio: float) -> None:
@@ -86,15 +82,15 @@ PLANS = [  # L, K, r, d, S, C, T, options
     (1, 8, 48, 96, 4, 3, 5, {}),
     (3, 5, 16, 72, 2, 1, 3, {"tile": 32}),  # one CTA a lane, its slice in three tiles
     (2, 4, 16, 80, 2, 2, 17, {"tokens": 32, "tile": 16}),
-    (2, 5, 16, 64, 2, 4, 4, {"gated": True}),
-    (8, 3, 16, 48, 1, 3, 2, {"gated": True}),
+    (2, 5, 16, 64, 2, 4, 4, {}),
+    (8, 3, 16, 48, 1, 3, 2, {}),
     (8, 4, 16, 64, 4, 4, 2, {}),
     (1, 12, 16, 64, 1, 4, 2, {}),
     (1, 6, 48, 64, 3, 4, 2, {"part": 16}),
     (2, 5, 80, 48, 2, 3, 3, {"part": 32}),  # a ragged last part
     (1, 3, 100, 80, 1, 2, 1, {"part": 32}),  # as 336 in parts of 64 or 128: a step a round
-    (2, 4, 40, 64, 2, 2, 5, {"part": 32, "gated": True}),
-    (1, 4, 41, 72, 4, 1, 2, {"part": 16, "tile": 32, "gated": True}),
+    (2, 4, 40, 64, 2, 2, 5, {"part": 32}),
+    (1, 4, 41, 72, 4, 1, 2, {"part": 16, "tile": 32}),
 ]
 
 
@@ -122,7 +118,7 @@ def test_schedule_random() -> None:
         L, K, S = pick(1, 2, 3), pick(1, 2, 5, 6, 9), pick(1, 2, 3, 4)
         r, d = pick(16, 32, 48), pick(16, 33, 64, 112, 130)
         C = math.ceil(d / (16 * math.ceil(d / pick(1, 2, 3, 5) / 16)))
-        options = {"gated": bool(pick(0, 1)), "deterministic": bool(pick(0, 0, 1)), "tile": pick(0, 16, 32)}
+        options = {"deterministic": bool(pick(0, 0, 1)), "tile": pick(0, 16, 32)}
         options["part"] = pick(16, 32, 64)
         plan = make_plan(L, K, r, d, S, C, **options)
         chain = make_chain(plan, pick(1, 2, 16), seed=case, blocks=pick(1, 3))
@@ -167,17 +163,14 @@ class NobodyLeaves(Cta):
         yield "gone"
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_rounds_that_do_not_divide_a_block_of_all_steps(gated: bool) -> None:
-    plan = make_plan(2, 7, 40, 64, 3, 2, part=32, gated=gated)
+def test_rounds_that_do_not_divide_a_block_of_all_steps() -> None:
+    plan = make_plan(2, 7, 40, 64, 3, 2, part=32)
     chain = make_chain(plan, 2)
-    for name, weights in {"gram": "A", "gate_gram": "G"}.items():
-        chain[name] = stored_gram(chain[weights], chain["B"], 7) if weights in chain else None
+    chain["gram"] = stored_gram(chain["A"], chain["B"], 7)
     y = run(plan, Memory(plan), orders(0)["random"], **chain)
     assert_same(y, wanted(chain), 1e-12)
-    two = chain | {"gram": chain["gram"].expand(2, 2, -1, -1)}
     with pytest.raises(ValueError, match="multiple of 120"):
-        plan.check(*(two[name] for name in ("x", "A", "B")), two.get("G"), two["gram"], two["gate_gram"])
+        plan.check(chain["x"], chain["A"], chain["B"], chain["gram"].expand(2, 2, -1, -1))
 
 
 def broken_gram(chain: dict) -> dict:
@@ -261,7 +254,6 @@ def test_block_of_all_steps_is_shared_out_evenly() -> None:
         ({"A": torch.zeros(1, 4, 16, 48)}, r"\[1, 4, 16, 64\]"),
         ({"gram": None}, "Gram blocks"),
         ({"gram": torch.zeros(1, 2, 48, 48)}, "multiple of 32"),
-        ({"G": torch.zeros(1, 4, 16, 64)}, "2 weights"),
     ],
 )
 def test_tensors_that_do_not_fit(change: dict, message: str) -> None:
@@ -283,16 +275,16 @@ def interpreted_alone() -> None:
             (1, 5, 48, 40, 2, 3, {}),
             (3, 4, 16, 33, 4, 2, {}),
             (2, 3, 16, 72, 2, 17, {"tokens": 32, "tile": 32}),
-            (1, 4, 16, 48, 2, 4, {"gated": True}),
-            (2, 3, 16, 50, 1, 2, {"gated": True, "tile": 16}),
+            (1, 4, 16, 48, 2, 4, {}),
+            (2, 3, 16, 50, 1, 2, {"tile": 16}),
             (2, 3, 16, 50, 3, 2, {"deterministic": True}),
             (1, 6, 32, 64, 3, 16, {}),
-            (2, 2, 16, 20, 2, 2, {"gated": True}),
+            (2, 2, 16, 20, 2, 2, {}),
             (1, 4, 48, 40, 4, 2, {"part": 16}),
-            (2, 3, 80, 33, 2, 3, {"part": 32, "gated": True}),
+            (2, 3, 80, 33, 2, 3, {"part": 32}),
             (1, 2, 84, 40, 1, 2, {"part": 16}),
             (1, 3, 40, 72, 2, 2, {"part": 32, "tile": 32}),
-            (1, 3, 40, 24, 3, 2, {"part": 16, "gated": True, "deterministic": True}),
+            (1, 3, 40, 24, 3, 2, {"part": 16, "deterministic": True}),
         ]
     ):
         acts = acts or ["sigmoid", "silu"]
@@ -313,13 +305,13 @@ def interpreted_together() -> None:
             (1, 8, 16, 64, 2, 4, 2, {}),
             (2, 5, 48, 72, 2, 3, 3, {}),
             (2, 4, 16, 80, 2, 2, 17, {"tokens": 32, "tile": 16}),
-            (2, 3, 16, 48, 1, 3, 1, {"gated": True}),
+            (2, 3, 16, 48, 1, 3, 1, {}),
             (2, 4, 16, 48, 2, 3, 2, {"deterministic": True}),
             (1, 5, 48, 72, 3, 3, 2, {"part": 16}),
-            (2, 3, 80, 48, 2, 2, 3, {"part": 32, "gated": True}),
+            (2, 3, 80, 48, 2, 2, 3, {"part": 32}),
             (1, 3, 84, 64, 1, 4, 1, {"part": 32}),
             (2, 3, 40, 80, 2, 2, 17, {"tokens": 32, "part": 16, "tile": 16}),
-            (1, 3, 40, 48, 2, 3, 2, {"part": 32, "gated": True, "deterministic": True}),
+            (1, 3, 40, 48, 2, 3, 2, {"part": 32, "deterministic": True}),
         ]
     ):
         launch_twice(make_plan(L, K, r, d, S, C, **options), T, seed, "silu")
@@ -378,25 +370,21 @@ def threads_for_programs() -> None:
 
 def compiled() -> None:
     """Resources on sm_90 of the plans that it was made for, as JSON lines."""
-    for (lanes, depth, rank, gated), tokens in [
-        ((1, 168, 128, False), 1),
-        ((1, 336, 64, False), 1),
-        ((1, 128, 160, False), 1),
-        ((1, 64, 336, False), 16),
-        ((1, 32, 672, False), 1),
-        ((1, 37, 576, False), 16),
-        ((4, 64, 80, False), 1),
-        ((8, 64, 48, False), 1),
-        ((8, 42, 64, True), 1),
-        ((1, 80, 160, True), 1),
-        ((1, 128, 160, False), 32),
-        ((1, 336, 64, False), 64),
-        ((1, 128, 160, False), 64),
-        ((8, 64, 48, False), 64),
+    for (lanes, depth, rank), tokens in [
+        ((1, 168, 128), 1),
+        ((1, 336, 64), 1),
+        ((1, 128, 160), 1),
+        ((1, 64, 336), 16),
+        ((1, 32, 672), 1),
+        ((1, 37, 576), 16),
+        ((4, 64, 80), 1),
+        ((8, 64, 48), 1),
+        ((1, 128, 160), 32),
+        ((1, 336, 64), 64),
+        ((1, 128, 160), 64),
+        ((8, 64, 48), 64),
     ]:
-        plan = DecodePlan.choose(
-            lanes=lanes, depth=depth, rank=rank, hidden=4096, tokens=tokens, gated=gated, sms=132
-        )
+        plan = DecodePlan.choose(lanes=lanes, depth=depth, rank=rank, hidden=4096, tokens=tokens, sms=132)
         print(json.dumps({"plan": dataclasses.asdict(plan)} | resources(plan)))
 
 
@@ -409,10 +397,8 @@ def resources(plan: DecodePlan) -> dict[str, int]:
     from dlr_lock.triton_kernels.decode import decode_kernel, launch_options
 
     constants = plan.constants() | {"BLOCK": 8, "ACT": triton_form("silu")}
-    if not plan.gated:
-        constants |= {"p_g": None, "p_gate": None}
     if plan.steps == 1:
-        constants |= {"p_gram": None, "p_gate": None}
+        constants |= {"p_gram": None}
     wide = {"p_scale": "*fp32", "p_bias": "*fp32", "p_values": "*fp32", "p_counters": "*i32"}
     names = decode_kernel.arg_names
     signature = {n: wide.get(n, "*bf16" if n.startswith("p_") else "i32") for n in names}
@@ -465,14 +451,14 @@ def test_kernel_compiles_without_spills(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
 @pytest.mark.parametrize("tokens", [1, 4, 16, 32, 64])
 @pytest.mark.parametrize(
-    ("L", "K", "r", "d", "gated"),
-    [(1, 36, 64, 576, False), (1, 144, 16, 576, False), (2, 24, 48, 2048, False), (8, 21, 64, 2048, True)],
+    ("L", "K", "r", "d"),
+    [(1, 36, 64, 576), (1, 144, 16, 576), (2, 24, 48, 2048), (8, 21, 64, 2048)],
 )
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_kernel_on_gpu(L: int, K: int, r: int, d: int, gated: bool, tokens: int, deterministic: bool) -> None:
+def test_kernel_on_gpu(L: int, K: int, r: int, d: int, tokens: int, deterministic: bool) -> None:
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     plan = DecodePlan.choose(
-        lanes=L, depth=K, rank=r, hidden=d, tokens=tokens, gated=gated, sms=sms, deterministic=deterministic
+        lanes=L, depth=K, rank=r, hidden=d, tokens=tokens, sms=sms, deterministic=deterministic
     )
     chain = make_chain(plan, tokens, dtype=torch.bfloat16, device="cuda")
     memory = workspace(plan, "cuda")
