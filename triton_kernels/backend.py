@@ -2,7 +2,7 @@
 
 auto        the fused kernels on a CUDA or ROCm device, look-ahead elsewhere; inference only
 triton      the fused kernels, an error where they cannot run
-lookahead   plain torch, in rounds; inference only in a DLRNet (`lookahead` itself is differentiable)
+lookahead   plain torch, in rounds; inference only
 naive       the definition, step by step: what is trained
 """
 

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import triton_form
+from .chain import ChainWeights
 from .decode_plan import DecodePlan, Workspace, workspace
 from .device import EXACT
 
@@ -30,30 +31,30 @@ __all__ = ["DecodePlan", "Workspace", "decode", "workspace"]
 
 
 def decode(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    gram: Tensor | None,
-    act: str = "silu",
-    *,
-    plan: DecodePlan,
-    workspace: Workspace,
+    x: Tensor, chain: ChainWeights, gram: Tensor | None, *, plan: DecodePlan, workspace: Workspace
 ) -> Tensor:
-    """y [T, d] in x's dtype, contiguous: scale * sum_l (z[l,K] - x) + bias.
+    """The output of a DLR-Net of plain steps for few tokens, in one launch.
 
-    x: [T, d] with T <= plan.tokens, any float dtype, rows contiguous. A, B: [L, K, r, d] contiguous, of one dtype:
-    float32, bfloat16 or float16. scale, bias: [d] float32. gram: [L, N, m, m] in the weights' dtype, rows contiguous,
-    of blocks of m/r steps that plan.steps divides, or of any number where N = 1; unused for plan.steps == 1.
-    act: one of KERNEL_ACTS.
-    workspace: made by `workspace` for this plan.
-    Raises ValueError on shapes that do not fit the plan; the launch fails where lanes * slices CTAs do not
-    fit the device at once.
+    Args:
+        x: The tokens, [T, d] with T <= plan.tokens, of any float dtype, rows contiguous.
+        chain: The weights: A and B contiguous, float32, bfloat16 or float16; scale and bias float32; an activation of
+            KERNEL_ACTS.
+        gram: [L, N, m, m] in the weights' dtype, rows contiguous, of blocks of m / r steps that plan.steps divides, or
+            of any number where N = 1; not read for plan.steps == 1.
+        plan: Who holds what, made for a chain of this shape.
+        workspace: Made by `workspace` for this plan, used by no other launch at the same time.
+
+    Returns:
+        y, [T, d], in x's dtype, contiguous.
+
+    Raises:
+        ValueError: The tensors do not fit the plan. The launch itself fails where lanes * slices CTAs do not fit the
+            device at once.
     """
-    plan.check(x, A, B, gram)
+    plan.check(x, chain, gram)
     if plan.steps == 1:
         gram = None
+    A, B, scale, bias, _, act = chain
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     decode_kernel[(plan.lanes * plan.slices,)](
         x, A, B, scale, bias, gram, y, workspace.values, workspace.counters,

@@ -27,6 +27,8 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from .chain import ChainWeights
+
 # Of a round of several steps, in columns of P. A step costs a S-th of a barrier, of 1 us, and reading (S - 1) / 2 Gram
 # tiles of r^2 elements, at 107 GB/s: together the least at about 330 columns, at any rank.
 MAX_WIDTH = 384
@@ -245,8 +247,9 @@ class DecodePlan:
             "EXITS": self.exits, "TURNS": self.turns, "LINE": LINE, "DETERMINISTIC": self.deterministic,
         }  # fmt: skip
 
-    def check(self, x: Tensor, A: Tensor, B: Tensor, gram: Tensor | None) -> None:
+    def check(self, x: Tensor, chain: ChainWeights, gram: Tensor | None) -> None:
         """Raises ValueError, naming the shapes, unless the tensors of a call fit this plan."""
+        A, B = chain.A, chain.B
         shape = (self.lanes, self.depth, self.rank, self.hidden)
         if not A.shape == B.shape == shape:
             raise ValueError(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from .chain import ChainWeights
 from .cost import MAX_DECODE_TOKENS, Device, Shape, choose, device_constants
 from .decode import Workspace, decode, workspace
 from .decode_plan import DecodePlan
@@ -14,29 +15,22 @@ from .prefill import prefill
 from .tuning import tune, tuned, wanted
 
 
-def run(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    act: str,
-    gram: Tensor,
-) -> Tensor:
-    """y [T, d] in x's dtype, for x [T, d] on a GPU and a chain with its Gram blocks."""
+def run(x: Tensor, chain: ChainWeights, gram: Tensor) -> Tensor:
+    """y [T, d] in x's dtype, for x [T, d] on a GPU and a chain of plain steps with its Gram blocks, all checked."""
     x = x.contiguous()
     if len(x) == 0:
         return torch.empty_like(x)
-    A, B = A.contiguous(), B.contiguous()
-    shape = Shape.of(A, len(x))
+    vectors = chain.scale.float().contiguous(), chain.bias.float().contiguous()
+    chain = ChainWeights(chain.A.contiguous(), chain.B.contiguous(), *vectors, act=chain.act)
+    gram = gram.contiguous()
+    shape = Shape.of(chain.A, len(x))
     deterministic = torch.are_deterministic_algorithms_enabled()
     device, steps = device_constants(x.device.index), gram.shape[-2] // shape.rank
 
     def launch(plan: DecodePlan | None) -> Tensor:
         if plan is None:
-            return prefill(x, A, B, scale, bias, act, gram)
-        space = _workspace(plan, x.device)
-        return decode(x, A, B, scale, bias, gram, act, plan=plan, workspace=space)
+            return prefill(x, chain, gram)
+        return decode(x, chain, gram, plan=plan, workspace=_workspace(plan, x.device))
 
     def launch_or_prefill(plan: DecodePlan | None) -> Tensor:
         try:

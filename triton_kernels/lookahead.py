@@ -19,37 +19,45 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from .activations import ACTIVATIONS
-from .reference import check_chain, state_dtype
+from .chain import ChainWeights
+from .reference import state_dtype
 
 BLOCK = 128  # the width of Gram blocks on a CPU: the fastest there, and 64 to 512 are all within 15%
 
 
 @torch.no_grad()
-def lookahead(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    act: str = "silu",
-    *,
-    block: int = BLOCK,
-    gram: Tensor | None = None,
-) -> Tensor:
-    """Output of a DLR-Net, a block of at most `block` / r steps at a time; inference only.
+def lookahead(x: Tensor, chain: ChainWeights, *, block: int = BLOCK, gram: Tensor | None = None) -> Tensor:
+    """The output of a DLR-Net of plain steps, a block of steps at a time; inference only.
 
-    x: [..., d], A, B: [L, K, r, d], scale, bias: [d], as in `chain_reference`. gram: what `gram_blocks` gave
-    for these weights; computed here if None, with `block`. Returns y: [..., d] in x's dtype.
-    Raises ValueError on shapes or an activation that do not fit.
+    Args:
+        x: The tokens, [..., d], of any float dtype.
+        chain: The weights; G must be None.
+        block: The most columns of a block of steps where `gram` is not given; a step has r of them, and a block at
+            least one step.
+        gram: What `gram_blocks` gave for these weights; computed in every call if None.
+
+    Returns:
+        y, of x's shape and dtype.
+
+    Raises:
+        ValueError: The weights do not form a chain of plain steps, or x or `gram` does not fit it.
     """
-    tokens = x.reshape(-1, x.shape[-1])
-    check_chain(tokens, A, B, None, act)
+    chain.check(x)
+    if chain.G is not None:
+        raise ValueError("look-ahead runs plain steps only: a gated chain runs by `chain_reference`")
     if gram is None:
-        gram = gram_blocks(A, B, block=block)
-    check_gram(gram, A)
+        gram = gram_blocks(chain.A, chain.B, block=block)
+    else:
+        check_gram(gram, chain.A)
+    return run_blocks(x, chain, gram)
+
+
+def run_blocks(x: Tensor, chain: ChainWeights, gram: Tensor) -> Tensor:
+    """`lookahead` for tokens, a chain and Gram blocks that were checked, where no gradient is recorded."""
+    A, B, scale, bias, _, act = chain
     rank, width = A.shape[2], gram.shape[-2]
     state = state_dtype(A.dtype)
-    start = tokens.to(state)
+    start = x.reshape(-1, x.shape[-1]).to(state)
     z = start.expand(A.shape[0], -1, -1).clone()
     # One lane goes without its dimension: a batched product of one costs twice the overhead on a CPU.
     lane = (lambda w: w[0]) if len(z) == 1 else (lambda w: w)
@@ -65,12 +73,20 @@ def lookahead(
 
 
 def gram_blocks(A: Tensor, B: Tensor, *, block: int = BLOCK) -> Tensor:
-    """Gram blocks of a chain's weights [L, K, r, d]: [L, N, m, m] in their dtype, summed in float32 or better.
+    """The Gram blocks of plain steps: what the steps of a block add to what later ones of it read.
 
-    m = S r for the S = max(1, block // r) steps of a block, at most K; N = ceil(K / S).
-    The tile [j r : (j + 1) r, i r : (i + 1) r] of block n is B_j A_i^T for step j before step i of
-    that block, and 0 elsewhere, as in the part of the last block that has no steps. For S = 1, where nothing comes
-    before, [L, K, r, 0]: m^2 zeros a step would be r / 2d of the weights' bytes, 19% for rank 768 at d = 2048.
+    They are summed in float32 or better. For blocks of one step, where nothing comes before, they are empty: r^2 zeros
+    a step would be r / 2d of the weights' bytes, 19% for rank 768 at d = 2048.
+
+    Args:
+        A: What the steps read, [L, K, r, d].
+        B: What they write, [L, K, r, d].
+        block: The most columns of a block. It holds S = max(1, block // r) steps, and K at most.
+
+    Returns:
+        The blocks, [L, N, m, m] in the weights' dtype, for N = ceil(K / S) and m = S r. The tile
+        [j r : (j + 1) r, i r : (i + 1) r] of a block is B_j A_i^T for its step j before its step i, and 0 elsewhere,
+        as in the part of the last block that has no steps. For S = 1, [L, K, r, 0].
     """
     lanes, depth, rank, _ = A.shape
     steps = block_steps(block, depth, rank)

@@ -12,9 +12,10 @@ from torch.autograd import forward_ad
 
 from .activations import KERNEL_ACTS
 from .backend import current_backend
+from .chain import ChainWeights
 from .cost import gram_width
-from .lookahead import check_gram, gram_blocks, lookahead, without_autocast
-from .reference import chain_reference, check_chain
+from .lookahead import check_gram, gram_blocks, run_blocks, without_autocast
+from .reference import chain_reference, run_steps
 
 # Below, the plain chain is faster on a CPU: at one token 0.75 to 0.85 ms against 0.86 to 0.95 (1x36x64, d = 576, cached
 # weights), for look-ahead's Gram blocks are read too. 16-bit weights are summed in float32 by look-ahead alone.
@@ -25,45 +26,51 @@ _SCHEMA = (
 )
 
 
-def dlr_net(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    G: Tensor | None = None,
-    act: str = "silu",
-    gram: Tensor | None = None,
-) -> Tensor:
-    """Output of a DLR-Net by the current backend: see `backend`; inference only, but for 'naive'.
+def dlr_net(x: Tensor, chain: ChainWeights, gram: Tensor | None = None) -> Tensor:
+    """The output of a DLR-Net by the current backend (see `backend`); inference only, but for 'naive'.
 
     A gated chain runs by its definition whatever the backend: gated steps make no lock, so nothing faster is kept for
     them.
 
-    x: [..., d]; A, B, G: [L, K, r, d] of one float dtype; scale, bias: [d] float32; gram: what `gram_blocks` gave
-    for these weights, without which it is computed in every call. Returns y: [..., d] in x's dtype.
-    Raises ValueError on shapes, an activation or a device that do not fit, and RuntimeError where a gradient
-    would be wanted.
+    Args:
+        x: The tokens, [..., d], of any float dtype.
+        chain: The weights.
+        gram: What `gram_blocks` gave for these weights; computed in every call if None, and None for a gated chain.
+
+    Returns:
+        y, of x's shape and dtype.
+
+    Raises:
+        ValueError: The weights do not form a chain, x or `gram` does not fit it, or the backend 'triton' cannot run it.
+        RuntimeError: A gradient would be wanted.
     """
     backend = current_backend()
     if backend == "naive":
-        return chain_reference(x, A, B, scale, bias, G, act)
+        return chain_reference(x, chain)
+    A, B, scale, bias, G, act = chain  # flat, as an op's schema is
     return torch.ops.dlr_lock.dlr_net(x, A, B, scale, bias, G, act, gram, backend)
 
 
+def unsupported_reason(x: Tensor, chain: ChainWeights) -> str | None:
+    """Why the Triton kernels cannot run a chain on x's device, as the end of a sentence; None where they can."""
+    if chain.G is not None:
+        return "has no gated steps, which make no lock: 'auto' runs them in plain torch"
+    if not x.is_cuda:
+        return f"wants tensors on a CUDA or ROCm device, not on {x.device}"
+    if chain.act not in KERNEL_ACTS:
+        return f"has no activation {chain.act!r}; it has {', '.join(sorted(KERNEL_ACTS))}"
+    if chain.A.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"has no weights of {chain.A.dtype}"
+    return None
+
+
 def _run(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    G: Tensor | None,
-    act: str,
-    gram: Tensor | None,
-    backend: str,
-) -> Tensor:
-    _check(x, A, B, scale, bias, G, act, gram)
-    reason = unsupported_reason(x, A, G, act)
+    x: Tensor, A: Tensor, B: Tensor, scale: Tensor, bias: Tensor, G: Tensor | None, act: str,
+    gram: Tensor | None, backend: str,
+) -> Tensor:  # fmt: skip
+    chain = ChainWeights(A, B, scale, bias, G, act)
+    _check(x, chain, gram)
+    reason = unsupported_reason(x, chain)
     if reason and backend == "triton":
         raise ValueError(f"backend 'triton' {reason}")
     few = not x.is_cuda and x.numel() < _FEW_TOKENS * x.shape[-1] and A.itemsize >= 4
@@ -71,53 +78,25 @@ def _run(
     device = torch.cuda.device(x.device) if x.is_cuda else nullcontext()
     with device, without_autocast(x.device.type):
         if G is not None or (few and backend == "auto"):
-            return chain_reference(x, A, B, scale, bias, G, act)
+            return run_steps(x, chain)
         if gram is None:
             gram = gram_blocks(A, B, block=gram_width(A))
         if reason or backend == "lookahead":
-            return lookahead(x, A, B, scale, bias, act, gram=gram)
+            return run_blocks(x, chain, gram)
         # Imported at the first use: Triton is Linux only, and takes half a second.
         from .dispatch import run
 
-        tokens = x.reshape(-1, x.shape[-1])
-        vectors = scale.float().contiguous(), bias.float().contiguous()
-        return run(tokens, A, B, *vectors, act, gram.contiguous()).reshape(x.shape)
+        return run(x.reshape(-1, x.shape[-1]), chain, gram).reshape(x.shape)
 
 
-def unsupported_reason(x: Tensor, A: Tensor, G: Tensor | None, act: str) -> str | None:
-    """Why the kernels cannot run these tokens and weights, as the end of a sentence; None where they can."""
-    if G is not None:
-        return "has no gated steps, which make no lock: 'auto' runs them in plain torch"
-    if not x.is_cuda:
-        return f"wants tensors on a CUDA or ROCm device, not on {x.device}"
-    if act not in KERNEL_ACTS:
-        return f"has no activation {act!r}; it has {', '.join(sorted(KERNEL_ACTS))}"
-    if A.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"has no weights of {A.dtype}"
-    return None
-
-
-def _check(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    G: Tensor | None,
-    act: str,
-    gram: Tensor | None,
-) -> None:
+def _check(x: Tensor, chain: ChainWeights, gram: Tensor | None) -> None:
     """Raises ValueError on what the kernels would read or write out of bounds, or as something else."""
-    check_chain(x, A, B, G, act)
-    if not scale.shape == bias.shape == A.shape[-1:]:
-        raise ValueError(
-            f"scale and bias must be [{A.shape[-1]}], not {list(scale.shape)}, {list(bias.shape)}"
-        )
-    if gram is not None and G is not None:
-        raise ValueError("a gated chain has no Gram blocks")
+    chain.check(x)
     if gram is not None:
-        check_gram(gram, A)
-    _check_devices(x, A, B, scale, bias, G, gram)
+        if chain.G is not None:
+            raise ValueError("a gated chain has no Gram blocks")
+        check_gram(gram, chain.A)
+    _check_devices(x, chain.scale, chain.bias, *chain.weights, gram)
 
 
 def _check_devices(*tensors: Tensor | None) -> None:
@@ -131,7 +110,7 @@ def _fake(
     gram: Tensor | None, backend: str,
 ) -> Tensor:  # fmt: skip
     # Sizes may be symbols here: the real kernels look at the rest.
-    _check_devices(x, A, B, scale, bias, G, gram)
+    _check_devices(x, scale, bias, A, B, G, gram)
     torch._check(
         x.shape[-1] == A.shape[-1], lambda: f"{x.shape[-1]} features do not fit a chain of {A.shape[-1]}"
     )

@@ -11,6 +11,7 @@ z = x + u rounded to the weights' dtype, which the second product writes on its 
 import torch
 from torch import Tensor
 
+from .chain import ChainWeights
 from .cost import solve_columns
 from .lookahead import block_steps, wide
 from .matmul import matmul
@@ -19,25 +20,23 @@ from .solve import block_solve
 SCRATCH = 256 * 2**20  # bytes at most: longer inputs go in chunks, 128 tokens at least
 
 
-def prefill(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    act: str,
-    gram: Tensor,
-    *,
-    scratch: int = SCRATCH,
-) -> Tensor:
-    """y [T, d] in x's dtype, for x [T, d] and a chain as in `chain_reference`, with its Gram blocks.
+def prefill(x: Tensor, chain: ChainWeights, gram: Tensor, *, scratch: int = SCRATCH) -> Tensor:
+    """The output of a DLR-Net of plain steps for many tokens.
 
-    scratch: bytes of temporary memory, freed on return; where that is less than 128 tokens need, they get it.
+    Args:
+        x: The tokens, [T, d], of any float dtype, rows contiguous.
+        chain: The weights: A and B float32, bfloat16 or float16, scale and bias float32, all contiguous; an activation
+            of KERNEL_ACTS.
+        gram: What `gram_blocks` gave for these weights.
+        scratch: Bytes of temporary memory, freed on return; where that is less than 128 tokens need, they get it.
+
+    Returns:
+        y, [T, d], in x's dtype.
     """
     y = torch.empty_like(x)
-    size = chunk_tokens(A.shape, gram.shape[-2], itemsize=A.itemsize, scratch=scratch)
+    size = chunk_tokens(chain.A.shape, gram.shape[-2], itemsize=chain.A.itemsize, scratch=scratch)
     for part, out in zip(x.split(size), y.split(size), strict=True):
-        _prefill_chunk(part, A, B, scale, bias, act, gram, out)
+        _prefill_chunk(part, chain, gram, out)
     return y
 
 
@@ -50,16 +49,8 @@ def chunk_tokens(
     return max(128, scratch // each // 128 * 128)
 
 
-def _prefill_chunk(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    act: str,
-    gram: Tensor,
-    y: Tensor,
-) -> None:
+def _prefill_chunk(x: Tensor, chain: ChainWeights, gram: Tensor, y: Tensor) -> None:
+    A, B, scale, bias, _, act = chain
     lanes, depth, rank, hidden = A.shape
     tokens, one_round = len(x), gram.shape[1] == 1
     steps = block_steps(gram.shape[-2], depth, rank)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dlr_lock.triton_kernels import ACTIVATIONS
+from dlr_lock.triton_kernels import ACTIVATIONS, ChainWeights
 from dlr_lock.triton_kernels.decode_plan import LINE, RING, DecodePlan
 
 STUCK = "stuck"  # what a CTA yields when it waits in vain; anything else is progress
@@ -66,28 +66,25 @@ def round_steps(plan: DecodePlan, n: int) -> range:
 
 
 @dataclass(frozen=True)
-class Chain:
+class Launch:
     """What a launch reads, as `decode` takes it, and the y [T, d] that it writes."""
 
     x: Tensor
-    A: Tensor
-    B: Tensor
-    scale: Tensor
-    bias: Tensor
+    chain: ChainWeights
     gram: Tensor | None
-    act: str
     y: Tensor
 
 
 class Cta:
     """One CTA of the kernel. Its phases are methods, so that a test can break one."""
 
-    def __init__(self, plan: DecodePlan, memory: Memory, chain: Chain, lane: int, cta: int) -> None:
-        self.plan, self.memory, self.chain, self.lane, self.cta = plan, memory, chain, lane, cta
+    def __init__(self, plan: DecodePlan, memory: Memory, launch: Launch, lane: int, cta: int) -> None:
+        self.plan, self.memory, self.launch, self.lane, self.cta = plan, memory, launch, lane, cta
+        self.chain = launch.chain
         self.columns = columns(plan, cta)
-        self.tokens = len(chain.x)
+        self.tokens = len(launch.x)
         self.barrier, self.exit, self.turn = lane * LINE, plan.exits + lane * LINE, plan.turns + cta * LINE
-        self.z = self.slice_of(chain.x).to(memory.dtype, copy=True)
+        self.z = self.slice_of(launch.x).to(memory.dtype, copy=True)
         if plan.chunks > 1:
             scratch = memory.values[plan.z_start :].view(plan.lanes, plan.tokens, plan.hidden)
             scratch = scratch[lane, : self.tokens, self.columns]
@@ -180,7 +177,7 @@ class Cta:
 
     def solve(self, n: int, ps: dict[int, Tensor]) -> list[Tensor]:
         """h_i [T, r] of round n's steps, in the weights' dtype."""
-        act, gram = ACTIVATIONS[self.chain.act], self.chain.gram
+        act, gram = ACTIVATIONS[self.chain.act], self.launch.gram
         rank, first = self.plan.rank, n * self.plan.steps
         hs: list[Tensor] = []
         for i in range(len(round_steps(self.plan, n))):
@@ -201,7 +198,7 @@ class Cta:
     def finish(self) -> Iterator[str]:
         """y of the slice: at once where there is one lane, else by the last lane to arrive."""
         plan, memory = self.plan, self.memory
-        delta = self.z - self.slice_of(self.chain.x).to(memory.dtype)
+        delta = self.z - self.slice_of(self.launch.x).to(memory.dtype)
         if plan.lanes == 1:
             self.write(delta)
             return
@@ -224,7 +221,7 @@ class Cta:
             yield "wrote"
 
     def write(self, delta: Tensor) -> None:
-        self.slice_of(self.chain.y).copy_(
+        self.slice_of(self.launch.y).copy_(
             delta * self.slice_of(self.chain.scale) + self.slice_of(self.chain.bias)
         )
 
@@ -261,27 +258,18 @@ def orders(seed: int) -> dict[str, Order]:
 
 
 def run(
-    plan: DecodePlan,
-    memory: Memory,
-    order: Order,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    gram: Tensor | None,
-    act: str = "silu",
+    x: Tensor, chain: ChainWeights, gram: Tensor | None, *, plan: DecodePlan, memory: Memory, order: Order,
     cta: type[Cta] = Cta,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """y [T, d] of one launch, with the arguments of `decode`, its CTAs interleaved by `order`.
 
     Raises ScheduleError on a deadlock, or when the memory is not left clean.
     """
-    plan.check(x, A, B, gram)
+    plan.check(x, chain, gram)
     y = torch.full_like(x, torch.nan)
-    chain = Chain(x, A, B, scale, bias, gram, act, y)
+    launch = Launch(x, chain, gram, y)
     grid = [(lane, c) for lane in range(plan.lanes) for c in range(plan.slices)]
-    ctas = {i: iter(cta(plan, memory, chain, *place)) for i, place in enumerate(grid)}
+    ctas = {i: iter(cta(plan, memory, launch, *place)) for i, place in enumerate(grid)}
     stuck: set[int] = set()
     steps, last = [0] * len(ctas), -1
     while ctas:

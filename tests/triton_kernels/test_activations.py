@@ -59,8 +59,8 @@ def test_a_cpu_needs_no_triton() -> None:
         import sys
         import torch
         sys.modules["triton"] = None  # as where it is not installed: importing it fails
-        from dlr_lock.triton_kernels import dlr_net, gram_blocks
-        x, A, B = torch.ones(3, 16), torch.ones(1, 2, 16, 16), torch.ones(1, 2, 16, 16)
-        dlr_net(x, A, B, x[0], x[0], gram=gram_blocks(A, B))
+        from dlr_lock.triton_kernels import ChainWeights, dlr_net, gram_blocks
+        x, A = torch.ones(3, 16), torch.ones(1, 2, 16, 16)
+        dlr_net(x, ChainWeights(A, A, x[0], x[0]), gram_blocks(A, A))
     """
     subprocess.run([sys.executable, "-c", program], check=True)

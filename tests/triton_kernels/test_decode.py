@@ -16,13 +16,14 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from aot import MATRIX_UNITS, cubin_resources
 from decode_steps import STUCK, Cta, Memory, ScheduleError, columns, orders, part_rows, run
 
-from dlr_lock.triton_kernels import chain_reference
+from dlr_lock.triton_kernels import ChainWeights, chain_reference
 from dlr_lock.triton_kernels.activations import KERNEL_ACTS, triton_form
 from dlr_lock.triton_kernels.decode import DecodePlan, decode, workspace
 
@@ -37,23 +38,29 @@ def make_plan(L: int, K: int, r: int, d: int, S: int, C: int, tile: int = 0, **o
     return DecodePlan(lanes=L, depth=K, rank=r, hidden=d, steps=S, slices=C, tile=tile, **options)
 
 
-def make_chain(
-    plan: DecodePlan, T: int, seed: int = 0, blocks: int = 2, dtype=torch.float64, device="cpu"
-) -> dict:
-    """The tensors of `decode` for a plan, with Gram blocks of `blocks` rounds; updates as large as x."""
+class Call(NamedTuple):
+    """What `decode` takes beside a plan and its workspace."""
+
+    x: torch.Tensor
+    chain: ChainWeights
+    gram: torch.Tensor | None
+
+
+def make_call(
+    plan: DecodePlan, T: int, seed: int = 0, blocks: int = 2, act="silu", dtype=torch.float64, device="cpu"
+) -> Call:
+    """A call for a plan, with Gram blocks of `blocks` rounds; updates as large as x."""
     generator = torch.Generator().manual_seed(seed)
     L, K, r, d = plan.lanes, plan.depth, plan.rank, plan.hidden
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    weights = {"A": draw(L, K, r, d) / math.sqrt(d), "B": 1.5 * draw(L, K, r, d) / math.sqrt(K * r)}
-    weights = {name: w.to(dtype).to(device) for name, w in weights.items()}
+    A, B = draw(L, K, r, d) / math.sqrt(d), 1.5 * draw(L, K, r, d) / math.sqrt(K * r)
+    x, scale, bias = draw(T, d), draw(d), draw(d)
     state = torch.float64 if dtype == torch.float64 else torch.float32
-    chain = {"x": draw(T, d).to(dtype), "scale": draw(d).to(state), "bias": draw(d).to(state)}
-    chain = {name: t.to(device) for name, t in chain.items()} | weights
-    chain["gram"] = stored_gram(weights["A"], weights["B"], blocks * plan.steps)
-    return chain
+    chain = ChainWeights(A.to(dtype), B.to(dtype), scale.to(state), bias.to(state), act=act).to(device)
+    return Call(x.to(device, dtype), chain, stored_gram(chain.A, chain.B, blocks * plan.steps))
 
 
 def stored_gram(A: torch.Tensor, B: torch.Tensor, steps: int) -> torch.Tensor:
@@ -66,9 +73,9 @@ def stored_gram(A: torch.Tensor, B: torch.Tensor, steps: int) -> torch.Tensor:
     return ((B @ A.mT) * mask).to(dtype)
 
 
-def wanted(chain: dict, act: str = "silu") -> torch.Tensor:
+def wanted(call: Call) -> torch.Tensor:
     """y by the definition, in float64 on the same weights."""
-    return chain_reference(*(chain[n].double() for n in ("x", "A", "B", "scale", "bias")), act=act)
+    return chain_reference(call.x.double(), call.chain.to(torch.float64))
 
 
 def assert_same(y: torch.Tensor, reference: torch.Tensor, ratio: float) -> None:
@@ -102,9 +109,9 @@ def test_schedule_in_every_order(case: tuple, deterministic: bool) -> None:
     plan = make_plan(L, K, r, d, S, C, deterministic=deterministic, **options)
     memory = Memory(plan)
     for launch, name in enumerate(ORDERS):
-        chain = make_chain(plan, T, seed=launch)
-        y = run(plan, memory, orders(launch)[name], **chain)
-        assert_same(y, wanted(chain), 1e-12)
+        call = make_call(plan, T, seed=launch)
+        y = run(*call, plan=plan, memory=memory, order=orders(launch)[name])
+        assert_same(y, wanted(call), 1e-12)
 
 
 def test_schedule_random() -> None:
@@ -121,9 +128,9 @@ def test_schedule_random() -> None:
         options = {"deterministic": bool(pick(0, 0, 1)), "tile": pick(0, 16, 32)}
         options["part"] = pick(16, 32, 64)
         plan = make_plan(L, K, r, d, S, C, **options)
-        chain = make_chain(plan, pick(1, 2, 16), seed=case, blocks=pick(1, 3))
-        y = run(plan, Memory(plan), orders(case)["random"], **chain, act="gelu")
-        assert_same(y, wanted(chain, "gelu"), 1e-12)
+        call = make_call(plan, pick(1, 2, 16), seed=case, blocks=pick(1, 3), act="gelu")
+        y = run(*call, plan=plan, memory=Memory(plan), order=orders(case)["random"])
+        assert_same(y, wanted(call), 1e-12)
 
 
 class NoWait(Cta):
@@ -165,42 +172,42 @@ class NobodyLeaves(Cta):
 
 def test_rounds_that_do_not_divide_a_block_of_all_steps() -> None:
     plan = make_plan(2, 7, 40, 64, 3, 2, part=32)
-    chain = make_chain(plan, 2)
-    chain["gram"] = stored_gram(chain["A"], chain["B"], 7)
-    y = run(plan, Memory(plan), orders(0)["random"], **chain)
-    assert_same(y, wanted(chain), 1e-12)
+    x, chain, _ = call = make_call(plan, 2)
+    gram = stored_gram(chain.A, chain.B, 7)
+    y = run(x, chain, gram, plan=plan, memory=Memory(plan), order=orders(0)["random"])
+    assert_same(y, wanted(call), 1e-12)
     with pytest.raises(ValueError, match="multiple of 120"):
-        plan.check(chain["x"], chain["A"], chain["B"], chain["gram"].expand(2, 2, -1, -1))
+        plan.check(x, chain, gram.expand(2, 2, -1, -1))
 
 
-def broken_gram(chain: dict) -> dict:
+def broken_gram(call: Call) -> Call:
     """The Gram block of the second round with two of its steps swapped."""
-    gram = chain["gram"].clone()
+    gram = call.gram.clone()
     half = gram.shape[-1] // 2
     gram[..., half:, half:] = gram[..., half:, half:].mT
-    return chain | {"gram": gram}
+    return call._replace(gram=gram)
 
 
 @pytest.mark.parametrize("mutant", [NoWait, EarlyReset, EarlyClear, NoClear, WaitsForTooMany, NobodyLeaves])
 def test_a_broken_schedule_is_found(mutant: type[Cta]) -> None:
     """Each of these is wrong in some order, or leaves the workspace dirty; the schedule itself never."""
     plan = make_plan(2, 8, 16, 64, 2, 4)
-    chain = make_chain(plan, 2)
-    assert not any(fails(plan, chain, name, Cta) for name in ORDERS)
-    assert any(fails(plan, chain, name, mutant) for name in ORDERS)
+    call = make_call(plan, 2)
+    assert not any(fails(plan, call, name, Cta) for name in ORDERS)
+    assert any(fails(plan, call, name, mutant) for name in ORDERS)
 
 
 def test_a_broken_gram_block_is_found() -> None:
     plan = make_plan(1, 8, 16, 64, 2, 4)
-    assert fails(plan, broken_gram(make_chain(plan, 2)), "round robin", Cta)
+    assert fails(plan, broken_gram(make_call(plan, 2)), "round robin", Cta)
 
 
-def fails(plan: DecodePlan, chain: dict, order: str, cta: type[Cta]) -> bool:
+def fails(plan: DecodePlan, call: Call, order: str, cta: type[Cta]) -> bool:
     try:
-        y = run(plan, Memory(plan), orders(0)[order], **chain, cta=cta)
+        y = run(*call, plan=plan, memory=Memory(plan), order=orders(0)[order], cta=cta)
     except ScheduleError:
         return True
-    return not torch.allclose(y, wanted(chain if cta is not Cta else make_chain(plan, 2)))
+    return not torch.allclose(y, wanted(call))
 
 
 def test_plan_chosen() -> None:
@@ -251,7 +258,10 @@ def test_block_of_all_steps_is_shared_out_evenly() -> None:
     ("change", "message"),
     [
         ({"x": torch.zeros(17, 64)}, r"x must be \[1 to 16, 64\]"),
-        ({"A": torch.zeros(1, 4, 16, 48)}, r"\[1, 4, 16, 64\]"),
+        (
+            {"chain": ChainWeights(*2 * [torch.zeros(1, 4, 16, 48)], *2 * [torch.zeros(48)])},
+            r"\[1, 4, 16, 64\]",
+        ),
         ({"gram": None}, "Gram blocks"),
         ({"gram": torch.zeros(1, 2, 48, 48)}, "multiple of 32"),
     ],
@@ -259,7 +269,7 @@ def test_block_of_all_steps_is_shared_out_evenly() -> None:
 def test_tensors_that_do_not_fit(change: dict, message: str) -> None:
     plan = make_plan(1, 4, 16, 64, 2, 2)
     with pytest.raises(ValueError, match=message):
-        decode(**make_chain(plan, 2) | change, plan=plan, workspace=workspace(plan, "cpu"))
+        decode(*make_call(plan, 2)._replace(**change), plan=plan, workspace=workspace(plan, "cpu"))
 
 
 # ---- the kernel in Triton's interpreter
@@ -292,9 +302,9 @@ def interpreted_alone() -> None:
         launch_twice(make_plan(L, K, r, d, S, 1, **options), T, seed, acts.pop())
     assert {KERNEL_ACTS[act] for act in tried} == set(KERNEL_ACTS.values())
     plan = make_plan(1, 5, 40, 40, 3, 1, part=32)
-    chain = make_chain(plan, 2, dtype=torch.float32)
-    chain["gram"] = stored_gram(chain["A"], chain["B"], 5)  # of all steps: no multiple of a round's
-    assert_same(decode(**chain, plan=plan, workspace=workspace(plan, "cpu")), wanted(chain), 2e-6)
+    x, chain, _ = call = make_call(plan, 2, dtype=torch.float32)
+    gram = stored_gram(chain.A, chain.B, 5)  # of all steps: no multiple of a round's
+    assert_same(decode(x, chain, gram, plan=plan, workspace=workspace(plan, "cpu")), wanted(call), 2e-6)
 
 
 def interpreted_together() -> None:
@@ -320,11 +330,11 @@ def interpreted_together() -> None:
 def launch_twice(plan: DecodePlan, T: int, seed: int, act: str) -> None:
     """Against the definition, the second time with a token of NaN, on one workspace that is left zero."""
     memory = workspace(plan, "cpu")
-    chain = make_chain(plan, T, seed, dtype=torch.float32)
-    reference = wanted(chain, act)
-    assert_same(decode(**chain, act=act, plan=plan, workspace=memory), reference, 2e-6)
-    chain["x"][T - 1] = torch.nan
-    y = decode(**chain, act=act, plan=plan, workspace=memory)
+    call = make_call(plan, T, seed, act=act, dtype=torch.float32)
+    reference = wanted(call)
+    assert_same(decode(*call, plan=plan, workspace=memory), reference, 2e-6)
+    call.x[T - 1] = torch.nan
+    y = decode(*call, plan=plan, workspace=memory)
     assert y[T - 1].isnan().all()
     if T > 1:
         assert_same(y[: T - 1], reference[: T - 1], 2e-6)
@@ -460,10 +470,10 @@ def test_kernel_on_gpu(L: int, K: int, r: int, d: int, tokens: int, deterministi
     plan = DecodePlan.choose(
         lanes=L, depth=K, rank=r, hidden=d, tokens=tokens, sms=sms, deterministic=deterministic
     )
-    chain = make_chain(plan, tokens, dtype=torch.bfloat16, device="cuda")
+    call = make_call(plan, tokens, dtype=torch.bfloat16, device="cuda")
     memory = workspace(plan, "cuda")
-    ys = [decode(**chain, plan=plan, workspace=memory) for _ in range(20)]
-    reference = wanted(chain)
+    ys = [decode(*call, plan=plan, workspace=memory) for _ in range(20)]
+    reference = wanted(call)
     for y in ys:
         assert_same(y, reference, 3e-3 * max(1.0, math.sqrt(K / 32)))
     if deterministic:

@@ -8,33 +8,31 @@ import torch
 from aot import compile_requests, launch_request
 from torch import Tensor
 
-from dlr_lock.triton_kernels import chain_reference, gram_blocks
+from dlr_lock.triton_kernels import ChainWeights, chain_reference, gram_blocks
 from dlr_lock.triton_kernels.matmul import matmul
 from dlr_lock.triton_kernels.prefill import chunk_tokens, prefill
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Execute = Callable[..., Any]
-Chain = dict[str, Tensor]
 
 
-def drawn(lanes: int, depth: int, rank: int, hidden: int) -> Chain:
+def drawn(lanes: int, depth: int, rank: int, hidden: int, act: str = "silu") -> ChainWeights:
     shape = (lanes, depth, rank, hidden)
     A, B = torch.randn(shape) / hidden**0.5, torch.randn(shape) / (depth * rank) ** 0.5
-    return {"A": A, "B": B, "scale": torch.rand(hidden), "bias": torch.randn(hidden)}
+    return ChainWeights(A, B, torch.rand(hidden), torch.randn(hidden), act=act)
 
 
-def run(x: Tensor, chain: Chain, act: str, block: int, scratch: int, broken: bool = False) -> Tensor:
-    x, chain = x.to(DEVICE), {name: t.to(DEVICE) for name, t in chain.items()}
-    gram = gram_blocks(chain["A"], chain["B"], block=block)
+def run(x: Tensor, chain: ChainWeights, block: int, scratch: int, broken: bool = False) -> Tensor:
+    x, chain = x.to(DEVICE), chain.to(DEVICE)
+    gram = gram_blocks(chain.A, chain.B, block=block)
     if broken:
-        rank = chain["A"].shape[2]
+        rank = chain.A.shape[2]
         gram[:, 0, :rank, -rank:] = 0  # what the block's last step reads of its first
-    return prefill(x, **chain, act=act, gram=gram, scratch=scratch).cpu()
+    return prefill(x, chain, gram, scratch=scratch).cpu()
 
 
-def error(y: Tensor, x: Tensor, chain: Chain, act: str) -> float:
-    doubled = {name: t.double() for name, t in chain.items()}
-    wanted = chain_reference(x.double(), **doubled, act=act)
+def error(y: Tensor, x: Tensor, chain: ChainWeights) -> float:
+    wanted = chain_reference(x.double(), chain.to(torch.float64))
     return float((y - wanted).norm() / wanted.norm())
 
 
@@ -64,18 +62,18 @@ def test_is_the_chain(
     block: int,
     act: str,
 ) -> None:
-    chain, x = drawn(lanes, depth, rank, hidden), torch.randn(tokens, hidden)
-    y = execute(run, x, chain, act, block, 1)  # no scratch: chunks of 128 tokens
-    assert y.shape == x.shape and error(y, x, chain, act) < 1e-6
+    chain, x = drawn(lanes, depth, rank, hidden, act), torch.randn(tokens, hidden)
+    y = execute(run, x, chain, block, 1)  # no scratch: chunks of 128 tokens
+    assert y.shape == x.shape and error(y, x, chain) < 1e-6
     if min(depth, block // rank) > 1:  # a block of one step has no Gram matrix to break
-        assert error(execute(run, x, chain, act, block, 1, True), x, chain, act) > 1e-4
+        assert error(execute(run, x, chain, block, 1, True), x, chain) > 1e-4
 
 
 def test_a_token_of_nan_stays_alone(execute: Execute) -> None:
     chain, x = drawn(2, 6, 16, 48), torch.randn(70, 48)
-    clean = execute(run, x, chain, "silu", 48, 2**20)
+    clean = execute(run, x, chain, 48, 2**20)
     x[37, 5] = torch.nan
-    y = execute(run, x, chain, "silu", 48, 2**20)
+    y = execute(run, x, chain, 48, 2**20)
     assert y[37].isnan().all()
     y[37] = clean[37]
     assert torch.equal(y, clean)
