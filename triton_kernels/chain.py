@@ -33,8 +33,9 @@ class ChainWeights(NamedTuple):
 
     def to(self, *args: Any, **kwargs: Any) -> "ChainWeights":
         """The chain with every tensor, scale and bias too, moved as by `torch.Tensor.to` with the same arguments."""
-        moved = (t.to(*args, **kwargs) if isinstance(t, Tensor) else t for t in self)
-        return ChainWeights(*moved)
+        A, B, scale, bias = (t.to(*args, **kwargs) for t in self[:4])
+        G = None if self.G is None else self.G.to(*args, **kwargs)
+        return ChainWeights(A, B, scale, bias, G, self.act)
 
     def check(self, x: Tensor) -> None:
         """Checks that the weights form a chain, and that x [..., d] are tokens for it.

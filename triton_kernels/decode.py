@@ -213,9 +213,7 @@ def _gather(
 
 
 @triton.jit
-def _solve(
-    ps, grams, DTYPE: tl.constexpr, ACT: tl.constexpr, Q: tl.constexpr, S: tl.constexpr,
-):  # fmt: skip
+def _solve(ps, grams, DTYPE: tl.constexpr, ACT: tl.constexpr, Q: tl.constexpr, S: tl.constexpr):
     """The tiles of h [BM, RP] of a round, as in solve.py."""
     hs = ()
     for t in tl.static_range(S * Q):
@@ -240,20 +238,39 @@ def _write(p_y, p_scale, p_bias, delta, o_d, m_d, o_y, m_y):
 def decode_kernel(
     p_x, p_a, p_b, p_scale, p_bias, p_gram, p_y, p_values, p_counters,
     T, s_xt, s_gl, s_gn, s_gj,
-    L: tl.constexpr, K: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
-    S: tl.constexpr, Q: tl.constexpr, RP: tl.constexpr, TILES: tl.constexpr,
-    ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
-    C: tl.constexpr, DS: tl.constexpr, DC: tl.constexpr, CHUNKS: tl.constexpr,
-    STAGES: tl.constexpr, P_SLOT: tl.constexpr, P_SLOTS: tl.constexpr, RING: tl.constexpr, SHARE: tl.constexpr,
-    Y_START: tl.constexpr, Y_SLOTS: tl.constexpr, Z_START: tl.constexpr,
+    L: tl.constexpr, K: tl.constexpr, R: tl.constexpr, D: tl.constexpr, ACT: tl.constexpr,
+    BM: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, DS: tl.constexpr, DC: tl.constexpr, STAGES: tl.constexpr, DETERMINISTIC: tl.constexpr,
+    RING: tl.constexpr, SHARE: tl.constexpr, Y_START: tl.constexpr, Z_START: tl.constexpr,
     EXITS: tl.constexpr, TURNS: tl.constexpr, LINE: tl.constexpr,
-    ACT: tl.constexpr, DETERMINISTIC: tl.constexpr,
 ):  # fmt: skip
+    """All of one CTA's part: see the top of the file, and `DecodePlan` for the numbers that are compiled in.
+
+    The call       p_x [T, D] and p_y [T, D]: tokens and output, any float dtype. T: tokens, BM at most. s_xt: elements
+                   from a token of x to the next.
+    The weights    p_a, p_b [L, K, R, D]: A and B. p_scale, p_bias [D]: float32. p_gram [L, N, m, m]: Gram blocks, None
+                   for S = 1; s_gl, s_gn, s_gj: elements from a lane, a block and a row of it to the next.
+    The chain      L: lanes. K: steps a lane. R: rank. D: features. ACT: the activation, a `triton.jit` function.
+    A round        BM: rows of a tile of tokens. S: its steps. Q: parts of a step. RP: rows of a part. BLOCK: steps of a
+                   Gram block.
+    A CTA          C: CTAs, and so slices, a lane. DS: columns of a slice. DC: columns of a tile of it. STAGES: of the
+                   software pipeline over the tiles. DETERMINISTIC: sum in a fixed order, in a slot for each writer.
+    The workspace  p_values: float32. RING: buffers of P a lane, from the first value on. SHARE: values of a buffer that
+                   a CTA zeroes. Y_START, Z_START: where the lanes' sums and the states begin.
+                   p_counters: int32. LINE: counters from one that is used to the next: first a barrier a lane, from
+                   EXITS on an exit counter a lane, from TURNS on a turn counter a slice.
+    """
     DTYPE: tl.constexpr = p_a.dtype.element_ty
-    STEP: tl.constexpr = R * D
-    TILE: tl.constexpr = BM * RP
+    STEP: tl.constexpr = R * D  # elements of a step's A
+    ROUNDS: tl.constexpr = (K + S - 1) // S
+    CHUNKS: tl.constexpr = (DS + DC - 1) // DC  # tiles a slice; one stays in registers
+    TILES: tl.constexpr = S * Q  # of P, and so of A and of B, in a round
+    TILE: tl.constexpr = BM * RP  # values of a tile of P
     GRAMS: tl.constexpr = S * (S - 1) // 2 * Q * Q
-    BUFFER: tl.constexpr = P_SLOTS * P_SLOT
+    SLOT: tl.constexpr = TILES * TILE
+    P_SLOTS: tl.constexpr = C if DETERMINISTIC else 1
+    Y_SLOTS: tl.constexpr = L if DETERMINISTIC else 1
+    BUFFER: tl.constexpr = P_SLOTS * SLOT
     i_l = (tl.program_id(0) // C).to(tl.int64)
     i_c = tl.program_id(0) % C
     first = i_c * DS
@@ -269,7 +286,7 @@ def decode_kernel(
     p_x += first + o_t * s_xt + o_c[None, :]
     p_p = p_values + i_l * (RING * BUFFER)  # the lane's ring of buffers
     o_p = o_t * RP + o_r[None, :]
-    o_slot = i_c * P_SLOT if DETERMINISTIC else 0
+    o_slot = i_c * SLOT if DETERMINISTIC else 0
     p_z = p_values + Z_START + i_l * (BM * D) + first + o_t * D + o_c[None, :]
     p_barrier = p_counters + i_l * LINE
     if S > 1:
@@ -316,11 +333,11 @@ def decode_kernel(
         if CHUNKS == 1:
             ws = _weights(p_a + o_n + S * STEP, o_w, m_c, left - S, D, R, RP, Q, S)
             tl.debug_barrier()
-            bs = _settle(bs, left > 0, S * Q)
+            bs = _settle(bs, left > 0, TILES)
             grams = _settle(grams, left > 0, GRAMS)
         if C > 1:
             _wait(p_barrier, (n + 1) * C)
-            ps = _gather(p_round, m_t, P_SLOT, P_SLOTS, R, RP, Q, TILE, TILES)
+            ps = _gather(p_round, m_t, SLOT, P_SLOTS, R, RP, Q, TILE, TILES)
             if not DETERMINISTIC:
                 # Nobody reads round n - 1 any more, nobody adds to its buffer before barrier n + 1.
                 o_z = i_c * SHARE + tl.arange(0, SHARE)
@@ -330,13 +347,13 @@ def decode_kernel(
         # ---- the state moves on
         hs = _solve(ps, grams, DTYPE, ACT, Q, S)
         if CHUNKS == 1:
-            z = _update(z, hs, bs, S * Q)
+            z = _update(z, hs, bs, TILES)
         else:
             for o_q in tl.range(0, CHUNKS * DC, DC, num_stages=STAGES):
                 m_q = o_c[None, :] < width - o_q
                 z = tl.load(p_z + o_q, mask=m_t & m_q, other=0.0)
                 bs = _weights(p_b + o_n + o_q, o_w, m_q, left, D, R, RP, Q, S)
-                z = _update(z, hs, bs, S * Q)
+                z = _update(z, hs, bs, TILES)
                 tl.store(p_z + o_q, z, mask=m_t & m_q)
 
     # ---- y: of this CTA where there is one lane, else of the last lane to arrive

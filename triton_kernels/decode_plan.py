@@ -237,14 +237,14 @@ class DecodePlan:
         return (2 * self.lanes + self.slices) * LINE
 
     def constants(self) -> dict[str, int | bool]:
-        """The kernel's compile-time arguments."""
+        """The kernel's compile-time arguments but ACT and BLOCK, which `decode_kernel` explains."""
         return {
-            "L": self.lanes, "K": self.depth, "R": self.rank, "D": self.hidden, "BM": self.tokens,
-            "S": self.steps, "Q": self.parts, "RP": self.part, "TILES": self.p_tiles, "ROUNDS": self.rounds,
-            "C": self.slices, "DS": self.slice_width, "DC": self.tile, "CHUNKS": self.chunks, "STAGES": STAGES,
-            "P_SLOT": self.p_slot, "P_SLOTS": self.p_slots, "RING": RING,
-            "SHARE": self.p_share, "Y_START": self.y_start, "Y_SLOTS": self.y_slots, "Z_START": self.z_start,
-            "EXITS": self.exits, "TURNS": self.turns, "LINE": LINE, "DETERMINISTIC": self.deterministic,
+            "L": self.lanes, "K": self.depth, "R": self.rank, "D": self.hidden,
+            "BM": self.tokens, "S": self.steps, "Q": self.parts, "RP": self.part,
+            "C": self.slices, "DS": self.slice_width, "DC": self.tile,
+            "STAGES": STAGES, "DETERMINISTIC": self.deterministic,
+            "RING": RING, "SHARE": self.p_share, "Y_START": self.y_start, "Z_START": self.z_start,
+            "EXITS": self.exits, "TURNS": self.turns, "LINE": LINE,
         }  # fmt: skip
 
     def check(self, x: Tensor, chain: ChainWeights, gram: Tensor | None) -> None:
