@@ -1,20 +1,19 @@
 """The decode kernel: a whole DLR-Net for up to 64 tokens in one persistent cooperative launch.
 
-A CTA is (lane, slice): it holds d/C columns of its lane's state and streams the same columns of the lane's A
-and B once. A round is S steps, by look-ahead (`solve.py`):
+A CTA is (lane, slice): it holds d/C columns of its lane's state and streams those columns of the lane's A and B once.
+A round is S steps, by look-ahead (`solve.py`):
 
     1. partial P_i = z[:, slice] A_i[:, slice]^T of the round's steps, added into the lane's P
-    2. barrier among the C CTAs of the lane; this round's B and Gram tiles and the next A are requested before
-       the wait
+    2. barrier among the C CTAs of the lane; this round's B and Gram tiles and the next A are requested before the wait
     3. every CTA solves the round from P and the Gram tiles: h_i
     4. z[:, slice] += sum_i h_i B_i[:, slice], then 1. for the next round
 
-and at the end the lanes' z - x are added, and the last lane to arrive at a slice writes y. Lanes never wait
-for each other. `decode_plan.py` holds the geometry and the argument why the workspace is left as it was
-found; `tests/triton_kernels/decode_steps.py` runs the same schedule in plain torch, one CTA at a time, in any order.
+and at the end the lanes' z - x are added, and the last lane to arrive at a slice writes y. Lanes never wait for each
+other. `decode_plan.py` holds the geometry and the argument why the workspace is left as it was found;
+`tests/triton_kernels/decode_steps.py` runs the same schedule in plain torch, one CTA at a time, in any order.
 
-A step's rank is held as Q tiles of RP rows, its parts, of which the last may be ragged. Tile t of a round is part
-t % Q of step t // Q. Parts of one step do not depend on each other: there are Gram products between steps only.
+A step's rank is held as Q tiles of RP rows, its parts, of which the last may be ragged. Tile t of a round is part t % Q
+of step t // Q. Parts of one step do not depend on each other: there are Gram products between steps only.
 """
 
 import torch
@@ -41,15 +40,15 @@ def decode(
             KERNEL_ACTS.
         gram: [L, N, m, m] in the weights' dtype, rows contiguous, of blocks of m / r steps that plan.steps divides, or
             of any number where N = 1; not read for plan.steps == 1.
-        plan: Who holds what, made for a chain of this shape.
+        plan: Who holds what, made for a chain of this shape: the launch fails where the device cannot run its
+            lanes * slices CTAs at once.
         workspace: Made by `workspace` for this plan, used by no other launch at the same time.
 
     Returns:
         y, [T, d], in x's dtype, contiguous.
 
     Raises:
-        ValueError: The tensors do not fit the plan. The launch itself fails where lanes * slices CTAs do not fit the
-            device at once.
+        ValueError: The tensors do not fit the plan.
     """
     plan.check(x, chain, gram)
     if plan.steps == 1:
@@ -68,12 +67,7 @@ def decode(
 
 def launch_options(plan: DecodePlan) -> dict[str, int | bool]:
     """The compiler's options. One stage: what is pipelined, over the tiles of a slice, says so itself."""
-    return {
-        "num_warps": plan.num_warps,
-        "num_stages": 1,
-        "enable_fp_fusion": True,
-        "launch_cooperative_grid": True,
-    }
+    return {"num_warps": plan.num_warps, "num_stages": 1, "launch_cooperative_grid": True}
 
 
 @triton.jit
@@ -319,9 +313,9 @@ def decode_kernel(
             _publish(p_round + o_slot, ps, m_t, not DETERMINISTIC, R, RP, Q, TILE, TILES)
             _arrive(p_barrier)
 
-        # ---- what does not depend on the other CTAs is requested before the wait. B and the Gram tiles reach
-        # shared memory meanwhile; the next A stays in flight until the next round's P. All of it after
-        # the arrival, whose release would wait for loads before it.
+        # ---- what does not depend on the other CTAs is requested before the wait. B and the Gram tiles reach shared
+        # memory meanwhile; the next A stays in flight until the next round's P. All of it after the arrival, whose
+        # release would wait for loads before it.
         if CHUNKS == 1:
             bs = _weights(p_b + o_n, o_w, m_c, left, D, R, RP, Q, S)
         grams = ()

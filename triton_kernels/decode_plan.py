@@ -52,7 +52,11 @@ LINE = 32  # int32 counters a cache line
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """How one shape of DLR-Net is decoded. Raises ValueError on numbers that do not go together."""
+    """How one shape of DLR-Net is decoded.
+
+    Raises:
+        ValueError: The numbers do not go together.
+    """
 
     lanes: int
     depth: int  # steps a lane, K
@@ -98,14 +102,23 @@ class DecodePlan:
         block_steps: int = MAX_STEPS,
         deterministic: bool = False,
     ) -> "DecodePlan":
-        """The plan for weights of `itemsize` bytes on a GPU of `sms` multiprocessors.
+        """The plan for a chain on a GPU.
 
         Every multiprocessor gets one CTA, as far as slices of a multiple of 16 columns divide them among the
         lanes. A tile is the whole slice where a round of one step then fits the registers, else 64 columns or
         fewer. A round is as many steps as fit the registers, MAX_STEPS, MAX_WIDTH and MAX_PRODUCTS, and divide
-        `block_steps`, the steps of a stored Gram block; where that holds all steps, any number, shared out
-        evenly. A step is as few parts as then fit. Raises ValueError where there are more lanes than
-        multiprocessors, or more than 64 tokens.
+        a Gram block; where that holds all steps, any number, shared out evenly. A step is as few parts as then fit.
+
+        Args:
+            lanes, depth, rank, hidden: The shape of A and B.
+            tokens: The most tokens of a call, 64 at most.
+            sms: The GPU's multiprocessors.
+            itemsize: Bytes of an element of the weights.
+            block_steps: Steps of a Gram block.
+            deterministic: Whether sums are taken in a fixed order.
+
+        Raises:
+            ValueError: There are more lanes than multiprocessors, or more tokens; or a lane's A has 2^31 elements.
         """
         if not 1 <= tokens <= 64:
             raise ValueError(f"a decode plan is for 1 to 64 tokens, not {tokens}")
@@ -182,7 +195,7 @@ class DecodePlan:
 
     @property
     def p_slot(self) -> int:
-        """float32 values of a slot of P."""
+        """float32 values of a slot of a buffer."""
         return self.p_tiles * self.tokens * self.part
 
     @property
@@ -248,7 +261,11 @@ class DecodePlan:
         }  # fmt: skip
 
     def check(self, x: Tensor, chain: ChainWeights, gram: Tensor | None) -> None:
-        """Raises ValueError, naming the shapes, unless the tensors of a call fit this plan."""
+        """Checks that the tensors of a call, as `decode` takes them, fit this plan.
+
+        Raises:
+            ValueError: They do not; the message names the shapes.
+        """
         A, B = chain.A, chain.B
         shape = (self.lanes, self.depth, self.rank, self.hidden)
         if not A.shape == B.shape == shape:
@@ -283,11 +300,10 @@ class Workspace:
 
 
 def workspace(plan: DecodePlan, device: torch.device | str) -> Workspace:
-    """Zeroed memory for `decode` with this plan. Launches that may overlap (two streams) need one each."""
+    """Zeroed memory for `decode` with this plan; launches that may overlap, as of two streams, need one each."""
     values = _up_to(plan.values, LINE)
-    zeros = torch.zeros(
-        values + plan.counters, dtype=torch.int32, device=device
-    )  # one launch, where it counts
+    # one launch for both, where it counts
+    zeros = torch.zeros(values + plan.counters, dtype=torch.int32, device=device)
     return Workspace(zeros[: plan.values].view(torch.float32), zeros[values:])
 
 

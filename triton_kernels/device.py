@@ -9,5 +9,5 @@ EXACT = tl.constexpr("ieee")
 
 
 def strides(t: Tensor | None) -> tuple[int, int]:
-    """Of the first two dimensions; 0 for what is not there."""
+    """The strides of the first two dimensions, in elements; 0 for what is not there."""
     return (0, 0) if t is None else (t.stride(0), t.stride(1))

@@ -20,7 +20,7 @@ from torch.nn.functional import silu
 
 from .activations import ACTIVATIONS
 from .chain import ChainWeights
-from .reference import state_dtype
+from .reference import chain_output, state_dtype
 
 BLOCK = 128  # the width of Gram blocks on a CPU: the fastest there, and 64 to 512 are all within 15%
 
@@ -54,10 +54,8 @@ def lookahead(x: Tensor, chain: ChainWeights, *, block: int = BLOCK, gram: Tenso
 
 def run_blocks(x: Tensor, chain: ChainWeights, gram: Tensor) -> Tensor:
     """`lookahead` for tokens, a chain and Gram blocks that were checked, where no gradient is recorded."""
-    A, B, scale, bias, _, act = chain
-    rank, width = A.shape[2], gram.shape[-2]
-    state = state_dtype(A.dtype)
-    start = x.reshape(-1, x.shape[-1]).to(state)
+    A, B, rank, width = chain.A, chain.B, chain.A.shape[2], gram.shape[-2]
+    start = x.reshape(-1, x.shape[-1]).to(state_dtype(A.dtype))
     z = start.expand(A.shape[0], -1, -1).clone()
     # One lane goes without its dimension: a batched product of one costs twice the overhead on a CPU.
     lane = (lambda w: w[0]) if len(z) == 1 else (lambda w: w)
@@ -66,10 +64,9 @@ def run_blocks(x: Tensor, chain: ChainWeights, gram: Tensor) -> Tensor:
     reads, writes = _blocks(lane(wide(A)), width), _blocks(lane(wide(B)), width)
     for A_blk, B_blk, gram_blk in zip(reads, writes, lane(gram).unbind(-3), strict=True):
         P = multiply(z, A_blk.mT)
-        _solve(P, gram_blk, rank, act, add)
+        _solve(P, gram_blk, rank, chain.act, add)
         add(z, P, B_blk)
-    y = scale.to(state) * (z - start if z.dim() == 2 else (z - start).sum(0)) + bias.to(state)
-    return y.to(x.dtype).reshape(x.shape)
+    return chain_output(x, chain, z - start if z.dim() == 2 else (z - start).sum(0))
 
 
 def gram_blocks(A: Tensor, B: Tensor, *, block: int = BLOCK) -> Tensor:
@@ -120,7 +117,11 @@ def block_steps(block: int, depth: int, rank: int) -> int:
 
 
 def check_gram(gram: Tensor, A: Tensor) -> None:
-    """Raises ValueError, naming the shapes, unless `gram` has the form of A's Gram blocks."""
+    """Checks that `gram` has the form of Gram blocks for weights like A [L, K, r, d].
+
+    Raises:
+        ValueError: It has not; the message names the shapes and dtypes.
+    """
     lanes, depth, rank, _ = A.shape
     steps = gram.shape[-2] // rank if gram.dim() == 4 else 0
     width = steps * rank
@@ -133,7 +134,7 @@ def check_gram(gram: Tensor, A: Tensor) -> None:
 
 
 def wide(W: Tensor) -> Tensor:
-    """The rows of a lane's steps under one another: [L, S, r, d] -> [L, S r, d], a view for weights of one lane."""
+    """The rows of a lane's steps under one another: [L, S, r, d] becomes [L, S r, d], a view where L is 1."""
     return W.flatten(1, 2)
 
 

@@ -24,12 +24,16 @@ def matmul(
     finish: tuple[Tensor, Tensor] | None = None,
     act: str | None = None,
 ) -> None:
-    """For every lane: out = act(total + a W), summed in float32.
+    """Writes out = act(total + a W) of every lane, summed in float32.
 
-    a: [L, T, n], its lanes may share memory. W: [L, n, k], either of its last two dimensions contiguous.
-    out: [L, T, k] of any float dtype, rows contiguous. total: [L, T, k] float32, may be out; None for 0.
-    state: x [T, k] and z [L, T, k] of W's dtype: z = x + total + a W is written too.
-    finish: scale and bias [k] float32: out = scale * (total + a W) + bias. act: one of KERNEL_ACTS, None for none.
+    Args:
+        a: [L, T, n], of any float dtype; its lanes may share memory.
+        W: [L, n, k], either of its last two dimensions contiguous. Products take a in its dtype.
+        out: [L, T, k], of any float dtype, rows contiguous.
+        total: [L, T, k], float32; may be `out`; None for zeros.
+        state: x [T, k] and z [L, T, k], of which z = x + total + a W is written too, in z's dtype.
+        finish: scale and bias [k], float32, for out = scale * (total + a W) + bias.
+        act: One of KERNEL_ACTS, None for none.
     """
     lanes, tokens, inner = a.shape
     columns = W.shape[2]
@@ -47,11 +51,9 @@ def matmul(
 
 
 def tiles(tokens: int, columns: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes and launch options that do not spill on sm_80, sm_90, sm_100 and gfx942.
-
-    128 by 256 would read less, but spills 700 bytes a thread where u is added and z written, and a product of one
-    block, 512 columns for 4096 tokens, has 64 such tiles for 132 multiprocessors.
-    """
+    """Tile sizes and launch options that do not spill on sm_80, sm_90, sm_100 and gfx942."""
+    # 128 by 256 would read less, but spills 700 bytes a thread where u is added and z written, and a product of one
+    # block, 512 columns for 4096 tokens, has 64 such tiles for 132 multiprocessors.
     BM = min(128, max(16, triton.next_power_of_2(tokens)))
     if dtype == torch.float32:  # no matrix units: small tiles
         return {"BM": min(BM, 64), "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}

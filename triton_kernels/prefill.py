@@ -43,7 +43,14 @@ def prefill(x: Tensor, chain: ChainWeights, gram: Tensor, *, scratch: int = SCRA
 def chunk_tokens(
     shape: torch.Size | tuple[int, ...], width: int, *, itemsize: int, scratch: int = SCRATCH
 ) -> int:
-    """Tokens whose state, P and H take at most `scratch` bytes: a multiple of 128, and at least 128."""
+    """Tokens of a chunk whose state, P and H take at most `scratch` bytes: a multiple of 128, and at least 128.
+
+    Args:
+        shape: Of A, [L, K, r, d].
+        width: Columns of a Gram block.
+        itemsize: Bytes of an element of the weights.
+        scratch: Bytes of temporary memory.
+    """
     lanes, _, _, hidden = shape
     each = lanes * (hidden * (4 + itemsize) + width * (4 + itemsize))
     return max(128, scratch // each // 128 * 128)

@@ -62,12 +62,19 @@ def flattened_reference(x: Tensor, chain: ChainWeights) -> Tensor:
     gates = None if chain.G is None else _side_by_side(chain.G)
     tokens = x.reshape(1, -1, x.shape[-1]).to(chain.A.dtype)
     h = step_hidden(tokens, _side_by_side(chain.A), gates, chain.act)
-    return _output(x, chain, torch.bmm(h, _side_by_side(chain.B))[0])
+    return chain_output(x, chain, torch.bmm(h, _side_by_side(chain.B))[0])
 
 
 def run_steps(x: Tensor, chain: ChainWeights) -> Tensor:
     """`chain_reference` for tokens and a chain that were checked."""
-    return _output(x, chain, _updates(x.reshape(-1, x.shape[-1]), chain).sum(0))
+    return chain_output(x, chain, _updates(x.reshape(-1, x.shape[-1]), chain).sum(0))
+
+
+def chain_output(x: Tensor, chain: ChainWeights, update: Tensor) -> Tensor:
+    """y, of x's shape [..., d] and dtype, from the sum of the lanes' updates [T, d]: scale * update + bias."""
+    state = state_dtype(chain.A.dtype)
+    y = chain.scale.to(state) * update.to(state) + chain.bias.to(state)
+    return y.to(x.dtype).reshape(x.shape)
 
 
 def state_dtype(weights: torch.dtype) -> torch.dtype:
@@ -99,13 +106,6 @@ def _updates(x: Tensor, chain: ChainWeights) -> Tensor:
     for A_k, B_k, G_k in zip(A.unbind(1), B.unbind(1), gates, strict=True):
         z = add_product(z, step_hidden(z.to(A.dtype), A_k, G_k, act), B_k)
     return z - start
-
-
-def _output(x: Tensor, chain: ChainWeights, update: Tensor) -> Tensor:
-    """y, like x, from the lanes' summed updates [T, d]."""
-    state = state_dtype(chain.A.dtype)
-    y = chain.scale.to(state) * update.to(state) + chain.bias.to(state)
-    return y.to(x.dtype).reshape(x.shape)
 
 
 def _side_by_side(W: Tensor) -> Tensor:

@@ -29,10 +29,17 @@ def block_solve(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """H [L, T, m] in gram's dtype, in `out` where that is given.
+    """H of a block of steps from what all of them read of its first state.
 
-    P: [L, T, m] float32, any strides of its first two dimensions. gram: [L, m, m], as `gram_blocks` makes it.
-    act: one of KERNEL_ACTS.
+    Args:
+        P: [L, T, m], float32, rows contiguous.
+        gram: The block's [L, m, m], as `gram_blocks` makes it, rows contiguous.
+        rank: Columns of a step, which divide m.
+        act: One of KERNEL_ACTS.
+        out: Where H is written, [L, T, m], rows contiguous; new memory if None.
+
+    Returns:
+        H, [L, T, m], in gram's dtype.
     """
     lanes, tokens, width = P.shape
     H = torch.empty(P.shape, dtype=gram.dtype, device=P.device) if out is None else out
