@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..triton_kernels import current_backend, dlr_net, gram_blocks, gram_width
+from ..triton_kernels import ChainWeights, current_backend, dlr_net, gram_blocks, gram_width
 from .spec import DLRSpec
 
 
@@ -49,6 +49,11 @@ class DLRNet(nn.Module):
         """The names of the [L, K, r, d] weights."""
         return ("dlr_A", "dlr_B", "dlr_G") if spec.gated else ("dlr_A", "dlr_B")
 
+    @property
+    def chain(self) -> ChainWeights:
+        """The weights as the functions of `triton_kernels` take them: the parameters themselves, no copies."""
+        return ChainWeights(self.dlr_A, self.dlr_B, self.dlr_scale, self.dlr_bias, self.dlr_G, self.spec.act)
+
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., d] -> y: [..., d], in x's dtype, by the current backend of `triton_kernels.backend`."""
         if current_backend() == "naive":
@@ -57,9 +62,7 @@ class DLRNet(nn.Module):
                 self.dlr_gram = None  # training follows, and fused optimizers do not count their writes
         else:
             gram = self._current_gram()
-        return dlr_net(
-            x, self.dlr_A, self.dlr_B, self.dlr_scale, self.dlr_bias, self.dlr_G, self.spec.act, gram
-        )
+        return dlr_net(x, self.chain, gram)
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -69,14 +72,15 @@ class DLRNet(nn.Module):
         moved or trained. What goes past torch, such as writing through `.data`, it cannot see: call this then.
         """
         self.dlr_gram = None
-        if self.dlr_A.is_meta:
+        if self.dlr_A.is_meta or self.spec.gated:
             return
-        width = gram_width(self.spec.weight_shape, self.spec.gated, self.dlr_A.itemsize, self.dlr_A.device)
-        self.dlr_gram = gram_blocks(self.dlr_A, self.dlr_B, self.dlr_G, block=width)
+        self.dlr_gram = gram_blocks(self.dlr_A, self.dlr_B, block=gram_width(self.dlr_A))
         self._prepared = [(weakref.ref(w), _writes(w)) for w in self._weights()]
 
     def _current_gram(self) -> Tensor | None:
-        if torch.compiler.is_compiling():  # cannot be traced; what is compiled is inference
+        if (
+            self.spec.gated or torch.compiler.is_compiling()
+        ):  # cannot be traced; what is compiled is inference
             return self.dlr_gram
         weights = self._weights()
         seen = [(id(ref()), count) for ref, count in self._prepared]

@@ -2,6 +2,7 @@
 
 from .activations import ACTIVATIONS
 from .backend import BACKENDS, backend, current_backend
+from .chain import ChainWeights
 from .cost import gram_width
 from .lookahead import gram_blocks, lookahead
 from .op import dlr_net
@@ -10,6 +11,7 @@ from .reference import chain_reference, flattened_reference, lane_updates
 __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
+    "ChainWeights",
     "backend",
     "chain_reference",
     "current_backend",

@@ -2,7 +2,7 @@
 
 auto        the fused kernels on a CUDA or ROCm device, look-ahead elsewhere; inference only
 triton      the fused kernels, an error where they cannot run
-lookahead   plain torch, in rounds; inference only in a DLRNet (`lookahead` itself is differentiable)
+lookahead   plain torch, in rounds; inference only
 naive       the definition, step by step: what is trained
 """
 
@@ -18,9 +18,15 @@ _chosen: list[list[str]] = []  # the open `backend` blocks, in the order in whic
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Runs chains by the backend `name` within the block, in all threads; raises ValueError on an unknown one.
+    """Runs chains by another backend within a `with` block, in all threads.
 
     A compiled or captured graph keeps the backend that it was made with.
+
+    Args:
+        name: One of BACKENDS.
+
+    Raises:
+        ValueError: `name` is no backend.
     """
     entry = [_known(name, "backend")]
     _chosen.append(entry)
@@ -32,7 +38,11 @@ def backend(name: str) -> Iterator[None]:
 
 
 def current_backend() -> str:
-    """The innermost `backend` block's, else $DLR_LOCK_BACKEND, else 'auto'; raises ValueError on an unknown one."""
+    """The innermost `backend` block's, else $DLR_LOCK_BACKEND, else 'auto'.
+
+    Raises:
+        ValueError: $DLR_LOCK_BACKEND is no backend.
+    """
     return _chosen[-1][0] if _chosen else _known(os.environ.get(VARIABLE) or "auto", VARIABLE)
 
 

@@ -10,12 +10,13 @@ from functools import cache
 from math import ceil
 
 import torch
+from torch import Tensor
 
 from .decode_plan import DecodePlan
 from .lookahead import BLOCK, block_steps
 
 MAX_DECODE_TOKENS = 64
-SOLVE_WIDTH = 512  # columns of one solve: the most whose steps stay in registers, half of it for gated steps
+SOLVE_WIDTH = 512  # columns of one solve: the most whose steps stay in registers
 SOLVE_STEPS = 16  # steps of one solve, which is unrolled: 120 small products
 _GRAM_SHARE = 1 / 8  # of the weights' memory, which Gram blocks wider than one solve may take
 USUAL_TOKENS = 4096  # of a prefill, which the width of Gram blocks is chosen for
@@ -26,7 +27,7 @@ class Device:
     """A GPU's constants. Rates are what a long copy and a large product reach, not the data sheet's."""
 
     name: str
-    sms: int
+    sms: int  # multiprocessors
     bandwidth: float  # bytes a second, device memory
     flops: float  # of 16-bit products, a second
     sm_bandwidth: float = (
@@ -53,7 +54,7 @@ H200 = Device("NVIDIA H200", 132, *_KNOWN["H200"])
 
 @cache
 def device_constants(index: int) -> Device:
-    """The constants of CUDA or ROCm device `index`; a GPU that is not known is taken for an H200 of its size."""
+    """The constants of the CUDA or ROCm device `index`; one that is not known is taken for an H200 of its size."""
     properties = torch.cuda.get_device_properties(index)
     sms = properties.multi_processor_count
     rates = next((r for key, r in _KNOWN.items() if key in properties.name), None)
@@ -66,63 +67,64 @@ def device_constants(index: int) -> Device:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A DLR-Net on T tokens: A, B (and G) [lanes, depth, rank, hidden] of `itemsize` bytes an element."""
+    """A DLR-Net on a number of tokens: A and B are [lanes, depth, rank, hidden] of `itemsize` bytes an element."""
 
     lanes: int
-    depth: int
+    depth: int  # steps a lane
     rank: int
     hidden: int
     tokens: int
-    gated: bool = False
     itemsize: int = 2
 
-    @property
-    def matrices(self) -> int:
-        return 3 if self.gated else 2
+    @staticmethod
+    def of(A: Tensor, tokens: int) -> "Shape":
+        """The shape of a chain with weights like A [L, K, r, d]."""
+        lanes, depth, rank, hidden = A.shape
+        return Shape(lanes, depth, rank, hidden, tokens, A.itemsize)
 
     @property
     def weight_bytes(self) -> int:
-        return self.matrices * self.lanes * self.depth * self.rank * self.hidden * self.itemsize
+        """Bytes of A and B."""
+        return 2 * self.lanes * self.depth * self.rank * self.hidden * self.itemsize
 
     @property
     def flops(self) -> int:
-        """Of the chain itself, two a multiplication and addition."""
+        """FLOPs of the chain itself, two for a multiplication and addition."""
         return 2 * self.tokens * self.weight_bytes // self.itemsize
 
     def gram_bytes(self, width: int) -> int:
-        """Of Gram blocks of `width` columns, as `gram_blocks` makes them."""
+        """Bytes of Gram blocks of `width` columns, as `gram_blocks` makes them."""
         steps = block_steps(width, self.depth, self.rank)
         blocks = ceil(self.depth / steps)
-        return 0 if steps == 1 else (self.matrices - 1) * self.lanes * blocks * width**2 * self.itemsize
+        return 0 if steps == 1 else self.lanes * blocks * width**2 * self.itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Seconds of one path. launches: kernels; rounds: dependent grid-wide steps; floor: the larger of bytes over
-    bandwidth and FLOPs over their rate."""
+    """What one path should take."""
 
-    path: str
+    path: str  # "decode", "prefill" or "dense"
     seconds: float
-    floor: float
-    launches: int
-    rounds: int
+    floor: float  # seconds, see `floor_seconds`
+    launches: int  # kernels
+    rounds: int  # dependent grid-wide steps
 
 
 def floor_seconds(shape: Shape, device: Device) -> float:
-    """The larger of the weights' and x's and y's bytes over bandwidth and the chain's FLOPs over their rate."""
+    """Seconds that no implementation can beat: the bytes of the weights, x and y at the device's bandwidth, or the
+    chain's FLOPs at its rate, whichever takes longer."""
     moved = shape.weight_bytes + 2 * shape.tokens * shape.hidden * shape.itemsize
     return max(moved / device.bandwidth, shape.flops / device.flops)
 
 
 def predict_decode(shape: Shape, plan: DecodePlan, device: Device) -> Prediction:
-    """The persistent kernel: a round streams its weights while the one before it waits and solves."""
+    """What the decode kernel should take: a round streams its weights while the one before it waits and solves."""
     floor = floor_seconds(shape, device)
     busy = min(1.0, plan.lanes * plan.slices / device.sms)
     stream = shape.weight_bytes / plan.rounds / (device.bandwidth * busy)
-    maps = shape.matrices - 1
     # What every CTA reads from L2 for its solve: the Gram tiles and P; before that, P was added by all of them.
-    grams = plan.steps * (plan.steps - 1) // 2 * plan.rank**2 * maps * shape.itemsize
-    p = 4 * shape.tokens * plan.steps * plan.rank * maps
+    grams = plan.steps * (plan.steps - 1) // 2 * plan.rank**2 * shape.itemsize
+    p = 4 * shape.tokens * plan.steps * plan.rank
     adds = plan.lanes * plan.slices * p / device.atomics if plan.slices > 1 else 0.0
     barrier = device.barrier if plan.slices > 1 else 0.0
     # The Gram tiles are requested before the wait, P only after it.
@@ -135,10 +137,9 @@ def predict_decode(shape: Shape, plan: DecodePlan, device: Device) -> Prediction
 
 
 def predict_prefill(shape: Shape, width: int, device: Device) -> Prediction:
-    """Rounds of launches with Gram blocks of `width` columns, each at the rate of its bytes or FLOPs."""
-    maps = shape.matrices - 1
+    """What prefill should take with Gram blocks of `width` columns: each launch at the rate of its bytes or FLOPs."""
     rounds = ceil(shape.depth / block_steps(width, shape.depth, shape.rank))
-    part = solve_columns(width, shape.rank, shape.gated)
+    part = solve_columns(width, shape.rank)
     parts = ceil(width / part)
     rows = shape.lanes * shape.tokens
     # u read and written, z written, x read: once a round but the last, where y is written instead
@@ -146,63 +147,69 @@ def predict_prefill(shape: Shape, width: int, device: Device) -> Prediction:
     moved = shape.weight_bytes + state + 2 * shape.tokens * shape.hidden * shape.itemsize
     products = max(shape.flops / device.flops, moved / device.bandwidth)
     # Two products a round: there is nothing to solve, and P is never in memory.
-    if width == shape.rank and not shape.gated:
+    if width == shape.rank:
         written = 2 * rows * shape.depth * shape.rank * shape.itemsize / device.bandwidth
-        return Prediction(
-            "prefill",
-            2 * rounds * device.launch + products + written,
-            floor_seconds(shape, device),
-            2 * rounds,
-            rounds,
-        )
+        seconds = 2 * rounds * device.launch + products + written
+        return Prediction("prefill", seconds, floor_seconds(shape, device), 2 * rounds, rounds)
     # The solves: P written and read, H written and read; small products at a third of the rate; or their steps,
     # one after another, in programs of 64 tokens of which a multiprocessor holds two.
     columns = rows * shape.depth * shape.rank
     waves = ceil(ceil(shape.tokens / 64) * shape.lanes / (2 * device.sms))
     solves = max(
-        columns * (8 * maps + 2 * shape.itemsize) / device.bandwidth,
-        columns * part * maps / (device.flops / 3),
+        columns * (8 + 2 * shape.itemsize) / device.bandwidth,
+        columns * part / (device.flops / 3),
         waves * shape.depth * device.step,
     )
     # What the parts of a block add to the P of its later ones: 8 bytes an element read and written each time
-    between = (parts - 1) / 2 * columns * maps * max(2 * part / device.flops, 8 / device.bandwidth)
-    launches = rounds * (1 + maps + parts + (parts - 1) * maps)
+    between = (parts - 1) / 2 * columns * max(2 * part / device.flops, 8 / device.bandwidth)
+    launches = rounds * (2 * parts + 1)
     seconds = launches * device.launch + products + solves + between
     return Prediction("prefill", seconds, floor_seconds(shape, device), launches, rounds)
 
 
 def predict_dense(shape: Shape, width: int, device: Device) -> Prediction:
-    """The gated MLP of `width` hidden units that the chain stands for: three products and a product of two."""
+    """What a gated MLP of `width` hidden units in the chain's place should take, in three launches."""
     elements = 3 * shape.hidden * width
     seconds = max(elements * shape.itemsize / device.bandwidth, 2 * shape.tokens * elements / device.flops)
     return Prediction("dense", 3 * device.launch + seconds, seconds, 3, 3)
 
 
-def solve_columns(width: int, rank: int, gated: bool) -> int:
-    """Columns of a block of `width` that one solve takes: whole steps, as many as its registers hold."""
-    most = min(SOLVE_WIDTH // (1 + gated), SOLVE_STEPS * rank)
+def solve_columns(width: int, rank: int) -> int:
+    """Columns of a block of `width` columns that one solve takes: whole steps, as many as its registers hold."""
+    most = min(SOLVE_WIDTH, SOLVE_STEPS * rank)
     return min(width, max(rank, most // rank * rank))
 
 
-def gram_width(shape: tuple[int, ...], gated: bool, itemsize: int, device: torch.device) -> int:
-    """The width of Gram blocks, in columns, that suits weights [L, K, r, d] on a device."""
-    if device.type != "cuda":
+def gram_width(A: Tensor) -> int:
+    """The width of Gram blocks, in columns, that suits a chain's weights.
+
+    Args:
+        A: One of them, [L, K, r, d], of their dtype, on the device on which the chain will run.
+
+    Returns:
+        What `gram_blocks` takes as `block`.
+    """
+    if not A.is_cuda:
         return BLOCK
-    lanes, depth, rank, hidden = shape
-    usual = Shape(lanes, depth, rank, hidden, USUAL_TOKENS, gated, itemsize)
-    return best_width(usual, device_constants(device.index or 0))
+    return best_width(Shape.of(A, USUAL_TOKENS), device_constants(A.device.index or 0))
 
 
 @cache
 def best_width(shape: Shape, device: Device) -> int:
-    """The width at which one token and shape.tokens are predicted to be nearest to their floors (the product of the
-    two ratios), with Gram blocks of one solve, or of at most an eighth of the weights' bytes.
+    """The width of Gram blocks, in columns, at which a chain should be nearest to its floors.
 
     Tried are whole solves, and solves of a power of two of steps, which decode's rounds divide in more ways; once
-    to eight times.
+    to eight times. Blocks wider than one solve may take an eighth of the weights' bytes.
+
+    Args:
+        shape: The chain, with the number of tokens that counts beside one token.
+        device: The GPU.
+
+    Returns:
+        The width at which the product of both predictions over their floors is the least.
     """
     lane = shape.depth * shape.rank
-    part = solve_columns(lane, shape.rank, shape.gated)
+    part = solve_columns(lane, shape.rank)
     even = shape.rank << (part // shape.rank).bit_length() - 1
     widths = sorted({min(lane, size * n) for size in (part, even) for n in (1, 2, 4, 8)})
     fitting = [w for w in widths if w <= part or shape.gram_bytes(w) <= _GRAM_SHARE * shape.weight_bytes]
@@ -220,7 +227,18 @@ def _over_floor(shape: Shape, width: int, device: Device) -> float:
 
 @cache
 def decode_plan(shape: Shape, device: Device, steps: int, deterministic: bool = False) -> DecodePlan | None:
-    """The plan of the persistent kernel with Gram blocks of `steps` steps, or None where it cannot run."""
+    """How the decode kernel runs a chain.
+
+    Args:
+        shape: The chain, and the tokens of a call.
+        device: The GPU.
+        steps: Steps of a Gram block.
+        deterministic: Whether sums are taken in a fixed order.
+
+    Returns:
+        The plan; None where the kernel cannot run: on a device without cooperative launches, for more than
+        MAX_DECODE_TOKENS tokens, or for a chain of more lanes or longer lanes than it holds.
+    """
     if not device.cooperative or not 0 < shape.tokens <= MAX_DECODE_TOKENS or shape.lanes > device.sms:
         return None
     try:
@@ -232,7 +250,6 @@ def decode_plan(shape: Shape, device: Device, steps: int, deterministic: bool = 
             tokens=shape.tokens,
             sms=device.sms,
             itemsize=shape.itemsize,
-            gated=shape.gated,
             block_steps=steps,
             deterministic=deterministic,
         )
@@ -242,7 +259,7 @@ def decode_plan(shape: Shape, device: Device, steps: int, deterministic: bool = 
 
 @cache
 def choose(shape: Shape, device: Device, steps: int, deterministic: bool = False) -> DecodePlan | None:
-    """The decode plan where that path is predicted to be the faster one, else None: prefill."""
+    """The plan of `decode_plan`, with its arguments, where that path should be the faster one; else None: prefill."""
     plan = decode_plan(shape, device, steps, deterministic)
     if plan is None:
         return None

@@ -1,20 +1,19 @@
 """The decode kernel: a whole DLR-Net for up to 64 tokens in one persistent cooperative launch.
 
-A CTA is (lane, slice): it holds d/C columns of its lane's state and streams the same columns of the lane's A,
-B and G once. A round is S steps, by look-ahead (`solve.py`):
+A CTA is (lane, slice): it holds d/C columns of its lane's state and streams those columns of the lane's A and B once.
+A round is S steps, by look-ahead (`solve.py`):
 
     1. partial P_i = z[:, slice] A_i[:, slice]^T of the round's steps, added into the lane's P
-    2. barrier among the C CTAs of the lane; this round's B and Gram tiles and the next A are requested before
-       the wait
+    2. barrier among the C CTAs of the lane; this round's B and Gram tiles and the next A are requested before the wait
     3. every CTA solves the round from P and the Gram tiles: h_i
     4. z[:, slice] += sum_i h_i B_i[:, slice], then 1. for the next round
 
-and at the end the lanes' z - x are added, and the last lane to arrive at a slice writes y. Lanes never wait
-for each other. `decode_plan.py` holds the geometry and the argument why the workspace is left as it was
-found; `decode_steps.py` runs the same schedule in plain torch, one CTA at a time, in any order.
+and at the end the lanes' z - x are added, and the last lane to arrive at a slice writes y. Lanes never wait for each
+other. `decode_plan.py` holds the geometry and the argument why the workspace is left as it was found;
+`tests/triton_kernels/decode_steps.py` runs the same schedule in plain torch, one CTA at a time, in any order.
 
-A step's rank is held as Q tiles of RP rows, its parts, of which the last may be ragged. Tile t of a round is part
-t % Q of step t // Q. Parts of one step do not depend on each other: there are Gram products between steps only.
+A step's rank is held as Q tiles of RP rows, its parts, of which the last may be ragged. Tile t of a round is part t % Q
+of step t // Q. Parts of one step do not depend on each other: there are Gram products between steps only.
 """
 
 import torch
@@ -22,46 +21,45 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activations import triton_form
+from .chain import ChainWeights
 from .decode_plan import DecodePlan, Workspace, workspace
-from .device import EXACT, KERNEL_ACTS, activate
+from .device import EXACT
 
 __all__ = ["DecodePlan", "Workspace", "decode", "workspace"]
 
 
 def decode(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    gram: Tensor | None,
-    G: Tensor | None = None,
-    gate_gram: Tensor | None = None,
-    act: str = "silu",
-    *,
-    plan: DecodePlan,
-    workspace: Workspace,
+    x: Tensor, chain: ChainWeights, gram: Tensor | None, *, plan: DecodePlan, workspace: Workspace
 ) -> Tensor:
-    """y [T, d] in x's dtype, contiguous: scale * sum_l (z[l,K] - x) + bias.
+    """The output of a DLR-Net of plain steps for few tokens, in one launch.
 
-    x: [T, d] with T <= plan.tokens, any float dtype, rows contiguous. A, B and, for gated steps, G:
-    [L, K, r, d] contiguous, of one dtype: float32, bfloat16 or float16. scale, bias: [d] float32.
-    gram: [L, N, m, m] in the weights' dtype, rows contiguous, of blocks of m/r steps that plan.steps divides, or
-    of any number where N = 1; unused for plan.steps == 1. gate_gram: gram's counterpart for G. act: one of
-    KERNEL_ACTS.
-    workspace: made by `workspace` for this plan.
-    Raises ValueError on shapes that do not fit the plan; the launch fails where lanes * slices CTAs do not
-    fit the device at once.
+    Args:
+        x: The tokens, [T, d] with T <= plan.tokens, of any float dtype, rows contiguous.
+        chain: The weights: A and B contiguous, float32, bfloat16 or float16; scale and bias float32; an activation of
+            KERNEL_ACTS.
+        gram: [L, N, m, m] in the weights' dtype, rows contiguous, of blocks of m / r steps that plan.steps divides, or
+            of any number where N = 1; not read for plan.steps == 1.
+        plan: Who holds what, made for a chain of this shape: the launch fails where the device cannot run its
+            lanes * slices CTAs at once.
+        workspace: Made by `workspace` for this plan, used by no other launch at the same time.
+
+    Returns:
+        y, [T, d], in x's dtype, contiguous.
+
+    Raises:
+        ValueError: The tensors do not fit the plan.
     """
-    plan.check(x, A, B, G, gram, gate_gram)
+    plan.check(x, chain, gram)
     if plan.steps == 1:
-        gram = gate_gram = None
+        gram = None
+    A, B, scale, bias, _, act = chain
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     decode_kernel[(plan.lanes * plan.slices,)](
-        x, A, B, G, scale, bias, gram, gate_gram, y, workspace.values, workspace.counters,
-        x.shape[0], x.stride(0), *_strides(gram), *_strides(gate_gram),
+        x, A, B, scale, bias, gram, y, workspace.values, workspace.counters,
+        x.shape[0], x.stride(0), *((0, 0, 0) if gram is None else gram.stride()[:3]),
         BLOCK=plan.steps if gram is None else gram.shape[-1] // plan.rank,
-        ACT=KERNEL_ACTS[act], **plan.constants(),
+        ACT=triton_form(act), **plan.constants(),
         **launch_options(plan),
     )  # fmt: skip
     return y
@@ -69,16 +67,7 @@ def decode(
 
 def launch_options(plan: DecodePlan) -> dict[str, int | bool]:
     """The compiler's options. One stage: what is pipelined, over the tiles of a slice, says so itself."""
-    return {
-        "num_warps": plan.num_warps,
-        "num_stages": 1,
-        "enable_fp_fusion": True,
-        "launch_cooperative_grid": True,
-    }
-
-
-def _strides(gram: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0) if gram is None else gram.stride()[:3]
+    return {"num_warps": plan.num_warps, "num_stages": 1, "launch_cooperative_grid": True}
 
 
 @triton.jit
@@ -218,11 +207,8 @@ def _gather(
 
 
 @triton.jit
-def _solve(
-    ps, grams, gates, DTYPE: tl.constexpr,
-    ACT: tl.constexpr, GATED: tl.constexpr, Q: tl.constexpr, S: tl.constexpr,
-):  # fmt: skip
-    """The tiles of h [BM, RP] of a round, as in solve.py; the gates' p follow those of A in ps."""
+def _solve(ps, grams, DTYPE: tl.constexpr, ACT: tl.constexpr, Q: tl.constexpr, S: tl.constexpr):
+    """The tiles of h [BM, RP] of a round, as in solve.py."""
     hs = ()
     for t in tl.static_range(S * Q):
         # Before tile t's Gram tiles come those of the steps before, i Q a part of step i, and of its earlier parts.
@@ -230,15 +216,7 @@ def _solve(
         for u in tl.static_range(t // Q * Q):
             gram = grams[Q * Q * (t // Q * (t // Q - 1) // 2) + t % Q * (t // Q * Q) + u]
             p = tl.dot(hs[u], gram, p, input_precision=EXACT)
-        if GATED:
-            q = ps[S * Q + t]
-            for u in tl.static_range(t // Q * Q):
-                gate = gates[Q * Q * (t // Q * (t // Q - 1) // 2) + t % Q * (t // Q * Q) + u]
-                q = tl.dot(hs[u], gate, q, input_precision=EXACT)
-            h = activate(q, ACT) * p
-        else:
-            h = activate(p, ACT)
-        hs += (h.to(DTYPE),)
+        hs += (ACT(p).to(DTYPE),)
     return hs
 
 
@@ -252,22 +230,41 @@ def _write(p_y, p_scale, p_bias, delta, o_d, m_d, o_y, m_y):
 
 @triton.jit(do_not_specialize=["T"])
 def decode_kernel(
-    p_x, p_a, p_b, p_g, p_scale, p_bias, p_gram, p_gate, p_y, p_values, p_counters,
-    T, s_xt, s_gl, s_gn, s_gj, s_el, s_en, s_ej,
-    L: tl.constexpr, K: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
-    S: tl.constexpr, Q: tl.constexpr, RP: tl.constexpr, TILES: tl.constexpr,
-    ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
-    C: tl.constexpr, DS: tl.constexpr, DC: tl.constexpr, CHUNKS: tl.constexpr,
-    STAGES: tl.constexpr, P_SLOT: tl.constexpr, P_SLOTS: tl.constexpr, RING: tl.constexpr, SHARE: tl.constexpr,
-    Y_START: tl.constexpr, Y_SLOTS: tl.constexpr, Z_START: tl.constexpr,
+    p_x, p_a, p_b, p_scale, p_bias, p_gram, p_y, p_values, p_counters,
+    T, s_xt, s_gl, s_gn, s_gj,
+    L: tl.constexpr, K: tl.constexpr, R: tl.constexpr, D: tl.constexpr, ACT: tl.constexpr,
+    BM: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, DS: tl.constexpr, DC: tl.constexpr, STAGES: tl.constexpr, DETERMINISTIC: tl.constexpr,
+    RING: tl.constexpr, SHARE: tl.constexpr, Y_START: tl.constexpr, Z_START: tl.constexpr,
     EXITS: tl.constexpr, TURNS: tl.constexpr, LINE: tl.constexpr,
-    ACT: tl.constexpr, GATED: tl.constexpr, DETERMINISTIC: tl.constexpr,
 ):  # fmt: skip
+    """All of one CTA's part: see the top of the file, and `DecodePlan` for the numbers that are compiled in.
+
+    The call       p_x [T, D] and p_y [T, D]: tokens and output, any float dtype. T: tokens, BM at most. s_xt: elements
+                   from a token of x to the next.
+    The weights    p_a, p_b [L, K, R, D]: A and B. p_scale, p_bias [D]: float32. p_gram [L, N, m, m]: Gram blocks, None
+                   for S = 1; s_gl, s_gn, s_gj: elements from a lane, a block and a row of it to the next.
+    The chain      L: lanes. K: steps a lane. R: rank. D: features. ACT: the activation, a `triton.jit` function.
+    A round        BM: rows of a tile of tokens. S: its steps. Q: parts of a step. RP: rows of a part. BLOCK: steps of a
+                   Gram block.
+    A CTA          C: CTAs, and so slices, a lane. DS: columns of a slice. DC: columns of a tile of it. STAGES: of the
+                   software pipeline over the tiles. DETERMINISTIC: sum in a fixed order, in a slot for each writer.
+    The workspace  p_values: float32. RING: buffers of P a lane, from the first value on. SHARE: values of a buffer that
+                   a CTA zeroes. Y_START, Z_START: where the lanes' sums and the states begin.
+                   p_counters: int32. LINE: counters from one that is used to the next: first a barrier a lane, from
+                   EXITS on an exit counter a lane, from TURNS on a turn counter a slice.
+    """
     DTYPE: tl.constexpr = p_a.dtype.element_ty
-    STEP: tl.constexpr = R * D
-    TILE: tl.constexpr = BM * RP
+    STEP: tl.constexpr = R * D  # elements of a step's A
+    ROUNDS: tl.constexpr = (K + S - 1) // S
+    CHUNKS: tl.constexpr = (DS + DC - 1) // DC  # tiles a slice; one stays in registers
+    TILES: tl.constexpr = S * Q  # of P, and so of A and of B, in a round
+    TILE: tl.constexpr = BM * RP  # values of a tile of P
     GRAMS: tl.constexpr = S * (S - 1) // 2 * Q * Q
-    BUFFER: tl.constexpr = P_SLOTS * P_SLOT
+    SLOT: tl.constexpr = TILES * TILE
+    P_SLOTS: tl.constexpr = C if DETERMINISTIC else 1
+    Y_SLOTS: tl.constexpr = L if DETERMINISTIC else 1
+    BUFFER: tl.constexpr = P_SLOTS * SLOT
     i_l = (tl.program_id(0) // C).to(tl.int64)
     i_c = tl.program_id(0) % C
     first = i_c * DS
@@ -283,21 +280,15 @@ def decode_kernel(
     p_x += first + o_t * s_xt + o_c[None, :]
     p_p = p_values + i_l * (RING * BUFFER)  # the lane's ring of buffers
     o_p = o_t * RP + o_r[None, :]
-    o_slot = i_c * P_SLOT if DETERMINISTIC else 0
+    o_slot = i_c * SLOT if DETERMINISTIC else 0
     p_z = p_values + Z_START + i_l * (BM * D) + first + o_t * D + o_c[None, :]
     p_barrier = p_counters + i_l * LINE
     if S > 1:
         p_gram += i_l * s_gl
-    if GATED:
-        p_g += i_l * (K * STEP) + first
-        if S > 1:
-            p_gate += i_l * s_el
 
     if CHUNKS == 1:
         z = tl.load(p_x, mask=m_t & m_c, other=0.0).to(tl.float32)
         ws = _weights(p_a, o_w, m_c, K, D, R, RP, Q, S)
-        if GATED:
-            ws += _weights(p_g, o_w, m_c, K, D, R, RP, Q, S)
     else:
         for o_q in range(0, CHUNKS * DC, DC):
             m_q = m_t & (o_c[None, :] < width - o_q)
@@ -316,41 +307,31 @@ def decode_kernel(
                 m_q = o_c[None, :] < width - o_q
                 z = tl.load(p_z + o_q, mask=m_t & m_q, other=0.0)
                 ws = _weights(p_a + o_n + o_q, o_w, m_q, left, D, R, RP, Q, S)
-                if GATED:
-                    ws += _weights(p_g + o_n + o_q, o_w, m_q, left, D, R, RP, Q, S)
                 ps = _project(z, ws, ps, TILES)
         if C > 1:
             p_round = p_p + (n % RING) * BUFFER + o_p
             _publish(p_round + o_slot, ps, m_t, not DETERMINISTIC, R, RP, Q, TILE, TILES)
             _arrive(p_barrier)
 
-        # ---- what does not depend on the other CTAs is requested before the wait. B and the Gram tiles reach
-        # shared memory meanwhile; the next A (and G) stay in flight until the next round's P. All of it after
-        # the arrival, whose release would wait for loads before it.
+        # ---- what does not depend on the other CTAs is requested before the wait. B and the Gram tiles reach shared
+        # memory meanwhile; the next A stays in flight until the next round's P. All of it after the arrival, whose
+        # release would wait for loads before it.
         if CHUNKS == 1:
             bs = _weights(p_b + o_n, o_w, m_c, left, D, R, RP, Q, S)
         grams = ()
-        gates = ()
         if S > 1:
             WHOLE: tl.constexpr = BLOCK % S == 0
             o_block = n * S // BLOCK
             o_step = (n * S % BLOCK) * R
             grams = _gram_tiles(p_gram + o_block * s_gn + o_step * (s_gj + 1), s_gj, left, R, RP, Q, S, WHOLE)
-            if GATED:
-                gates = _gram_tiles(
-                    p_gate + o_block * s_en + o_step * (s_ej + 1), s_ej, left, R, RP, Q, S, WHOLE
-                )
         if CHUNKS == 1:
             ws = _weights(p_a + o_n + S * STEP, o_w, m_c, left - S, D, R, RP, Q, S)
-            if GATED:
-                ws += _weights(p_g + o_n + S * STEP, o_w, m_c, left - S, D, R, RP, Q, S)
             tl.debug_barrier()
-            bs = _settle(bs, left > 0, S * Q)
+            bs = _settle(bs, left > 0, TILES)
             grams = _settle(grams, left > 0, GRAMS)
-            gates = _settle(gates, left > 0, GRAMS if GATED else 0)
         if C > 1:
             _wait(p_barrier, (n + 1) * C)
-            ps = _gather(p_round, m_t, P_SLOT, P_SLOTS, R, RP, Q, TILE, TILES)
+            ps = _gather(p_round, m_t, SLOT, P_SLOTS, R, RP, Q, TILE, TILES)
             if not DETERMINISTIC:
                 # Nobody reads round n - 1 any more, nobody adds to its buffer before barrier n + 1.
                 o_z = i_c * SHARE + tl.arange(0, SHARE)
@@ -358,15 +339,15 @@ def decode_kernel(
                 tl.store(p_share, tl.zeros((SHARE,), tl.float32), mask=o_z < BUFFER)
 
         # ---- the state moves on
-        hs = _solve(ps, grams, gates, DTYPE, ACT, GATED, Q, S)
+        hs = _solve(ps, grams, DTYPE, ACT, Q, S)
         if CHUNKS == 1:
-            z = _update(z, hs, bs, S * Q)
+            z = _update(z, hs, bs, TILES)
         else:
             for o_q in tl.range(0, CHUNKS * DC, DC, num_stages=STAGES):
                 m_q = o_c[None, :] < width - o_q
                 z = tl.load(p_z + o_q, mask=m_t & m_q, other=0.0)
                 bs = _weights(p_b + o_n + o_q, o_w, m_q, left, D, R, RP, Q, S)
-                z = _update(z, hs, bs, S * Q)
+                z = _update(z, hs, bs, TILES)
                 tl.store(p_z + o_q, z, mask=m_t & m_q)
 
     # ---- y: of this CTA where there is one lane, else of the last lane to arrive

@@ -1,9 +1,10 @@
 """The geometry of the decode kernel: who holds what, the layout of its memory, what a wait waits for.
 
-The kernel (`decode.py`) and the step interpreter (`decode_steps.py`) both take every number from here.
+The kernel (`decode.py`) and its schedule in plain torch (`tests/triton_kernels/decode_steps.py`) take every number from
+here.
 
 Workspace, float32 values: per lane a ring of three buffers of P, one buffer a round, [slot, tile, token,
-row] with the parts of every step (and gate) of the round; then Y [slot, token, d]; then, where a slice is too
+row] with the parts of every step of the round; then Y [slot, token, d]; then, where a slice is too
 wide for registers, the state [lane, token, d]. P and Y have one slot that all add into, in the order they
 come; or, for `deterministic`, one a writer, summed in their order by the reader. int32 counters, each on a
 line of its own: a barrier and an exit counter a lane, a turn counter a slice.
@@ -25,6 +26,8 @@ from math import ceil
 
 import torch
 from torch import Tensor
+
+from .chain import ChainWeights
 
 # Of a round of several steps, in columns of P. A step costs a S-th of a barrier, of 1 us, and reading (S - 1) / 2 Gram
 # tiles of r^2 elements, at 107 GB/s: together the least at about 330 columns, at any rank.
@@ -49,14 +52,17 @@ LINE = 32  # int32 counters a cache line
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """How one shape of DLR-Net is decoded. Raises ValueError on numbers that do not go together."""
+    """How one shape of DLR-Net is decoded.
+
+    Raises:
+        ValueError: The numbers do not go together.
+    """
 
     lanes: int
     depth: int  # steps a lane, K
     rank: int
     hidden: int  # d
     tokens: int  # the most tokens of a call and the rows of a tile: 16, 32 or 64
-    gated: bool
     steps: int  # of a round, S
     slices: int  # CTAs a lane, C
     tile: int  # columns of the state that are held at once: a power of two
@@ -93,18 +99,26 @@ class DecodePlan:
         tokens: int,
         sms: int,
         itemsize: int = 2,
-        gated: bool = False,
         block_steps: int = MAX_STEPS,
         deterministic: bool = False,
     ) -> "DecodePlan":
-        """The plan for weights of `itemsize` bytes on a GPU of `sms` multiprocessors.
+        """The plan for a chain on a GPU.
 
         Every multiprocessor gets one CTA, as far as slices of a multiple of 16 columns divide them among the
         lanes. A tile is the whole slice where a round of one step then fits the registers, else 64 columns or
         fewer. A round is as many steps as fit the registers, MAX_STEPS, MAX_WIDTH and MAX_PRODUCTS, and divide
-        `block_steps`, the steps of a stored Gram block; where that holds all steps, any number, shared out
-        evenly. A step is as few parts as then fit. Raises ValueError where there are more lanes than
-        multiprocessors, or more than 64 tokens.
+        a Gram block; where that holds all steps, any number, shared out evenly. A step is as few parts as then fit.
+
+        Args:
+            lanes, depth, rank, hidden: The shape of A and B.
+            tokens: The most tokens of a call, 64 at most.
+            sms: The GPU's multiprocessors.
+            itemsize: Bytes of an element of the weights.
+            block_steps: Steps of a Gram block.
+            deterministic: Whether sums are taken in a fixed order.
+
+        Raises:
+            ValueError: There are more lanes than multiprocessors, or more tokens; or a lane's A has 2^31 elements.
         """
         if not 1 <= tokens <= 64:
             raise ValueError(f"a decode plan is for 1 to 64 tokens, not {tokens}")
@@ -112,7 +126,6 @@ class DecodePlan:
             raise ValueError(f"{lanes} lanes do not fit {sms} multiprocessors at once")
         slice_width = _up_to(ceil(hidden / (sms // lanes)), 16)
         rows = _power_of_two(tokens)
-        maps = 2 if gated else 1
         most = min(block_steps, depth, MAX_STEPS, max(1, MAX_WIDTH // rank))
         if block_steps >= depth:
             fitting = list(dict.fromkeys(ceil(depth / ceil(depth / s)) for s in range(most, 0, -1)))
@@ -125,13 +138,12 @@ class DecodePlan:
             """Steps of a round with such a tile, and rows of a part; None where not even one step fits."""
             for steps, part in product(fitting, parts):
                 tiles = ceil(rank / part)
-                shared = STAGES * tile * (4 * rows + itemsize * maps * steps * tiles * part)
+                shared = STAGES * tile * (4 * rows + itemsize * steps * tiles * part)
                 whole = tile >= slice_width
                 if (
                     (whole or (shared <= MAX_SHARED and (part > rows or rows == 64)))
-                    and maps * tiles**2 * steps * (steps - 1) // 2 <= MAX_PRODUCTS
-                    and _registers(rows, steps, rank, part, tile, itemsize, maps, whole)
-                    <= MAX_REGISTERS[rows]
+                    and tiles**2 * steps * (steps - 1) // 2 <= MAX_PRODUCTS
+                    and _registers(rows, steps, rank, part, tile, itemsize, whole) <= MAX_REGISTERS[rows]
                 ):
                     return steps, part
             return None
@@ -146,7 +158,6 @@ class DecodePlan:
             rank=rank,
             hidden=hidden,
             tokens=rows,
-            gated=gated,
             steps=steps,
             slices=ceil(hidden / slice_width),
             tile=tile,
@@ -157,18 +168,9 @@ class DecodePlan:
     # ---- who holds what
 
     @property
-    def maps(self) -> int:
-        """Weights that read the state: A and, for gated steps, G."""
-        return 2 if self.gated else 1
-
-    @property
     def parts(self) -> int:
         """Tiles of a step, Q."""
         return ceil(self.rank / self.part)
-
-    def part_rows(self, part: int) -> slice:
-        """The rows of a part of a step; the last part may have fewer than `part`."""
-        return slice(part * self.part, min((part + 1) * self.part, self.rank))
 
     @property
     def rounds(self) -> int:
@@ -184,29 +186,16 @@ class DecodePlan:
         """Tiles a slice. One: the state stays in registers; more: it lives in the workspace."""
         return ceil(self.slice_width / self.tile)
 
-    def columns(self, cta: int) -> slice:
-        """The columns of CTA `cta` of a lane."""
-        first = cta * self.slice_width
-        return slice(first, min(first + self.slice_width, self.hidden))
-
-    def round_steps(self, n: int) -> range:
-        """The steps of round n."""
-        return range(n * self.steps, min((n + 1) * self.steps, self.depth))
-
     # ---- the workspace
 
     @property
     def p_tiles(self) -> int:
-        """Tiles [tokens, part] of P in a round: as many as parts a step, twice that where it is gated."""
-        return self.maps * self.steps * self.parts
-
-    def p_tile(self, gate: int, step: int, part: int) -> int:
-        """Which tile of P belongs to a part of a round's step; gate: 0 for A, 1 for G."""
-        return (gate * self.steps + step) * self.parts + part
+        """Tiles [tokens, part] of P in a round."""
+        return self.steps * self.parts
 
     @property
     def p_slot(self) -> int:
-        """float32 values of a slot of P."""
+        """float32 values of a slot of a buffer."""
         return self.p_tiles * self.tokens * self.part
 
     @property
@@ -222,10 +211,6 @@ class DecodePlan:
     def p_share(self) -> int:
         """float32 values that a CTA zeroes of a buffer: a power of two; the last CTAs may have none."""
         return _power_of_two(ceil(self.p_buffer / self.slices), 1)
-
-    def p_start(self, lane: int, n: int, slot: int) -> int:
-        """Where a slot of round n's P starts in the values."""
-        return (lane * RING + n % RING) * self.p_buffer + slot * self.p_slot
 
     @property
     def y_slots(self) -> int:
@@ -264,51 +249,46 @@ class DecodePlan:
         """int32 counters of the workspace."""
         return (2 * self.lanes + self.slices) * LINE
 
-    def arrivals(self, n: int) -> int:
-        """What a lane's barrier counter holds once round n's P is complete."""
-        return (n + 1) * self.slices
-
     def constants(self) -> dict[str, int | bool]:
-        """The kernel's compile-time arguments."""
+        """The kernel's compile-time arguments but ACT and BLOCK, which `decode_kernel` explains."""
         return {
-            "L": self.lanes, "K": self.depth, "R": self.rank, "D": self.hidden, "BM": self.tokens,
-            "S": self.steps, "Q": self.parts, "RP": self.part, "TILES": self.p_tiles, "ROUNDS": self.rounds,
-            "C": self.slices, "DS": self.slice_width, "DC": self.tile, "CHUNKS": self.chunks, "STAGES": STAGES,
-            "P_SLOT": self.p_slot, "P_SLOTS": self.p_slots, "RING": RING,
-            "SHARE": self.p_share, "Y_START": self.y_start, "Y_SLOTS": self.y_slots, "Z_START": self.z_start,
-            "EXITS": self.exits, "TURNS": self.turns, "LINE": LINE, "GATED": self.gated,
-            "DETERMINISTIC": self.deterministic,
+            "L": self.lanes, "K": self.depth, "R": self.rank, "D": self.hidden,
+            "BM": self.tokens, "S": self.steps, "Q": self.parts, "RP": self.part,
+            "C": self.slices, "DS": self.slice_width, "DC": self.tile,
+            "STAGES": STAGES, "DETERMINISTIC": self.deterministic,
+            "RING": RING, "SHARE": self.p_share, "Y_START": self.y_start, "Z_START": self.z_start,
+            "EXITS": self.exits, "TURNS": self.turns, "LINE": LINE,
         }  # fmt: skip
 
-    def check(
-        self, x: Tensor, A: Tensor, B: Tensor, G: Tensor | None, gram: Tensor | None, gate_gram: Tensor | None
-    ) -> None:
-        """Raises ValueError, naming the shapes, unless the tensors of a call fit this plan."""
+    def check(self, x: Tensor, chain: ChainWeights, gram: Tensor | None) -> None:
+        """Checks that the tensors of a call, as `decode` takes them, fit this plan.
+
+        Raises:
+            ValueError: They do not; the message names the shapes.
+        """
+        A, B = chain.A, chain.B
         shape = (self.lanes, self.depth, self.rank, self.hidden)
-        weights = [w for w in (A, B, G) if w is not None]
-        if len(weights) != (3 if self.gated else 2) or any(w.shape != shape for w in weights):
-            shapes = [list(w.shape) for w in weights]
+        if not A.shape == B.shape == shape:
             raise ValueError(
-                f"the plan is for {3 if self.gated else 2} weights of {list(shape)}, not {shapes}"
+                f"the plan is for weights of {list(shape)}, not {list(A.shape)}, {list(B.shape)}"
             )
-        if any(not w.is_contiguous() or w.dtype != A.dtype for w in weights):
-            raise ValueError("A, B and G must be contiguous and of one dtype")
+        if not A.is_contiguous() or not B.is_contiguous() or A.dtype != B.dtype:
+            raise ValueError("A and B must be contiguous and of one dtype")
         if x.dim() != 2 or not 0 < x.shape[0] <= self.tokens or x.shape[1] != self.hidden or x.stride(1) != 1:
             raise ValueError(
                 f"x must be [1 to {self.tokens}, {self.hidden}] with contiguous rows, not {list(x.shape)}"
             )
         if self.steps == 1:
             return  # rounds of one step read no Gram blocks
-        for g in (gram, gate_gram) if self.gated else (gram,):
-            lanes, blocks, rows, width = g.shape if g is not None and g.dim() == 4 else (0, 0, 0, 0)
-            block = width // self.rank
-            fits = lanes == self.lanes and rows == width > 0 and width % self.rank == 0
-            fits = fits and (blocks == 1 or block % self.steps == 0)
-            if not fits or blocks * block < self.depth:
-                raise ValueError(
-                    f"Gram blocks must be [{self.lanes}, N, m, m], m a multiple of {self.steps * self.rank},"
-                    f" not {None if g is None else list(g.shape)}"
-                )
+        lanes, blocks, rows, width = gram.shape if gram is not None and gram.dim() == 4 else (0, 0, 0, 0)
+        block = width // self.rank
+        fits = lanes == self.lanes and rows == width > 0 and width % self.rank == 0
+        fits = fits and (blocks == 1 or block % self.steps == 0)
+        if not fits or blocks * block < self.depth:
+            raise ValueError(
+                f"Gram blocks must be [{self.lanes}, N, m, m], m a multiple of {self.steps * self.rank},"
+                f" not {None if gram is None else list(gram.shape)}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,30 +300,27 @@ class Workspace:
 
 
 def workspace(plan: DecodePlan, device: torch.device | str) -> Workspace:
-    """Zeroed memory for `decode` with this plan. Launches that may overlap (two streams) need one each."""
+    """Zeroed memory for `decode` with this plan; launches that may overlap, as of two streams, need one each."""
     values = _up_to(plan.values, LINE)
-    zeros = torch.zeros(
-        values + plan.counters, dtype=torch.int32, device=device
-    )  # one launch, where it counts
+    # one launch for both, where it counts
+    zeros = torch.zeros(values + plan.counters, dtype=torch.int32, device=device)
     return Workspace(zeros[: plan.values].view(torch.float32), zeros[values:])
 
 
-def _registers(
-    rows: int, steps: int, rank: int, part: int, tile: int, itemsize: int, maps: int, whole: bool
-) -> int:
+def _registers(rows: int, steps: int, rank: int, part: int, tile: int, itemsize: int, whole: bool) -> int:
     """Registers of a thread for what is held or on its way at once, in a round of `steps`; whole: a tile is a slice.
 
-    Before the wait that is the next A (and G), B and the Gram tiles; after it the next A, P, and left operands.
+    Before the wait that is the next A, B and the Gram tiles; after it the next A, P, and left operands.
     """
     tiles = steps * ceil(rank / part)
     weights = tiles * part * tile * itemsize if whole else 0
-    grams = maps * steps * (steps - 1) // 2 * (ceil(rank / part) * part) ** 2 * itemsize
+    grams = steps * (steps - 1) // 2 * (ceil(rank / part) * part) ** 2 * itemsize
     # In products of 16 or 32 rows and less than 64 columns some of the warps hold the same.
-    sums = maps * tiles * rows * (part if rows == 64 else max(part, 64)) * 4
+    sums = tiles * rows * (part if rows == 64 else max(part, 64)) * 4
     # From 64 rows on, a sum and what is made of it are held together; and for later steps h, by both groups of warps
     # and once more on its way.
     hidden = 3 * tiles * rows * part * itemsize if rows == 64 and steps > 1 else 0
-    state = rows * tile * 4 + maps * weights
+    state = rows * tile * 4 + weights
     return (state + max(weights + grams, sums * (2 if rows == 64 else 1) + hidden)) // 1024
 
 

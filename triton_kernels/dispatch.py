@@ -7,51 +7,30 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from .chain import ChainWeights
 from .cost import MAX_DECODE_TOKENS, Device, Shape, choose, device_constants
 from .decode import Workspace, decode, workspace
 from .decode_plan import DecodePlan
-from .device import KERNEL_ACTS
 from .prefill import prefill
 from .tuning import tune, tuned, wanted
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
-def why_not(A: Tensor, act: str) -> str | None:
-    """Why the kernels cannot run a chain of such weights and activation, as the end of a sentence; else None."""
-    if act not in KERNEL_ACTS:
-        return f"has no activation {act!r}; it has {', '.join(sorted(KERNEL_ACTS))}"
-    if A.dtype not in _DTYPES:
-        return f"has no weights of {A.dtype}"
-    return None
-
-
-def run(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    G: Tensor | None,
-    act: str,
-    gram: Tensor,
-) -> Tensor:
-    """y [T, d] in x's dtype, for x [T, d] on a GPU and a chain with its Gram blocks."""
+def run(x: Tensor, chain: ChainWeights, gram: Tensor) -> Tensor:
+    """y [T, d] in x's dtype, for x [T, d] on a GPU and a chain of plain steps with its Gram blocks, all checked."""
     x = x.contiguous()
     if len(x) == 0:
         return torch.empty_like(x)
-    A, B, G = A.contiguous(), B.contiguous(), G if G is None else G.contiguous()
-    lanes, depth, rank, hidden = A.shape
-    shape = Shape(lanes, depth, rank, hidden, len(x), G is not None, A.dtype.itemsize)
+    vectors = chain.scale.float().contiguous(), chain.bias.float().contiguous()
+    chain = ChainWeights(chain.A.contiguous(), chain.B.contiguous(), *vectors, act=chain.act)
+    gram = gram.contiguous()
+    shape = Shape.of(chain.A, len(x))
     deterministic = torch.are_deterministic_algorithms_enabled()
-    device, steps = device_constants(x.device.index), gram.shape[-2] // rank
+    device, steps = device_constants(x.device.index), gram.shape[-2] // shape.rank
 
     def launch(plan: DecodePlan | None) -> Tensor:
         if plan is None:
-            return prefill(x, A, B, scale, bias, G, act, gram)
-        gate_gram = None if G is None else gram[1]
-        space = _workspace(plan, x.device)
-        return decode(x, A, B, scale, bias, gram[0], G, gate_gram, act, plan=plan, workspace=space)
+            return prefill(x, chain, gram)
+        return decode(x, chain, gram, plan=plan, workspace=_workspace(plan, x.device))
 
     def launch_or_prefill(plan: DecodePlan | None) -> Tensor:
         try:

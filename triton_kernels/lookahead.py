@@ -8,8 +8,7 @@ Z + sum_{j<i} h_j B_j, so all of the block's products with the state can be done
     Z     += H B_blk                                    [T, d]   one product
 
 K dependent pairs of thin products become K / S pairs of wide ones and K small ones, for m / (4 d) more FLOPs and
-bytes. It is the oracle of the kernels' blocked arithmetic, and what runs on a CPU. Gated steps carry the Gram
-blocks of A and of G.
+bytes. It is the oracle of the kernels' blocked arithmetic, and what runs on a CPU.
 """
 
 from collections.abc import Callable
@@ -20,81 +19,88 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from .activations import ACTIVATIONS
-from .reference import check_chain, state_dtype
+from .chain import ChainWeights
+from .reference import chain_output, state_dtype
 
 BLOCK = 128  # the width of Gram blocks on a CPU: the fastest there, and 64 to 512 are all within 15%
 
 
 @torch.no_grad()
-def lookahead(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    G: Tensor | None = None,
-    act: str = "silu",
-    *,
-    block: int = BLOCK,
-    gram: Tensor | None = None,
-) -> Tensor:
-    """Output of a DLR-Net, a block of at most `block` / r steps at a time; inference only.
+def lookahead(x: Tensor, chain: ChainWeights, *, block: int = BLOCK, gram: Tensor | None = None) -> Tensor:
+    """The output of a DLR-Net of plain steps, a block of steps at a time; inference only.
 
-    x: [..., d], A, B, G: [L, K, r, d], scale, bias: [d], as in `chain_reference`. gram: what `gram_blocks` gave
-    for these weights; computed here if None, with `block`. Returns y: [..., d] in x's dtype.
-    Raises ValueError on shapes or an activation that do not fit.
+    Args:
+        x: The tokens, [..., d], of any float dtype.
+        chain: The weights; G must be None.
+        block: The most columns of a block of steps where `gram` is not given; a step has r of them, and a block at
+            least one step.
+        gram: What `gram_blocks` gave for these weights; computed in every call if None.
+
+    Returns:
+        y, of x's shape and dtype.
+
+    Raises:
+        ValueError: The weights do not form a chain of plain steps, or x or `gram` does not fit it.
     """
-    tokens = x.reshape(-1, x.shape[-1])
-    check_chain(tokens, A, B, G, act)
+    chain.check(x)
+    if chain.G is not None:
+        raise ValueError("look-ahead runs plain steps only: a gated chain runs by `chain_reference`")
     if gram is None:
-        gram = gram_blocks(A, B, G, block=block)
-    check_gram(gram, A, G)
-    rank, width = A.shape[2], gram.shape[-2]
-    state = state_dtype(A.dtype)
-    start = tokens.to(state)
+        gram = gram_blocks(chain.A, chain.B, block=block)
+    else:
+        check_gram(gram, chain.A)
+    return run_blocks(x, chain, gram)
+
+
+def run_blocks(x: Tensor, chain: ChainWeights, gram: Tensor) -> Tensor:
+    """`lookahead` for tokens, a chain and Gram blocks that were checked, where no gradient is recorded."""
+    A, B, rank, width = chain.A, chain.B, chain.A.shape[2], gram.shape[-2]
+    start = x.reshape(-1, x.shape[-1]).to(state_dtype(A.dtype))
     z = start.expand(A.shape[0], -1, -1).clone()
     # One lane goes without its dimension: a batched product of one costs twice the overhead on a CPU.
     lane = (lambda w: w[0]) if len(z) == 1 else (lambda w: w)
     z = lane(z)
     multiply, add = _products(A)
     reads, writes = _blocks(lane(wide(A)), width), _blocks(lane(wide(B)), width)
-    gates = [] if G is None else _blocks(lane(wide(G)), width)
-    grams = [lane(w).unbind(-3) for w in gram]
-    for n, (A_blk, B_blk) in enumerate(zip(reads, writes, strict=True)):
+    for A_blk, B_blk, gram_blk in zip(reads, writes, lane(gram).unbind(-3), strict=True):
         P = multiply(z, A_blk.mT)
-        gate = (multiply(z, gates[n].mT), grams[1][n]) if gates else None
-        _solve(P, grams[0][n], rank, act, add, gate)
+        _solve(P, gram_blk, rank, chain.act, add)
         add(z, P, B_blk)
-    y = scale.to(state) * (z - start if z.dim() == 2 else (z - start).sum(0)) + bias.to(state)
-    return y.to(x.dtype).reshape(x.shape)
+    return chain_output(x, chain, z - start if z.dim() == 2 else (z - start).sum(0))
 
 
-def gram_blocks(A: Tensor, B: Tensor, G: Tensor | None = None, *, block: int = BLOCK) -> Tensor:
-    """Gram blocks of a chain's weights [L, K, r, d]: [W, L, N, m, m] in their dtype, summed in float32 or better.
+def gram_blocks(A: Tensor, B: Tensor, *, block: int = BLOCK) -> Tensor:
+    """The Gram blocks of plain steps: what the steps of a block add to what later ones of it read.
 
-    m = S r for the S = max(1, block // r) steps of a block, at most K; N = ceil(K / S); W is 2 for gated steps (A,
-    then G), else 1. The tile [j r : (j + 1) r, i r : (i + 1) r] of block n is B_j A_i^T for step j before step i of
-    that block, and 0 elsewhere, as in the part of the last block that has no steps. For S = 1, where nothing comes
-    before, [W, L, K, r, 0]: m^2 zeros a step would be r / 2d of the weights' bytes, 19% for rank 768 at d = 2048.
+    They are summed in float32 or better. For blocks of one step, where nothing comes before, they are empty: r^2 zeros
+    a step would be r / 2d of the weights' bytes, 19% for rank 768 at d = 2048.
+
+    Args:
+        A: What the steps read, [L, K, r, d].
+        B: What they write, [L, K, r, d].
+        block: The most columns of a block. It holds S = max(1, block // r) steps, and K at most.
+
+    Returns:
+        The blocks, [L, N, m, m] in the weights' dtype, for N = ceil(K / S) and m = S r. The tile
+        [j r : (j + 1) r, i r : (i + 1) r] of a block is B_j A_i^T for its step j before its step i, and 0 elsewhere,
+        as in the part of the last block that has no steps. For S = 1, [L, K, r, 0].
     """
     lanes, depth, rank, _ = A.shape
     steps = block_steps(block, depth, rank)
     count, width = -(-depth // steps), steps * rank
     if steps == 1:
-        return A.new_empty(1 if G is None else 2, lanes, depth, rank, 0)
+        return A.new_empty(lanes, depth, rank, 0)
     step = torch.arange(width, device=A.device) // rank
     later = step[:, None] < step[None, :]
-    readers = [A] if G is None else [A, G]
-    gram = A.new_zeros(len(readers), lanes, count, width, width)
+    gram = A.new_zeros(lanes, count, width, width)
     with without_autocast(A.device.type):
-        for w, reader in enumerate(readers):
-            for n in range(count):
-                part = slice(n * steps, (n + 1) * steps)
-                # 16-bit weights are multiplied as float32: these products are made once
-                rows, columns = (wide(W[:, part]).to(state_dtype(W.dtype)) for W in (B, reader))
-                full = rows @ columns.mT
-                m = full.shape[-1]
-                gram[w, :, n, :m, :m] = torch.where(later[:m, :m], full, 0.0).to(gram.dtype)
+        for n in range(count):
+            part = slice(n * steps, (n + 1) * steps)
+            # 16-bit weights are multiplied as float32: these products are made once
+            rows, columns = (wide(W[:, part]).to(state_dtype(W.dtype)) for W in (B, A))
+            full = rows @ columns.mT
+            m = full.shape[-1]
+            gram[:, n, :m, :m] = torch.where(later[:m, :m], full, 0.0).to(gram.dtype)
     return gram
 
 
@@ -110,12 +116,16 @@ def block_steps(block: int, depth: int, rank: int) -> int:
     return max(1, min(depth, block // rank))
 
 
-def check_gram(gram: Tensor, A: Tensor, G: Tensor | None) -> None:
-    """Raises ValueError, naming the shapes, unless `gram` has the form of A's (and G's) Gram blocks."""
+def check_gram(gram: Tensor, A: Tensor) -> None:
+    """Checks that `gram` has the form of Gram blocks for weights like A [L, K, r, d].
+
+    Raises:
+        ValueError: It has not; the message names the shapes and dtypes.
+    """
     lanes, depth, rank, _ = A.shape
-    steps = gram.shape[-2] // rank if gram.dim() == 5 else 0
+    steps = gram.shape[-2] // rank if gram.dim() == 4 else 0
     width = steps * rank
-    wanted = (1 if G is None else 2, lanes, -(-depth // max(steps, 1)), width, width if steps > 1 else 0)
+    wanted = (lanes, -(-depth // max(steps, 1)), width, width if steps > 1 else 0)
     if steps == 0 or gram.shape != wanted or gram.dtype != A.dtype:
         raise ValueError(
             f"Gram blocks of shape {tuple(gram.shape)} and {gram.dtype} do not fit weights of {tuple(A.shape)} "
@@ -124,7 +134,7 @@ def check_gram(gram: Tensor, A: Tensor, G: Tensor | None) -> None:
 
 
 def wide(W: Tensor) -> Tensor:
-    """The rows of a lane's steps under one another: [L, S, r, d] -> [L, S r, d], a view for weights of one lane."""
+    """The rows of a lane's steps under one another: [L, S, r, d] becomes [L, S r, d], a view where L is 1."""
     return W.flatten(1, 2)
 
 
@@ -137,31 +147,21 @@ def _blocks(W: Tensor, width: int) -> list[Tensor]:
     return [*whole.unbind(-3), *([W.narrow(-2, count * width, left)] if left else [])]
 
 
-def _solve(
-    P: Tensor, gram: Tensor, rank: int, act: str, add: Callable, gate: tuple[Tensor, Tensor] | None = None
-) -> None:
-    """Turns P [.., T, m] of a block into its H, in place; gram [.., m', m'], m' >= m; gate: the same two of G.
+def _solve(P: Tensor, gram: Tensor, rank: int, act: str, add: Callable) -> None:
+    """Turns P [.., T, m] of a block into its H, in place; gram [.., m', m'], m' >= m.
 
     Step i takes what the earlier ones add in one product, of a width that grows. Written on, not anew, and without
     lists: on a CPU at one token an operation costs what its bytes do, and a list what an operation does.
     """
     activation = ACTIVATIONS[act]
-    in_place = activation is silu and not gate
     for first in range(0, P.shape[-1], rank):
         p = P.narrow(-1, first, rank)
         if first:
-            before = P.narrow(-1, 0, first)
-            add(p, before, gram.narrow(-1, first, rank).narrow(-2, 0, first))
-        if in_place:
+            add(p, P.narrow(-1, 0, first), gram.narrow(-1, first, rank).narrow(-2, 0, first))
+        if activation is silu:
             silu(p, inplace=True)  # spares a copy: 3 us of 25 a step
-            continue
-        q = p
-        if gate:
-            q = gate[0].narrow(-1, first, rank)
-            if first:
-                add(q, before, gate[1].narrow(-1, first, rank).narrow(-2, 0, first))
-        h = activation(q)
-        p.copy_(h * p if gate else h)
+        else:
+            p.copy_(activation(p))
 
 
 def _products(

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import EXACT, KERNEL_ACTS, activate, strides
+from .activations import triton_form
+from .device import EXACT, strides
 
 
 def matmul(
@@ -23,12 +24,16 @@ def matmul(
     finish: tuple[Tensor, Tensor] | None = None,
     act: str | None = None,
 ) -> None:
-    """For every lane: out = act(total + a W), summed in float32.
+    """Writes out = act(total + a W) of every lane, summed in float32.
 
-    a: [L, T, n], its lanes may share memory. W: [L, n, k], either of its last two dimensions contiguous.
-    out: [L, T, k] of any float dtype, rows contiguous. total: [L, T, k] float32, may be out; None for 0.
-    state: x [T, k] and z [L, T, k] of W's dtype: z = x + total + a W is written too.
-    finish: scale and bias [k] float32: out = scale * (total + a W) + bias. act: one of KERNEL_ACTS, None for none.
+    Args:
+        a: [L, T, n], of any float dtype; its lanes may share memory.
+        W: [L, n, k], either of its last two dimensions contiguous. Products take a in its dtype.
+        out: [L, T, k], of any float dtype, rows contiguous.
+        total: [L, T, k], float32; may be `out`; None for zeros.
+        state: x [T, k] and z [L, T, k], of which z = x + total + a W is written too, in z's dtype.
+        finish: scale and bias [k], float32, for out = scale * (total + a W) + bias.
+        act: One of KERNEL_ACTS, None for none.
     """
     lanes, tokens, inner = a.shape
     columns = W.shape[2]
@@ -41,16 +46,14 @@ def matmul(
         tokens, columns, inner,
         *a.stride(), *W.stride(), *strides(total), *strides(out), *strides(z), 0 if x is None else x.stride(0),
         TOTAL=total is not None, STATE=state is not None, FINISH=finish is not None,
-        ACT=None if act is None else KERNEL_ACTS[act], **tile,
+        ACT=None if act is None else triton_form(act), **tile,
     )  # fmt: skip
 
 
 def tiles(tokens: int, columns: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes and launch options that do not spill on sm_80, sm_90, sm_100 and gfx942.
-
-    128 by 256 would read less, but spills 700 bytes a thread where u is added and z written, and a product of one
-    block, 512 columns for 4096 tokens, has 64 such tiles for 132 multiprocessors.
-    """
+    """Tile sizes and launch options that do not spill on sm_80, sm_90, sm_100 and gfx942."""
+    # 128 by 256 would read less, but spills 700 bytes a thread where u is added and z written, and a product of one
+    # block, 512 columns for 4096 tokens, has 64 such tiles for 132 multiprocessors.
     BM = min(128, max(16, triton.next_power_of_2(tokens)))
     if dtype == torch.float32:  # no matrix units: small tiles
         return {"BM": min(BM, 64), "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}
@@ -98,5 +101,5 @@ def matmul_kernel(
         bias = tl.load(p_bias + o_n, mask=m_n, other=0.0)
         acc = acc * scale[None, :] + bias[None, :]
     if ACT is not None:
-        acc = activate(acc, ACT)
+        acc = ACT(acc)
     tl.store(p_out + lane * s_ol + o_t[:, None] * s_ot + o_n[None, :], acc, mask=m_tile)

@@ -1,17 +1,21 @@
-"""One op per DLR-Net: `torch.ops.dlr_lock.dlr_net`, with kernels for CPU and CUDA, a fake one and a raising one.
+"""One op per DLR-Net: `torch.ops.dlr_lock.dlr_net`, with a kernel for all devices, a fake one and a raising one.
 
 torch.compile takes it into a graph without a break (the fake kernel gives the shape), and a CUDA graph captures
 it: nothing in it waits for the device, and its memory comes from torch's allocator.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .activations import KERNEL_ACTS
 from .backend import current_backend
+from .chain import ChainWeights
 from .cost import gram_width
-from .lookahead import check_gram, gram_blocks, lookahead, without_autocast
-from .reference import chain_reference, check_chain
+from .lookahead import check_gram, gram_blocks, run_blocks, without_autocast
+from .reference import chain_reference, run_steps
 
 # Below, the plain chain is faster on a CPU: at one token 0.75 to 0.85 ms against 0.86 to 0.95 (1x36x64, d = 576, cached
 # weights), for look-ahead's Gram blocks are read too. 16-bit weights are summed in float32 by look-ahead alone.
@@ -22,98 +26,77 @@ _SCHEMA = (
 )
 
 
-def dlr_net(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    G: Tensor | None = None,
-    act: str = "silu",
-    gram: Tensor | None = None,
-) -> Tensor:
-    """Output of a DLR-Net by the current backend: see `backend`; inference only, but for 'naive'.
+def dlr_net(x: Tensor, chain: ChainWeights, gram: Tensor | None = None) -> Tensor:
+    """The output of a DLR-Net by the current backend (see `backend`); inference only, but for 'naive'.
 
-    x: [..., d]; A, B, G: [L, K, r, d] of one float dtype; scale, bias: [d] float32; gram: what `gram_blocks` gave
-    for these weights, without which it is computed in every call. Returns y: [..., d] in x's dtype.
-    Raises ValueError on shapes, an activation or a device that do not fit, and RuntimeError where a gradient
-    would be wanted.
+    A gated chain runs by its definition whatever the backend: gated steps make no lock, so nothing faster is kept for
+    them.
+
+    Args:
+        x: The tokens, [..., d], of any float dtype.
+        chain: The weights.
+        gram: What `gram_blocks` gave for these weights; computed in every call if None, and None for a gated chain.
+
+    Returns:
+        y, of x's shape and dtype.
+
+    Raises:
+        ValueError: The weights do not form a chain, x or `gram` does not fit it, or the backend 'triton' cannot run it.
+        RuntimeError: A gradient would be wanted.
     """
     backend = current_backend()
     if backend == "naive":
-        return chain_reference(x, A, B, scale, bias, G, act)
+        return chain_reference(x, chain)
+    A, B, scale, bias, G, act = chain  # flat, as an op's schema is
     return torch.ops.dlr_lock.dlr_net(x, A, B, scale, bias, G, act, gram, backend)
 
 
-def _plain(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    G: Tensor | None,
-    act: str,
-    gram: Tensor | None,
-    backend: str,
-) -> Tensor:
-    if backend == "triton":
-        raise ValueError(f"backend 'triton' wants tensors on a CUDA or ROCm device, not on {x.device}")
-    _check(x, A, B, scale, bias, G, act, gram)
-    with without_autocast(x.device.type):
-        if backend == "auto" and x.numel() < _FEW_TOKENS * x.shape[-1] and A.itemsize >= 4:
-            return chain_reference(x, A, B, scale, bias, G, act)
-        return lookahead(x, A, B, scale, bias, G, act, gram=gram)
+def unsupported_reason(x: Tensor, chain: ChainWeights) -> str | None:
+    """Why the Triton kernels cannot run a chain on x's device, as the end of a sentence; None where they can."""
+    if chain.G is not None:
+        return "has no gated steps, which make no lock: 'auto' runs them in plain torch"
+    if not x.is_cuda:
+        return f"wants tensors on a CUDA or ROCm device, not on {x.device}"
+    if chain.act not in KERNEL_ACTS:
+        return f"has no activation {chain.act!r}; it has {', '.join(sorted(KERNEL_ACTS))}"
+    if chain.A.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"has no weights of {chain.A.dtype}"
+    return None
 
 
-def _cuda(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    G: Tensor | None,
-    act: str,
-    gram: Tensor | None,
-    backend: str,
-) -> Tensor:
-    # Imported at the first use: Triton is Linux only, and takes half a second.
-    from .dispatch import run, why_not
-
-    _check(x, A, B, scale, bias, G, act, gram)
-    reason = why_not(A, act)
+def _run(
+    x: Tensor, A: Tensor, B: Tensor, scale: Tensor, bias: Tensor, G: Tensor | None, act: str,
+    gram: Tensor | None, backend: str,
+) -> Tensor:  # fmt: skip
+    chain = ChainWeights(A, B, scale, bias, G, act)
+    _check(x, chain, gram)
+    reason = unsupported_reason(x, chain)
     if reason and backend == "triton":
         raise ValueError(f"backend 'triton' {reason}")
+    few = not x.is_cuda and x.numel() < _FEW_TOKENS * x.shape[-1] and A.itemsize >= 4
     # Triton launches on the current device, whatever the tensors'.
-    with torch.cuda.device(x.device), without_autocast("cuda"):
+    device = torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    with device, without_autocast(x.device.type):
+        if G is not None or (few and backend == "auto"):
+            return run_steps(x, chain)
         if gram is None:
-            width = gram_width(tuple(A.shape), G is not None, A.itemsize, A.device)
-            gram = gram_blocks(A, B, G, block=width)
+            gram = gram_blocks(A, B, block=gram_width(A))
         if reason or backend == "lookahead":
-            return lookahead(x, A, B, scale, bias, G, act, gram=gram)
-        tokens = x.reshape(-1, x.shape[-1])
-        vectors = scale.float().contiguous(), bias.float().contiguous()
-        return run(tokens, A, B, *vectors, G, act, gram.contiguous()).reshape(x.shape)
+            return run_blocks(x, chain, gram)
+        # Imported at the first use: Triton is Linux only, and takes half a second.
+        from .dispatch import run
+
+        return run(x.reshape(-1, x.shape[-1]), chain, gram).reshape(x.shape)
 
 
-def _check(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    G: Tensor | None,
-    act: str,
-    gram: Tensor | None,
-) -> None:
+def _check(x: Tensor, chain: ChainWeights, gram: Tensor | None) -> None:
     """Raises ValueError on what the kernels would read or write out of bounds, or as something else."""
-    check_chain(x, A, B, G, act)
-    if not scale.shape == bias.shape == A.shape[-1:]:
-        raise ValueError(
-            f"scale and bias must be [{A.shape[-1]}], not {list(scale.shape)}, {list(bias.shape)}"
-        )
+    chain.check(x)
     if gram is not None:
-        check_gram(gram, A, G)
-    _check_devices(x, A, B, scale, bias, G, gram)
+        if chain.G is not None:
+            raise ValueError("a gated chain has no Gram blocks")
+        check_gram(gram, chain.A)
+    _check_devices(x, chain.scale, chain.bias, *chain.weights, gram)
 
 
 def _check_devices(*tensors: Tensor | None) -> None:
@@ -127,7 +110,7 @@ def _fake(
     gram: Tensor | None, backend: str,
 ) -> Tensor:  # fmt: skip
     # Sizes may be symbols here: the real kernels look at the rest.
-    _check_devices(x, A, B, scale, bias, G, gram)
+    _check_devices(x, scale, bias, A, B, G, gram)
     torch._check(
         x.shape[-1] == A.shape[-1], lambda: f"{x.shape[-1]} features do not fit a chain of {A.shape[-1]}"
     )
@@ -151,7 +134,6 @@ def _autograd(*args: Tensor | str | None) -> Tensor:
 
 _library = torch.library.Library("dlr_lock", "DEF")
 _library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-_library.impl("dlr_net", _plain, "CompositeExplicitAutograd")  # the CPU and whatever has no kernels here
-_library.impl("dlr_net", _cuda, "CUDA")
+_library.impl("dlr_net", _run, "CompositeExplicitAutograd")  # every device
 _library.impl("dlr_net", _autograd, "Autograd")
 torch.library.register_fake("dlr_lock::dlr_net", _fake, lib=_library)

@@ -16,47 +16,64 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
+from .chain import ChainWeights
 
 
-def chain_reference(
-    x: Tensor, A: Tensor, B: Tensor, scale: Tensor, bias: Tensor, G: Tensor | None = None, act: str = "silu"
-) -> Tensor:
-    """Output of a DLR-Net, by its definition.
+def chain_reference(x: Tensor, chain: ChainWeights) -> Tensor:
+    """The output of a DLR-Net, by its definition; differentiable.
 
-    x: [..., d], any float dtype. A, B and, for gated steps, G: [L, K, r, d] of one float dtype.
-    scale, bias: [d]. Returns y: [..., d] in x's dtype.
-    Raises ValueError on shapes or an activation that do not fit.
+    Args:
+        x: The tokens, [..., d], of any float dtype.
+        chain: The weights; its steps may be gated.
+
+    Returns:
+        y, of x's shape and dtype.
+
+    Raises:
+        ValueError: The weights do not form a chain, or x does not fit it.
     """
-    tokens = x.reshape(-1, x.shape[-1])
-    state = state_dtype(A.dtype)
-    y = scale.to(state) * lane_updates(tokens, A, B, G, act).sum(0) + bias.to(state)
-    return y.to(x.dtype).reshape(x.shape)
+    chain.check(x)
+    return run_steps(x, chain)
 
 
-def lane_updates(x: Tensor, A: Tensor, B: Tensor, G: Tensor | None = None, act: str = "silu") -> Tensor:
-    """z[l,K] - x of every lane: [L, T, d] in the state's dtype, for x [T, d]. Same errors as `chain_reference`."""
-    check_chain(x, A, B, G, act)
-    start = x.to(state_dtype(A.dtype)).expand(A.shape[0], -1, -1)
-    z = start
-    # unbind, not indexing: its backward writes each weight's gradient once, not once a step
-    gates = [None] * A.shape[1] if G is None else G.unbind(1)
-    for A_k, B_k, G_k in zip(A.unbind(1), B.unbind(1), gates, strict=True):
-        z = add_product(z, step_hidden(z.to(A.dtype), A_k, G_k, act), B_k)
-    return z - start
+def lane_updates(x: Tensor, chain: ChainWeights) -> Tensor:
+    """What each lane adds to its state: z[l,K] - x; differentiable.
 
+    Args:
+        x: The tokens, [T, d], of any float dtype.
+        chain: The weights, of which scale and bias play no part; its steps may be gated.
 
-def flattened_reference(
-    x: Tensor, A: Tensor, B: Tensor, scale: Tensor, bias: Tensor, G: Tensor | None = None, act: str = "silu"
-) -> Tensor:
-    """What is left of the chain when every step reads x instead of its own state: an MLP of width L*K*r.
+    Returns:
+        The updates, [L, T, d], in the state's dtype: float32 for weights of 16 bits, else the weights'.
 
-    Arguments, result and errors as `chain_reference`. The distance between the two is the flatten gap.
+    Raises:
+        ValueError: The weights do not form a chain, or x does not fit it.
     """
-    tokens = x.reshape(-1, x.shape[-1])
-    check_chain(tokens, A, B, G, act)
-    state = state_dtype(A.dtype)
-    h = step_hidden(tokens.to(A.dtype)[None], _wide(A), None if G is None else _wide(G), act)
-    y = scale.to(state) * torch.bmm(h, _wide(B))[0].to(state) + bias.to(state)
+    chain.check(x)
+    return _updates(x, chain)
+
+
+def flattened_reference(x: Tensor, chain: ChainWeights) -> Tensor:
+    """What is left of a DLR-Net when every step reads x instead of its own state: an MLP of width L K r.
+
+    The distance between it and `chain_reference` is the flatten gap. Arguments, result and errors are the same.
+    """
+    chain.check(x)
+    gates = None if chain.G is None else _side_by_side(chain.G)
+    tokens = x.reshape(1, -1, x.shape[-1]).to(chain.A.dtype)
+    h = step_hidden(tokens, _side_by_side(chain.A), gates, chain.act)
+    return chain_output(x, chain, torch.bmm(h, _side_by_side(chain.B))[0])
+
+
+def run_steps(x: Tensor, chain: ChainWeights) -> Tensor:
+    """`chain_reference` for tokens and a chain that were checked."""
+    return chain_output(x, chain, _updates(x.reshape(-1, x.shape[-1]), chain).sum(0))
+
+
+def chain_output(x: Tensor, chain: ChainWeights, update: Tensor) -> Tensor:
+    """y, of x's shape [..., d] and dtype, from the sum of the lanes' updates [T, d]: scale * update + bias."""
+    state = state_dtype(chain.A.dtype)
+    y = chain.scale.to(state) * update.to(state) + chain.bias.to(state)
     return y.to(x.dtype).reshape(x.shape)
 
 
@@ -65,33 +82,8 @@ def state_dtype(weights: torch.dtype) -> torch.dtype:
     return torch.float32 if weights.itemsize < 4 else weights
 
 
-def check_chain(x: Tensor, A: Tensor, B: Tensor, G: Tensor | None, act: str) -> None:
-    """Raises ValueError, naming the shapes, unless x [T, d] and A, B, G [L, K, r, d] form a chain."""
-    if act not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {act!r}; one of {', '.join(sorted(ACTIVATIONS))}")
-    shapes = [tuple(w.shape) for w in (A, B, G) if w is not None]
-    if A.dim() != 4 or len(set(shapes)) != 1:
-        raise ValueError(f"A, B and G must share one shape [L, K, r, d], not {shapes}")
-    dtypes = {W.dtype for W in (A, B, G) if W is not None}
-    if not x.dtype.is_floating_point or len(dtypes) > 1 or not A.dtype.is_floating_point:
-        raise ValueError(
-            f"a chain wants float tokens and weights of one float dtype, not {x.dtype} and {dtypes}"
-        )
-    if 0 in A.shape:
-        raise ValueError(f"a chain of shape {list(A.shape)} has no weights")
-    if x.dim() == 0:
-        raise ValueError(f"one number does not fit a chain of {A.shape[-1]} features")
-    if x.shape[-1] != A.shape[-1]:
-        raise ValueError(f"tokens of {x.shape[-1]} features do not fit a chain of {A.shape[-1]}")
-
-
-def _wide(W: Tensor) -> Tensor:
-    """All lanes' steps side by side: [L, K, r, d] -> [1, L*K*r, d]."""
-    return W.reshape(1, -1, W.shape[-1])
-
-
 def step_hidden(z: Tensor, A: Tensor, G: Tensor | None, act: str) -> Tensor:
-    """h of one step of all lanes: z [L, T, d], A and G [L, r, d] -> [L, T, r]."""
+    """h of one step of all lanes, [L, T, r], for z [L, T, d], A and G [L, r, d], all of one dtype."""
     p = torch.bmm(z, A.mT)
     if G is None:
         return ACTIVATIONS[act](p)
@@ -103,3 +95,25 @@ def add_product(z: Tensor, h: Tensor, B: Tensor, sign: int = 1) -> Tensor:
     if z.dtype == h.dtype:
         return torch.baddbmm(z, h, B, alpha=sign)
     return z.add(torch.bmm(h, B), alpha=sign)
+
+
+def _updates(x: Tensor, chain: ChainWeights) -> Tensor:
+    A, B, _, _, G, act = chain
+    start = x.to(state_dtype(A.dtype)).expand(A.shape[0], -1, -1)
+    z = start
+    # unbind, not indexing: its backward writes each weight's gradient once, not once a step
+    gates = [None] * A.shape[1] if G is None else G.unbind(1)
+    for A_k, B_k, G_k in zip(A.unbind(1), B.unbind(1), gates, strict=True):
+        z = add_product(z, step_hidden(z.to(A.dtype), A_k, G_k, act), B_k)
+    return z - start
+
+
+def _side_by_side(W: Tensor) -> Tensor:
+    """All lanes' steps as one: [L, K, r, d] -> [1, L K r, d]."""
+    return W.reshape(1, -1, W.shape[-1])
+
+
+def check_chain(x: Tensor, A: Tensor, B: Tensor, G: Tensor | None, act: str) -> None:
+    """`ChainWeights.check` without scale and bias; goes with its last caller, in audit/systems/steps.py."""
+    vector = x.new_empty(A.shape[-1:])
+    ChainWeights(A, B, vector, vector, G, act).check(x)

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activations import triton_form
 from .decode_plan import padded_rank
-from .device import EXACT, KERNEL_ACTS, activate, strides
+from .device import EXACT, strides
 
 
 def block_solve(
@@ -25,57 +26,57 @@ def block_solve(
     gram: Tensor,
     rank: int,
     act: str,
-    Q: Tensor | None = None,
-    gate_gram: Tensor | None = None,
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """H [L, T, m] in gram's dtype, in `out` where that is given.
+    """H of a block of steps from what all of them read of its first state.
 
-    P: [L, T, m] float32, any strides of its first two dimensions. gram: [L, m, m], as `gram_blocks` makes it.
-    For gated steps Q and gate_gram are P's and gram's counterparts for G. act: one of KERNEL_ACTS.
+    Args:
+        P: [L, T, m], float32, rows contiguous.
+        gram: The block's [L, m, m], as `gram_blocks` makes it, rows contiguous.
+        rank: Columns of a step, which divide m.
+        act: One of KERNEL_ACTS.
+        out: Where H is written, [L, T, m], rows contiguous; new memory if None.
+
+    Returns:
+        H, [L, T, m], in gram's dtype.
     """
     lanes, tokens, width = P.shape
     H = torch.empty(P.shape, dtype=gram.dtype, device=P.device) if out is None else out
-    gated = Q is not None
     steps = width // rank
-    tile = solve_tile(tokens, steps, rank, gated, gram.dtype)
+    tile = solve_tile(tokens, steps, rank, gram.dtype)
     block_solve_kernel[(triton.cdiv(tokens, tile["BM"]), lanes)](
-        P, Q, gram, gate_gram, H,
+        P, gram, H,
         tokens,
-        *strides(P), *strides(Q), *strides(gram), *strides(gate_gram), *strides(H),
+        *strides(P), *strides(gram), *strides(H),
         S=steps, R=rank, RP=padded_rank(rank),
-        ACT=KERNEL_ACTS[act], GATED=gated, **tile,
+        ACT=triton_form(act), **tile,
     )  # fmt: skip
     return H
 
 
-def solve_tile(tokens: int, steps: int, rank: int, gated: bool, dtype: torch.dtype) -> dict[str, int]:
+def solve_tile(tokens: int, steps: int, rank: int, dtype: torch.dtype) -> dict[str, int]:
     """Tokens of a program (BM), columns of a tile (BC) and launch options.
 
-    With 16-bit weights no register spills, on sm_80, sm_90, sm_100 and gfx942, up to m = 512; for gated steps up to
-    m = 256, on sm_90 up to 512. Without matrix units, float32 on NVIDIA, all tiles spill: small ones the least.
+    With 16-bit weights no register spills, on sm_80, sm_90, sm_100 and gfx942, up to m = 512. Without matrix units,
+    float32 on NVIDIA, all tiles spill: small ones the least.
     """
     BM = max(16, triton.next_power_of_2(tokens))
     BC = padded_rank(rank) * triton.next_power_of_2(steps)
     if dtype == torch.float32:  # m = 256, rank 16: 6 s to compile; with the tiles below 90 s
         return {"BM": 16, "BC": min(32, BC), "num_warps": 4}
-    wide = steps * rank > 256
-    # Gated steps hold two sums: with 64 columns each, m = 256 spills on sm_80 at every rank, at 128 also on sm_90.
-    # Beyond 256, tiles of 32 take 35 to 50 s to compile.
-    BC = min(32 if gated and not wide else 64, BC)
     # Rank 16 needs more registers than the others: of m = 512, with 4 warps, it spills 64 bytes on sm_80.
     # 64 tokens are what a Hopper matrix unit wants.
-    return {"BM": min(64, BM), "BC": BC, "num_warps": 8 if wide and (gated or rank <= 16) else 4}
+    return {"BM": min(64, BM), "BC": min(64, BC), "num_warps": 8 if steps * rank > 256 and rank <= 16 else 4}
 
 
 @triton.jit
 def block_solve_kernel(
-    p_p, p_q, p_gram, p_gate, p_h,
+    p_p, p_gram, p_h,
     T,
-    s_pl, s_pt, s_ql, s_qt, s_gl, s_gj, s_el, s_ej, s_hl, s_ht,
+    s_pl, s_pt, s_gl, s_gj, s_hl, s_ht,
     S: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-    ACT: tl.constexpr, GATED: tl.constexpr,
+    ACT: tl.constexpr,
 ):  # fmt: skip
     lane = tl.program_id(1).to(tl.int64)
     o_t = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
@@ -90,37 +91,25 @@ def block_solve_kernel(
     p_p += lane * s_pl + o_t[:, None] * s_pt + o_m[None, :]
     p_h += lane * s_hl + o_t[:, None] * s_ht + o_m[None, :]
     p_gram += lane * s_gl + o_m[:, None] * s_gj + o_m[None, :]
-    if GATED:
-        p_q += lane * s_ql + o_t[:, None] * s_qt + o_m[None, :]
-        p_gate += lane * s_el + o_m[:, None] * s_ej + o_m[None, :]
     hs = ()
     for i in tl.static_range((S + GROUP - 1) // GROUP * PARTS):
         start = i // PARTS * GROUP * R + i % PARTS * BC
         m_i = columns_exist(i, S, R, RP, BC)
         p = tl.load(p_p + start, mask=m_t & m_i[None, :], other=0.0)
-        if GATED:
-            q = tl.load(p_q + start, mask=m_t & m_i[None, :], other=0.0)
         for j in tl.static_range(i // PARTS * PARTS):
             before = j // PARTS * GROUP * R + j % PARTS * BC
             m_gram = columns_exist(j, S, R, RP, BC)[:, None] & m_i[None, :]
             gram = tl.load(p_gram + before * s_gj + start, mask=m_gram, other=0.0)
             p = tl.dot(hs[j], gram, p, input_precision=EXACT)
-            if GATED:
-                gram = tl.load(p_gate + before * s_ej + start, mask=m_gram, other=0.0)
-                q = tl.dot(hs[j], gram, q, input_precision=EXACT)
         if GROUP > 1:
             m_gram = (o_s[:, None] < o_s[None, :]) & m_i[:, None] & m_i[None, :]
             gram = tl.load(p_gram + start * s_gj + start, mask=m_gram, other=0.0)
-            if GATED:
-                gate = tl.load(p_gate + start * s_ej + start, mask=m_gram, other=0.0)
             for s in tl.static_range(min(GROUP, S - i * GROUP) - 1):
-                h = (activate(q, ACT) * p if GATED else activate(p, ACT)).to(p_h.dtype.element_ty)
+                h = ACT(p).to(p_h.dtype.element_ty)
                 own = tl.where(o_s[None, :] == s, h, 0.0)
                 p = tl.dot(own, gram, p, input_precision=EXACT)
-                if GATED:
-                    q = tl.dot(own, gate, q, input_precision=EXACT)
         # Padding columns are not zero for every activation (sigmoid), and a masked Gram row is: 0 * 0.5.
-        h = (activate(q, ACT) * p if GATED else activate(p, ACT)).to(p_h.dtype.element_ty)
+        h = ACT(p).to(p_h.dtype.element_ty)
         tl.store(p_h + start, h, mask=m_t & m_i[None, :])
         hs = hs + (h,)
 

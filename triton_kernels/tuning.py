@@ -22,7 +22,7 @@ from .cost import Device, Shape, choose, decode_plan
 from .decode_plan import MAX_STEPS, DecodePlan
 
 VARIABLE = "DLR_LOCK_TUNE"
-_FORMAT = 2
+_FORMAT = 3
 _ROUNDS = 7  # samples a candidate, of which the median counts
 # Written between two samples: weights do not stay in L2 from one layer's turn to the next.
 _FLUSH_BYTES = 256 * 2**20
@@ -35,7 +35,11 @@ def wanted() -> bool:
 
 
 def tuned(shape: Shape, device: Device, steps: int, deterministic: bool) -> tuple[DecodePlan | None] | None:
-    """The plan that was measured to be fastest for this shape, (None,) for prefill; None where nothing was measured."""
+    """What was measured to be fastest for a chain, with the arguments of `cost.decode_plan`.
+
+    Returns:
+        The plan of decode, or None for prefill, in a tuple of one; None where nothing was measured.
+    """
     entry = _table().get(_key(shape, device, steps, deterministic))
     if entry is None:
         return None
@@ -49,7 +53,11 @@ def tuned(shape: Shape, device: Device, steps: int, deterministic: bool) -> tupl
 
 
 def candidates(shape: Shape, device: Device, steps: int, deterministic: bool) -> list[DecodePlan | None]:
-    """What is worth a measurement: the cost model's choice first, prefill (None), and neighbours of its plan."""
+    """What is worth a measurement for a chain, with the arguments of `cost.decode_plan`.
+
+    Returns:
+        The cost model's choice first, then prefill, which is None, and neighbours of decode's plan.
+    """
     first = choose(shape, device, steps, deterministic)
     plan = decode_plan(shape, device, steps, deterministic)
     if plan is None:
@@ -70,9 +78,18 @@ def tune(
     run: Callable[[DecodePlan | None], object],
     seconds: Callable[[Callable[[], object]], float] | None = None,
 ) -> DecodePlan | None:
-    """Times `run` with every candidate, keeps the fastest in the table and returns it.
+    """Times every candidate, and keeps the fastest for this process and later ones.
 
-    seconds: how to time a call; on the GPU, with cold caches, if None. A candidate that fails is passed over.
+    Args:
+        shape, device, steps, deterministic: As `cost.decode_plan` takes them.
+        run: Runs the chain by a plan of decode, or by prefill for None. A candidate with which it fails is passed over.
+        seconds: How to time a call of no arguments; on the GPU, with cold caches, if None.
+
+    Returns:
+        The fastest candidate.
+
+    Raises:
+        Exception: The last candidate's, where all of them failed.
     """
     measure = seconds or _gpu_seconds
     times: dict[DecodePlan | None, float] = {}
@@ -84,7 +101,9 @@ def tune(
     if not times:
         raise failure
     best = min(times, key=lambda plan: times[plan])
-    _keep(_key(shape, device, steps, deterministic), best)
+    entry = _PREFILL if best is None else {"steps": best.steps, "num_warps": best.num_warps}
+    _table()[_key(shape, device, steps, deterministic)] = entry
+    _write_entries(_table())
     return best
 
 
@@ -113,16 +132,29 @@ def _key(shape: Shape, device: Device, steps: int, deterministic: bool) -> str:
     return f"{device.name}; {numbers} block={steps} deterministic={int(deterministic)}"
 
 
+@cache
+def _table() -> dict[str, Any]:
+    """The entries that are known in this process."""
+    return _read_entries()
+
+
+def forget() -> None:
+    """Reads the table anew at the next call."""
+    _table.cache_clear()
+
+
 def _versions() -> dict[str, Any]:
     return {"format": _FORMAT, "torch": torch.__version__, "triton": triton.__version__}
+
+
+# ---- the file in the user's cache
 
 
 def _file() -> Path:
     return cache_folder() / "tuning.json"
 
 
-@cache
-def _table() -> dict[str, Any]:
+def _read_entries() -> dict[str, Any]:
     """The kept entries; none where the file is missing, damaged or of other versions."""
     try:
         kept = json.loads(_file().read_text(encoding="utf-8"))
@@ -131,20 +163,13 @@ def _table() -> dict[str, Any]:
         return {}
 
 
-def _keep(key: str, plan: DecodePlan | None) -> None:
-    """Adds an entry to the table and its file, which other processes may be writing to: the last one wins whole."""
-    table = _table()
-    table[key] = _PREFILL if plan is None else {"steps": plan.steps, "num_warps": plan.num_warps}
+def _write_entries(entries: dict[str, Any]) -> None:
+    """Replaces the file, which other processes may be writing to: the last one wins whole."""
     file = _file()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as work:
-            json.dump({"versions": _versions(), "entries": table}, work, indent=1)
+            json.dump({"versions": _versions(), "entries": entries}, work, indent=1)
         Path(work.name).replace(file)
     except OSError:
-        pass  # a read-only home: the entry serves this process
-
-
-def forget() -> None:
-    """Reads the table anew at the next call."""
-    _table.cache_clear()
+        pass  # a read-only home: the entries serve this process

@@ -6,7 +6,8 @@ process of its own, where the kernels are not interpreted. That process is this 
 requests on stdin and prints the list of their resources. A request is
 
     {"kernel": "module:function", "target": "sm_90", "signature": {argument: type or "constexpr"},
-     "constexprs": {argument: value}, "divisible": [arguments that are multiples of 16], "options": {...}}
+     "constexprs": {argument: value, or {"activation": name} for one as `triton_form` gives it},
+     "divisible": [arguments that are multiples of 16], "options": {...}}
 
 and its resources are those of `resources`, or {"error": ...}.
 """
@@ -28,6 +29,8 @@ from typing import Any
 from unittest import mock
 
 import torch
+
+from dlr_lock.triton_kernels.activations import KERNEL_ACTS, triton_form
 
 TYPES = {
     torch.float32: "fp32",
@@ -72,7 +75,9 @@ def launch_request(kernel: str, target: str, call: Callable[[], object]) -> dict
             signature[argument] = "*" + TYPES[value.dtype]
             divisible.append(argument)  # the allocator of torch aligns to 512 bytes
         elif constant or value is None or value == 1:  # as Triton's JIT does with None and 1
-            signature[argument], constexprs[argument] = "constexpr", value
+            signature[argument] = "constexpr"
+            names = [act for act in KERNEL_ACTS if value is triton_form(act)]
+            constexprs[argument] = {"activation": names[0]} if names else value
         elif isinstance(value, int):
             signature[argument] = "i32" if abs(value) < 2**31 else "i64"
             divisible += [argument] * (value % 16 == 0)
@@ -116,12 +121,16 @@ def resources(request: dict[str, Any]) -> dict[str, Any]:
     arch = request["target"]
     target = GPUTarget("hip", arch, 64) if arch.startswith("gfx9") else GPUTarget("cuda", int(arch[3:]), 32)
     function = getattr(importlib.import_module(module), name)
+    constexprs = {
+        argument: triton_form(value["activation"]) if isinstance(value, dict) else value
+        for argument, value in request["constexprs"].items()
+    }
     marks = make_backend(target).parse_attr("DS")  # divisible; for AMD's pointers, also: within 2 GB
     attrs = {}
     for argument in request["divisible"]:
         pointer = request["signature"][argument].startswith("*")
         attrs[(function.arg_names.index(argument),)] = marks if pointer else marks[:1]
-    source = ASTSource(function, request["signature"], request["constexprs"], attrs)
+    source = ASTSource(function, request["signature"], constexprs, attrs)
     start = time.perf_counter()
     kernel = triton.compile(source, target=target, options=request["options"])
     seconds = time.perf_counter() - start

@@ -18,19 +18,17 @@ SHARED = {
 MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 TOKENS = 4099
 
-Case = tuple[str, int, int, str, bool]  # target, m, rank, activation, gated
+Case = tuple[str, int, int, str]  # target, m, rank, activation
 
-# m = 512 of the other ranks takes 5 to 20 s a compile, gated rank 16 and 48 up to 8.
+# m = 512 of the other ranks takes 5 to 20 s a compile.
 CASES: list[Case] = [
-    *((target, 256, rank, "silu", False) for target in ("sm_80", "sm_90") for rank in (16, 32, 48, 64, 128)),
-    *((target, 256, rank, "silu", False) for target in ("sm_100", "gfx942") for rank in (16, 48, 128)),
-    *(("sm_90", 256, rank, "silu", True) for rank in (32, 64, 128)),
-    *((target, 256, 64, "silu", True) for target in ("sm_80", "sm_100", "gfx942")),
-    *((target, 512, 64, "silu", False) for target in ("sm_80", "sm_90")),
-    ("sm_90", 512, 16, "silu", False),
-    ("sm_90", 256, 64, "gelu", False),
-    ("sm_80", 256, 64, "relu", False),
-    ("gfx942", 256, 64, "gelu", False),
+    *((target, 256, rank, "silu") for target in ("sm_80", "sm_90") for rank in (16, 32, 48, 64, 128)),
+    *((target, 256, rank, "silu") for target in ("sm_100", "gfx942") for rank in (16, 48, 128)),
+    *((target, 512, 64, "silu") for target in ("sm_80", "sm_90")),
+    ("sm_90", 512, 16, "silu"),
+    ("sm_90", 256, 64, "gelu"),
+    ("sm_80", 256, 64, "relu"),
+    ("gfx942", 256, 64, "gelu"),
 ]
 
 
@@ -39,7 +37,6 @@ def request(
     m: int,
     rank: int,
     act: str,
-    gated: bool,
     tokens: int = TOKENS,
     dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, Any]:
@@ -47,8 +44,7 @@ def request(
     width = m // rank * rank
     P = torch.empty(2, tokens, width, device="meta")
     gram = torch.empty(2, width, width, dtype=dtype, device="meta")
-    gate = (P, gram) if gated else (None, None)
-    return launch_request(KERNEL, target, lambda: block_solve(P, gram, rank, act, *gate))
+    return launch_request(KERNEL, target, lambda: block_solve(P, gram, rank, act))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +52,7 @@ def compiled() -> dict[Case, dict[str, Any]]:
     return dict(zip(CASES, compile_requests([request(*case) for case in CASES]), strict=True))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}-r{c[2]}-{c[3]}{'-gated' * c[4]}")
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}-r{c[2]}-{c[3]}")
 def test_resources(compiled: dict[Case, dict[str, Any]], case: Case) -> None:
     found = compiled[case]
     assert "error" not in found, found["error"]
@@ -74,7 +70,7 @@ def test_other_targets_few_tokens_and_float32_compile() -> None:
         ("gfx942", 1, torch.bfloat16),
         ("sm_90", TOKENS, torch.float32),
     ]
-    wanted = [request(target, 128, 64, "silu", False, tokens, dtype) for target, tokens, dtype in cases]
+    wanted = [request(target, 128, 64, "silu", tokens, dtype) for target, tokens, dtype in cases]
     for found, (target, _, dtype) in zip(compile_requests(wanted), cases, strict=True):
         assert "error" not in found, found["error"]
         if dtype == torch.bfloat16:

@@ -1,5 +1,7 @@
 """The op on a GPU: both paths in 16 bits, CUDA graphs, streams, compilation, and what a backend may refuse."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ pytestmark = [
 SPECS = [
     DLRSpec(hidden_size=576, lanes=1, depth=36, rank=64),
     DLRSpec(hidden_size=1024, lanes=1, depth=23, rank=48),  # ragged rounds, a rank that is no power of two
-    DLRSpec(hidden_size=640, lanes=4, depth=12, rank=32, gated=True, act="gelu"),
+    DLRSpec(hidden_size=640, lanes=4, depth=12, rank=32, act="gelu"),
     DLRSpec(hidden_size=512, lanes=16, depth=6, rank=16, act="relu"),  # a lane in one block
 ]
 
@@ -29,8 +31,7 @@ def filled(spec: DLRSpec, dtype: torch.dtype = torch.bfloat16) -> DLRNet:
 
 
 def wanted(net: DLRNet, x: Tensor) -> Tensor:
-    w = {name.removeprefix("dlr_"): p.double() for name, p in net.named_parameters()}
-    return chain_reference(x.double(), **w, act=net.spec.act)
+    return chain_reference(x.double(), net.chain.to(torch.float64))
 
 
 def error(y: Tensor, reference: Tensor) -> float:
@@ -118,10 +119,13 @@ def test_a_token_of_nan_stays_alone() -> None:
             assert net(x[:2]).isfinite().all()  # nothing is left of it for the next call
 
 
-def test_an_activation_without_a_kernel_runs_in_plain_torch() -> None:
-    net = filled(DLRSpec(hidden_size=128, lanes=1, depth=4, rank=16, act="mish"))
+@pytest.mark.parametrize(
+    ("what", "reason"), [({"act": "mish"}, "no activation 'mish'"), ({"gated": True}, "no gated steps")]
+)
+def test_what_has_no_kernel_runs_in_plain_torch(what: dict[str, Any], reason: str) -> None:
+    net = filled(DLRSpec(hidden_size=128, lanes=1, depth=4, rank=16, **what))
     x = torch.randn(3, 128, device="cuda")
     with torch.no_grad():
         assert error(net(x), wanted(net, x)) < 1e-2
-        with backend("triton"), pytest.raises(ValueError, match="no activation 'mish'"):
+        with backend("triton"), pytest.raises(ValueError, match=reason):
             net(x)

@@ -9,30 +9,36 @@ import torch
 from torch import Tensor
 
 from dlr_lock.runtime import DLRNet, DLRSpec
-from dlr_lock.triton_kernels import backend, chain_reference, current_backend, dlr_net, gram_blocks
+from dlr_lock.triton_kernels import (
+    ChainWeights,
+    backend,
+    chain_reference,
+    current_backend,
+    dlr_net,
+    gram_blocks,
+)
 
 
-def chain(
-    lanes: int = 2, depth: int = 5, rank: int = 16, hidden: int = 48, gated: bool = False
-) -> dict[str, Tensor]:
-    shape = (lanes, depth, rank, hidden)
-    weights = {
-        "A": torch.randn(shape) / hidden**0.5,
-        "B": torch.randn(shape) / (depth * rank) ** 0.5,
-        "scale": torch.rand(hidden),
-        "bias": torch.randn(hidden),
-    }
-    return weights | ({"G": torch.randn(shape) / hidden**0.5} if gated else {})
+def drawn(gated: bool = False) -> ChainWeights:
+    shape = (2, 5, 16, 48)
+    A, G = (torch.randn(shape) / 48**0.5 for _ in range(2))
+    B = torch.randn(shape) / 80**0.5
+    return ChainWeights(A, B, torch.rand(48), torch.randn(48), G if gated else None)
 
 
-def filled(gated: bool = False, **shape: int) -> DLRNet:
+def named(chain: ChainWeights) -> dict[str, Tensor]:
+    """The chain's tensors under their names in a checkpoint."""
+    return {f"dlr_{name}": t for name, t in chain._asdict().items() if isinstance(t, Tensor)}
+
+
+def filled(gated: bool = False) -> DLRNet:
     net = DLRNet(DLRSpec(hidden_size=48, lanes=2, depth=5, rank=16, gated=gated))
-    net.assign({f"dlr_{name}": w for name, w in chain(gated=gated).items()})
+    net.assign(named(drawn(gated)))
     return net
 
 
-def reference(x: Tensor, w: dict[str, Tensor]) -> Tensor:
-    return chain_reference(x.double(), **{name: t.double() for name, t in w.items()})
+def reference(x: Tensor, chain: ChainWeights) -> Tensor:
+    return chain_reference(x.double(), chain.to(torch.float64))
 
 
 def assert_close(y: Tensor, wanted: Tensor) -> None:
@@ -44,24 +50,24 @@ def assert_close(y: Tensor, wanted: Tensor) -> None:
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("shape", [(48,), (2, 3, 48), (0, 48)])
 def test_every_backend_is_the_chain(name: str, gated: bool, shape: tuple[int, ...]) -> None:
-    w, x = chain(gated=gated), torch.randn(shape)
+    chain, x = drawn(gated), torch.randn(shape)
     with backend(name), torch.no_grad():
-        y = dlr_net(x, **w)
+        y = dlr_net(x, chain)
         assert y.shape == x.shape and y.dtype == x.dtype
-        assert_close(y, reference(x, w))
-        G = w.get("G")
-        assert_close(dlr_net(x, **w, gram=gram_blocks(w["A"], w["B"], G, block=32)), reference(x, w))
+        assert_close(y, reference(x, chain))
+        if not gated:
+            assert_close(dlr_net(x, chain, gram_blocks(chain.A, chain.B, block=32)), reference(x, chain))
 
 
 def test_the_variable_chooses_and_the_innermost_block_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    w, x = chain(), torch.randn(5, 48, requires_grad=True)
+    chain, x = drawn(), torch.randn(5, 48, requires_grad=True)
     monkeypatch.setenv("DLR_LOCK_BACKEND", "naive")
-    assert dlr_net(x, **w).requires_grad
+    assert dlr_net(x, chain).requires_grad
     with backend("lookahead"), backend("naive"):
-        assert dlr_net(x, **w).requires_grad
+        assert dlr_net(x, chain).requires_grad
     monkeypatch.setenv("DLR_LOCK_BACKEND", "fast")
     with pytest.raises(ValueError, match="DLR_LOCK_BACKEND 'fast' is unknown; one of auto, triton"):
-        dlr_net(x, **w)
+        dlr_net(x, chain)
     with pytest.raises(ValueError, match="backend 'quick' is unknown"), backend("quick"):
         pass
 
@@ -83,23 +89,34 @@ def test_a_gradient_is_refused_at_forward_and_names_the_way_out() -> None:
 
 def test_triton_on_a_cpu_is_a_clear_error() -> None:
     with backend("triton"), torch.no_grad(), pytest.raises(ValueError, match="wants tensors on a CUDA"):
-        dlr_net(torch.randn(5, 48), **chain())
+        dlr_net(torch.randn(5, 48), drawn())
+
+
+def test_gated_chains_run_by_their_definition() -> None:
+    net, x = filled(gated=True), torch.randn(5, 48)
+    with torch.no_grad():
+        assert torch.equal(net(x), chain_reference(x, net.chain)) and net.dlr_gram is None
+        assert torch.equal(torch.compile(net, fullgraph=True, backend="aot_eager")(x), net(x))
+        assert net.to(torch.bfloat16)(x).dtype == torch.float32 and net.dlr_gram is None
+        with backend("triton"), pytest.raises(ValueError, match="'triton' has no gated steps"):
+            net(x)
+        with pytest.raises(ValueError, match="gated chain has no Gram blocks"):
+            dlr_net(x, net.chain, gram_blocks(net.dlr_A, net.dlr_B))
+    with pytest.raises(RuntimeError, match="no backward"):
+        net(x.requires_grad_())
 
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_opcheck(gated: bool) -> None:
-    w = chain(gated=gated)
-    gram = gram_blocks(w["A"], w["B"], w.get("G"))
-    args = (torch.randn(5, 48), w["A"], w["B"], w["scale"], w["bias"], w.get("G"), "silu", gram, "auto")
+    chain = drawn(gated)
+    gram = None if gated else gram_blocks(chain.A, chain.B)
+    args = (torch.randn(5, 48), *chain, gram, "auto")
     torch.library.opcheck(torch.ops.dlr_lock.dlr_net.default, args)
 
 
 def test_the_fake_kernel_gives_shape_and_dtype_of_any_input() -> None:
-    w = chain()
-    with torch.device("meta"):
-        x = torch.empty(2, 7, 48, dtype=torch.bfloat16)
-        meta = {name: torch.empty(t.shape) for name, t in w.items()}
-    y = torch.ops.dlr_lock.dlr_net(x, *meta.values(), None, "silu", None, "auto")
+    x = torch.empty(2, 7, 48, dtype=torch.bfloat16, device="meta")
+    y = torch.ops.dlr_lock.dlr_net(x, *drawn().to("meta"), None, "auto")
     assert y.is_meta and y.shape == x.shape and y.dtype == x.dtype
 
 
@@ -117,10 +134,9 @@ def test_weights_that_changed_get_new_gram_blocks() -> None:
     with torch.no_grad():
         net(x)
         net.dlr_B.mul_(0.5)
-        w = {name.removeprefix("dlr_"): p for name, p in net.named_parameters()}
-        assert_close(net(x), reference(x, w))
-        net.load_state_dict({f"dlr_{name}": t for name, t in chain().items()})
-        assert_close(net(x), reference(x, w))
+        assert_close(net(x), reference(x, net.chain))
+        net.load_state_dict(named(drawn()))
+        assert_close(net(x), reference(x, net.chain))
         half = net.to(torch.bfloat16)
         assert half.dlr_gram is not None and half.dlr_gram.dtype == torch.bfloat16
 
@@ -143,22 +159,21 @@ def test_fused_training_between_two_inferences_is_seen() -> None:
         for _ in range(5):
             net(x).square().sum().backward()
             optimizer.step()
-    w = {name.removeprefix("dlr_"): p.detach() for name, p in net.named_parameters()}
     for trainable in (True, False):
         with torch.no_grad():
-            assert_close(net.requires_grad_(trainable)(x), reference(x, w))
+            assert_close(net.requires_grad_(trainable)(x), reference(x, net.chain))
 
 
 @pytest.mark.parametrize("way", ["assign", "parameter", "data", "vector", "functional"])
 def test_weights_that_are_swapped_get_new_gram_blocks(way: str) -> None:
-    net, x, w = filled(), torch.randn(5, 48), chain()
-    state = {f"dlr_{name}": t for name, t in w.items()}
+    net, x, chain = filled(), torch.randn(5, 48), drawn()
+    state = named(chain)
     with torch.no_grad():
         net(x)
         if way == "assign":
             net.load_state_dict(state, assign=True)
         elif way == "functional":
-            assert_close(torch.func.functional_call(net, state, (x,)), reference(x, w))
+            assert_close(torch.func.functional_call(net, state, (x,)), reference(x, chain))
             return
         elif way == "vector":
             torch.nn.utils.vector_to_parameters(
@@ -170,7 +185,7 @@ def test_weights_that_are_swapped_get_new_gram_blocks(way: str) -> None:
                     setattr(net, name, torch.nn.Parameter(t, requires_grad=False))
                 else:
                     getattr(net, name).data = t
-        assert_close(net(x), reference(x, w))
+        assert_close(net(x), reference(x, chain))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
@@ -181,8 +196,7 @@ def test_a_copy_runs_on_weights_of_its_own(copied: Callable[[DLRNet], DLRNet]) -
         other = copied(net)
         assert torch.equal(other(x), wanted)
         other.dlr_B.mul_(0.5)
-        w = {name.removeprefix("dlr_"): p for name, p in other.named_parameters()}
-        assert_close(other(x), reference(x, w))
+        assert_close(other(x), reference(x, other.chain))
         assert torch.equal(net(x), wanted)
 
 
@@ -205,8 +219,7 @@ def test_weights_that_were_not_loaded_are_an_error() -> None:
 def test_inference_mode_from_the_start() -> None:
     with torch.inference_mode():
         net, x = filled(), torch.randn(5, 48)
-        w = {name.removeprefix("dlr_"): p for name, p in net.named_parameters()}
-        assert_close(net(x), reference(x, w))
+        assert_close(net(x), reference(x, net.chain))
 
 
 def test_scale_and_bias_stay_float32() -> None:
@@ -234,18 +247,18 @@ def test_blocks_of_two_threads_may_end_in_any_order() -> None:
 
 
 def test_tensors_that_do_not_fit_are_named() -> None:
-    w, x = chain(), torch.randn(5, 48)
-    gram = gram_blocks(w["A"], w["B"])
+    chain, x = drawn(), torch.randn(5, 48)
+    gram = gram_blocks(chain.A, chain.B)
     wrong = {
-        "scale and bias must be": {"scale": torch.ones(1)},
-        "Gram blocks of shape": {"gram": gram[:, :1]},
+        "scale and bias must be": {"chain": chain._replace(scale=torch.ones(1))},
+        "Gram blocks of shape": {"gram": gram[:1]},
         "float16 do not fit": {"gram": gram.half()},
-        "one float dtype": {"B": w["B"].double()},
+        "one float dtype": {"chain": chain._replace(B=chain.B.double())},
         "float tokens": {"x": torch.ones(3, 48, dtype=torch.int64)},
         "48 features|do not fit a chain": {"x": torch.ones(())},
     }
     for message, change in wrong.items():
         with torch.no_grad(), pytest.raises(ValueError, match=message):
-            dlr_net(**({"x": x, **w, "gram": gram} | change))
+            dlr_net(**({"x": x, "chain": chain, "gram": gram} | change))
     with pytest.raises(ValueError, match="dlr_A is"):
-        filled().assign({f"dlr_{name}": t[:1] if name == "A" else t for name, t in w.items()})
+        filled().assign(named(chain._replace(A=chain.A[:1])))

@@ -8,60 +8,48 @@ import torch
 from aot import compile_requests, launch_request
 from torch import Tensor
 
-from dlr_lock.triton_kernels import chain_reference, gram_blocks
+from dlr_lock.triton_kernels import ChainWeights, chain_reference, gram_blocks
 from dlr_lock.triton_kernels.matmul import matmul
 from dlr_lock.triton_kernels.prefill import chunk_tokens, prefill
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Execute = Callable[..., Any]
-Chain = dict[str, Tensor | None]
 
 
-def drawn(lanes: int, depth: int, rank: int, hidden: int, gated: bool) -> Chain:
+def drawn(lanes: int, depth: int, rank: int, hidden: int, act: str = "silu") -> ChainWeights:
     shape = (lanes, depth, rank, hidden)
-    A, G = (torch.randn(shape) / hidden**0.5 for _ in range(2))
-    B = torch.randn(shape) / (depth * rank) ** 0.5
-    return {
-        "A": A,
-        "B": B,
-        "scale": torch.rand(hidden),
-        "bias": torch.randn(hidden),
-        "G": G if gated else None,
-    }
+    A, B = torch.randn(shape) / hidden**0.5, torch.randn(shape) / (depth * rank) ** 0.5
+    return ChainWeights(A, B, torch.rand(hidden), torch.randn(hidden), act=act)
 
 
-def run(x: Tensor, chain: Chain, act: str, block: int, scratch: int, broken: bool = False) -> Tensor:
-    x, chain = x.to(DEVICE), {name: t if t is None else t.to(DEVICE) for name, t in chain.items()}
-    gram = gram_blocks(chain["A"], chain["B"], chain["G"], block=block)
+def run(x: Tensor, chain: ChainWeights, block: int, scratch: int, broken: bool = False) -> Tensor:
+    x, chain = x.to(DEVICE), chain.to(DEVICE)
+    gram = gram_blocks(chain.A, chain.B, block=block)
     if broken:
-        rank = chain["A"].shape[2]
-        gram[-1, :, 0, :rank, -rank:] = 0  # what the block's last step reads of its first
-    y = prefill(x, **{k: chain[k] for k in "AB"}, scale=chain["scale"], bias=chain["bias"], G=chain["G"], act=act,
-                gram=gram, scratch=scratch)  # fmt: skip
-    return y.cpu()
+        rank = chain.A.shape[2]
+        gram[:, 0, :rank, -rank:] = 0  # what the block's last step reads of its first
+    return prefill(x, chain, gram, scratch=scratch).cpu()
 
 
-def error(y: Tensor, x: Tensor, chain: Chain, act: str) -> float:
-    doubled = {name: t if t is None else t.double() for name, t in chain.items()}
-    wanted = chain_reference(x.double(), **doubled, act=act)
+def error(y: Tensor, x: Tensor, chain: ChainWeights) -> float:
+    wanted = chain_reference(x.double(), chain.to(torch.float64))
     return float((y - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize(
-    ("lanes", "depth", "rank", "hidden", "tokens", "block", "gated", "act"),
+    ("lanes", "depth", "rank", "hidden", "tokens", "block", "act"),
     [
-        (1, 6, 16, 96, 40, 32, False, "silu"),  # rounds of two steps
-        (3, 7, 16, 96, 5, 48, True, "gelu"),  # a ragged last one, lanes that are summed
-        (2, 4, 48, 80, 70, 512, False, "relu"),  # one round; a rank that is no power of two
-        (1, 4, 16, 64, 1, 512, True, "silu"),
-        (1, 5, 16, 33, 300, 32, False, "silu"),  # chunks, the last one ragged; odd features
-        (2, 50, 16, 32, 7, 512, False, "silu"),  # a block of two solves, and a ragged one
-        (1, 40, 16, 32, 7, 4096, True, "silu"),  # one round of several solves, gated
-        (2, 3, 336, 32, 7, 1024, False, "silu"),  # a step wider than half a solve
-        (1, 3, 576, 48, 7, 576, False, "silu"),  # and one wider than a solve
-        (2, 4, 48, 80, 70, 48, False, "gelu"),  # blocks of one step: the activation follows the product
-        (3, 1, 32, 64, 9, 512, False, "relu"),  # a single step, as an MLP is
-        (1, 3, 32, 48, 5, 32, True, "silu"),  # gated ones are solved
+        (1, 6, 16, 96, 40, 32, "silu"),  # rounds of two steps
+        (3, 7, 16, 96, 5, 48, "gelu"),  # a ragged last one, lanes that are summed
+        (2, 4, 48, 80, 70, 512, "relu"),  # one round; a rank that is no power of two
+        (1, 4, 16, 64, 1, 512, "silu"),
+        (1, 5, 16, 33, 300, 32, "silu"),  # chunks, the last one ragged; odd features
+        (2, 50, 16, 32, 7, 512, "silu"),  # a block of two solves, and a ragged one
+        (1, 40, 16, 32, 7, 4096, "silu"),  # one round of several solves
+        (2, 3, 336, 32, 7, 1024, "silu"),  # a step wider than half a solve
+        (1, 3, 576, 48, 7, 576, "silu"),  # and one wider than a solve
+        (2, 4, 48, 80, 70, 48, "gelu"),  # blocks of one step: the activation follows the product
+        (3, 1, 32, 64, 9, 512, "relu"),  # a single step, as an MLP is
     ],
 )
 def test_is_the_chain(
@@ -72,21 +60,20 @@ def test_is_the_chain(
     hidden: int,
     tokens: int,
     block: int,
-    gated: bool,
     act: str,
 ) -> None:
-    chain, x = drawn(lanes, depth, rank, hidden, gated), torch.randn(tokens, hidden)
-    y = execute(run, x, chain, act, block, 1)  # no scratch: chunks of 128 tokens
-    assert y.shape == x.shape and error(y, x, chain, act) < 1e-6
+    chain, x = drawn(lanes, depth, rank, hidden, act), torch.randn(tokens, hidden)
+    y = execute(run, x, chain, block, 1)  # no scratch: chunks of 128 tokens
+    assert y.shape == x.shape and error(y, x, chain) < 1e-6
     if min(depth, block // rank) > 1:  # a block of one step has no Gram matrix to break
-        assert error(execute(run, x, chain, act, block, 1, True), x, chain, act) > 1e-4
+        assert error(execute(run, x, chain, block, 1, True), x, chain) > 1e-4
 
 
 def test_a_token_of_nan_stays_alone(execute: Execute) -> None:
-    chain, x = drawn(2, 6, 16, 48, False), torch.randn(70, 48)
-    clean = execute(run, x, chain, "silu", 48, 2**20)
+    chain, x = drawn(2, 6, 16, 48), torch.randn(70, 48)
+    clean = execute(run, x, chain, 48, 2**20)
     x[37, 5] = torch.nan
-    y = execute(run, x, chain, "silu", 48, 2**20)
+    y = execute(run, x, chain, 48, 2**20)
     assert y[37].isnan().all()
     y[37] = clean[37]
     assert torch.equal(y, clean)
@@ -95,7 +82,7 @@ def test_a_token_of_nan_stays_alone(execute: Execute) -> None:
 @pytest.mark.parametrize("shape", [(1, 64, 336, 4096), (64, 12, 32, 4096), (1, 36, 64, 576)])
 def test_scratch_stays_under_its_bound(shape: tuple[int, ...]) -> None:
     lanes, _, _, hidden = shape
-    tokens = chunk_tokens(shape, 512, gated=False, itemsize=2)
+    tokens = chunk_tokens(shape, 512, itemsize=2)
     assert tokens % 128 == 0
     assert lanes * tokens * (hidden * (4 + 2) + 512 * (4 + 2)) <= 256 * 2**20
 

@@ -1,13 +1,15 @@
 """The reference against the formula of design, written again token by token in float64 numpy."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from transformers.activations import ACT2FN
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from dlr_lock.triton_kernels import ACTIVATIONS, chain_reference, flattened_reference, lane_updates
+from dlr_lock.triton_kernels import ChainWeights, chain_reference, flattened_reference, lane_updates
 
 NUMPY_ACTS = {
     "silu": lambda p: p / (1 + np.exp(-p)),
@@ -16,8 +18,10 @@ NUMPY_ACTS = {
 }
 
 
-def random_chain(L: int, K: int, r: int, d: int, T: int, gated: bool, dtype: torch.dtype = torch.float64):
-    """A chain whose updates are about as large as x, on fresh random numbers."""
+def random_chain(
+    L: int, K: int, r: int, d: int, T: int, gated: bool = False, act: str = "silu"
+) -> tuple[Tensor, ChainWeights]:
+    """Tokens in float64, and a chain whose updates are about as large as x, on fresh random numbers."""
     generator = torch.Generator().manual_seed(torch.seed() % 2**31)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -26,12 +30,12 @@ def random_chain(L: int, K: int, r: int, d: int, T: int, gated: bool, dtype: tor
     A, G = draw(L, K, r, d) / math.sqrt(d), draw(L, K, r, d) / math.sqrt(d)
     B = 1.5 * draw(L, K, r, d) / math.sqrt(K * r)
     x, scale, bias = draw(T, d), draw(d), draw(d)
-    return x.to(dtype), A.to(dtype), B.to(dtype), scale, bias, G.to(dtype) if gated else None
+    return x, ChainWeights(A, B, scale, bias, G if gated else None, act)
 
 
-def by_hand(x, A, B, scale, bias, G, act, flat=False):
-    x, A, B, scale, bias = (t.double().numpy() for t in (x, A, B, scale, bias))
-    f = NUMPY_ACTS[act]
+def by_hand(x: Tensor, chain: ChainWeights, flat: bool = False) -> Tensor:
+    x, A, B, scale, bias, G = (None if t is None else t.numpy() for t in (x, *chain[:5]))
+    f = NUMPY_ACTS[chain.act]
     y = np.zeros_like(x)
     for t in range(len(x)):
         for lane in range(A.shape[0]):
@@ -39,7 +43,7 @@ def by_hand(x, A, B, scale, bias, G, act, flat=False):
             for k in range(A.shape[1]):
                 reads = x[t] if flat else z
                 p = A[lane, k] @ reads
-                h = f(p) if G is None else f(G.double().numpy()[lane, k] @ reads) * p
+                h = f(p) if G is None else f(G[lane, k] @ reads) * p
                 z = z + h @ B[lane, k]
             y[t] += scale * (z - x[t])
     return torch.from_numpy(y + bias)
@@ -56,11 +60,11 @@ def by_hand(x, A, B, scale, bias, G, act, flat=False):
     ],
 )
 def test_the_formula(L: int, K: int, r: int, d: int, T: int, gated: bool, act: str) -> None:
-    chain = random_chain(L, K, r, d, T, gated)
-    wanted = by_hand(*chain, act)
-    torch.testing.assert_close(chain_reference(*chain, act), wanted, rtol=1e-10, atol=1e-10)
-    flat = by_hand(*chain, act, flat=True)
-    torch.testing.assert_close(flattened_reference(*chain, act), flat, rtol=1e-10, atol=1e-10)
+    x, chain = random_chain(L, K, r, d, T, gated, act)
+    wanted = by_hand(x, chain)
+    torch.testing.assert_close(chain_reference(x, chain), wanted, rtol=1e-10, atol=1e-10)
+    flat = by_hand(x, chain, flat=True)
+    torch.testing.assert_close(flattened_reference(x, chain), flat, rtol=1e-10, atol=1e-10)
     if K > 1:
         assert (flat - wanted).norm() > 0.1 * wanted.norm(), "the chain is no chain: its steps read x alone"
 
@@ -73,52 +77,58 @@ def test_the_formula(L: int, K: int, r: int, d: int, T: int, gated: bool, act: s
 )
 @pytest.mark.parametrize("gated", [False, True])
 def test_error_against_float64_on_the_same_weights(dtype: torch.dtype, bound: float, gated: bool) -> None:
-    x, A, B, scale, bias, G = random_chain(1, 36, 64, 192, 64, gated, dtype)
-    if gated:
-        B = B / 2  # a product of two normal variables is heavier-tailed: keep the coupling near one
-    wanted = chain_reference(
-        x.double(), A.double(), B.double(), scale, bias, None if G is None else G.double()
-    )
-    got = chain_reference(x, A, B, scale, bias, G)
+    x, chain = random_chain(1, 36, 64, 192, 64, gated)
+    chain = chain.to(dtype)._replace(scale=chain.scale, bias=chain.bias)
+    if gated:  # a product of two normal variables is heavier-tailed: keep the coupling near one
+        chain = chain._replace(B=chain.B / 2)
+    x = x.to(dtype)
+    wanted = chain_reference(x.double(), chain.to(torch.float64))
+    got = chain_reference(x, chain)
     assert got.dtype == dtype
     assert (got.double() - wanted).norm() / wanted.norm() < bound
 
 
 def test_leading_shapes_are_kept_and_no_tokens_are_fine() -> None:
-    x, A, B, scale, bias, _ = random_chain(1, 3, 16, 24, 6, False)
-    flat = chain_reference(x, A, B, scale, bias)
-    assert torch.equal(chain_reference(x.view(2, 3, 24), A, B, scale, bias), flat.view(2, 3, 24))
-    assert chain_reference(x[:0], A, B, scale, bias).shape == (0, 24)
+    x, chain = random_chain(1, 3, 16, 24, 6)
+    flat = chain_reference(x, chain)
+    assert torch.equal(chain_reference(x.view(2, 3, 24), chain), flat.view(2, 3, 24))
+    assert chain_reference(x[:0], chain).shape == (0, 24)
 
 
 def test_gradients_of_every_argument() -> None:
-    x, A, B, scale, bias, G = random_chain(2, 3, 16, 8, 3, True)
-    arguments = [t.requires_grad_() for t in (x, A, B, scale, bias, G)]
-    assert torch.autograd.gradcheck(chain_reference, arguments)
+    x, chain = random_chain(2, 3, 16, 8, 3, gated=True)
+    arguments = [t.requires_grad_() for t in (x, *chain[:5])]
+    assert torch.autograd.gradcheck(lambda x, *tensors: chain_reference(x, ChainWeights(*tensors)), arguments)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_compiles_into_one_graph_and_recomputes_in_a_checkpoint(gated: bool) -> None:
+    x, chain = random_chain(2, 3, 16, 24, 5, gated, "tanh")
+    chain = ChainWeights(*(t.requires_grad_() if isinstance(t, Tensor) else t for t in chain))
+    wanted = chain_reference(x, chain)
+    wanted.sum().backward()
+    gradient, chain.A.grad = chain.A.grad, None
+    compiled = torch.compile(chain_reference, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, chain), wanted)
+    checkpoint(chain_reference, x, chain, use_reentrant=False).sum().backward()
+    torch.testing.assert_close(chain.A.grad, gradient)
 
 
 def test_lane_updates_sum_to_the_output() -> None:
-    x, A, B, scale, bias, _ = random_chain(3, 4, 16, 24, 5, False)
-    updates = lane_updates(x, A, B)
+    x, chain = random_chain(3, 4, 16, 24, 5)
+    updates = lane_updates(x, chain)
     assert updates.shape == (3, 5, 24)
-    torch.testing.assert_close(scale * updates.sum(0) + bias, chain_reference(x, A, B, scale, bias))
+    torch.testing.assert_close(chain.scale * updates.sum(0) + chain.bias, chain_reference(x, chain))
 
 
-@pytest.mark.parametrize("name", sorted(ACT2FN))
-def test_every_activation_of_transformers(name: str) -> None:
-    p = torch.linspace(-12, 12, 4001)
-    with torch.no_grad():
-        wanted = ACT2FN[name].float()(p)
-    # xielu's constants are stored in bf16 over there
-    tolerance = 1e-2 if name == "xielu" else 2e-6
-    torch.testing.assert_close(ACTIVATIONS[name](p), wanted, rtol=tolerance, atol=tolerance)
-
-
-def test_what_does_not_fit_is_named() -> None:
-    x, A, B, scale, bias, _ = random_chain(1, 3, 16, 24, 6, False)
+@pytest.mark.parametrize("function", [chain_reference, lane_updates, flattened_reference])
+def test_what_does_not_fit_is_named(function: Callable[..., Tensor]) -> None:
+    x, chain = random_chain(1, 3, 16, 24, 6)
     with pytest.raises(ValueError, match="23 features"):
-        chain_reference(x[:, 1:], A, B, scale, bias)
+        function(x[:, 1:], chain)
     with pytest.raises(ValueError, match="one shape"):
-        chain_reference(x, A, B[:, :2], scale, bias)
+        function(x, chain._replace(B=chain.B[:, :2]))
     with pytest.raises(ValueError, match="siluu"):
-        chain_reference(x, A, B, scale, bias, None, "siluu")
+        function(x, chain._replace(act="siluu"))
+    with pytest.raises(ValueError, match="scale and bias must be"):
+        function(x, chain._replace(scale=chain.scale[:1]))

@@ -1,4 +1,4 @@
-"""The decode kernel's schedule in plain torch, one CTA at a time, in any order: the oracle of `decode.py`.
+"""The decode kernel's schedule in plain torch, one CTA at a time, in any order: the oracle of the kernel.
 
 Every CTA is a generator over one shared memory of the plan's layout that yields wherever another CTA could
 come between: after every tile added or read, every arrival, every turn of a wait, every zeroing. `run`
@@ -10,13 +10,12 @@ tested here.
 import random
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from itertools import product
 
 import torch
 from torch import Tensor
 
-from .activations import ACTIVATIONS
-from .decode_plan import LINE, DecodePlan
+from dlr_lock.triton_kernels import ACTIVATIONS, ChainWeights
+from dlr_lock.triton_kernels.decode_plan import LINE, RING, DecodePlan
 
 STUCK = "stuck"  # what a CTA yields when it waits in vain; anything else is progress
 
@@ -50,31 +49,42 @@ class Memory:
             )
 
 
+def columns(plan: DecodePlan, cta: int) -> slice:
+    """The columns of CTA `cta` of a lane; the last slice may have fewer."""
+    first = cta * plan.slice_width
+    return slice(first, min(first + plan.slice_width, plan.hidden))
+
+
+def part_rows(plan: DecodePlan, part: int) -> slice:
+    """The rows of a part of a step; the last part may have fewer than `plan.part`."""
+    return slice(part * plan.part, min((part + 1) * plan.part, plan.rank))
+
+
+def round_steps(plan: DecodePlan, n: int) -> range:
+    """The steps of round n."""
+    return range(n * plan.steps, min((n + 1) * plan.steps, plan.depth))
+
+
 @dataclass(frozen=True)
-class Chain:
+class Launch:
     """What a launch reads, as `decode` takes it, and the y [T, d] that it writes."""
 
     x: Tensor
-    A: Tensor
-    B: Tensor
-    scale: Tensor
-    bias: Tensor
+    chain: ChainWeights
     gram: Tensor | None
-    G: Tensor | None
-    gate_gram: Tensor | None
-    act: str
     y: Tensor
 
 
 class Cta:
     """One CTA of the kernel. Its phases are methods, so that a test can break one."""
 
-    def __init__(self, plan: DecodePlan, memory: Memory, chain: Chain, lane: int, cta: int) -> None:
-        self.plan, self.memory, self.chain, self.lane, self.cta = plan, memory, chain, lane, cta
-        self.columns = plan.columns(cta)
-        self.tokens = len(chain.x)
+    def __init__(self, plan: DecodePlan, memory: Memory, launch: Launch, lane: int, cta: int) -> None:
+        self.plan, self.memory, self.launch, self.lane, self.cta = plan, memory, launch, lane, cta
+        self.chain = launch.chain
+        self.columns = columns(plan, cta)
+        self.tokens = len(launch.x)
         self.barrier, self.exit, self.turn = lane * LINE, plan.exits + lane * LINE, plan.turns + cta * LINE
-        self.z = self.slice_of(chain.x).to(memory.dtype, copy=True)
+        self.z = self.slice_of(launch.x).to(memory.dtype, copy=True)
         if plan.chunks > 1:
             scratch = memory.values[plan.z_start :].view(plan.lanes, plan.tokens, plan.hidden)
             scratch = scratch[lane, : self.tokens, self.columns]
@@ -95,6 +105,14 @@ class Cta:
         if self.plan.slices > 1:
             yield from self.leave()
 
+    def p_start(self, n: int, slot: int) -> int:
+        """Where a slot of this lane's P of round n starts in the values."""
+        return (self.lane * RING + n % RING) * self.plan.p_buffer + slot * self.plan.p_slot
+
+    def arrivals(self, n: int) -> int:
+        """What the lane's barrier counter holds once round n's P is complete."""
+        return (n + 1) * self.plan.slices
+
     def tiles(self) -> Iterator[slice]:
         """The tiles of the slice, as columns of the slice."""
         width = self.columns.stop - self.columns.start
@@ -108,23 +126,20 @@ class Cta:
     def project(self, n: int) -> dict[int, Tensor]:
         """This slice's share of P of round n: tile -> [T, rows of the part]."""
         ps = {}
-        for gate, weights in enumerate((self.chain.A, self.chain.G)):
-            if weights is None:
-                continue
-            for i, k in enumerate(self.plan.round_steps(n)):
-                w = self.slice_of(weights[self.lane, k])
-                z = self.z.to(w.dtype)
-                p = torch.stack([z[:, t] @ w[:, t].T for t in self.tiles()]).sum(0).to(self.z.dtype)
-                for part in range(self.plan.parts):
-                    ps[self.plan.p_tile(gate, i, part)] = p[:, self.plan.part_rows(part)]
+        for i, k in enumerate(round_steps(self.plan, n)):
+            w = self.slice_of(self.chain.A[self.lane, k])
+            z = self.z.to(w.dtype)
+            p = torch.stack([z[:, t] @ w[:, t].T for t in self.tiles()]).sum(0).to(self.z.dtype)
+            for part in range(self.plan.parts):
+                ps[i * self.plan.parts + part] = p[:, part_rows(self.plan, part)]
         return ps
 
     def part(self, n: int, slot: int, tile: int) -> Tensor:
         """A tile [T, rows of the part] of the lane's P."""
-        start = self.plan.p_start(self.lane, n, slot)
+        start = self.p_start(n, slot)
         tiles = self.memory.values[start : start + self.plan.p_slot]
         tiles = tiles.view(self.plan.p_tiles, self.plan.tokens, self.plan.part)
-        rows = self.plan.part_rows(tile % self.plan.parts)
+        rows = part_rows(self.plan, tile % self.plan.parts)
         return tiles[tile, : self.tokens, : rows.stop - rows.start]
 
     def publish(self, n: int, ps: dict[int, Tensor]) -> Iterator[str]:
@@ -140,15 +155,14 @@ class Cta:
         yield "arrived"
 
     def wait(self, n: int) -> Iterator[str]:
-        while self.memory.counters[self.barrier] < self.plan.arrivals(n):
+        while self.memory.counters[self.barrier] < self.arrivals(n):
             yield STUCK
         yield "passed"
 
     def gather(self, n: int) -> Generator[str, None, dict[int, Tensor]]:
         """P of round n, complete: tile -> [T, rows of the part], the generator's value."""
         ps = {}
-        places = product(range(self.plan.maps), range(len(self.plan.round_steps(n))), range(self.plan.parts))
-        for tile in [self.plan.p_tile(*place) for place in places]:
+        for tile in range(len(round_steps(self.plan, n)) * self.plan.parts):
             slots = [self.part(n, slot, tile) for slot in range(self.plan.p_slots)]
             ps[tile] = torch.stack(slots).sum(0)
             yield "read"
@@ -157,37 +171,34 @@ class Cta:
     def clear(self, n: int) -> Iterator[str]:
         """This CTA's share of round n's buffer becomes zero."""
         if not self.plan.deterministic:
-            buffer = self.memory.values[self.plan.p_start(self.lane, n, 0) :][: self.plan.p_buffer]
+            buffer = self.memory.values[self.p_start(n, 0) :][: self.plan.p_buffer]
             buffer[self.cta * self.plan.p_share :][: self.plan.p_share] = 0
             yield "cleared"
 
     def solve(self, n: int, ps: dict[int, Tensor]) -> list[Tensor]:
         """h_i [T, r] of round n's steps, in the weights' dtype."""
-        act, rank, first = ACTIVATIONS[self.chain.act], self.plan.rank, n * self.plan.steps
+        act, gram = ACTIVATIONS[self.chain.act], self.launch.gram
+        rank, first = self.plan.rank, n * self.plan.steps
         hs: list[Tensor] = []
-        for i in range(len(self.plan.round_steps(n))):
-            sums = []
-            for gate, gram in enumerate((self.chain.gram, self.chain.gate_gram)[: self.plan.maps]):
-                p = torch.cat([ps[self.plan.p_tile(gate, i, part)] for part in range(self.plan.parts)], 1)
-                for j, h in enumerate(hs):
-                    assert gram is not None  # `check` refuses rounds of several steps without
-                    block, step = divmod(first, gram.shape[-1] // rank)
-                    rows, columns = ((step + s) * rank for s in (j, i))
-                    p += h @ gram[self.lane, block, rows : rows + rank, columns : columns + rank]
-                sums.append(p)
-            h = act(sums[0]) if len(sums) == 1 else act(sums[1]) * sums[0]
-            hs.append(h.to(self.chain.A.dtype))
+        for i in range(len(round_steps(self.plan, n))):
+            p = torch.cat([ps[i * self.plan.parts + part] for part in range(self.plan.parts)], 1)
+            for j, h in enumerate(hs):
+                assert gram is not None  # `check` refuses rounds of several steps without
+                block, step = divmod(first, gram.shape[-1] // rank)
+                rows, columns = ((step + s) * rank for s in (j, i))
+                p += h @ gram[self.lane, block, rows : rows + rank, columns : columns + rank]
+            hs.append(act(p).to(self.chain.A.dtype))
         return hs
 
     def update(self, n: int, hs: list[Tensor]) -> None:
-        for h, k in zip(hs, self.plan.round_steps(n), strict=True):
+        for h, k in zip(hs, round_steps(self.plan, n), strict=True):
             for t in self.tiles():
                 self.z[:, t] += (h @ self.slice_of(self.chain.B[self.lane, k])[:, t]).to(self.z.dtype)
 
     def finish(self) -> Iterator[str]:
         """y of the slice: at once where there is one lane, else by the last lane to arrive."""
         plan, memory = self.plan, self.memory
-        delta = self.z - self.slice_of(self.chain.x).to(memory.dtype)
+        delta = self.z - self.slice_of(self.launch.x).to(memory.dtype)
         if plan.lanes == 1:
             self.write(delta)
             return
@@ -210,7 +221,7 @@ class Cta:
             yield "wrote"
 
     def write(self, delta: Tensor) -> None:
-        self.slice_of(self.chain.y).copy_(
+        self.slice_of(self.launch.y).copy_(
             delta * self.slice_of(self.chain.scale) + self.slice_of(self.chain.bias)
         )
 
@@ -247,29 +258,18 @@ def orders(seed: int) -> dict[str, Order]:
 
 
 def run(
-    plan: DecodePlan,
-    memory: Memory,
-    order: Order,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    gram: Tensor | None,
-    G: Tensor | None = None,
-    gate_gram: Tensor | None = None,
-    act: str = "silu",
+    x: Tensor, chain: ChainWeights, gram: Tensor | None, *, plan: DecodePlan, memory: Memory, order: Order,
     cta: type[Cta] = Cta,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """y [T, d] of one launch, with the arguments of `decode`, its CTAs interleaved by `order`.
 
     Raises ScheduleError on a deadlock, or when the memory is not left clean.
     """
-    plan.check(x, A, B, G, gram, gate_gram)
+    plan.check(x, chain, gram)
     y = torch.full_like(x, torch.nan)
-    chain = Chain(x, A, B, scale, bias, gram, G, gate_gram, act, y)
+    launch = Launch(x, chain, gram, y)
     grid = [(lane, c) for lane in range(plan.lanes) for c in range(plan.slices)]
-    ctas = {i: iter(cta(plan, memory, chain, *place)) for i, place in enumerate(grid)}
+    ctas = {i: iter(cta(plan, memory, launch, *place)) for i, place in enumerate(grid)}
     stuck: set[int] = set()
     steps, last = [0] * len(ctas), -1
     while ctas:
