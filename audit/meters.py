@@ -72,7 +72,7 @@ class Meter(TorchDispatchMode):
 
     Tensors that were there before are free; `adopt` counts one as if it had been made within. Of what is compiled
     it sees nothing (torch.compile refuses to run), of a custom autograd Function all, of the fused DLR-Net op its
-    FLOPs and its prefill's launches: three a block, two where that is a step, one more for gated steps.
+    FLOPs and its prefill's launches: three a block, two where that is a step.
     """
 
     def __init__(self) -> None:
@@ -274,11 +274,10 @@ def _dlr_net_flops(
     gram: Tensor | None, backend: str, *, out_val: Any,
 ) -> int:  # fmt: skip
     """Look-ahead's: the products with the weights, and within a block of S steps those of a step with the earlier
-    ones, S (S - 1) / 2 of [T, r] x [r, r] for each matrix that reads the state."""
+    ones, S (S - 1) / 2 of [T, r] x [r, r]. A gated chain has no blocks, and three products a step."""
     tokens, rank = x.numel() // x.shape[-1], A.shape[2]
-    readers = 1 if G is None else 2
     earlier = sum(S * (S - 1) // 2 for S in _blocks(A, gram))
-    return 2 * tokens * ((readers + 1) * A.numel() + readers * len(A) * earlier * rank**2)
+    return 2 * tokens * ((2 if G is None else 3) * A.numel() + len(A) * earlier * rank**2)
 
 
 def _dlr_net_launches(
@@ -286,7 +285,7 @@ def _dlr_net_launches(
     gram: Tensor | None, backend: str,
 ) -> int:  # fmt: skip
     if G is not None:
-        return sum(4 for _ in _blocks(A, gram))
+        return 5 * A.shape[1]  # step by step: three products, the activation, the gate
     return sum(2 if S == 1 else 3 for S in _blocks(A, gram))  # a step alone needs no solve
 
 

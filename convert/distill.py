@@ -21,7 +21,7 @@ from ..common.errors import DLRError
 from ..common.progress import Count, no_count
 from ..common.splits import random_rows
 from ..runtime import DLRNet, DLRSpec
-from ..triton_kernels import lane_updates
+from ..triton_kernels import ChainWeights, chain_reference
 from .activations import Activations
 from .config import Recipe
 from .evaluate import relative_error
@@ -217,7 +217,8 @@ class _Gradients:
     """
 
     def __init__(self, spec: DLRSpec, device: torch.device, scale: float) -> None:
-        self._spec, self._scale = spec, scale
+        self._spec = spec
+        self._scale = torch.full((spec.hidden_size,), scale, device=device)
         self._parts = torch.get_num_threads() if device.type == "cpu" else 1
         self._pool = ThreadPoolExecutor(self._parts, initializer=lambda: torch.set_num_threads(1))
 
@@ -242,8 +243,10 @@ class _Gradients:
     def _of_part(self, job: tuple[Weights, Tensor, Tensor, int]) -> tuple[Tensor, Weights]:
         weights, x, y, tokens = job
         leaves = {key: w.detach().requires_grad_() for key, w in weights.items()}
-        update = lane_updates(x, leaves["dlr_A"], leaves["dlr_B"], leaves.get("dlr_G"), self._spec.act).sum(0)
-        loss = relative_error(self._scale * update, y).sum() / tokens
+        A, B, G = (leaves.get(name) for name in ("dlr_A", "dlr_B", "dlr_G"))
+        assert A is not None and B is not None
+        chain = ChainWeights(A, B, self._scale, torch.zeros_like(self._scale), G, self._spec.act)
+        loss = relative_error(chain_reference(x, chain), y).sum() / tokens
         loss.backward()
         return loss.detach(), {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
 

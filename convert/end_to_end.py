@@ -34,7 +34,6 @@ from .evaluate import (
     compare,
     distance_of,
     divergence,
-    in_float32,
     measure,
     predicts_next,
     relative_error,
@@ -66,34 +65,23 @@ class EndToEndPlan:
     seed: int = 0
 
 
-class TrainableChain(nn.Module):
+class TrainableChain(DLRNet):
     """A chain as its owner, or an attacker, trains it: the reference with float32 parameters, recomputed in
     backward so that one chain's steps at a time are held."""
 
-    dlr_A: nn.Parameter
-    dlr_B: nn.Parameter
-    dlr_G: nn.Parameter | None
-    dlr_scale: nn.Parameter
-    dlr_bias: nn.Parameter
-
     def __init__(self, net: DLRNet, device: torch.device) -> None:
-        super().__init__()
-        self.register_parameter("dlr_G", None)
-        self.act = net.spec.act
-        for name, weight in net.named_parameters():
-            trains = name in net.weight_names(net.spec)
-            value = weight.detach().to(device, torch.float32, copy=True)
-            self.register_parameter(name, nn.Parameter(value, requires_grad=trains))
+        super().__init__(net.spec, dtype=torch.float32, device=device)
+        self.assign(dict(net.named_parameters()))
+        for name in self.weight_names(self.spec):
+            self.get_parameter(name).requires_grad_()
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return self._chain(x)
-        return checkpoint(self._chain, x, use_reentrant=False)
+            return self._run(x)
+        return checkpoint(self._run, x, use_reentrant=False)
 
-    def _chain(self, x: Tensor) -> Tensor:
-        vectors = self.dlr_scale, self.dlr_bias
-        y = chain_reference(x.float(), self.dlr_A, self.dlr_B, *vectors, self.dlr_G, self.act)
-        return y.to(x.dtype)
+    def _run(self, x: Tensor) -> Tensor:
+        return chain_reference(x.float(), self.chain).to(x.dtype)
 
 
 def train_end_to_end(
@@ -238,8 +226,8 @@ def flatten_gaps(model: PreTrainedModel, chains: dict[str, DLRNet], tokens: Tens
     def hook(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].float().flatten(0, -2)
-            weights = in_float32(chains[name], x.device)
-            seen[name].append(relative_error(flattened_reference(x, *weights), chain_reference(x, *weights)))
+            chain = chains[name].chain.to(x.device, torch.float32)
+            seen[name].append(relative_error(flattened_reference(x, chain), chain_reference(x, chain)))
 
         return keep
 

@@ -60,15 +60,15 @@ def measure(net: DLRNet, x: Tensor, y: Tensor, device: torch.device, first: Tens
         device: Where the chain is run.
         first: [N] bool, which tokens are the first of their sequences; None where that is not asked.
     """
-    weights = A, B, _, _, G, act = in_float32(net, device)
+    weights = net.chain.to(device, torch.float32)
     errors, gap, update, size = [], 0.0, 0.0, 0.0
     for start in range(0, len(x), _ROWS):
         xb, yb = (t[start : start + _ROWS].to(device, torch.float32) for t in (x, y))
-        chain = chain_reference(xb, *weights)
-        flat = flattened_reference(xb, *weights)
+        chain = chain_reference(xb, weights)
+        flat = flattened_reference(xb, weights)
         errors.append(relative_error(chain, yb).cpu())
         gap += ((flat - chain).square().sum(1) / size_of(yb)).sum().item()
-        update += lane_updates(xb, A, B, G, act).square().mean(0).sum().item()
+        update += lane_updates(xb, weights).square().mean(0).sum().item()
         size += xb.square().sum().item()
     error = torch.cat(errors)
     return Fidelity(
@@ -77,16 +77,6 @@ def measure(net: DLRNet, x: Tensor, y: Tensor, device: torch.device, first: Tens
         math.sqrt(update / size) if size else 0.0,
         error[first].mean().item() if first is not None and first.any() else None,
     )
-
-
-def in_float32(
-    net: DLRNet, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, str]:
-    """(A, B, scale, bias, G, act): what `chain_reference` takes besides x, in float32 on `device`."""
-    A, B, scale, bias = (
-        w.to(device, torch.float32) for w in (net.dlr_A, net.dlr_B, net.dlr_scale, net.dlr_bias)
-    )
-    return A, B, scale, bias, None if net.dlr_G is None else net.dlr_G.to(device, torch.float32), net.spec.act
 
 
 def relative_error(y: Tensor, wanted: Tensor) -> Tensor:

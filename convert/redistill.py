@@ -25,7 +25,7 @@ from .activations import Activations
 from .config import Recipe
 from .context import Context
 from .distill import distill
-from .evaluate import in_float32, measure
+from .evaluate import measure
 from .report import ModuleReport, Redistillation
 
 INITS = ("linear", "flat", "random")
@@ -202,7 +202,7 @@ def linear_reads(net: DLRNet, x: Tensor) -> dict[str, Tensor]:
     Returns:
         By name, [L, K, r, d] each, in float32 on x's device.
     """
-    A, B, _, _, G, act = in_float32(net, x.device)
+    A, B, _, _, G, act = net.chain.to(x.device, torch.float32)
     rms = x.square().mean(1, keepdim=True).sqrt()
     weight = 1 / rms.clamp(min=1e-6 * rms.mean())  # every token counts alike, whatever its size
     wx = x * weight
@@ -224,8 +224,8 @@ def linear_reads(net: DLRNet, x: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _outputs(net: DLRNet, x: Tensor, device: torch.device) -> Tensor:
-    weights, y = in_float32(net, device), torch.empty(x.shape, dtype=x.dtype)
+    chain, y = net.chain.to(device, torch.float32), torch.empty(x.shape, dtype=x.dtype)
     for at in range(0, len(x), _ROWS):
         rows = slice(at, at + _ROWS)
-        y[rows] = chain_reference(x[rows].to(device, torch.float32), *weights)
+        y[rows] = chain_reference(x[rows].to(device, torch.float32), chain)
     return y

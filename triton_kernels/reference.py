@@ -111,9 +111,3 @@ def _updates(x: Tensor, chain: ChainWeights) -> Tensor:
 def _side_by_side(W: Tensor) -> Tensor:
     """All lanes' steps as one: [L, K, r, d] -> [1, L K r, d]."""
     return W.reshape(1, -1, W.shape[-1])
-
-
-def check_chain(x: Tensor, A: Tensor, B: Tensor, G: Tensor | None, act: str) -> None:
-    """`ChainWeights.check` without scale and bias; goes with its last caller, in audit/systems/steps.py."""
-    vector = x.new_empty(A.shape[-1:])
-    ChainWeights(A, B, vector, vector, G, act).check(x)

@@ -4,25 +4,23 @@ The first call of a shape, in the warm-up, then times a few decode plans and pre
 won is kept in the user's cache, for this device and these versions, and used from then on, asked for or not.
 """
 
-import json
 import os
 import statistics
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
-from ..common.cache import cache_folder
+from ..common.cache import read_table, write_table
 from .cost import Device, Shape, choose, decode_plan
 from .decode_plan import MAX_STEPS, DecodePlan
 
 VARIABLE = "DLR_LOCK_TUNE"
 _FORMAT = 3
+_TABLE = "tuning.json"  # in the user's cache
 _ROUNDS = 7  # samples a candidate, of which the median counts
 # Written between two samples: weights do not stay in L2 from one layer's turn to the next.
 _FLUSH_BYTES = 256 * 2**20
@@ -103,7 +101,7 @@ def tune(
     best = min(times, key=lambda plan: times[plan])
     entry = _PREFILL if best is None else {"steps": best.steps, "num_warps": best.num_warps}
     _table()[_key(shape, device, steps, deterministic)] = entry
-    _write_entries(_table())
+    write_table(_TABLE, _versions(), _table())
     return best
 
 
@@ -135,7 +133,7 @@ def _key(shape: Shape, device: Device, steps: int, deterministic: bool) -> str:
 @cache
 def _table() -> dict[str, Any]:
     """The entries that are known in this process."""
-    return _read_entries()
+    return read_table(_TABLE, _versions())
 
 
 def forget() -> None:
@@ -145,31 +143,3 @@ def forget() -> None:
 
 def _versions() -> dict[str, Any]:
     return {"format": _FORMAT, "torch": torch.__version__, "triton": triton.__version__}
-
-
-# ---- the file in the user's cache
-
-
-def _file() -> Path:
-    return cache_folder() / "tuning.json"
-
-
-def _read_entries() -> dict[str, Any]:
-    """The kept entries; none where the file is missing, damaged or of other versions."""
-    try:
-        kept = json.loads(_file().read_text(encoding="utf-8"))
-        return dict(kept["entries"]) if kept["versions"] == _versions() else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def _write_entries(entries: dict[str, Any]) -> None:
-    """Replaces the file, which other processes may be writing to: the last one wins whole."""
-    file = _file()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as work:
-            json.dump({"versions": _versions(), "entries": entries}, work, indent=1)
-        Path(work.name).replace(file)
-    except OSError:
-        pass  # a read-only home: the entries serve this process

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from ...triton_kernels import ChainWeights
 from .steps import lane_steps, lanes_of, output, parts
 
 _PRODUCTS = {getattr(torch.ops.aten, name).default: i for name, i in (("mm", 0), ("bmm", 0), ("addmm", 1))}
@@ -48,25 +49,15 @@ def selective(function: Callable[..., Tensor], hidden_size: int) -> Callable[...
     return run
 
 
-def segmented(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    G: Tensor | None = None,
-    act: str = "silu",
-    *,
-    steps: int,
-) -> Tensor:
+def segmented(x: Tensor, chain: ChainWeights, *, steps: int) -> Tensor:
     """The chain, of which every `steps`-th state is kept; arguments and result as `chain_reference`'s.
 
     Keeps K / steps states a lane, and computes once more, with all it needs, one segment at a time: (K / steps +
     steps) d a token and lane at the peak, for 4/3 of the FLOPs. In `checkpointed`, it is the nested checkpoint: d a
     token is kept, for 5/3 of the FLOPs.
     """
-    start = z = lanes_of(x, A, B, G, act)
+    start = z = lanes_of(x, chain)
     run = checkpointed(lane_steps)
-    for part in parts(A, B, G, steps):
-        z = run(z, act, *part)
-    return output(x, start, z, scale, bias)
+    for part in parts(chain, steps):
+        z = run(z, chain.act, *part)
+    return output(x, chain, start, z)

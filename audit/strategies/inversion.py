@@ -8,46 +8,33 @@ of plain training. In blocks (see lookahead.py) a whole block is taken back at o
 import torch
 from torch import Tensor
 
+from ...triton_kernels import ChainWeights
 from ...triton_kernels.reference import add_product
 from .lookahead import block_gram, earlier, solve, solve_backward
-from .steps import hidden, lanes_of, parts, read
+from .steps import hidden, lanes_of, output, parts, read
 
 
-def inverted(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    G: Tensor | None = None,
-    act: str = "silu",
-    *,
-    block: int = 0,
-) -> Tensor:
+def inverted(x: Tensor, chain: ChainWeights, *, block: int = 0) -> Tensor:
     """The chain with a backward pass that rebuilds its states; arguments and result as `chain_reference`'s.
 
     block: take `block` / r steps at once, by look-ahead, but one at least.
     """
-    lanes_of(x, A, B, G, act)  # raises on what is no chain
-    y: Tensor = _Inverted.apply(
-        x.reshape(-1, x.shape[-1]), A, B, scale, bias, G, act, max(1, block // A.shape[2])
-    )
+    chain.check(x)
+    y: Tensor = _Inverted.apply(x.reshape(-1, x.shape[-1]), *chain, max(1, block // chain.A.shape[2]))
     return y.reshape(x.shape)
 
 
 @torch.no_grad()
-def rebuild_error(
-    x: Tensor, A: Tensor, B: Tensor, G: Tensor | None = None, act: str = "silu", *, state: torch.dtype
-) -> float:
+def rebuild_error(x: Tensor, chain: ChainWeights, *, state: torch.dtype) -> float:
     """How far x, rebuilt from the chain's end in a state of dtype `state`, is from x: the RMS ratio, in all lanes.
 
     What the steps read is kept in the weights' dtype, and is the same both ways: the error is that of adding and
     subtracting, one rounding of the state a step and way.
     """
-    start = z = lanes_of(x, A, B, G, act).to(state)
+    start = z = lanes_of(x, chain).to(state)
     updates = []
-    for B_k, *readers in _blocks(A, B, G, 1):
-        updates.append(torch.bmm(hidden(read(z, readers), act), B_k).to(state))
+    for B_k, *readers in _blocks(chain, 1):
+        updates.append(torch.bmm(hidden(read(z, readers), chain.act), B_k).to(state))
         z = z + updates[-1]
     for update in reversed(updates):
         z = z - update
@@ -60,16 +47,17 @@ class _Inverted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, A, B, scale, bias, G, act, steps):
-        start = z = lanes_of(x, A, B, G, act)
+        chain = ChainWeights(A, B, scale, bias, G, act)
+        start = z = lanes_of(x, chain)
         rank, reads = A.shape[2], []
-        for B_blk, *readers in _blocks(A, B, G, steps):
+        for B_blk, *readers in _blocks(chain, steps):
             grams = [block_gram(B_blk, W, rank) for W in readers]
             own, H = solve(read(z, readers), grams, act, rank)
             reads += own
             z = add_product(z, H, B_blk)
         ctx.save_for_backward(z, A, B, G, scale, *reads)
         ctx.act, ctx.steps, ctx.dtype = act, steps, x.dtype
-        return (scale.to(z.dtype) * (z - start).sum(0) + bias.to(z.dtype)).to(x.dtype)
+        return output(x, chain, start, z)
 
     @staticmethod
     def backward(ctx, dy):
@@ -78,7 +66,7 @@ class _Inverted(torch.autograd.Function):
         dscale = (dy * z.sum(0)).sum(0)
         dz = (scale.to(z.dtype) * dy).expand_as(z)
         gradients = []
-        for weights in reversed(_blocks(A, B, G, ctx.steps)):
+        for weights in reversed(_blocks(ChainWeights(A, B, scale, scale, G), ctx.steps)):
             own = [reads.pop() for _ in weights[1:]][::-1]
             z, dz, gradient = _back(z, dz, own, weights, ctx.act, rank)
             gradients.append(gradient)
@@ -89,9 +77,9 @@ class _Inverted(torch.autograd.Function):
         return dx, dA, dB, dscale, dy.sum(0).to(scale.dtype), *(dG or (None,)), None, None
 
 
-def _blocks(A: Tensor, B: Tensor, G: Tensor | None, steps: int) -> list[list[Tensor]]:
+def _blocks(chain: ChainWeights, steps: int) -> list[list[Tensor]]:
     """B and the readers of each block, [L, m, d]."""
-    return [[W.flatten(1, 2) for W in part] for part in parts(A, B, G, steps)]
+    return [[W.flatten(1, 2) for W in part] for part in parts(chain, steps)]
 
 
 def _back(

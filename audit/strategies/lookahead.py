@@ -15,33 +15,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...triton_kernels import ChainWeights
 from ...triton_kernels.reference import add_product
 from .checkpoint import checkpointed
 from .steps import hidden, hidden_backward, lanes_of, output, parts, read
 
 
-def lookahead_trained(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    G: Tensor | None = None,
-    act: str = "silu",
-    *,
-    block: int = 256,
-    recompute: bool = False,
-) -> Tensor:
+def lookahead_trained(x: Tensor, chain: ChainWeights, *, block: int = 256, recompute: bool = False) -> Tensor:
     """The chain in blocks of `block` / r steps, but one at least; arguments and result as `chain_reference`'s.
 
     recompute: keep the state at each block's start only, and compute the block once more, for a third more FLOPs.
     """
-    rank = A.shape[2]
-    start = z = lanes_of(x, A, B, G, act)
+    rank = chain.A.shape[2]
+    start = z = lanes_of(x, chain)
     run = checkpointed(_block) if recompute else _block
-    for part in parts(A, B, G, max(1, block // rank)):
-        z = run(z, rank, act, *(W.flatten(1, 2) for W in part))
-    return output(x, start, z, scale, bias)
+    for part in parts(chain, max(1, block // rank)):
+        z = run(z, rank, chain.act, *(W.flatten(1, 2) for W in part))
+    return output(x, chain, start, z)
 
 
 def _block(z: Tensor, rank: int, act: str, B: Tensor, *readers: Tensor) -> Tensor:

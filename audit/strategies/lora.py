@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...common.hooks import removed
-from ...triton_kernels import ACTIVATIONS
+from ...triton_kernels import ACTIVATIONS, ChainWeights
 from .steps import lanes_of, output
 
 Adapter = tuple[Tensor, Tensor]  # V, U
@@ -27,46 +27,28 @@ def new_adapter(W: Tensor, rank: int) -> Adapter:
     return V, (torch.randn(*lead, rank, d, dtype=W.dtype, device=W.device) * d**-0.5).requires_grad_()
 
 
-def adapted_chain(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    G: Tensor | None = None,
-    act: str = "silu",
-    *,
-    adapters: Sequence[Adapter],
-) -> Tensor:
+def adapted_chain(x: Tensor, chain: ChainWeights, *, adapters: Sequence[Adapter]) -> Tensor:
     """The chain with an adapter for A, B and, gated, G, in this order, written apart; for the rest as
     `chain_reference`. V [L, K, r, a], U [L, K, a, d]."""
-    start = z = lanes_of(x, A, B, G, act)
-    weights = [W for W in (A, B, G) if W is not None]
-    flat = [t for W, (V, U) in zip(weights, adapters, strict=True) for t in (W, V, U)]
+    act = chain.act
+    start = z = lanes_of(x, chain)
+    flat = [t for W, (V, U) in zip(chain.weights, adapters, strict=True) for t in (W, V, U)]
     for step in zip(*(t.unbind(1) for t in flat), strict=True):
         (A_k, *A_k_low), (B_k, V, U), *gate = (step[i : i + 3] for i in range(0, len(step), 3))
-        seen = z.to(A.dtype)
+        seen = z.to(chain.A.dtype)
         h = _reads(seen, A_k, *A_k_low)
         h = ACTIVATIONS[act](_reads(seen, *gate[0])) * h if gate else ACTIVATIONS[act](h)
         z = z + (torch.bmm(h, B_k) + torch.bmm(torch.bmm(h, V), U))
-    return output(x, start, z, scale, bias)
+    return output(x, chain, start, z)
 
 
 def merged_chain(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    G: Tensor | None = None,
-    *,
-    adapters: Sequence[Adapter],
-    form: Callable[..., Tensor],
+    x: Tensor, chain: ChainWeights, *, adapters: Sequence[Adapter], form: Callable[..., Tensor]
 ) -> Tensor:
-    """`adapted_chain` with W + V U in the place of each W, by a form of the chain that takes all but x by name."""
-    weights = {name: W for name, W in (("A", A), ("B", B), ("G", G)) if W is not None}
-    merged = {name: W + V @ U for (name, W), (V, U) in zip(weights.items(), adapters, strict=True)}
-    return form(x, scale=scale, bias=bias, **merged)
+    """`adapted_chain` with W + V U in the place of each W, by any form of the chain."""
+    merged = [W + V @ U for W, (V, U) in zip(chain.weights, adapters, strict=True)]
+    A, B, *G = merged
+    return form(x, chain._replace(A=A, B=B, G=G[0] if G else None))
 
 
 @contextmanager

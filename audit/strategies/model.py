@@ -1,7 +1,7 @@
 """The training step of a whole model, locked or original, by every strategy: attention, norms and logits included."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -162,22 +162,13 @@ def attention_linears(model: nn.Module, mlps: Sequence[str]) -> list[nn.Module]:
     ]
 
 
-def chain_weights(net: DLRNet) -> dict[str, Tensor]:
-    """The weights by the names of `chain_reference`'s arguments."""
-    named: Mapping[str, Tensor | None] = {
-        "A": net.dlr_A, "B": net.dlr_B, "G": net.dlr_G, "scale": net.dlr_scale, "bias": net.dlr_bias,
-    }  # fmt: skip
-    return {name: w for name, w in named.items() if w is not None}
-
-
 def _bare(forward: Forward, hidden_size: int) -> Forward:
     return forward
 
 
 def _chain(net: DLRNet, form: Forward, adapters: list[Adapter] | None) -> Forward:
-    run = partial(form, act=net.spec.act)
     if adapters is None:
-        return lambda x: run(x, **chain_weights(net))
+        return lambda x: form(x, net.chain)
     if form is chain_reference:
-        return lambda x: adapted_chain(x, **chain_weights(net), act=net.spec.act, adapters=adapters)
-    return lambda x: merged_chain(x, **chain_weights(net), adapters=adapters, form=run)
+        return lambda x: adapted_chain(x, net.chain, adapters=adapters)
+    return lambda x: merged_chain(x, net.chain, adapters=adapters, form=form)

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...common.errors import DLRError
-from ...microbench.slot import Case, Slot
+from ...microbench.slot import Case, DenseWeights, Slot
 from ...runtime import DLRSpec
-from ...triton_kernels import dlr_net
+from ...triton_kernels import ChainWeights, dlr_net
 from ..meters import Counts, StepCounts, StepSeconds, count, count_step, device_peak, recorded, time_step
 from .compiled import compiler_errors
 from .lora import new_adapter
@@ -39,10 +39,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One of the two: x [T, d] of a slot, its weights by name, and the forward passes that inference has."""
+    """One of the two: x [T, d] of a slot, its weights, and the forward passes that inference has."""
 
     x: Tensor
-    weights: dict[str, Tensor]
+    weights: ChainWeights | DenseWeights
     strategies: list[Strategy]
     adapter_rank: int
     inference: dict[str, Callable[[Tensor], Tensor]]
@@ -57,11 +57,17 @@ class Variant:
     def prepare(self, strategy: Strategy) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
         """The strategy's forward pass on weights of its own, and what it trains of them."""
         train = strategy.trainable == "weights"
-        weights = {name: w.detach().requires_grad_(train) for name, w in self.weights.items()}
+        own = {
+            n: w.detach().requires_grad_(train)
+            for n, w in self.weights._asdict().items()
+            if isinstance(w, Tensor)
+        }
+        weights, tensors = self.weights._replace(**own), list(own.values())
         if strategy.trainable != "adapters":
-            return partial(strategy.run, **weights), list(weights.values()) if train else []
-        adapters = [new_adapter(w, self.adapter_rank) for w in weights.values() if w.dim() > 1]
-        return partial(strategy.run, **weights, adapters=adapters), [t for pair in adapters for t in pair]
+            return partial(_on, strategy.run, weights), tensors if train else []
+        adapters = [new_adapter(w, self.adapter_rank) for w in tensors if w.dim() > 1]
+        run = partial(strategy.run, adapters=adapters)
+        return partial(_on, run, weights), [t for pair in adapters for t in pair]
 
     def count_inference(self, name: str) -> Counts:
         """What one inference pass dispatches."""
@@ -76,13 +82,16 @@ def variants(
     slot = Slot(Case(spec, intermediate, tokens), device, dtype, cold_bytes=0)
     chain, mlp = slot.chain[0], slot.dense[0]
     strategies = chain_strategies(spec)
-    runtime = partial(dlr_net, **chain, act=spec.act, gram=slot.gram[0])
-    plain = partial(strategies[0].run, **chain)
+    runtime = partial(_on, partial(dlr_net, gram=slot.gram[0]), chain)
+    plain = partial(_on, strategies[0].run, chain)
     locked = Variant(slot.x, chain, strategies, adapter_rank(spec), {"reference": plain, "runtime": runtime})
     strategies = mlp_strategies(spec.hidden_size)
-    return locked, Variant(
-        slot.x, mlp, strategies, ADAPTER_RANK, {"reference": partial(strategies[0].run, **mlp)}
-    )
+    inference = {"reference": partial(_on, strategies[0].run, mlp)}
+    return locked, Variant(slot.x, mlp, strategies, ADAPTER_RANK, inference)
+
+
+def _on(run: Callable[..., Tensor], weights: ChainWeights | DenseWeights, x: Tensor) -> Tensor:
+    return run(x, weights)
 
 
 def counted_variants(

@@ -13,7 +13,7 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from ...microbench.slot import dense_mlp
+from ...microbench.slot import DenseWeights, dense_mlp
 from ...runtime import DLRSpec
 from ...triton_kernels import chain_reference
 from .checkpoint import checkpointed, segmented, selective
@@ -33,7 +33,7 @@ BUDGET = 0.5  # of what a compiled step would keep by itself
 class Strategy:
     """A way to run a slot's forward pass such that its backward costs what it costs.
 
-    run: (x, **weights) -> y; where the trainable is adapters, with `adapters` too, one (V, U) for each matrix.
+    run: (x, weights) -> y; where adapters are trained, with `adapters` too, one (V, U) for each matrix.
     """
 
     name: str
@@ -43,27 +43,25 @@ class Strategy:
 
 
 def chain_strategies(spec: DLRSpec) -> list[Strategy]:
-    """For weights named as `chain_reference`'s arguments."""
-    plain = partial(chain_reference, act=spec.act)
+    """For `ChainWeights`."""
+    plain = chain_reference
     forms: dict[str, Forward] = {
         "plain": plain,
         "checkpoint": checkpointed(plain),
         "selective": selective(plain, spec.hidden_size),
-        "inversion": partial(inverted, act=spec.act),
+        "inversion": inverted,
     }
     steps = best_segment(spec)
     if steps < spec.depth:
-        segments = partial(segmented, act=spec.act, steps=steps)
+        segments = partial(segmented, steps=steps)
         forms |= {f"segments of {steps}": segments, f"nested, {steps}": checkpointed(segments)}
     for width in BLOCKS:
         if 1 < width // spec.rank <= spec.depth:  # else it is a step, or more than a lane
-            forms[f"look-ahead {width}"] = partial(lookahead_trained, act=spec.act, block=width)
-            forms[f"look-ahead {width}, recomputed"] = partial(
-                lookahead_trained, act=spec.act, block=width, recompute=True
-            )
-            forms[f"look-ahead {width}, inverted"] = partial(inverted, act=spec.act, block=width)
+            forms[f"look-ahead {width}"] = partial(lookahead_trained, block=width)
+            forms[f"look-ahead {width}, recomputed"] = partial(lookahead_trained, block=width, recompute=True)
+            forms[f"look-ahead {width}, inverted"] = partial(inverted, block=width)
     forms["checkpoint, inverted"] = checkpointed(forms["inversion"])
-    apart = partial(adapted_chain, act=spec.act)
+    apart = adapted_chain
     return [
         *(Strategy(name, "weights", run) for name, run in forms.items()),
         Strategy("compiled", "weights", compiled(plain), compiled=True),
@@ -86,7 +84,7 @@ def chain_strategies(spec: DLRSpec) -> list[Strategy]:
 
 
 def mlp_strategies(hidden_size: int) -> list[Strategy]:
-    """For weights named as `dense_mlp`'s arguments: gate, up [f, d], down [d, f]."""
+    """For `DenseWeights`."""
     forms = {
         "plain": dense_mlp,
         "checkpoint": checkpointed(dense_mlp),
@@ -108,8 +106,9 @@ def mlp_strategies(hidden_size: int) -> list[Strategy]:
     ]
 
 
-def adapted_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *, adapters: list[Adapter]) -> Tensor:
+def adapted_mlp(x: Tensor, weights: DenseWeights, *, adapters: list[Adapter]) -> Tensor:
     """`dense_mlp` with an adapter for each of gate, up and down, written apart."""
+    gate, up, down = weights
     of_gate, of_up, of_down = adapters
     h = silu(linear(x, gate) + low_rank(x, *of_gate)) * (linear(x, up) + low_rank(x, *of_up))
     return linear(h, down) + low_rank(h, *of_down)

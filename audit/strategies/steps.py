@@ -8,32 +8,33 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ...triton_kernels import ACTIVATIONS
-from ...triton_kernels.reference import add_product, check_chain, state_dtype
+from ...triton_kernels import ACTIVATIONS, ChainWeights
+from ...triton_kernels.reference import add_product, chain_output, state_dtype
 
 
-def lanes_of(x: Tensor, A: Tensor, B: Tensor, G: Tensor | None, act: str) -> Tensor:
+def lanes_of(x: Tensor, chain: ChainWeights) -> Tensor:
     """The state that every lane starts at: [L, T, d] in the state's dtype, for x [..., d].
 
-    Raises ValueError on shapes or an activation that do not fit.
+    Raises:
+        ValueError: On shapes or an activation that do not fit.
     """
-    tokens = x.reshape(-1, x.shape[-1])
-    check_chain(tokens, A, B, G, act)
-    return tokens.to(state_dtype(A.dtype)).expand(len(A), -1, -1)
+    chain.check(x)
+    return x.reshape(-1, x.shape[-1]).to(state_dtype(chain.A.dtype)).expand(len(chain.A), -1, -1)
 
 
-def output(x: Tensor, start: Tensor, z: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+def output(x: Tensor, chain: ChainWeights, start: Tensor, z: Tensor) -> Tensor:
     """y [..., d] in x's dtype: scale times the sum of all lanes' updates z - start [L, T, d], plus bias."""
-    y = scale.to(z.dtype) * (z - start).sum(0) + bias.to(z.dtype)
-    return y.to(x.dtype).reshape(x.shape)
+    return chain_output(x, chain, (z - start).sum(0))
 
 
-def parts(A: Tensor, B: Tensor, G: Tensor | None, steps: int) -> Iterator[list[Tensor]]:
+def parts(chain: ChainWeights, steps: int) -> Iterator[list[Tensor]]:
     """B and the readers [L, S, r, d], for S = `steps` steps at a time or what is left of them.
 
     Split, not indexed: its backward writes a weight's gradient once, not once a part.
     """
-    return map(list, zip(*(W.split(steps, 1) for W in (B, A, G) if W is not None), strict=True))
+    return map(
+        list, zip(*(W.split(steps, 1) for W in (chain.B, chain.A, chain.G) if W is not None), strict=True)
+    )
 
 
 def lane_steps(z: Tensor, act: str, B: Tensor, *readers: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
-from dlr_lock.audit.strategies.model import chain_weights, replaced
+from dlr_lock.audit.strategies.model import replaced
 from dlr_lock.runtime import DLRNet, locked_modules
 from dlr_lock.triton_kernels import backend, chain_reference
 
@@ -85,8 +85,7 @@ def _wide(net: DLRNet) -> Callable[[Tensor], Tensor]:
     dtype = torch.float64 if net.dlr_A.dtype == torch.float32 else torch.float32
 
     def forward(x: Tensor) -> Tensor:
-        weights = {name: w.to(dtype) for name, w in chain_weights(net).items()}
-        return chain_reference(x.to(dtype), **weights, act=net.spec.act).to(x.dtype)
+        return chain_reference(x.to(dtype), net.chain.to(dtype)).to(x.dtype)
 
     return forward
 

@@ -25,7 +25,7 @@ from ..common.errors import DLRError, capture_error, typed_line
 from ..common.machine import machine
 from ..runtime.spec import DLRSpec
 from ..triton_kernels import chain_reference, cost
-from .slot import CPU_PROVIDERS, PROVIDERS, Case, Slot, dense_mlp, dtype_of
+from .slot import CPU_PROVIDERS, PROVIDERS, Case, DenseWeights, Slot, dense_mlp, dtype_of
 from .timing import Rates, Runner, measured_rates, set_times, take_turns
 
 COLD_BYTES = 100e6  # of distinct weights that calls rotate over: twice the L2 cache of an H200
@@ -244,11 +244,14 @@ class _Judge:
 
     def __init__(self, slot: Slot, dense: bool) -> None:
         x = slot.x[:CHECKED_TOKENS]
-        forward: Callable[..., Tensor] = dense_mlp if dense else chain_reference
-        weights = (slot.dense if dense else slot.chain)[0]
-        named = {} if dense else {"act": slot.case.spec.act}
-        self.wanted = forward(x.double(), **{name: w.double() for name, w in weights.items()}, **named)
-        error = self._error(forward(x, **weights, **named))
+        if dense:
+            weights = slot.dense[0]
+            self.wanted = dense_mlp(x.double(), DenseWeights(*(w.double() for w in weights)))
+            plain = dense_mlp(x, weights)
+        else:
+            self.wanted = chain_reference(x.double(), slot.chain[0].to(torch.float64))
+            plain = chain_reference(x, slot.chain[0])
+        error = self._error(plain)
         depth = 1 if dense else slot.case.spec.depth
         bound = 1e-5 if slot.dtype == torch.float32 else 3e-3 * max(1.0, math.sqrt(depth / 32))
         self.limit = max(bound, 1.5 * error) if math.isfinite(error) else bound

@@ -49,7 +49,7 @@ def explain(cases: Sequence[Case], *, device: torch.device, dtype: str = "auto")
         "chain": spec.to_dict() | {"intermediate": cases[0].intermediate, "params": spec.params},
         "dtype": dtype_name(weights),
         "gram": {"m": width, "S": width // spec.rank, "bytes": usual.gram_bytes(width)},
-        "solve_columns": cost.solve_columns(width, spec.rank, spec.gated),
+        "solve_columns": cost.solve_columns(width, spec.rank),
         "rows": rows,
     }
 

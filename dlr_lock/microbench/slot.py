@@ -7,7 +7,7 @@ over.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,16 @@ from torch.nn.functional import linear, silu
 from ..common.dtypes import DTYPES
 from ..common.errors import DLRError
 from ..runtime.spec import DLRSpec
-from ..triton_kernels import backend, chain_reference, cost, dlr_net, gram_blocks, gram_width, lookahead
+from ..triton_kernels import (
+    ChainWeights,
+    backend,
+    chain_reference,
+    cost,
+    dlr_net,
+    gram_blocks,
+    gram_width,
+    lookahead,
+)
 from ..triton_kernels.cost import Shape
 from .timing import Call
 
@@ -43,11 +52,20 @@ class Case:
 
     def shape(self, dtype: torch.dtype) -> Shape:
         """The chain on these tokens, as the cost model counts it."""
-        return Shape(*self.spec.weight_shape, self.tokens, self.spec.gated, dtype.itemsize)
+        return Shape(*self.spec.weight_shape, self.tokens, dtype.itemsize)
 
 
-def dense_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """The SwiGLU MLP: x [T, d], gate and up [f, d], down [d, f] -> [T, d]."""
+class DenseWeights(NamedTuple):
+    """The weights of a SwiGLU MLP: gate and up [f, d], down [d, f]."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+def dense_mlp(x: Tensor, weights: DenseWeights) -> Tensor:
+    """The SwiGLU MLP on x [..., d]: [..., d]."""
+    gate, up, down = weights
     return linear(silu(linear(x, gate)) * linear(x, up), down)
 
 
@@ -81,12 +99,13 @@ class Slot:
 
         self.x = normal(case.tokens, d)
         gate, up, down = normal(f, d, over=d), normal(f, d, over=d), normal(d, f, over=f)
-        self.dense = _copies({"gate": gate, "up": up, "down": down}, cold_bytes)
+        copies = _copies({"gate": gate, "up": up, "down": down}, cold_bytes)
+        self.dense = [DenseWeights(**copy) for copy in copies]
         chain = {"A": normal(*shape, over=d), "B": normal(*shape, over=depth * rank)}
-        chain |= {n: torch.rand(d, generator=source, device=device) for n in ("scale", "bias")}
-        self.chain = _copies(chain, cold_bytes)
-        width = gram_width(shape, case.spec.gated, dtype.itemsize, device)
-        self.gram = [gram_blocks(w["A"], w["B"], w.get("G"), block=width) for w in self.chain]
+        chain |= {name: torch.rand(d, generator=source, device=device) for name in ("scale", "bias")}
+        self.chain = [ChainWeights(**copy, act=case.spec.act) for copy in _copies(chain, cold_bytes)]
+        width = gram_width(self.chain[0].A)
+        self.gram = [gram_blocks(w.A, w.B, block=width) for w in self.chain]
 
     def call(self, provider: str) -> tuple[Call, int] | None:
         """How to call a provider, and on how many copies; None where the case has no such form."""
@@ -101,11 +120,11 @@ class Slot:
     def _form(self, family: str) -> tuple[Callable[..., Tensor], list[dict[str, Any]]] | None:
         """The function of a family, and what it takes beside x for each copy."""
         if family == "dense":
-            return dense_mlp, list(self.dense)
-        chains: list[dict[str, Any]] = [{"act": self.case.spec.act, **w} for w in self.chain]
+            return dense_mlp, [{"weights": weights} for weights in self.dense]
+        chains: list[dict[str, Any]] = [{"chain": chain} for chain in self.chain]
         if family == "naive":
             return chain_reference, chains
-        with_gram = [c | {"G": c.get("G"), "gram": g} for c, g in zip(chains, self.gram, strict=True)]
+        with_gram = [of | {"gram": gram} for of, gram in zip(chains, self.gram, strict=True)]
         if family in ("lookahead", "ours"):
             return (lookahead if family == "lookahead" else ours), with_gram
         # One of the two paths of the kernels, past the cost model, where it has both to choose from.
@@ -120,10 +139,7 @@ class Slot:
         if family == "prefill":
             return prefill, with_gram
         fixed = {"plan": plan, "workspace": workspace(plan, self.device)}
-        return decode, [
-            c | fixed | {"gram": c["gram"][0], "gate_gram": c["gram"][1] if shape.gated else None}
-            for c in with_gram
-        ]
+        return decode, [of | fixed for of in with_gram]
 
 
 def _copies(weights: dict[str, Tensor], wanted: float) -> list[dict[str, Tensor]]:

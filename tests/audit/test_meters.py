@@ -1,7 +1,5 @@
 """Counted costs, not timings: against counts made by hand, formulas, and torch's own counter."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,22 +9,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from dlr_lock.audit import Meter, count_step, saved_bytes, time_step
 from dlr_lock.audit.meters import count, device_peak
 from dlr_lock.common.timing import median_seconds
-from dlr_lock.microbench.slot import dense_mlp
+from dlr_lock.microbench.slot import DenseWeights, dense_mlp
 from dlr_lock.runtime import DLRNet, DLRSpec
-from dlr_lock.triton_kernels import chain_reference, dlr_net, gram_blocks, lookahead
+from dlr_lock.triton_kernels import ChainWeights, chain_reference, dlr_net, gram_blocks, lookahead
 
 TOKENS, FEATURES, WIDTH = 40, 576, 1536  # SmolLM2-135M's MLP: K * r = 1.5 * 1536 for every depth below
 
 
-def chain(lanes: int, depth: int, rank: int, d: int, gated: bool = False) -> dict[str, Tensor]:
-    shape = (lanes, depth, rank, d)
-    weights = {
-        "A": torch.randn(shape),
-        "B": torch.randn(shape),
-        "scale": torch.rand(d),
-        "bias": torch.rand(d),
-    }
-    return weights | ({"G": torch.randn(shape)} if gated else {})
+def chain(lanes: int, depth: int, rank: int, d: int, gated: bool = False) -> ChainWeights:
+    A, B, G = (torch.randn(lanes, depth, rank, d) for _ in range(3))
+    return ChainWeights(A, B, torch.rand(d), torch.rand(d), G if gated else None)
+
+
+def trained(weights: ChainWeights | DenseWeights) -> list[Tensor]:
+    """The tensors, each with a gradient wanted."""
+    return [w.requires_grad_() for w in weights if isinstance(w, Tensor)]
 
 
 def filled(depth: int, dtype: torch.dtype = torch.float32) -> DLRNet:
@@ -74,40 +71,48 @@ def test_bytes_alive_and_at_the_peak() -> None:
     assert (meter.live, meter.peak) == (0, 1200)
 
 
-@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("lanes", [1, 2])
-def test_the_op_s_flops_are_look_ahead_s(lanes: int, gated: bool) -> None:
+def test_the_op_s_flops_are_look_ahead_s(lanes: int) -> None:
     """Of blocks of 3 steps, of which the last has 2; counted at the products that look-ahead makes."""
-    weights, x = chain(lanes, 8, 16, 48, gated), torch.randn(9, 48)
-    gram = gram_blocks(weights["A"], weights["B"], weights.get("G"), block=48)
-    by_op = count(lambda: dlr_net(x, **weights, gram=gram))
-    by_products = count(lambda: lookahead(x, **weights, gram=gram))
-    # The op's formula: with every matrix, and with all earlier steps of a block (3 + 3 + 1 pairs).
-    readers = 2 if gated else 1
-    assert by_op.flops == 2 * 9 * lanes * (8 * 16 * 48 * (readers + 1) + readers * 7 * 16 * 16)
+    weights, x = chain(lanes, 8, 16, 48), torch.randn(9, 48)
+    gram = gram_blocks(weights.A, weights.B, block=48)
+    by_op = count(lambda: dlr_net(x, weights, gram))
+    by_products = count(lambda: lookahead(x, weights, gram=gram))
+    # The op's formula: with both matrices, and with all earlier steps of a block (3 + 3 + 1 pairs).
+    assert by_op.flops == 2 * 9 * lanes * (8 * 16 * 48 * 2 + 7 * 16 * 16)
     assert by_products.flops == by_op.flops
-    assert by_op.dependent == by_op.launches == 3 * (2 + readers)
+    assert by_op.dependent == by_op.launches == 3 * 3
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_the_op_s_flops_of_gated_steps_are_the_definition_s(lanes: int) -> None:
+    weights, x = chain(lanes, 8, 16, 48, gated=True), torch.randn(9, 48)
+    by_op, by_products = count(lambda: dlr_net(x, weights)), count(lambda: chain_reference(x, weights))
+    assert by_op.flops == by_products.flops == 2 * 9 * lanes * 8 * 16 * 48 * 3
+    assert by_op.dependent == by_op.launches == 8 * 5
 
 
 def test_the_op_s_launches_are_its_prefill_s() -> None:
     weights, x = chain(1, 7, 16, 48), torch.randn(9, 48)
     for block, launches in ((16, 7 * 2), (48, 3 + 3 + 2), (64, 3 + 3), (112, 3)):
-        gram = gram_blocks(weights["A"], weights["B"], block=block)
-        assert count(lambda gram=gram: dlr_net(x, **weights, gram=gram)).launches == launches
+        gram = gram_blocks(weights.A, weights.B, block=block)
+        assert count(lambda gram=gram: dlr_net(x, weights, gram)).launches == launches
 
 
 @pytest.mark.parametrize("locked", [False, True])
 def test_flops_agree_with_torch_s_counter_and_the_definition(locked: bool) -> None:
-    weights = chain(1, 4, 48, 64) if locked else {n: torch.randn(96, 64) for n in ("gate", "up", "down")}
-    if not locked:
-        weights["down"] = weights["down"].mT.contiguous()
-    weights = {n: w.requires_grad_() for n, w in weights.items()}
-    function = partial(chain_reference if locked else dense_mlp, **weights)
+    gate, up, down = torch.randn(96, 64), torch.randn(96, 64), torch.randn(64, 96)
+    weights = chain(1, 4, 48, 64) if locked else DenseWeights(gate, up, down)
+    wanted, run = trained(weights), chain_reference if locked else dense_mlp
     x = torch.randn(8, 64, requires_grad=True)
-    got = count_step(function, x, list(weights.values()))
+
+    def function(x: Tensor) -> Tensor:
+        return run(x, weights)
+
+    got = count_step(function, x, wanted)
     with FlopCounterMode(display=False) as theirs:
         function(x).sum().backward()
-    params = sum(w.numel() for w in weights.values() if w.dim() > 1)
+    params = sum(w.numel() for w in wanted if w.dim() > 1)
     assert got.flops == theirs.get_total_flops() == 3 * 2 * 8 * params
     assert got.forward.flops == 2 * 8 * params
 
@@ -132,9 +137,10 @@ def test_held_is_saved_and_the_output_is_not() -> None:
 
 def test_fake_tensors_count_the_same() -> None:
     def step() -> object:
-        weights = {n: w.requires_grad_() for n, w in chain(2, 3, 16, 32).items()}
+        weights = chain(2, 3, 16, 32)
+        wanted = trained(weights)
         x = torch.randn(8, 32, requires_grad=True)
-        return count_step(partial(chain_reference, **weights), x, list(weights.values()))
+        return count_step(lambda x: chain_reference(x, weights), x, wanted)
 
     with FakeTensorMode():
         fake = step()

@@ -16,7 +16,7 @@ from dlr_lock.audit.report import ModuleStudents, Student
 from dlr_lock.common.errors import DLRError
 from dlr_lock.common.resume import ResumeStore
 from dlr_lock.convert.end_to_end import flatten_gaps, with_chains
-from dlr_lock.convert.evaluate import compare, distance_of, in_float32, relative_error
+from dlr_lock.convert.evaluate import compare, distance_of, relative_error
 from dlr_lock.convert.mlp_discovery import find_mlps
 from dlr_lock.convert.mlp_matching import MLP
 from dlr_lock.runtime import DLRNet, DLRSpec, lock
@@ -38,8 +38,7 @@ def models(arch: str, coupling: float = 1.0, off: float = 0.0) -> tuple[Any, Any
     mlps = find_mlps(original)
     chains = {}
     for mlp in mlps:
-        gated = mlp.gate is not None
-        net = DLRNet(DLRSpec(D, 1, 10, 16, act="relu" if arch == "opt" else "silu", gated=gated))
+        net = DLRNet(DLRSpec(D, 1, 10, 16, act="relu" if arch == "opt" else "silu"))
         weights = {name: torch.randn(net.spec.weight_shape) / D**0.5 for name in net.weight_names(net.spec)}
         weights |= {"dlr_scale": torch.full((D,), 1 / coupling), "dlr_bias": torch.zeros(D)}
         if arch == "opt":
@@ -136,7 +135,7 @@ def test_what_is_measured_is_what_is_said(arch: str) -> None:
         name, copy = module.module, best(module, train_tokens)
 
         def of(chain: DLRNet, x: Tensor) -> Tensor:
-            return chain_reference(x, *in_float32(chain, CPU))
+            return chain_reference(x, chain.chain.to(CPU, torch.float32))
 
         chain, y = locked.get_submodule(name), outputs[name]
         x, own = inputs[0, name], inputs[1, name]

@@ -1,5 +1,6 @@
 """Every way to train a slot gives the gradients of plain autograd, in float64, and costs what its formula says."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,34 +23,44 @@ from dlr_lock.audit.strategies.slot_strategies import (
     mlp_strategies,
 )
 from dlr_lock.common.errors import DLRError
-from dlr_lock.microbench.slot import dense_mlp
+from dlr_lock.microbench.slot import DenseWeights, dense_mlp
 from dlr_lock.runtime import DLRSpec
-from dlr_lock.triton_kernels import chain_reference
+from dlr_lock.triton_kernels import ChainWeights, chain_reference
 
 CHAINS = {
     "single": DLRSpec(24, 1, 5, 16),
     "lanes": DLRSpec(24, 3, 5, 32, act="gelu"),
     "gated": DLRSpec(24, 2, 9, 16, gated=True),
 }
-Weights = dict[str, Tensor]
+Weights = ChainWeights | DenseWeights
 
 
-def chain(spec: DLRSpec, dtype: torch.dtype = torch.float64) -> Weights:
+def chain(spec: DLRSpec, dtype: torch.dtype = torch.float64) -> ChainWeights:
     """Strongly coupled: the updates are about as large as x."""
     d, inner = spec.hidden_size, spec.depth * spec.rank
     names = ("A", "B", "G")[: spec.matrices]
     weights = {
         n: torch.randn(spec.weight_shape, dtype=dtype) * (inner if n == "B" else d) ** -0.5 for n in names
     }
-    return weights | {n: torch.randn(d, dtype=dtype) for n in ("scale", "bias")}
+    vectors = {n: torch.randn(d, dtype=dtype) for n in ("scale", "bias")}
+    return ChainWeights(**weights, **vectors, act=spec.act)
+
+
+def tensors(weights: Weights) -> list[Tensor]:
+    return [w for w in weights if isinstance(w, Tensor)]
+
+
+def mapped(weights: Weights, change: Callable[[Tensor], Tensor]) -> Any:
+    changed = {n: change(w) for n, w in weights._asdict().items() if isinstance(w, Tensor)}
+    return weights._replace(**changed)
 
 
 def gradients(function: Any, x: Tensor, weights: Weights, dy: Tensor, **more: Any) -> list[Tensor]:
     """y, and the gradients of x and of the weights that want one."""
     leaf = x.detach().requires_grad_()
-    wanted = [w for w in weights.values() if w.requires_grad]
+    wanted = [w for w in tensors(weights) if w.requires_grad]
     wanted += [t for adapter in more.get("adapters", ()) for t in adapter]
-    y = function(leaf, **weights, **more)
+    y = function(leaf, weights, **more)
     return [y, *torch.autograd.grad(y, [leaf, *wanted], dy)]
 
 
@@ -74,8 +85,8 @@ def strategies(trainable: str) -> list[Any]:
 @pytest.mark.parametrize(("spec", "strategy"), strategies("weights") + strategies("nothing"))
 def test_gradients_are_plain_autograd_s(spec: DLRSpec, strategy: Strategy) -> None:
     weights, x, dy = chain(spec), torch.randn(2, 6, 24).double(), torch.randn(2, 6, 24).double()
-    weights = {n: w.requires_grad_(strategy.trainable == "weights") for n, w in weights.items()}
-    wanted = gradients(partial(chain_reference, act=spec.act), x, weights, dy)
+    weights = mapped(weights, lambda w: w.requires_grad_(strategy.trainable == "weights"))
+    wanted = gradients(chain_reference, x, weights, dy)
     assert error(gradients(strategy.run, x, weights, dy), wanted) < 1e-12
 
 
@@ -83,48 +94,45 @@ def test_gradients_are_plain_autograd_s(spec: DLRSpec, strategy: Strategy) -> No
 @pytest.mark.parametrize("block", [1, 32, 64, 80, 1000])
 @pytest.mark.parametrize("spec", CHAINS.values(), ids=CHAINS)
 def test_gradients_of_blocks_that_do_and_do_not_divide_a_lane(spec: DLRSpec, block: int, form: Any) -> None:
-    weights = {n: w.requires_grad_() for n, w in chain(spec).items()}
+    weights = mapped(chain(spec), Tensor.requires_grad_)
     x, dy = torch.randn(6, 24).double(), torch.randn(6, 24).double()
-    wanted = gradients(partial(chain_reference, act=spec.act), x, weights, dy)
-    assert error(gradients(partial(form, act=spec.act, block=block), x, weights, dy), wanted) < 1e-12
+    wanted = gradients(chain_reference, x, weights, dy)
+    assert error(gradients(partial(form, block=block), x, weights, dy), wanted) < 1e-12
 
 
 @pytest.mark.parametrize(("spec", "strategy"), strategies("adapters"))
 def test_adapters_have_the_gradients_of_the_merged_chain(spec: DLRSpec, strategy: Strategy) -> None:
     weights, x, dy = chain(spec), torch.randn(6, 24).double(), torch.randn(6, 24).double()
-    adapters = [new_adapter(w, 4) for w in weights.values() if w.dim() > 1]
+    adapters = [new_adapter(w, 4) for w in tensors(weights) if w.dim() > 1]
     for V, _ in adapters:
         torch.nn.init.normal_(V, std=0.1)
-    plain = partial(merged_chain, form=partial(chain_reference, act=spec.act))
+    plain = partial(merged_chain, form=chain_reference)
     wanted = gradients(plain, x, weights, dy, adapters=adapters)
     assert error(gradients(strategy.run, x, weights, dy, adapters=adapters), wanted) < 1e-12
-    y = adapted_chain(
-        x, **weights, act=spec.act, adapters=[new_adapter(w, 4) for w in weights.values() if w.dim() > 1]
-    )
-    assert error([y], [chain_reference(x, **weights, act=spec.act)]) < 1e-13  # a new adapter changes nothing
+    y = adapted_chain(x, weights, adapters=[new_adapter(w, 4) for w in tensors(weights) if w.dim() > 1])
+    assert error([y], [chain_reference(x, weights)]) < 1e-13  # a new adapter changes nothing
 
 
 @pytest.mark.parametrize("strategy", [p for p in mlp_strategies(24) if not p.compiled], ids=lambda p: p.name)
 def test_gradients_of_the_mlp_s_strategies(strategy: Strategy) -> None:
-    weights = {n: torch.randn(40, 24).double() for n in ("gate", "up")} | {
-        "down": torch.randn(24, 40).double()
-    }
+    gate, up, down = (torch.randn(*shape).double() for shape in ((40, 24), (40, 24), (24, 40)))
+    weights = DenseWeights(gate, up, down)
     x, dy = torch.randn(6, 24).double(), torch.randn(6, 24).double()
     if strategy.trainable == "adapters":
-        adapters = [new_adapter(w, 4) for w in weights.values()]
+        adapters = [new_adapter(w, 4) for w in weights]
         for V, _ in adapters:
             torch.nn.init.normal_(V, std=0.1)
 
-        def merged(x: Tensor, adapters: list, **weights: Tensor) -> Tensor:
+        def merged(x: Tensor, weights: DenseWeights, adapters: list) -> Tensor:
             return dense_mlp(
-                x, **{n: w + V @ U for (n, w), (V, U) in zip(weights.items(), adapters, strict=True)}
+                x, DenseWeights(*(w + V @ U for w, (V, U) in zip(weights, adapters, strict=True)))
             )
 
         wanted = gradients(merged, x, weights, dy, adapters=adapters)
         got = gradients(strategy.run, x, weights, dy, adapters=adapters)
         assert error(gradients(adapted_mlp, x, weights, dy, adapters=adapters), wanted) < 1e-12
     else:
-        weights = {n: w.requires_grad_(strategy.trainable == "weights") for n, w in weights.items()}
+        weights = mapped(weights, lambda w: w.requires_grad_(strategy.trainable == "weights"))
         wanted = gradients(dense_mlp, x, weights, dy)
         got = gradients(strategy.run, x, weights, dy)
     assert error(got, wanted) < 1e-12
@@ -134,10 +142,10 @@ def test_gradients_of_the_mlp_s_strategies(strategy: Strategy) -> None:
 @pytest.mark.parametrize("gated", [False, True])
 def test_bf16_weights_lose_no_more_than_plain_training_does(gated: bool, form: Any) -> None:
     spec = DLRSpec(96, 2, 16, 16, gated=gated)
-    weights = {n: w.bfloat16() if w.dim() > 1 else w.float() for n, w in chain(spec).items()}
-    weights = {n: w.requires_grad_() for n, w in weights.items()}
+    weights = mapped(chain(spec), lambda w: w.bfloat16() if w.dim() > 1 else w.float())
+    weights = mapped(weights, Tensor.requires_grad_)
     x, dy = torch.randn(64, 96), torch.randn(64, 96)
-    exact = {n: w.detach().double().requires_grad_() for n, w in weights.items()}
+    exact = mapped(weights, lambda w: w.detach().double().requires_grad_())
     wanted = gradients(chain_reference, x.double(), exact, dy.double())
     plain = error(gradients(chain_reference, x, weights, dy), wanted)
     assert error(gradients(form, x, weights, dy), wanted) < 1.5 * plain < 0.1
@@ -145,10 +153,7 @@ def test_bf16_weights_lose_no_more_than_plain_training_does(gated: bool, form: A
 
 def test_what_is_rebuilt_is_exact_to_the_state_s_rounding() -> None:
     weights, x = chain(DLRSpec(96, 2, 48, 16), torch.float32), torch.randn(64, 96)
-    errors = {
-        dtype: rebuild_error(x, weights["A"], weights["B"], state=dtype)
-        for dtype in (torch.float32, torch.bfloat16)
-    }
+    errors = {dtype: rebuild_error(x, weights, state=dtype) for dtype in (torch.float32, torch.bfloat16)}
     # One rounding a step and way: sqrt(2 * 48) * eps / sqrt(12), times how much larger z is than x (here below 3).
     assert errors[torch.float32] < 1e-6
     assert 2e-3 < errors[torch.bfloat16] < 0.1
@@ -159,7 +164,7 @@ def test_shapes_that_are_no_chain_are_refused() -> None:
     weights = chain(CHAINS["single"])
     for form in (partial(segmented, steps=2), lookahead_trained, inverted):
         with pytest.raises(ValueError, match="do not fit a chain"):
-            form(torch.randn(3, 25).double(), **weights)
+            form(torch.randn(3, 25).double(), weights)
 
 
 # What a strategy keeps and computes, against the formulas of its docstring: float32, so that state and weights weigh
@@ -259,7 +264,7 @@ def test_compiled_gradients_and_budget() -> None:
         pytest.skip(got.error)
     assert got.saved is not None and plain.saved is not None and got.saved < plain.saved
     assert got.counts is None and got.memory() is None
-    weights = {n: w.requires_grad_() for n, w in variant.weights.items()}
+    weights = mapped(variant.weights, Tensor.requires_grad_)
     dy = torch.randn(8, 32)
     wanted = gradients(chain_reference, variant.x, weights, dy)
     assert error(gradients(strategy.run, variant.x, weights, dy), wanted) < 1e-5

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dlr_lock.audit.structural import attacks, dropped, merged, structural_rows, swapped, truncated
 from dlr_lock.convert.end_to_end import with_chains
-from dlr_lock.convert.evaluate import Evaluation, compare, distance_of, in_float32, measure, relative_error
+from dlr_lock.convert.evaluate import Evaluation, compare, distance_of, measure, relative_error
 from dlr_lock.convert.mlp_discovery import find_mlps
 from dlr_lock.convert.mlp_matching import MLP
 from dlr_lock.convert.redistill import flattened
@@ -63,9 +63,7 @@ def by_hand(net: DLRNet, x: Tensor, group: int = 1, keep: int = 1, factor: float
 def output(net: DLRNet, x: Tensor) -> Tensor:
     """In float64, by the definition, from the float32 weights that the attack made."""
     assert {p.dtype for p in net.parameters()} == {torch.float32}
-    A, B, scale, bias, G, act = in_float32(net, x.device)
-    wide = [w if w is None else w.double() for w in (A, B, scale, bias, G)]
-    return chain_reference(x.double(), *wide, act)
+    return chain_reference(x.double(), net.chain.to(x.device, torch.float64))
 
 
 def same(got: Tensor, wanted: Tensor) -> None:
