@@ -9,8 +9,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from dlr_lock.audit.svg import COLOURS, INK, style, svg_of
 from dlr_lock.common.files import write_whole
+from dlr_lock.reporting.svg import COLOURS, INK, style, svg_of
 
 from .output import folder
 from .tables import chain_name, kernel_cases, model_steps, over
