@@ -8,9 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..convert.report import UNDONE, distances, evaluation_words, redistillation_words
-from ..reporting import Curve, Plot, Section, Table
+from ..reporting import Curve, Plot, Section, Table, grouped, headings
 from ..reporting.html import document
-from ..reporting.section import grouped
 from ..reporting.words import bytes_words, cell, flops_words, rate_words, ratio_words, seconds_words
 from .report import (
     AuditReport,
@@ -29,8 +28,13 @@ MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "seconds": ("seconds", seconds_words),
     "peak": ("peak memory", bytes_words),
 }
+_STEP: dict[str, Callable[[float], str]] = {
+    "flops": flops_words, "peak": bytes_words, "held": bytes_words, "launches": "{:,}".format,
+    "dependent": "{:,}".format, "seconds": seconds_words,
+}  # fmt: skip
 _SWAP = "swap"  # takes the original's own MLPs, which the threat model rules out: it always succeeds
 _PUBLIC = "Where the original is public the lock is worth nothing: its MLPs can be put back."
+_PRICE = "target | fine-tunes | measure | locked: attack | strategy | cost | original: attack | strategy | cost | ratio"
 _NOT_RUN = "Not run; the notes say why."
 
 
@@ -157,7 +161,6 @@ def _verdicts(report: AuditReport) -> Section:
         return side.attack, strategy(side), f"more than {cost}" if side.bound else cost
 
     targets = grouped(report.verdicts, lambda v: (v.share, v.loss, v.tunes))
-    names = tuple(name for name, _ in MEASURES.values())
     rows = [
         (f"{share:.0%}, loss {loss:.3f}", f"{tunes}", *(shown(found, measure) for measure in MEASURES))
         for (share, loss, tunes), found in targets.items()
@@ -169,7 +172,6 @@ def _verdicts(report: AuditReport) -> Section:
         )
         for v in report.verdicts
     ]  # fmt: skip
-    sides = ("locked: attack", "strategy", "cost", "original: attack", "strategy", "cost")
     return Section(
         "Verdicts",
         [
@@ -177,8 +179,8 @@ def _verdicts(report: AuditReport) -> Section:
             "same loss, and its name. Where one redistillation serves several fine-tunes, each bears its share; "
             "'more than': the budget ended first. Peak memory is the same for any number of fine-tunes."
         ],
-        Table(("target", "fine-tunes", *names), rows, empty=_NOT_RUN),
-        details=[Table(("target", "fine-tunes", "measure", *sides, "ratio"), prices, "Every price")],
+        Table(headings("target | fine-tunes | FLOPs | seconds | peak memory"), rows, empty=_NOT_RUN),
+        details=[Table(headings(_PRICE), prices, "Every price")],
     )
 
 
@@ -225,21 +227,17 @@ def _modules(report: AuditReport) -> Section:
 
     curves = [
         Curve(
-            [c.train_tokens for c in same], [c.error / m.chain_error for c in same], f"{init} initialisation"
+            [c.train_tokens for c in made], [c.error / m.chain_error for c in made], f"{init} initialisation"
         )
         for m in report.modules
-        for init, same in grouped(sorted(m.students, key=lambda c: c.train_tokens), lambda c: c.init).items()
+        for init, made in grouped(sorted(m.students, key=lambda c: c.train_tokens), lambda c: c.init).items()
     ]
-    title = "the students' errors against their training tokens"
-    columns = (
-        "module",
-        "chain",
-        "relative error",
-        "flatten gap",
-        "redistillation",
-        "initialisation",
-        "training tokens",
-    )
+    plot = Plot(
+        "the students' errors against their training tokens", "training tokens", "student's error / chain's", curves,
+        [1], log=True,
+    )  # fmt: skip
+    best = "module | chain | relative error | flatten gap | redistillation | initialisation | training tokens | ratio"
+    columns = "module | initialisation | training tokens | share | error | error against the chain | ratio | seconds"
     return Section(
         "Redistillation, module by module",
         [
@@ -247,19 +245,11 @@ def _modules(report: AuditReport) -> Section:
             "against the original MLP. A row shows the cheapest such student, or else the best. Ratio: its error "
             "over the chain's."
         ],
-        Table((*columns, "ratio"), [row(m) for m in report.modules], empty=_NOT_RUN),
-        plots=[Plot(title, "training tokens", "student's error / chain's", curves, [1], log=True)] if curves else [],
-        caption="A line is a module; below the dashed level its student is better than the chain itself.",
-        details=[
-            Table(
-                (
-                    "module", "initialisation", "training tokens", "over the conversion's", "error",
-                    "error against the chain", "ratio", "seconds",
-                ),
-                [every(m, c) for m in report.modules for c in m.students],
-                "Every student",
-            )
-        ],
+        Table(headings(best), list(map(row, report.modules)), empty=_NOT_RUN),
+        plots=[plot] if curves else [],
+        caption="A line is a module, its colour the student's initialisation; below the dashed level the student is "
+        "better than the chain itself.",
+        details=[Table(headings(columns), [every(m, c) for m in report.modules for c in m.students], "Every student")],
     )  # fmt: skip
 
 
@@ -282,6 +272,9 @@ def _learning(report: AuditReport) -> Section:
             cell(r.neutral[1], ".3f"), f"{r.batch:,}", seconds_words(r.seconds), curve,
         )  # fmt: skip
 
+    best = "variant | attack | rate | seeds | loss | range | gain | neutral | rates tried"
+    names = "variant | attack | rate | seed | note | neutral before | after | tokens a step | step time | tokens: loss"
+    rows = [_attack_cells(*key, runs, start) for key, runs in attacks.items()]
     return Section(
         "Learning attacks",
         [
@@ -291,27 +284,14 @@ def _learning(report: AuditReport) -> Section:
             "little. Rates are constant after a warm-up and chosen on the first seed; what the sweep took is left "
             "out on every side."
         ],
-        Table(
-            ("variant", "attack", "rate", "seeds", "loss", "range", "gain", "neutral", "rates tried"),
-            [_attack_cells(*key, runs, start) for key, runs in attacks.items()],
-            empty=_NOT_RUN,
-        ),
+        Table(headings(best), rows, empty=_NOT_RUN),
         [f"{name}: {about.rstrip('.')}." for name, about in report.attacks.items()] if report.runs else [],
         plots=_gain_plots(report),
         caption="Colour: variant; stroke and mark: attack; band: least to most over seeds; dashed levels: the "
         "verdicts' targets. FLOPs and seconds are those of each attack's cheapest strategy; what a redistillation took "
         "before is not in the curves, but in the verdicts.",
-        details=[
-            Table(
-                (
-                    "variant", "attack", "rate", "seed", "note", "neutral before", "after", "tokens a step",
-                    "a step takes", "tokens: loss",
-                ),
-                list(map(every, report.runs)),
-                "Every run",
-            )
-        ],
-    )  # fmt: skip
+        details=[Table(headings(names), list(map(every, report.runs)), "Every run")],
+    )
 
 
 def _attack_cells(variant: str, attack: str, runs: list[Run], start: float | None) -> tuple[str, ...]:
@@ -389,33 +369,23 @@ def _steps(report: AuditReport) -> Section:
         value, over = getattr(step, measure), ratio(step, measure)
         return cell(value, words) + ("" if value is None or over is None else f" ({ratio_words(over)})")
 
-    measures: dict[str, Callable[[float], str]] = {
-        "flops": flops_words, "peak": bytes_words, "held": bytes_words, "launches": "{:,}".format,
-        "dependent": "{:,}".format, "seconds": seconds_words,
-    }  # fmt: skip
-    names = ("FLOPs", *list(measures)[1:])
-    every = [
-        (s.variant, s.attack, strategy(s), f"{s.tokens:,}", *(figure(s, m, w) for m, w in measures.items()))
-        for s in report.steps
-    ]
+    def every(s: StepCost) -> tuple[str, ...]:
+        figures = (figure(s, measure, words) for measure, words in _STEP.items())
+        return s.variant, s.attack, strategy(s), f"{s.tokens:,}", *figures
+
     rows = [
         (*key, *(cheapest(*key, measure) for measure in ("flops", "peak", "seconds")))
         for key in dict.fromkeys((s.variant, s.attack) for s in report.steps)
     ]
+    columns = "variant | attack | strategy | tokens | FLOPs | peak | held | launches | dependent | seconds"
     return Section(
         "Cost of a training step",
         [
             "The cheapest strategy for each variant and attack, over a plain training step of all weights of the "
-            "original, which is 1."
+            "original, which is 1. In brackets: over that step."
         ],
-        Table(("variant", "attack", "FLOPs", "peak", "seconds"), rows, empty=_NOT_RUN),
-        details=[
-            Table(
-                ("variant", "attack", "strategy", "tokens", *names),
-                every,
-                "Every strategy, and in brackets its cost over the plain step's",
-            )
-        ],
+        Table(headings("variant | attack | FLOPs | peak | seconds"), rows, empty=_NOT_RUN),
+        details=[Table(headings(columns), list(map(every, report.steps)), "Every strategy")],
         terms=["strategy"] if rows else [],
     )
 
@@ -444,15 +414,11 @@ def _notes(report: AuditReport) -> Section:
 
 
 def _how(report: AuditReport) -> Section:
-    facts = {
-        "option": report.options,
-        "machine": report.machine | {"the audit took": seconds_words(report.seconds)},
-    }
+    took = seconds_words(report.seconds)
+    facts = {"option": report.options, "machine": report.machine | {"the audit took": took}}
     rows = [(kind, name, _plain(value)) for kind, values in facts.items() for name, value in values.items()]
     table = Table(("", "what", "value"), rows, "Every choice of this audit, and the machine it ran on")
-    return Section(
-        "How it was measured", [f"The audit took {seconds_words(report.seconds)}."], details=[table]
-    )
+    return Section("How it was measured", [f"The audit took {took}."], details=[table])
 
 
 def _plain(value: Any) -> str:

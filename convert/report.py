@@ -1,10 +1,10 @@
 """What a conversion did: as figures for --json and the manifest, as sections for the terminal and the model card."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from ..reporting import Section, Table
+from ..reporting import Section, Table, headings
 from ..reporting.markdown import markdown
 from ..reporting.words import cell
 from ..runtime import DLRNet, DLRSpec
@@ -76,40 +76,19 @@ class ModuleReport:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "module": self.module,
-            "layer": self.layer,
-            **self.fidelity.to_dict(),
-            "train_tokens": self.train_tokens,
-            "seconds": round(self.seconds, 2),
-            "params_original": self.params_original,
-            "params_locked": self.spec.params,
-            "spec": self.spec.to_dict(),
-            "drift": self.drift,
-            "redistillation": self.redistillation.to_dict() if self.redistillation else None,
-            "notes": list(self.notes),
-        }
+        """Plain values, fit for JSON; those of the fidelity stand beside the others."""
+        values = _plain(self)
+        return values | values.pop("fidelity") | {"params_locked": self.spec.params}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModuleReport":
         """The inverse of `to_dict`."""
-
-        def part(kind: type) -> Any:
-            source = values["redistillation"] if kind is Redistillation else values
-            return kind(**{field.name: source[field.name] for field in fields(kind)})
-
-        return cls(
-            values["module"],
-            values["layer"],
-            DLRSpec.from_dict(values["spec"]),
-            values["params_original"],
-            part(Fidelity),
-            values["train_tokens"],
-            values["seconds"],
-            values["drift"],
-            part(Redistillation) if values["redistillation"] else None,
-            tuple(values["notes"]),
-        )
+        own = {f.name: values.get(f.name) for f in fields(cls)}
+        own |= {"spec": DLRSpec.from_dict(values["spec"]), "notes": tuple(values["notes"])}
+        own["fidelity"] = Fidelity(**{f.name: values[f.name] for f in fields(Fidelity)})
+        if attack := values["redistillation"]:
+            own["redistillation"] = Redistillation(**{f.name: attack[f.name] for f in fields(Redistillation)})
+        return cls(**own)
 
 
 @dataclass
@@ -196,11 +175,11 @@ class ConversionReport:
         return _plain(self) | {"not_locked": self.not_locked}
 
 
-def _plain(report: EndToEndReport | ConversionReport) -> dict[str, Any]:
-    """Its fields by name, seconds rounded, each in plain values."""
+def _plain(report: ModuleReport | EndToEndReport | ConversionReport) -> dict[str, Any]:
+    """Its fields by name, each in plain values, seconds rounded."""
 
     def plain(value: Any) -> Any:
-        if isinstance(value, list):
+        if isinstance(value, list | tuple):
             return [plain(part) for part in value]
         return value.to_dict() if hasattr(value, "to_dict") else value
 
@@ -285,13 +264,12 @@ def _recipe(options: Mapping[str, Any]) -> str:
 
 def conversion_sections(report: ConversionReport) -> list[Section]:
     """The lock, its fidelity and the modules, for the terminal and the model card alike."""
-    count, evaluation = len(report.modules), evaluation_section(report.evaluation)
     ratio = report.params_locked / report.params_original
     lock = Section(
         "The lock",
         [
             lock_status(report),
-            f"{count} of {report.mlps} MLPs were converted in {report.seconds:.0f} s, with "
+            f"{len(report.modules)} of {report.mlps} MLPs were converted in {report.seconds:.0f} s, with "
             f"{report.modules[0].train_tokens:,} training tokens each. Parameters: {report.params_locked:,} (original "
             f"{report.params_original:,}, ratio {ratio:.4f}).",
         ],
@@ -304,47 +282,44 @@ def conversion_sections(report: ConversionReport) -> list[Section]:
             ),
         ],
     )
-    columns = (
-        "module", "chain", "relative error", "first tokens", "flatten gap", "coupling", "hidden states",
-        "redistillation", "training tokens", "seconds",
-    )  # fmt: skip
-    rows = [
-        (
-            m.module, str(m.spec), f"{m.fidelity.rel_error:.4f}", cell(m.fidelity.first_error, ".4f"),
-            gap_words(m.fidelity.flatten_gap, m.fidelity.locked), f"{m.fidelity.coupling:.2f}", cell(m.drift, ".4f"),
-            cell(m.redistillation), f"{m.train_tokens:,}", f"{m.seconds:.0f}",
-        )
-        for m in report.modules
-    ]  # fmt: skip
-    table = Table(columns, rows, minor=("first tokens", "training tokens")).filled()
     target = f"Figures are of held-out calibration text. The target of a chain is {_TARGETS[report.across]}."
-    return [
-        lock,
-        Section(evaluation.title, _end_to_end(report), evaluation.table),
-        Section("Modules", [target], table),
-    ]
+    table = _modules({m.module: m.spec for m in report.modules}, [m.to_dict() for m in report.modules])
+    fidelity = replace(evaluation_section(report.evaluation), text=_end_to_end(report))
+    return [lock, fidelity, Section("Modules", [target], table)]
 
 
 def facts_sections(facts: Mapping[str, Any]) -> list[Section]:
-    """What `inspect` found, the chains and where they are from."""
-    conversion = facts.get("conversion", {})
-    measured = {m["module"]: m for m in conversion.get("modules", [])}
-    rows = []
-    for name, spec in facts["lock"]["modules"].items():
-        m = measured.get(name)
-        figures = (
-            ("-", "-") if m is None else (f"{m['rel_error']:.4f}", gap_words(m["flatten_gap"], m["locked"]))
-        )
-        rows.append((name, str(DLRSpec.from_dict(spec)), *figures))
+    """What `inspect` found: the chains, what was measured of them, and where they are from."""
+    made = facts.get("conversion", {"modules": []})
     origin = "There is no manifest: this checkpoint was saved again after its conversion."
-    if conversion:
+    if made["modules"]:
         origin = (
-            f"Made by {facts['program']} from {conversion['source']} (fingerprint {conversion['fingerprint'][:16]}): "
-            f"{len(measured)} of {conversion['mlps']} MLPs are locked; {len(facts['files'])} files."
+            f"Made by {facts['program']} from {made['source']} (fingerprint {made['fingerprint'][:16]}): "
+            f"{len(made['modules'])} of {made['mlps']} MLPs are locked; {len(facts['files'])} files."
         )
-    return [
-        Section("Locked modules", [origin], Table(("module", "chain", "relative error", "flatten gap"), rows))
-    ]
+    specs = {name: DLRSpec.from_dict(spec) for name, spec in facts["lock"]["modules"].items()}
+    return [Section("Locked modules", [origin], _modules(specs, made["modules"]))]
+
+
+def _modules(specs: Mapping[str, DLRSpec], measured: Iterable[Mapping[str, Any]]) -> Table:
+    """A row a chain. measured: what `ModuleReport.to_dict` says of it, or a manifest, which may be older."""
+    found = {m["module"]: m for m in measured}
+    rows = []
+    for name, spec in specs.items():
+        m = found.get(name, {})
+        gap = "-" if not m else f"{m['flatten_gap']:.2f}{'' if m['locked'] else ' NOT LOCKED'}"
+        attack = m.get("redistillation")
+        rows.append((
+            name, str(spec), *(cell(m.get(figure), ".4f") for figure in ("rel_error", "first_error")), gap,
+            cell(m.get("coupling"), ".2f"), cell(m.get("drift"), ".4f"),
+            "-" if not attack else redistillation_words(attack["undone"], attack["error"], attack["cost"]),
+            cell(m.get("train_tokens"), ","), cell(m.get("seconds"), ".0f"),
+        ))  # fmt: skip
+    columns = headings(
+        "module | chain | relative error | first tokens | flatten gap | coupling | hidden states | redistillation | "
+        "training tokens | seconds"
+    )
+    return Table(columns, rows, minor=("first tokens", "training tokens")).filled()
 
 
 def lock_status(report: ConversionReport) -> str:
@@ -355,11 +330,6 @@ def lock_status(report: ConversionReport) -> str:
         f"NOT LOCKED: {', '.join(report.not_locked)} (flatten gap under {LOCKED_GAP}; flattening gives the MLP "
         "back nearly for free)."
     )
-
-
-def gap_words(gap: float, locked: bool) -> str:
-    """A flatten gap in a cell."""
-    return f"{gap:.2f}{'' if locked else ' NOT LOCKED'}"
 
 
 def redistillation_words(undone: bool, error: float, cost: float | None) -> str:

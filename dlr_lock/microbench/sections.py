@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from ..reporting import Section, Table
-from ..reporting.section import grouped
+from ..reporting import Section, Table, grouped, headings
 from ..reporting.words import cell, chain_name, count_words
 
 _PATHS = ("dense", "decode", "prefill")
+_PLAN = ("rounds", "launches", "m", "S", "ctas_a_lane", "num_warps")
 
 
 def benchmark_sections(document: dict[str, Any]) -> list[Section]:
@@ -63,24 +63,15 @@ def explanation_sections(facts: dict[str, Any]) -> list[Section]:
         f"blocks of m = {gram['m']} ({gram['S']} steps), {gram['bytes'] / 1e6:.1f} MB, solved "
         f"{facts['solve_columns']} columns at a time."
     )
-    names = {"ctas_a_lane": "CTAs a lane", "num_warps": "warps"}
-    options = ("m", "S", *names)
     rows = []
     for row in facts["rows"]:
         for path in _PATHS:
             f = row[path] or {}
             times = (cell(f.get(name), ".1f") for name in ("predicted_us", "floor_us"))
-            rest = (cell(f.get(name)) for name in ("rounds", "launches", *options))
+            rest = (cell(f.get(name)) for name in _PLAN)
             rows.append((str(row["tokens"]), path, "yes" if path == row["choice"] else "", *times, *rest))
-    columns = (
-        "tokens",
-        "path",
-        "choice",
-        "us",
-        "floor us",
-        "rounds",
-        "launches",
-        *(names.get(n, n) for n in options),
+    columns = headings(
+        "tokens | path | choice | us | floor us | rounds | launches | m | S | CTAs a lane | warps"
     )
     constants = (
         f"{device['name']}: {device['sms']} multiprocessors; memory {device['bandwidth'] / 1e9:,.0f} GB/s, products "

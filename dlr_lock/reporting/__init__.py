@@ -5,6 +5,6 @@ This folder imports nothing of ours but `common`.
 """
 
 from .console import print_sections
-from .section import Curve, Plot, Section, Table
+from .section import Curve, Plot, Section, Table, grouped, headings
 
-__all__ = ["Curve", "Plot", "Section", "Table", "print_sections"]
+__all__ = ["Curve", "Plot", "Section", "Table", "grouped", "headings", "print_sections"]

@@ -38,7 +38,8 @@ def print_sections(console: Console, sections: Iterable[Section]) -> None:
         notes = rich_table.Table.grid(padding=(0, 1))
         for words in section.notes:
             notes.add_row("-", Text(words))
-        console.print(notes, width=width)
+        if section.notes:
+            console.print(notes, width=width)
 
 
 def _narrowed(table: Table, width: int) -> Table:

@@ -112,6 +112,11 @@ class Section:
     terms: Sequence[str] = ()
 
 
+def headings(names: str) -> tuple[str, ...]:
+    """Columns from a line such as "module | chain | flatten gap"."""
+    return tuple(names.split(" | "))
+
+
 def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
     """Items by key, both in the order of first appearance."""
     groups: dict[K, list[T]] = {}
