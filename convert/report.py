@@ -83,7 +83,7 @@ class ModuleReport:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModuleReport":
         """The inverse of `to_dict`."""
-        own = {f.name: values.get(f.name) for f in fields(cls)}
+        own: dict[str, Any] = {f.name: values.get(f.name) for f in fields(cls)}
         own |= {"spec": DLRSpec.from_dict(values["spec"]), "notes": tuple(values["notes"])}
         own["fidelity"] = Fidelity(**{f.name: values[f.name] for f in fields(Fidelity)})
         if attack := values["redistillation"]:

@@ -12,7 +12,7 @@ from .section import Section, Table
 
 _WIDTH = 100  # of text and tables, at most
 _GAP = 2  # between columns
-_NAME, _PIECE = 36, 14  # characters of a cell, in the first column and in others, that are never folded
+_NAME, _PIECE = 36, 15  # characters of a cell, in the first column and in others, that are never folded
 
 
 def print_sections(console: Console, sections: Iterable[Section]) -> None:

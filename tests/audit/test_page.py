@@ -355,6 +355,24 @@ def test_terminal(report: AuditReport, encoder: AuditReport) -> None:
     assert "[/bold] is no markup" in printed(replace(report, notes=["[/bold] is no markup"]), 60)
 
 
+def test_an_attack_and_a_strategy_of_any_name_are_reported_in_their_own_words(report: AuditReport) -> None:
+    attack, about = "prompt tuning", "Trains the embeddings of 20 tokens before every text"
+    runs = [*report.runs, *(replace(run, attack=attack) for run in report.runs if run.attack == "full")]
+    tuned = [
+        StepCost("locked", attack, f"prompts, {name}", 512, 10**11, 10**9, 10**8, 90, 80, 1.0)
+        for name in ("plain", "rewinding")
+    ]
+    new = replace(report, runs=runs, steps=[*report.steps, *tuned], attacks={attack: about})
+    document = page(new)
+    read = Reader(document)
+    assert has(read.rows, "locked", attack, "rewinding", "512") and f"{attack}: {about}." in read.text
+    assert has(read.rows, "original", attack, "3.2e-4")
+    text = printed(new, 80)
+    assert re.search(rf"^locked +{attack} ", text, re.M) and about in " ".join(text.split())
+    if "<svg" in document:
+        assert document.count(f">{attack}<") > 3  # in the keys of the plots
+
+
 @pytest.fixture(scope="module")
 def browser() -> str:
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
