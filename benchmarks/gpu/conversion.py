@@ -46,10 +46,10 @@ def measure(record: Record) -> None:
 
 
 def plan(layers: int, rate: float, first_seconds: float, seconds: float) -> tuple[int, int]:
-    """(layers, training tokens of a module) that fit in `seconds`: as many layers as get quick's train_tokens, each with what is left,
-    up to a GPU's standard.
+    """(layers, training tokens of a module) that fit in `seconds`: as many layers as get the tokens of effort quick, each
+    with what is left, up to those of standard on a GPU.
 
-    rate: train_tokens a second. first_seconds: of the first conversion, of which what was no distillation is taken to
+    rate: training tokens a second. first_seconds: of the first conversion, of which what was no distillation is taken to
     return, half of it with every layer.
     """
     least, most = EFFORTS["quick"].train_tokens, 20 * EFFORTS["standard"].train_tokens
