@@ -66,9 +66,9 @@ class TrainingRow:
     the kernels.
 
     Seconds are medians. accurate, of a strategy: the loss is that of the side's first strategy that could be run (the
-    plain one, where it fits) within 1%, and so are the gradients of the first and the last MLP's or chain's first weight
-    within 5%; gradient_error is the largest of these, |g - g0| / |g0|. accurate, of inference: the logits are finite
-    and, of a locked model, those of its chains, with the errors of a ModelRow.
+    plain one, where it fits) within 1%, and so are the gradients of the first and the last MLP's or chain's first
+    weight within 5%; gradient_error is the largest of these, |g - g0| / |g0|. accurate, of inference: the logits are
+    finite and, of a locked model, those of its chains, with the errors of a ModelRow.
     """
 
     model: str
