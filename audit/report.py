@@ -157,6 +157,7 @@ class AuditReport:
     steps: list[StepCost]
     asymmetries: list[Asymmetry]
     verdicts: list[Verdict]
+    attacks: dict[str, str] = field(default_factory=dict)
     slot: str = ""
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0

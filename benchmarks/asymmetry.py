@@ -16,7 +16,6 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -30,6 +29,8 @@ from dlr_lock.audit.strategies.slot import Row, Variant, rows, variants
 from dlr_lock.common.dtypes import DTYPES
 from dlr_lock.microbench.bench import cases_of
 from dlr_lock.microbench.slot import dtype_of
+from dlr_lock.reporting import Section, Table, headings, print_sections
+from dlr_lock.reporting.words import cell
 from dlr_lock.runtime import DLRNet, DLRSpec, best_device
 
 DEVICE = best_device()
@@ -121,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", action="store_true", help="a whole model, in sequences of 1024 tokens")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and x")
     options = parser.parse_args(arguments)
-    screen = Console(highlight=False)
+    sections = []
     try:
         for shape in options.shapes.split(","):
             for chain in options.chains.split(","):
@@ -138,11 +139,13 @@ def main(arguments: list[str] | None = None) -> int:
                             spec, width, tokens=options.tokens, dtype=dtype, device=device
                         )
                         ours, theirs, layers = rows(locked), rows(original), options.layers
-                        screen.print(_asymmetry(title, locked, original))
-                screen.print(_strategies(title, {"original": theirs, "locked": ours}))
+                        sections.append(_asymmetry(title, locked, original))
+                sections.append(_strategies(title, {"original": theirs, "locked": ours}))
                 if layers > 1:
                     title += f", {layers} layers"
-                screen.print(_comparison(title, ours, theirs, layers))
+                sections.append(_comparison(title, ours, theirs, layers))
+                print_sections(Console(highlight=False), sections)
+                sections = []
     except DLRError as error:
         print(f"benchmarks.asymmetry: {error}", file=sys.stderr)
         return 2
@@ -172,59 +175,41 @@ def _whole_models(spec: DLRSpec, width: int, options: argparse.Namespace) -> tup
     return [measure_model(model, mlps, p, tokens) for p in model_strategies(locked=True)], original
 
 
-def _strategies(title: str, sides: dict[str, list[Row]]) -> Table:
+def _strategies(title: str, sides: dict[str, list[Row]]) -> Section:
     """Each strategy against the original's plain step of the same trainable."""
-    table = _table(f"{title}: against the original's plain step", "side", "trainable", "strategy")
-    for column in ("held", "peak", "FLOPs", "launches", "in a row: forward", "backward"):
-        table.add_column(column, justify="right")
+    rows = []
     for side, of_side in sides.items():
         for row in of_side:
             base = next(r for r in sides["original"] if r.trainable == row.trainable).counts
             counts = row.counts
             assert base is not None and counts is not None
             ratios = (counts.held / base.held, counts.peak / base.peak, counts.flops / base.flops)
-            numbers = (
-                counts.forward.launches + counts.backward.launches,
-                counts.forward.dependent,
-                counts.backward.dependent,
+            forward, backward = counts.forward, counts.backward
+            numbers = (forward.launches + backward.launches, forward.dependent, backward.dependent)
+            rows.append(
+                (side, row.trainable, row.strategy, *(f"{r:.2f}" for r in ratios), *map(str, numbers))
             )
-            table.add_row(
-                side, row.trainable, row.strategy, *(f"{r:.2f}" for r in ratios), *map(str, numbers)
-            )
-    return table
+    columns = "side | trainable | strategy | held | peak | FLOPs | launches | in a row: forward | backward"
+    return Section(f"{title}: against the original's plain step", table=Table(headings(columns), rows))
 
 
-def _comparison(title: str, locked: list[Row], original: list[Row], layers: int) -> Table:
-    table = _table(f"{title}: each with its best strategy", "trainable", "objective", "locked", "original")
-    table.add_column("ratio", justify="right")
+def _comparison(title: str, locked: list[Row], original: list[Row], layers: int) -> Section:
+    rows = []
     for line in compare(locked, original, layers=layers):
-        if line.objective.minimise == "seconds":
-            continue
-        names = (row.strategy if row else "none meets it" for row in (line.locked, line.original))
-        ratio = "" if line.ratio is None else f"{line.ratio:.2f}"
-        table.add_row(line.trainable, str(line.objective), *names, ratio)
-    return table
+        if line.objective.minimise != "seconds":
+            names = (row.strategy if row else "none meets it" for row in (line.locked, line.original))
+            rows.append((line.trainable, str(line.objective), *names, cell(line.ratio, ".2f")))
+    table = Table(headings("trainable | objective | locked | original | ratio"), rows)
+    return Section(f"{title}: each with its best strategy", table=table)
 
 
-def _asymmetry(title: str, locked: Variant, original: Variant) -> Table:
-    table = _table(
-        f"{title}: (backward / forward) locked over original",
-        "mode",
-        "measure",
-        "strategies",
-        "locked forward",
-    )
-    table.add_column("ratio", justify="right")
-    for a in asymmetries(locked, original):
-        table.add_row(a.mode, a.measure, f"{a.locked} / {a.original}", a.forward, f"{a.value:.2f}")
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, box=None, padding=(0, 1, 0, 0), title_justify="left")
-    for column in columns:
-        table.add_column(column)
-    return table
+def _asymmetry(title: str, locked: Variant, original: Variant) -> Section:
+    rows = [
+        (a.mode, a.measure, f"{a.locked} / {a.original}", a.forward, f"{a.value:.2f}")
+        for a in asymmetries(locked, original)
+    ]
+    table = Table(headings("mode | measure | strategies | locked forward | ratio"), rows)
+    return Section(f"{title}: (backward / forward) locked over original", table=table)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from dlr_lock import DLRError
+from dlr_lock.reporting import Section, Table, headings, print_sections
+from dlr_lock.reporting.words import cell, chain_name, count_words
 
 from .schema import key, load
 
@@ -54,7 +55,6 @@ def main(arguments: list[str] | None = None) -> int:
         "--anyway", action="store_true", help="compare two devices, or a smoke run with another"
     )
     options = parser.parse_args(arguments)
-    screen = Console(highlight=False)
     try:
         before, after = load(options.before), load(options.after)
         for name in ("device", "smoke"):
@@ -66,21 +66,22 @@ def main(arguments: list[str] | None = None) -> int:
     except DLRError as error:
         print(f"benchmarks.compare: {error}", file=sys.stderr)
         return 2
-    for name in ("device", "driver", "program", "source", "versions"):
-        if before.get(name) != after.get(name):
-            screen.print(f"{name}: {before.get(name)}, then {after.get(name)}", markup=False)
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name, side in (("after / before", "right"), ("spread", "left"), ("", "left"), ("row", "left")):
-        table.add_column(name, justify=side, overflow="fold")  # type: ignore[arg-type]
-    for change in changes:
-        spread = "" if change.low is None else f"{change.low:.2f} to {change.high:.2f}"
-        ratio = "-" if change.ratio is None else f"{change.ratio:.3f}"
-        table.add_row(
-            ratio, spread, change.verdict, change.row + (f": {change.error}" if change.error else "")
+    differences = [
+        f"{name}: {before.get(name)}, then {after.get(name)}"
+        for name in ("device", "driver", "program", "source", "versions")
+        if before.get(name) != after.get(name)
+    ]
+    rows = [
+        (
+            cell(change.ratio, ".3f"), "" if change.low is None else f"{change.low:.2f} to {change.high:.2f}",
+            change.verdict, change.row + (f": {change.error}" if change.error else ""),
         )
-    screen.print(table)
+        for change in changes
+    ]  # fmt: skip
     both = sum(change.only != "vanished" for change in changes)
-    screen.print(f"{both} rows compared, of {len(_timed(before))} and {len(_timed(after))} with a time")
+    count = f"{both} rows compared, of {len(_timed(before))} and {len(_timed(after))} with a time"
+    table = Table(headings("after / before | spread | verdict | row"), rows)
+    print_sections(Console(highlight=False), [Section("", differences, table), Section("", [count])])
     return 0
 
 
@@ -120,8 +121,7 @@ def _timed(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _words(row: dict[str, Any], kind: str) -> str:
-    chain = f"{row['lanes']}x{row['depth']}x{row['rank']}"
-    tokens = f"{row['tokens']} token{'s' if row['tokens'] > 1 else ''}"
+    chain, tokens = chain_name(row), count_words(row["tokens"], "token")
     if kind == "kernels":
         return f"{row['provider']}, MLP {row['hidden']}x{row['intermediate']} as {chain}, {tokens}"
     if kind == "models":

@@ -22,7 +22,6 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from dlr_lock import DLRError, DLRNet
@@ -44,6 +43,7 @@ from dlr_lock.convert.redistill import redistill
 from dlr_lock.convert.source import Source, compute_dtype, open_source
 from dlr_lock.microbench.bench import numbers
 from dlr_lock.progress import Steps
+from dlr_lock.reporting import Section, Table, print_sections
 from dlr_lock.runtime.device import usable_device
 
 from .output import target, write_json, write_whole
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def modules(options: argparse.Namespace, progress: Steps) -> Iterator[dict[str, Any]]:
-    """Rows of layers x train_tokens: `Fidelity`, the curve while it was fitted, and the attack at each share."""
+    """Rows of layers by training tokens: `Fidelity`, the curve while it was fitted, and the attack at each share."""
     chosen = _options(options)
     given = {name: getattr(options, name) for name in _OF_RECIPE if getattr(options, name) is not None}
     recipes = [
@@ -305,15 +305,13 @@ def _show(rows: list[dict[str, Any]]) -> None:
         {k: v for k, v in row.items() if isinstance(v, int | float | str) and k != "seed"} for row in rows
     ]
     names = list(dict.fromkeys(name for row in plain for name in row))
-    table = Table(*names)
-    for row in plain:
-        cells = (row.get(name, "-") for name in names)
-        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
-    Console(highlight=False).print(table)
+    cells = [[row.get(name, "-") for name in names] for row in plain]
+    rows = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row] for row in cells]
+    print_sections(Console(highlight=False), [Section("", table=Table(names, rows))])
 
 
 def _plot(document: dict[str, Any], path: Path) -> Path | None:
-    """Error against train_tokens, a line a fit, on logarithmic axes; None without matplotlib."""
+    """Error against training tokens, a line a fit, on logarithmic axes; None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -19,9 +19,10 @@ from rich.console import Console
 
 from dlr_lock import DLRError
 from dlr_lock.microbench.bench import COLD_BYTES, ROUNDS, cases_of, numbers, run
+from dlr_lock.microbench.sections import benchmark_sections
 from dlr_lock.progress import Steps
+from dlr_lock.reporting import print_sections
 from dlr_lock.runtime.device import usable_device
-from dlr_lock.tables import print_benchmark
 
 from .output import target, write_json, write_whole
 
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("benchmarks.kernels: interrupted; what was measured is written", file=sys.stderr)
         return 130
-    print_benchmark(Console(highlight=False), document)
+    print_sections(Console(highlight=False), benchmark_sections(document))
     for path in (*_targets(document, options.out), *plots):
         print(f"written to {path}")
     return 0

@@ -9,11 +9,12 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from dlr_lock.audit.svg import COLOURS, INK, style, svg_of
 from dlr_lock.common.files import write_whole
+from dlr_lock.reporting.svg import COLOURS, INK, style, svg_of
+from dlr_lock.reporting.words import chain_name
 
 from .output import folder
-from .tables import chain_name, kernel_cases, model_steps, over
+from .tables import kernel_cases, model_steps, over
 
 Documents = dict[str, dict[str, Any]]  # kind to a run that was loaded, with its `path`
 Lines = dict[tuple[str, str], list[tuple[int, float]]]  # (chain, phase of a model's step) to (tokens, ratio)

@@ -1,9 +1,14 @@
-"""What a conversion did, as figures: for --json, for the manifest and for the model card."""
+"""What a conversion did: as figures for --json and the manifest, as sections for the terminal and the model card."""
 
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from ..reporting import Section, Table, headings
+from ..reporting.markdown import markdown
+from ..reporting.words import cell
 from ..runtime import DLRNet, DLRSpec
+from .config import EFFORTS, ConversionConfig
 from .evaluate import LOCKED_GAP, Evaluation, Fidelity, StateEvaluation
 
 # A student is as good as the chain when its error against the MLP is at most so many times the chain's.
@@ -42,14 +47,21 @@ class Redistillation:
         """The fields by name, and what follows from them."""
         return {**asdict(self), "undone": self.undone, "cost": self.cost}
 
+    def __str__(self) -> str:
+        return redistillation_words(self.undone, self.error, self.cost)
+
 
 @dataclass(frozen=True, slots=True)
 class ModuleReport:
-    """One locked module. train_tokens: training tokens of its distillation; seconds: of the distillation alone.
+    """One locked module.
 
-    drift: how far the locked model's hidden states are from the original's behind the layer, the mean over tokens
-    of |locked - original|^2 / |original|^2; None where modules were distilled independently. redistillation: the
-    attack on it, where that was measured. notes: what the owner should know of it, a sentence each.
+    Attributes:
+        train_tokens: Training tokens of its distillation.
+        seconds: Of the distillation alone.
+        drift: How far the locked model's hidden states are from the original's behind the layer, the mean over tokens
+            of |locked - original|^2 / |original|^2; None where modules were distilled independently.
+        redistillation: The attack on it, where that was measured.
+        notes: What the owner should know of it, a sentence each.
     """
 
     module: str
@@ -64,47 +76,29 @@ class ModuleReport:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "module": self.module,
-            "layer": self.layer,
-            **self.fidelity.to_dict(),
-            "train_tokens": self.train_tokens,
-            "seconds": round(self.seconds, 2),
-            "params_original": self.params_original,
-            "params_locked": self.spec.params,
-            "spec": self.spec.to_dict(),
-            "drift": self.drift,
-            "redistillation": self.redistillation.to_dict() if self.redistillation else None,
-            "notes": list(self.notes),
-        }
+        """Plain values, fit for JSON; those of the fidelity stand beside the others."""
+        values = _plain(self)
+        return values | values.pop("fidelity") | {"params_locked": self.spec.params}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModuleReport":
         """The inverse of `to_dict`."""
-
-        def part(kind: type) -> Any:
-            source = values["redistillation"] if kind is Redistillation else values
-            return kind(**{field.name: source[field.name] for field in fields(kind)})
-
-        return cls(
-            values["module"],
-            values["layer"],
-            DLRSpec.from_dict(values["spec"]),
-            values["params_original"],
-            part(Fidelity),
-            values["train_tokens"],
-            values["seconds"],
-            values["drift"],
-            part(Redistillation) if values["redistillation"] else None,
-            tuple(values["notes"]),
-        )
+        own: dict[str, Any] = {f.name: values.get(f.name) for f in fields(cls)}
+        own |= {"spec": DLRSpec.from_dict(values["spec"]), "notes": tuple(values["notes"])}
+        own["fidelity"] = Fidelity(**{f.name: values[f.name] for f in fields(Fidelity)})
+        if attack := values["redistillation"]:
+            own["redistillation"] = Redistillation(**{f.name: attack[f.name] for f in fields(Redistillation)})
+        return cls(**own)
 
 
 @dataclass
 class Modules:
-    """The fitted chains by module name, in the checkpoint's dtype on the CPU, and a report each, in model order.
+    """The fitted chains of a model.
 
-    across: 'sequential' or 'independent', as it was done.
+    Attributes:
+        chains: By module name, in the checkpoint's dtype on the CPU.
+        reports: One a chain, in model order.
+        across: 'sequential' or 'independent', as it was done.
     """
 
     chains: dict[str, DLRNet]
@@ -114,11 +108,15 @@ class Modules:
 
 @dataclass(frozen=True, slots=True)
 class EndToEndReport:
-    """The end-to-end phase: its training tokens and seconds, and the figures before and after it.
+    """The end-to-end phase and the figures before and after it.
 
-    gaps: the smallest flatten gap of any module, over |chain|^2, on the locked model's own held-out activations.
-    weakest: the module of the smallest gap after it; redistillation: the attack on that one, on the original's activations,
-    None where no attack was asked for.
+    Attributes:
+        train_tokens, seconds: What it took.
+        smallest_gap_before, smallest_gap_after: The smallest flatten gap of any module, over |chain|^2, on the locked
+            model's own held-out activations.
+        weakest: The module of the smallest gap after it.
+        redistillation_before, redistillation_after: The attack on that module, on the original's activations; None
+            where no attack was asked for.
     """
 
     train_tokens: int
@@ -132,31 +130,25 @@ class EndToEndReport:
     redistillation_after: Redistillation | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "train_tokens": self.train_tokens,
-            "seconds": round(self.seconds, 2),
-            "evaluation_before": self.evaluation_before.to_dict(),
-            "evaluation_after": self.evaluation_after.to_dict(),
-            "smallest_gap_before": self.smallest_gap_before,
-            "smallest_gap_after": self.smallest_gap_after,
-            "weakest": self.weakest,
-            "redistillation_before": self.redistillation_before.to_dict()
-            if self.redistillation_before
-            else None,
-            "redistillation_after": self.redistillation_after.to_dict()
-            if self.redistillation_after
-            else None,
-        }
+        """Plain values, fit for JSON."""
+        return _plain(self)
 
 
 @dataclass(frozen=True, slots=True)
 class ConversionReport:
-    """A conversion: `out` is the checkpoint, `options` every choice that led to it.
+    """A conversion.
 
-    mlps: how many MLPs the original has, locked or not. params_original, params_locked: of the whole models.
-    evaluation: the locked model against the original on held-out text. across: 'sequential' or 'independent'.
-    end_to_end: the phase, where there was one. warnings: what the owner should know, a sentence each.
-    seconds: of the whole conversion, an interrupted one's first part left out.
+    Attributes:
+        out: The checkpoint.
+        options: Every choice that led to it.
+        mlps: How many MLPs the original has, locked or not.
+        params_original, params_locked: Of the whole models.
+        evaluation: The locked model against the original on held-out text.
+        seconds: Of the whole conversion, an interrupted one's first part left out.
+        across: 'sequential' or 'independent', as it was done.
+        end_to_end: The phase, where there was one.
+        warnings: What the owner should know, a sentence each.
+        program: Versions by name.
     """
 
     source: str
@@ -180,22 +172,19 @@ class ConversionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON."""
-        return {
-            "source": self.source,
-            "out": self.out,
-            "options": self.options,
-            "modules": [m.to_dict() for m in self.modules],
-            "mlps": self.mlps,
-            "not_locked": self.not_locked,
-            "params_original": self.params_original,
-            "params_locked": self.params_locked,
-            "evaluation": self.evaluation.to_dict(),
-            "across": self.across,
-            "end_to_end": self.end_to_end.to_dict() if self.end_to_end else None,
-            "warnings": self.warnings,
-            "seconds": round(self.seconds, 2),
-            "program": self.program,
-        }
+        return _plain(self) | {"not_locked": self.not_locked}
+
+
+def _plain(report: ModuleReport | EndToEndReport | ConversionReport) -> dict[str, Any]:
+    """Its fields by name, each in plain values, seconds rounded."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [plain(part) for part in value]
+        return value.to_dict() if hasattr(value, "to_dict") else value
+
+    values = {f.name: plain(getattr(report, f.name)) for f in fields(report)}
+    return values | {"seconds": round(report.seconds, 2)}
 
 
 _LOAD = """\
@@ -211,7 +200,6 @@ _TARGETS = {
     "sequential": "what brings the locked model's hidden states back to the original's",
     "independent": "the MLP's output in the original",
 }
-
 _TEMPLATE = """\
 ---
 library_name: transformers
@@ -220,66 +208,118 @@ tags: [dlr-lock]
 
 # {title}, locked
 
-{summary}
+{locked} of the {mlps} MLPs of this model are DLR-Nets: deep chains of low-rank steps that run like an MLP and are
+expensive to train. Load it with `pip install dlr-lock`:
 
 ```python
 {load}
 ```
 
-{status}
-
-## What it kept
-
-{fidelity}
-
-| module | chain | relative error | first tokens | flatten gap | coupling | hidden states | redistillation | training tokens | s |
-|---|---|---|---|---|---|---|---|---|---|
-{rows}
-
-Figures are of held-out calibration text. Relative error: mean over tokens of |chain - target|^2 / |target|^2;
-the target is {target}. Flatten gap: how far the chain is from its own flattened form, on the same scale; a
-module below {gap} is not called locked. Coupling: RMS of the chain's update over RMS of its input. Hidden
-states: their relative error behind the layer, with all that was locked before. Redistillation: the best attack known
-to us on a single module, distilling the chain back into an MLP: the relative error of the student, and the share of
-the module's own training tokens that it was given; "undone" where the student is as good as the chain.{notes}
+{sections}
 
 ## What the lock does not stop
 
 Whoever has the original weights needs nothing from this checkpoint. Tuning that leaves the chains alone
 (adapters on attention, prompts), training with recomputation of activations, and distilling each chain back
-into an MLP all remain possible; the table above says what the last costs.
+into an MLP all remain possible; the tables above say what the last costs.
 
 ## How it was made
 
-{parameters} Calibration text: {text}. {recipe}
+{recipe}
 """
 
 
 def model_card(report: ConversionReport) -> str:
-    """The README.md of a converted checkpoint, in markdown."""
-    options = report.options
+    """The README.md of a converted checkpoint, in Markdown."""
+    options, versions = report.options, (f"{name} {version}" for name, version in report.program.items())
     return _TEMPLATE.format(
         title=report.source.rstrip("/").rsplit("/", 1)[-1],
-        summary=(
-            f"{len(report.modules)} of the {report.mlps} MLPs of this model are DLR-Nets: deep chains of low-rank "
-            "steps that run like an MLP and are expensive to train. Load it with `pip install dlr-lock`:"
-        ),
+        locked=len(report.modules),
+        mlps=report.mlps,
         load=_LOAD if isinstance(report.evaluation, Evaluation) else _LOAD_OTHER,
-        status=lock_status(report),
-        fidelity=_fidelity(report),
-        rows="\n".join(map(_row, report.modules)),
-        target=_TARGETS[report.across],
-        notes="".join(f"\n\nNote: {warning}." for warning in report.warnings),
-        gap=LOCKED_GAP,
-        parameters=f"Parameters: {report.params_locked:,} (original: {report.params_original:,}).",
-        text=f"{options['data']}, {options['tokens']:,} tokens",
-        recipe=(
-            f"Effort {options['effort']}: modules {report.across}, {options['init']} initialisation, "
-            f"{options['train_tokens']:,} training tokens a module in batches of "
-            f"{options['batch']:,}, seed {options['seed']}, weights in {options['dtype']}, "
-            f"{', '.join(f'{name} {version}' for name, version in report.program.items())}."
-        ),
+        sections=markdown(conversion_sections(report)),
+        recipe=f"{_recipe(options)}; modules {report.across}, seed {options['seed']}, weights in {options['dtype']}. "
+        f"Made with {', '.join(versions)}.",
     )
+
+
+def choices(config: ConversionConfig) -> str:
+    """What a conversion will do, in a sentence. config: a resolved one."""
+    shape = f"{config.depth}x{config.rank}" if config.depth and config.rank else "depth and rank to match"
+    return (
+        f"{_recipe(config.to_dict())}; layers {config.layers or 'all'}, {config.lanes} lane(s), {shape}; on "
+        f"{config.device}, {int(config.max_memory or 0) / 2**30:.1f} GiB for activations. On a CPU this effort "
+        f"means {EFFORTS[config.effort].words}."
+    )
+
+
+def _recipe(options: Mapping[str, Any]) -> str:
+    together = f", then {options['end_to_end']:,} of all chains at once" if options["end_to_end"] else ""
+    return (
+        f"Effort {options['effort']}: {options['tokens']:,} tokens of calibration text ({options['data']}); "
+        f"{options['train_tokens']:,} training tokens a module in batches of {options['batch']:,}{together}; "
+        f"{options['init']} initialisation"
+    )
+
+
+def conversion_sections(report: ConversionReport) -> list[Section]:
+    """The lock, its fidelity and the modules, for the terminal and the model card alike."""
+    ratio = report.params_locked / report.params_original
+    lock = Section(
+        "The lock",
+        [
+            lock_status(report),
+            f"{len(report.modules)} of {report.mlps} MLPs were converted in {report.seconds:.0f} s, with "
+            f"{report.modules[0].train_tokens:,} training tokens each. Parameters: {report.params_locked:,} (original "
+            f"{report.params_original:,}, ratio {ratio:.4f}).",
+        ],
+        notes=[
+            *(f"{warning.rstrip('.')}." for warning in report.warnings),
+            *(
+                f"{m.module} has {m.spec.params:,} parameters instead of {m.params_original:,}."
+                for m in report.modules
+                if abs(m.spec.params / m.params_original - 1) > 0.01
+            ),
+        ],
+    )
+    target = f"Figures are of held-out calibration text. The target of a chain is {_TARGETS[report.across]}."
+    table = _modules({m.module: m.spec for m in report.modules}, [m.to_dict() for m in report.modules])
+    fidelity = replace(evaluation_section(report.evaluation), text=_end_to_end(report))
+    return [lock, fidelity, Section("Modules", [target], table)]
+
+
+def facts_sections(facts: Mapping[str, Any]) -> list[Section]:
+    """What `inspect` found: the chains, what was measured of them, and where they are from."""
+    made = facts.get("conversion", {"modules": []})
+    origin = "There is no manifest: this checkpoint was saved again after its conversion."
+    if made["modules"]:
+        origin = (
+            f"Made by {facts['program']} from {made['source']} (fingerprint {made['fingerprint'][:16]}): "
+            f"{len(made['modules'])} of {made['mlps']} MLPs are locked; {len(facts['files'])} files."
+        )
+    specs = {name: DLRSpec.from_dict(spec) for name, spec in facts["lock"]["modules"].items()}
+    return [Section("Locked modules", [origin], _modules(specs, made["modules"]))]
+
+
+def _modules(specs: Mapping[str, DLRSpec], measured: Iterable[Mapping[str, Any]]) -> Table:
+    """A row a chain. measured: what `ModuleReport.to_dict` says of it, or a manifest, which may be older."""
+    found = {m["module"]: m for m in measured}
+    rows = []
+    for name, spec in specs.items():
+        m = found.get(name, {})
+        gap = "-" if not m else f"{m['flatten_gap']:.2f}{'' if m['locked'] else ' NOT LOCKED'}"
+        attack = m.get("redistillation")
+        rows.append((
+            name, str(spec), *(cell(m.get(figure), ".4f") for figure in ("rel_error", "first_error")), gap,
+            cell(m.get("coupling"), ".2f"), cell(m.get("drift"), ".4f"),
+            "-" if not attack else redistillation_words(attack["undone"], attack["error"], attack["cost"]),
+            cell(m.get("train_tokens"), ","), cell(m.get("seconds"), ".0f"),
+        ))  # fmt: skip
+    columns = headings(
+        "module | chain | relative error | first tokens | flatten gap | coupling | hidden states | redistillation | "
+        "training tokens | seconds"
+    )
+    return Table(columns, rows, minor=("first tokens", "training tokens")).filled()
 
 
 def lock_status(report: ConversionReport) -> str:
@@ -292,58 +332,68 @@ def lock_status(report: ConversionReport) -> str:
     )
 
 
-def redistillation_words(redistillation: Redistillation | None) -> str:
-    """An attack's outcome in a table's cell."""
-    if redistillation is None:
-        return "not measured"
-    outcome = "undone" if redistillation.undone else "not undone"
-    return f"{outcome}: {redistillation.error:.3f} at {redistillation.cost:.2g}x"
+def redistillation_words(undone: bool, error: float, cost: float | None) -> str:
+    """A redistillation in a cell: its outcome, the student's error, and its training tokens over the conversion's."""
+    share = "" if cost is None else f" at {cost:.2g}x"
+    return f"{'undone' if undone else 'not undone'}: {error:.3f}{share}"
 
 
-def _row(m: ModuleReport) -> str:
-    cells = (
-        m.module,
-        str(m.spec),
-        f"{m.fidelity.rel_error:.4f}",
-        "-" if m.fidelity.first_error is None else f"{m.fidelity.first_error:.4f}",
-        f"{m.fidelity.flatten_gap:.2f}" + ("" if m.fidelity.locked else " NOT LOCKED"),
-        f"{m.fidelity.coupling:.2f}",
-        "-" if m.drift is None else f"{m.drift:.4f}",
-        redistillation_words(m.redistillation),
-        f"{m.train_tokens:,}",
-        f"{m.seconds:.0f}",
-    )
-    return f"| {' | '.join(cells)} |"
-
-
-def _fidelity(report: ConversionReport) -> str:
-    words = evaluation_words(report.evaluation)
-    if report.end_to_end is None:
-        return words
-    t = report.end_to_end
-    undoing = ""
-    if t.redistillation_before and t.redistillation_after:
-        undoing = (
-            f" Undoing {t.weakest}, which has it now: {redistillation_words(t.redistillation_before)} before, "
-            f"{redistillation_words(t.redistillation_after)} now."
-        )
-    return (
-        f"{words}\n\nThe last {t.train_tokens:,} training tokens trained all chains together on the original's output. "
-        f"Before: {evaluation_words(t.evaluation_before)} The smallest flatten gap of a module, over |chain|^2, was "
-        f"{t.smallest_gap_before:.2f} before and is {t.smallest_gap_after:.2f}.{undoing} The table is of the modules "
-        "before it."
-    )
+def evaluation_section(e: Evaluation | StateEvaluation) -> Section:
+    """An evaluation as a table."""
+    columns = ("", "locked", "original", "difference")
+    rows = [(what, *cells) for what, _, *cells in _figures(e)]
+    return Section(f"Fidelity on {e.tokens:,} tokens of held-out text", table=Table(columns, rows).filled())
 
 
 def evaluation_words(e: Evaluation | StateEvaluation) -> str:
     """An evaluation in a sentence."""
+    facts = []
+    for what, _, locked, original, difference in _figures(e):
+        beside = f"original {original}" + (f", difference {difference}" if difference else "")
+        facts.append(f"{what} {locked} ({beside})" if original else f"{what} {locked or difference}")
+    return f"{'; '.join(facts)}; over {e.tokens:,} tokens of held-out text."
+
+
+def distances(e: Evaluation | StateEvaluation) -> dict[str, str]:
+    """What an evaluation says of the distance to the original, by the short names that the legend explains."""
+    return {short: difference for _, short, _, _, difference in _figures(e) if short}
+
+
+def _figures(e: Evaluation | StateEvaluation) -> list[tuple[str, str, str, str, str]]:
+    """(what, its short name as a distance, locked, original, difference), "" where there is none."""
     if isinstance(e, StateEvaluation):
-        return (
-            f"Last hidden states: relative error {e.state_error:.4f} to the original's; cosine of mean-pooled "
-            f"sequences {e.cosine:.4f}, over {e.tokens:,} tokens."
-        )
-    return (
-        f"Loss {e.loss:.4f} nats per token (original {e.original_loss:.4f}, gap {e.loss_gap:+.4f}); perplexity "
-        f"{e.perplexity:.2f} (original {e.original_perplexity:.2f}); KL to the original {e.kl:.4f} nats; the "
-        f"likeliest next token differs at {100 * (e.flips or 0):.1f}% of {e.tokens:,} positions."
+        return [
+            ("relative error of the last hidden states", "state error", "", "", f"{e.state_error:.4f}"),
+            ("cosine of mean-pooled sequences", "cosine", "", "", f"{e.cosine:.4f}"),
+        ]
+    loss, perplexity = (
+        ("loss (nats a token)", "loss gap", f"{e.loss:.4f}"),
+        ("perplexity", "", f"{e.perplexity:.2f}"),
     )
+    if e.original_loss is None or e.loss_gap is None or e.kl is None or e.flips is None:
+        return [(*loss, "", ""), (*perplexity, "", "")]
+    return [
+        (*loss, f"{e.original_loss:.4f}", f"{e.loss_gap:+.4f}"),
+        (*perplexity, f"{e.original_perplexity:.2f}", ""),
+        ("KL to the original (nats a token)", "KL", "", "", f"{e.kl:.4f}"),
+        ("likeliest token flipped", "flips", "", "", f"{100 * e.flips:.1f}%"),
+    ]
+
+
+def _end_to_end(report: ConversionReport) -> list[str]:
+    """The phase in a paragraph, none where there was none."""
+    t = report.end_to_end
+    if t is None:
+        return []
+    attacks = ""
+    if t.redistillation_before and t.redistillation_after:
+        attacks = (
+            f" The redistillation of {t.weakest}, which has the smallest gap now, came to '{t.redistillation_before}' "
+            f"before and to '{t.redistillation_after}' now."
+        )
+    return [
+        f"The last {t.train_tokens:,} training tokens trained all chains together on the original's output. Before: "
+        f"{evaluation_words(t.evaluation_before)} The smallest flatten gap of a module, over |chain|^2, was "
+        f"{t.smallest_gap_before:.2f} before and is {t.smallest_gap_after:.2f} now.{attacks} The table of modules is "
+        "of before this phase."
+    ]

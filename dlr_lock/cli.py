@@ -12,12 +12,12 @@ import typer
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from . import tables
 from .audit.config import RENAMED as RENAMED_AUDIT
 from .audit.config import AuditConfig
 from .convert.config import RENAMED, ConversionConfig
 from .options import options_of
 from .progress import Steps
+from .reporting import Section, print_sections
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,11 +41,11 @@ def demo(
     device: Device = None,
 ) -> None:
     """Fetch a small real model, lock some of its layers, measure, and complete a sentence with both."""
-    from .audit.demo import run_demo
+    from .audit.demo import demo_sections, run_demo
 
     with Steps(_screen) as steps:
         result = run_demo(layers=layers, out=out, device=device, progress=steps, say=_screen.print)
-    tables.print_demo(Console(highlight=False), result)
+    _print(demo_sections(result))
 
 
 @app.command()
@@ -59,28 +59,30 @@ def convert(
 ) -> None:
     """Lock a model: replace its MLPs by DLR-Nets of as many parameters, fitted to them."""
     from .convert import convert_model
+    from .convert.report import choices, conversion_sections
 
     if not as_json:
-        _screen.print(tables.choices(ConversionConfig(**config).resolved()), markup=False)
+        _screen.print(choices(ConversionConfig(**config).resolved()), markup=False)
     with _said_words(), Steps(_screen) as steps:
         report = convert_model(source, out, overwrite=overwrite, progress=steps, **config)
     if as_json:
         _print_json(report.to_dict())
     else:
-        tables.print_report(Console(highlight=False), report)
+        _print(conversion_sections(report)[::-1])
         print(f"written to {out}")
 
 
 @app.command()
 def inspect(checkpoint: Locked, as_json: Json = False) -> None:
     """Say what a locked checkpoint is: its chains, how it was made and what was measured then."""
+    from .convert.report import facts_sections
     from .runtime import inspect as inspect_checkpoint
 
     facts = inspect_checkpoint(checkpoint)
     if as_json:
         _print_json(facts)
     else:
-        tables.print_facts(Console(highlight=False), facts)
+        _print(facts_sections(facts))
 
 
 @app.command()
@@ -111,6 +113,7 @@ def evaluate(
 ) -> None:
     """Measure loss and perplexity on a text, and KL and flips against the original."""
     from .convert import evaluate_checkpoint
+    from .convert.report import evaluation_section
 
     with Steps(_screen) as steps:
         evaluation = evaluate_checkpoint(
@@ -119,7 +122,7 @@ def evaluate(
     if as_json:
         _print_json(evaluation.to_dict())
     else:
-        tables.print_evaluation(Console(highlight=False), evaluation)
+        _print([evaluation_section(evaluation)])
 
 
 @app.command()
@@ -136,7 +139,7 @@ def audit(
 ) -> None:
     """Attack a locked checkpoint as an informed engineer would, and say what each attack costs."""
     from .audit import audit_model
-    from .audit_tables import print_audit
+    from .audit.sections import audit_sections
 
     folder = out or checkpoint.resolve().with_name(f"{checkpoint.resolve().name}-audit")
     with _said_words(), Steps(_screen) as steps:
@@ -144,7 +147,7 @@ def audit(
     if as_json:
         _print_json(report.to_dict())
     else:
-        print_audit(Console(highlight=False), report)
+        _print(audit_sections(report))
         print(f"written to {folder / 'audit.html'} and audit.json beside it")
 
 
@@ -201,6 +204,7 @@ def bench(
     """Time one MLP against the DLR-Net in its place, or explain which kernels would run it and why."""
     from .microbench.bench import chain_cases, numbers, run
     from .microbench.explain import explain as explain_cases
+    from .microbench.sections import benchmark_sections, explanation_sections
     from .runtime.device import usable_device
 
     cases = chain_cases(hidden, intermediate, lanes=lanes, depth=depth, rank=rank, tokens=numbers(tokens))
@@ -213,7 +217,7 @@ def bench(
     if as_json:
         _print_json(facts)
     else:
-        (tables.print_explanation if explain else tables.print_benchmark)(Console(highlight=False), facts)
+        _print((explanation_sections if explain else benchmark_sections)(facts))
 
 
 def main() -> None:
@@ -271,6 +275,10 @@ _RENAMED = RENAMED_AUDIT | RENAMED
 
 def _interrupt(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
+
+
+def _print(sections: list[Section]) -> None:
+    print_sections(Console(highlight=False), sections)
 
 
 def _print_json(value: Any) -> None:

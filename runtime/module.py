@@ -56,17 +56,18 @@ class DLRNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., d] -> y: [..., d], in x's dtype, by the current backend of `triton_kernels.backend`."""
+        chain, gram = self.chain, None
         if current_backend() == "naive":
-            gram = None
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 self.dlr_gram = None  # training follows, and fused optimizers do not count their writes
         else:
-            gram = self._current_gram()
-        return dlr_net(x, self.chain, gram)
+            gram = self._current_gram(chain.weights)
+        return dlr_net(x, chain, gram)
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Computes the Gram blocks that look-ahead wants, for the weights and the device as they now are.
+        """Computes the Gram blocks that look-ahead wants, for the weights and the device as they now are; gated steps,
+        which run by their definition, have none.
 
         The first forward does it where nobody did, and does it again where the weights were replaced, loaded,
         moved or trained. What goes past torch, such as writing through `.data`, it cannot see: call this then.
@@ -75,14 +76,13 @@ class DLRNet(nn.Module):
         if self.dlr_A.is_meta or self.spec.gated:
             return
         self.dlr_gram = gram_blocks(self.dlr_A, self.dlr_B, block=gram_width(self.dlr_A))
-        self._prepared = [(weakref.ref(w), _writes(w)) for w in self._weights()]
+        self._prepared = [(weakref.ref(w), _writes(w)) for w in self.chain.weights]
 
-    def _current_gram(self) -> Tensor | None:
-        if (
-            self.spec.gated or torch.compiler.is_compiling()
-        ):  # cannot be traced; what is compiled is inference
+    def _current_gram(self, weights: tuple[Tensor, ...]) -> Tensor | None:
+        if self.spec.gated:
+            return None
+        if torch.compiler.is_compiling():  # cannot be traced; what is compiled is inference
             return self.dlr_gram
-        weights = self._weights()
         seen = [(id(ref()), count) for ref, count in self._prepared]
         if (
             any(w.requires_grad for w in weights)
@@ -93,9 +93,6 @@ class DLRNet(nn.Module):
                 raise RuntimeError("call a DLRNet, or its prepare(), before it is captured in a CUDA graph")
             self.prepare()
         return self.dlr_gram
-
-    def _weights(self) -> list[Tensor]:
-        return [getattr(self, name) for name in self.weight_names(self.spec)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DLRNet":
         prepared, self.dlr_gram = self.dlr_gram is not None, None

@@ -78,11 +78,7 @@ class DLRSpec:
         *,
         mlp_gated: bool,
         mlp_bias: bool = False,
-        lanes: int = 1,
-        depth: int | None = None,
-        rank: int | None = None,
-        act: str = "silu",
-        gated: bool = False,
+        **wishes: Any,
     ) -> "DLRSpec":
         """The DLR-Net with as many parameters as an MLP, within 1%.
 
@@ -93,10 +89,7 @@ class DLRSpec:
             hidden_size, intermediate_size: The MLP's d and f.
             mlp_gated: Whether the MLP has three matrices, not two.
             mlp_bias: Whether it has biases.
-            lanes, act, gated: As in `DLRSpec`.
-            depth: A wish: the nearest depth that keeps parity is taken; without one a depth near `default_depth`, with
-                a rank that is a multiple of 64, as the solve's tiles are, where there is one.
-            rank: Met exactly; with a depth besides there is nothing left to match.
+            **wishes: lanes, depth, rank, act and gated, as for `of_params`.
 
         Raises:
             DLRError: Where a value makes no chain.
@@ -105,7 +98,7 @@ class DLRSpec:
         params = matrices * hidden_size * intermediate_size
         if mlp_bias:
             params += (matrices - 1) * intermediate_size + hidden_size
-        return cls.of_params(hidden_size, params, lanes=lanes, depth=depth, rank=rank, act=act, gated=gated)
+        return cls.of_params(hidden_size, params, **wishes)
 
     @classmethod
     def of_params(
@@ -119,7 +112,19 @@ class DLRSpec:
         act: str = "silu",
         gated: bool = False,
     ) -> "DLRSpec":
-        """`matching` for an MLP of which only the parameter count is known."""
+        """`matching` for an MLP of which only the parameter count is known.
+
+        Args:
+            hidden_size: Features of the model, d.
+            params: The MLP's parameters.
+            lanes, act, gated: As in `DLRSpec`.
+            depth: A wish: the nearest depth that keeps parity is taken; without one a depth near `default_depth`, with
+                a rank that is a multiple of 64, as the solve's tiles are, where there is one.
+            rank: Met exactly; with a depth besides there is nothing left to match.
+
+        Raises:
+            DLRError: Where a value makes no chain.
+        """
         smallest = cls(hidden_size, lanes, depth or 1, rank or RANK_MULTIPLE, act, gated)  # validates
         if depth is not None and rank is not None:
             return smallest

@@ -13,7 +13,6 @@ import pytest
 from rich.console import Console
 
 from dlr_lock.audit.asymmetry import Asymmetry
-from dlr_lock.audit.page import page
 from dlr_lock.audit.report import (
     AuditReport,
     ModuleStudents,
@@ -24,10 +23,11 @@ from dlr_lock.audit.report import (
     Student,
     Verdict,
 )
-from dlr_lock.audit.words import MEASURES, flops_words, rate_words, verdict_words
-from dlr_lock.audit_tables import print_audit
+from dlr_lock.audit.sections import MEASURES, audit_sections, page, verdict_words
 from dlr_lock.convert import Evaluation
 from dlr_lock.convert.evaluate import StateEvaluation
+from dlr_lock.reporting import print_sections
+from dlr_lock.reporting.words import flops_words, rate_words
 
 HOSTILE = "<script>alert('x')</script>"
 BUILD = Path(__file__).parents[2] / "build"
@@ -76,8 +76,8 @@ def steps() -> list[StepCost]:
                     peak = int(2e9 * less * keep * (lock if keep == 1.0 else 1.1))
                     made.append(
                         StepCost(
-                            variant, attack, prefix + strategy, 512, int(4.1e11 * less * redo), peak, peak // 2, 1200, 900,
-                            None if "look-ahead" in strategy else 1.37 * redo,
+                            variant, attack, prefix + strategy, 512, int(4.1e11 * less * redo), peak, peak // 2,
+                            1200, 900, None if "look-ahead" in strategy else 1.37 * redo,
                         )
                     )  # fmt: skip
     mezo = replace(made[0], attack="MeZO", strategy="MeZO", flops=int(5.5e11), peak=10**8, held=0)
@@ -120,10 +120,10 @@ def report() -> AuditReport:
         ModuleStudents(
             f"model.layers.{layer}.mlp", "1x16x96 silu", 0.21 + 0.01 * layer, 0.94,
             [
-                Student(start, train_tokens, train_tokens / 409_600, (0.21 + 0.01 * layer) * (0.97 + 9_000 / train_tokens * worse),
-                     0.05 + 5_000 / train_tokens, train_tokens / 3_000)
-                for start, worse in (("linear", 1.0), ("flat", 1.6), ("random", 5.0))
-                for train_tokens in (25_600, 102_400, 409_600)
+                Student(init, tokens, tokens / 409_600, (0.21 + 0.01 * layer) * (0.97 + 9_000 / tokens * worse),
+                        0.05 + 5_000 / tokens, tokens / 3_000)
+                for init, worse in (("linear", 1.0), ("flat", 1.6), ("random", 5.0))
+                for tokens in (25_600, 102_400, 409_600)
             ],
         )
         for layer in range(11, 15)
@@ -335,7 +335,7 @@ def test_seeds_that_diverged_are_said(report: AuditReport) -> None:
 
 def printed(report: AuditReport, width: int = 100) -> str:
     out = io.StringIO()
-    print_audit(Console(file=out, width=width, force_terminal=False), report)
+    print_sections(Console(file=out, width=width, force_terminal=False), audit_sections(report))
     return out.getvalue()
 
 
@@ -352,7 +352,25 @@ def test_terminal(report: AuditReport, encoder: AuditReport) -> None:
     assert " ".join(text.split()).count(" ".join(verdict_words(report)[0].split())) == 1
     assert report.notes[0] in text and HOSTILE in text
     assert all(len(line) <= 100 for line in printed(encoder, 200).splitlines())
-    print_audit(Console(file=io.StringIO(), width=60), replace(report, notes=["[/bold] is no markup"]))
+    assert "[/bold] is no markup" in printed(replace(report, notes=["[/bold] is no markup"]), 60)
+
+
+def test_an_attack_and_a_strategy_of_any_name_are_reported_in_their_own_words(report: AuditReport) -> None:
+    attack, about = "prompt tuning", "Trains the embeddings of 20 tokens before every text"
+    runs = [*report.runs, *(replace(run, attack=attack) for run in report.runs if run.attack == "full")]
+    tuned = [
+        StepCost("locked", attack, f"prompts, {name}", 512, 10**11, 10**9, 10**8, 90, 80, 1.0)
+        for name in ("plain", "rewinding")
+    ]
+    new = replace(report, runs=runs, steps=[*report.steps, *tuned], attacks={attack: about})
+    document = page(new)
+    read = Reader(document)
+    assert has(read.rows, "locked", attack, "rewinding", "512") and f"{attack}: {about}." in read.text
+    assert has(read.rows, "original", attack, "3.2e-4")
+    text = printed(new, 80)
+    assert re.search(rf"^locked +{attack} ", text, re.M) and about in " ".join(text.split())
+    if "<svg" in document:
+        assert document.count(f">{attack}<") > 3  # in the keys of the plots
 
 
 @pytest.fixture(scope="module")

@@ -70,6 +70,15 @@ def test_any_leading_shape_and_dtype_of_x() -> None:
     assert lookahead(x[:0], chain).shape == (0, 3, 48)
 
 
+def test_gram_blocks_hold_what_steps_add_to_later_ones_and_nothing_else() -> None:
+    chain = drawn(2, 5, 16, 48)
+    gram = gram_blocks(chain.A, chain.B, block=32)
+    wanted = torch.zeros(2, 3, 32, 32)  # the last block has one step
+    for n in range(2):
+        wanted[:, n, :16, 16:] = chain.B[:, 2 * n] @ chain.A[:, 2 * n + 1].mT
+    torch.testing.assert_close(gram, wanted)
+
+
 @pytest.mark.parametrize("broken", ["zeroed", "transposed", "shifted"])
 def test_a_wrong_gram_block_is_seen(broken: str) -> None:
     chain, x = drawn(1, 8, 16, 64), torch.randn(4, 64)

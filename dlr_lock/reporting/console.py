@@ -1,0 +1,96 @@
+"""Sections on a terminal: within its width, with every name and figure in one piece."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from rich import table as rich_table
+from rich.console import Console
+from rich.text import Text
+
+from .legend import legend
+from .section import Section, Table
+
+_WIDTH = 100  # of text and tables, at most
+_GAP = 2  # between columns
+_NAME, _PIECE = 36, 15  # characters of a cell, in the first column and in others, that are never folded
+
+
+def print_sections(console: Console, sections: Iterable[Section]) -> None:
+    """Prints the sections and explains their terms below; plots and folded tables are left out.
+
+    Args:
+        console: Where to; lines are as long as it is wide, and at most 100 characters.
+        sections: In the order of reading. One whose table has no rows is passed over.
+    """
+    width = min(_WIDTH, console.width)
+    shown = [
+        replace(section, table=section.table and _narrowed(section.table, width))
+        for section in sections
+        if section.table is None or section.table.rows
+    ]
+    for at, section in enumerate((*shown, legend(shown, details=False))):
+        if section.title:
+            console.print(Text(("\n" if at else "") + section.title, "bold"), width=width)
+        for words in section.text:
+            console.print(Text(words), width=width)
+        for block in _blocks(section.table, width) if section.table else ():
+            console.print(block, width=width)
+        notes = rich_table.Table.grid(padding=(0, 1))
+        for words in section.notes:
+            notes.add_row("-", Text(words))
+        if section.notes:
+            console.print(notes, width=width)
+
+
+def _narrowed(table: Table, width: int) -> Table:
+    """The table, without its minor columns where it is too wide."""
+    if _fits(table, width):
+        return table
+    return table.keeping(n for n, column in enumerate(table.columns) if column not in table.minor)
+
+
+def _blocks(table: Table, width: int) -> Iterator[rich_table.Table]:
+    """The table, or where it is too wide several, with the first column in each."""
+    left = list(range(1, len(table.columns)))
+    while True:
+        end = len(left)
+        while end > 1 and not _fits(table.keeping((0, *left[:end])), width):
+            end -= 1
+        yield _drawn(table.keeping((0, *left[:end])), width)
+        left = left[end:]
+        if not left:
+            return
+
+
+def _fits(table: Table, width: int) -> bool:
+    least = [low for low, _ in _widths(table)]
+    return sum(least) + _GAP * (len(least) - 1) <= width
+
+
+def _widths(table: Table) -> list[tuple[int, int]]:
+    """(least, most) of each column: the longest piece that must not be folded, and the longest cell."""
+    widths = []
+    for at, heading in enumerate(table.columns):
+        cells, piece = table.column(at), _NAME if at == 0 else _PIECE
+        pieces = [part for c in cells for part in ([c] if len(c) <= piece else c.split())]
+        least = max(map(len, (*heading.split(), *pieces)), default=0)
+        widths.append((least, max(least, *map(len, (heading, *cells)))))
+    return widths
+
+
+def _drawn(table: Table, width: int) -> rich_table.Table:
+    """Every column as wide as it must be; what is left goes to those that would fold, in equal parts."""
+    bounds = _widths(table)
+    wide = [least for least, _ in bounds]
+    left = width - sum(wide) - _GAP * (len(wide) - 1)
+    while left > 0 and (short := [n for n, (_, most) in enumerate(bounds) if wide[n] < most]):
+        for n in short[:left]:
+            wide[n] += 1
+            left -= 1
+    drawn = rich_table.Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+    for at, column in enumerate(table.columns):
+        side = "right" if at and table.is_figures(at) else "left"
+        drawn.add_column(Text(column), width=wide[at], justify=side, vertical="top", overflow="fold")  # type: ignore[arg-type]
+    for row in table.rows:
+        drawn.add_row(*map(Text, row))
+    return drawn

@@ -1,0 +1,30 @@
+"""Sections and tables as Markdown, for a model card and for the tables of benchmarks."""
+
+from collections.abc import Iterable, Sequence
+
+from .legend import legend
+from .section import Section, Table
+
+
+def markdown(sections: Iterable[Section], level: int = 2) -> str:
+    """The sections and their terms under headings of a level, folded tables in full; plots are left out."""
+    sections = list(sections)
+    lines: list[str] = []
+    for section in (*sections, legend(sections)):
+        lines += [f"{'#' * level} {section.title}", ""] if section.title else []
+        for words in section.text:
+            lines += [words, ""]
+        for part in (section.table, *section.details):
+            lines += [] if part is None or not part.rows else table(part)
+        lines += [*(f"- {words}" for words in section.notes), ""] if section.notes else []
+    return "\n".join(lines).rstrip("\n")
+
+
+def table(part: Table) -> list[str]:
+    """The lines of a table and an empty one; all columns but the first are right-aligned."""
+    rule = f"|{'|'.join(['---', *['---:'] * (len(part.columns) - 1)])}|"
+    return [_line(part.columns), rule, *map(_line, part.rows), ""]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

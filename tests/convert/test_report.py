@@ -1,0 +1,133 @@
+"""A conversion in words: the terminal, the model card and `inspect` say the same of the same figures."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dlr_lock.audit.demo import DemoResult, ModelCost, demo_sections
+from dlr_lock.convert.config import ConversionConfig
+from dlr_lock.convert.evaluate import Evaluation, Fidelity, StateEvaluation
+from dlr_lock.convert.report import (
+    ConversionReport,
+    EndToEndReport,
+    ModuleReport,
+    Redistillation,
+    choices,
+    conversion_sections,
+    evaluation_section,
+    evaluation_words,
+    facts_sections,
+    lock_status,
+    model_card,
+)
+from dlr_lock.reporting import Section, print_sections
+from dlr_lock.runtime import DLRSpec
+
+BEFORE = Evaluation(3.52, 33.78, 8176, 3.1, 22.2, 0.42, 0.462, 0.21)
+
+
+def printed(sections: list[Section], width: int = 80) -> str:
+    out = io.StringIO()
+    print_sections(Console(file=out, width=width, force_terminal=False), sections)
+    return out.getvalue()
+
+
+@pytest.fixture
+def report() -> ConversionReport:
+    spec = DLRSpec(576, 1, 12, 192)
+    attack = Redistillation(102_400, 409_600, 0.1984, 0.2, 0.04)
+    modules = [
+        ModuleReport(
+            f"model.layers.{n}.mlp",
+            n,
+            spec,
+            spec.params,
+            Fidelity(0.2, gap, 0.97, 0.31),
+            409_600,
+            241.7,
+            0.034,
+            attack,
+        )
+        for n, gap in ((11, 0.93), (12, 0.41))
+    ]
+    end = EndToEndReport(
+        65_536, 9.0, BEFORE, BEFORE, 0.8, 0.9, modules[0].module, attack, replace(attack, error=0.3)
+    )
+    return ConversionReport(
+        source="owner/Model-1B", out="out", options=ConversionConfig().resolved().to_dict(), modules=modules, mlps=30,
+        params_original=135_000_000, params_locked=135_000_100, evaluation=replace(BEFORE, kl=0.3), seconds=493.2,
+        across="sequential", end_to_end=end, warnings=["the text repeats itself"], program={"dlr-lock": "0.1.0"},
+    )  # fmt: skip
+
+
+def test_terminal_card_and_inspect_show_the_same_figures(report: ConversionReport) -> None:
+    text, card = printed(conversion_sections(report)), model_card(report)
+    facts = {
+        "program": "dlr-lock 0.1.0", "files": {"a": 1}, "conversion": report.to_dict() | {"fingerprint": "0" * 64},
+        "lock": {"modules": {m.module: m.spec.to_dict() for m in report.modules}},
+    }  # fmt: skip
+    for shown in (text, card, printed(facts_sections(facts))):
+        for piece in (
+            "model.layers.11.mlp",
+            "1x12x192 silu",
+            "0.2000",
+            "0.41 NOT LOCKED",
+            "undone: 0.198 at 0.25x",
+        ):
+            assert piece in shown
+    for shown in (" ".join(text.split()), card):
+        assert lock_status(report) in shown and "the text repeats itself." in shown
+        assert evaluation_words(BEFORE) in shown and "'not undone: 0.300 at 0.25x' now" in shown
+        assert "2 of 30 MLPs were converted in 493 s" in shown and "0.3000" in shown
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "parameters instead of" not in card
+
+
+def test_a_checkpoint_without_a_manifest_shows_its_chains(report: ConversionReport) -> None:
+    text = printed(facts_sections({"lock": {"modules": {"mlp": report.modules[0].spec.to_dict()}}}))
+    assert "1x12x192 silu" in text and "no manifest" in text and "flatten gap" not in text
+
+
+def test_an_evaluation_says_what_it_knows() -> None:
+    alone = Evaluation(3.52, 33.78, 8176)
+    assert "3.5200" in evaluation_words(alone) and "original" not in evaluation_words(alone)
+    assert "difference" not in printed([evaluation_section(alone)])
+    states = StateEvaluation(0.061, 0.9712, 4096)
+    for words in (evaluation_words(states), printed([evaluation_section(states)])):
+        assert "0.0610" in words and "0.9712" in words and "4,096 tokens" in words
+
+
+def test_the_choices_of_a_conversion_are_one_sentence() -> None:
+    words = choices(ConversionConfig(end_to_end=1024, layers="3-5").resolved())
+    assert (
+        words.startswith("Effort standard:")
+        and "1,024 of all chains at once" in words
+        and "layers 3-5" in words
+    )
+
+
+def test_a_report_of_a_module_survives_json(report: ConversionReport) -> None:
+    for module in (report.modules[0], replace(report.modules[0], redistillation=None, drift=None)):
+        assert ModuleReport.from_dict(module.to_dict()) == module
+
+
+def test_the_demo_says_what_training_costs_and_what_both_models_write(report: ConversionReport) -> None:
+    locked, original = ModelCost(512, 0.2, 2.0, 900_000_000), ModelCost(512, 0.1, 0.5, 300_000_000)
+    result = DemoResult(
+        report, 30, locked, original, 40_000_000, 10_000_000, "Snow [is]", "white", "cold", None
+    )
+    text = printed(demo_sections(result))
+    for words in (
+        "training step, seconds",
+        "4.00",
+        "900.0",
+        "Snow [is]",
+        "locked:   white",
+        "original: cold",
+    ):
+        assert words in text
+    assert "2 of 30 MLPs are locked" in text
+    assert "The checkpoint is here." in printed(demo_sections(replace(result, kept=Path("here"))))
