@@ -160,14 +160,18 @@ def test_a_broken_link_is_seen(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "page",
-    [p for p in PAGES if "experiments" not in p.parts and p.name != "CHANGELOG.md"],
-    ids=lambda page: page.name,
-)
-def test_files_that_are_named_are_there(page: Path) -> None:
-    """Of `code spans` that name a path of the repository."""
+NOT_LOGS = [p for p in PAGES if "experiments" not in p.parts and p.name != "CHANGELOG.md"]
+
+
+@pytest.mark.parametrize("page", NOT_LOGS, ids=lambda page: page.name)
+def test_what_is_named_is_there(page: Path) -> None:
+    """Paths of the repository in code spans, and names that are said to be in one: `file.py`: `name`, or the reverse."""
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     tops = "dlr_lock|runtime|triton_kernels|convert|audit|benchmarks|tests|docs|examples"
-    named = re.findall(rf"`((?:{tops})/[\w./-]*)`", text)
-    assert [name for name in named if not (ROOT / name).exists()] == []
+    file = rf"`((?:{tops})/[\w./-]*)`"
+    assert [name for name in re.findall(file, text) if not (ROOT / name).exists()] == []
+    said = [(name, path) for path, name in re.findall(rf"{file}: `(\w+)`", text)]
+    said += re.findall(rf"`(\w+)`\s+in\s+{file}", text)
+    assert [
+        (name, path) for name, path in said if name not in (ROOT / path).read_text(encoding="utf-8")
+    ] == []
