@@ -4,8 +4,8 @@
     python -m benchmarks.fidelity model   MODEL --data text.txt --layers 12-17 --across independent,sequential
     python -m benchmarks.fidelity sentences ENCODER --data text.txt --sentences sentences.txt
 
-`modules` fits chains to single MLPs: error, gap and the attack's cost against train_tokens, FLOPs and seconds. `model`
-locks layers and measures the whole: loss, KL and flips, before and after an end-to-end phase. `sentences` locks a
+`modules` fits chains to single MLPs: error, gap and the attack's cost against training tokens, FLOPs and seconds.
+`model` locks layers and measures the whole: loss, KL and flips, before and after an end-to-end phase. `sentences` locks a
 sentence encoder and compares embeddings. Writes JSON and, where matplotlib is installed, a plot of `modules`.
 """
 
@@ -47,14 +47,8 @@ from dlr_lock.runtime.device import usable_device
 
 from .output import target, write_json, write_whole
 
-_OF_RECIPE = (
-    "rate",
-    "momentum",
-    "scale",
-    "preconditioner_exponent",
-    "lr_multiplier_b",
-    "weight_decay",
-)  # that `modules` can vary
+# What `modules` can vary.
+_OF_RECIPE = ("rate", "momentum", "scale", "preconditioner_exponent", "lr_multiplier_b", "weight_decay")
 FLOPS = 6  # a parameter and training token: a multiplication and an addition forward, twice that backward
 
 
@@ -87,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def modules(options: argparse.Namespace, progress: Steps) -> Iterator[dict[str, Any]]:
-    """Rows of layers x train_tokens: `Fidelity`, the curve while it was fitted, and the attack at each share."""
+    """Rows of layers x training tokens: `Fidelity`, the curve while it was fitted, and the attack at each share."""
     chosen = _options(options)
     given = {name: getattr(options, name) for name in _OF_RECIPE if getattr(options, name) is not None}
     recipes = [
@@ -310,7 +304,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
 
 
 def _plot(document: dict[str, Any], path: Path) -> Path | None:
-    """Error against train_tokens, a line a fit, on logarithmic axes; None without matplotlib."""
+    """Error against training tokens, a line a fit, on logarithmic axes; None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -333,7 +327,9 @@ def _shares(text: str) -> list[float]:
     except ValueError as error:
         raise DLRError(f"{text!r} is not a list of shares such as 0.25,1") from error
     if not all(0 < share <= 100 for share in shares):
-        raise DLRError(f"the attack's shares of the train_tokens must be above 0 and at most 100, not {text}")
+        raise DLRError(
+            f"the attack's shares of the training tokens must be above 0 and at most 100, not {text}"
+        )
     return shares
 
 
@@ -362,7 +358,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         if name == "modules":
             study.add_argument(
-                "--redistill", default="", help="train_tokens of attacks, as shares of the fit's: 0.25,1"
+                "--redistill", default="", help="training tokens of attacks, as shares of the fit's: 0.25,1"
             )
             for option in _OF_RECIPE:
                 study.add_argument(
@@ -372,7 +368,7 @@ def _parser() -> argparse.ArgumentParser:
             both = "independent,sequential"
             study.add_argument("--across", default=both if name == "model" else "sequential")
             study.add_argument(
-                "--end-to-end", type=int, default=0, help="train_tokens of the end-to-end phase"
+                "--end-to-end", type=int, default=0, help="training tokens of the end-to-end phase"
             )
         if name == "sentences":
             study.add_argument("--sentences", type=Path, required=True, help="a file, one sentence a line")

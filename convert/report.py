@@ -267,12 +267,9 @@ def conversion_sections(report: ConversionReport) -> list[Section]:
     ratio = report.params_locked / report.params_original
     lock = Section(
         "The lock",
-        [
-            lock_status(report),
-            f"{len(report.modules)} of {report.mlps} MLPs were converted in {report.seconds:.0f} s, with "
-            f"{report.modules[0].train_tokens:,} training tokens each. Parameters: {report.params_locked:,} (original "
-            f"{report.params_original:,}, ratio {ratio:.4f}).",
-        ],
+        f"{lock_status(report)}\n{len(report.modules)} of {report.mlps} MLPs were converted in {report.seconds:.0f} s, "
+        f"with {report.modules[0].train_tokens:,} training tokens each. Parameters: {report.params_locked:,} (original "
+        f"{report.params_original:,}, ratio {ratio:.4f}).",
         notes=[
             *(f"{warning.rstrip('.')}." for warning in report.warnings),
             *(
@@ -285,7 +282,7 @@ def conversion_sections(report: ConversionReport) -> list[Section]:
     target = f"Figures are of held-out calibration text. The target of a chain is {_TARGETS[report.across]}."
     table = _modules({m.module: m.spec for m in report.modules}, [m.to_dict() for m in report.modules])
     fidelity = replace(evaluation_section(report.evaluation), text=_end_to_end(report))
-    return [lock, fidelity, Section("Modules", [target], table)]
+    return [lock, fidelity, Section("Modules", target, table)]
 
 
 def facts_sections(facts: Mapping[str, Any]) -> list[Section]:
@@ -298,7 +295,7 @@ def facts_sections(facts: Mapping[str, Any]) -> list[Section]:
             f"{len(made['modules'])} of {made['mlps']} MLPs are locked; {len(facts['files'])} files."
         )
     specs = {name: DLRSpec.from_dict(spec) for name, spec in facts["lock"]["modules"].items()}
-    return [Section("Locked modules", [origin], _modules(specs, made["modules"]))]
+    return [Section("Locked modules", origin, _modules(specs, made["modules"]))]
 
 
 def _modules(specs: Mapping[str, DLRSpec], measured: Iterable[Mapping[str, Any]]) -> Table:
@@ -380,20 +377,20 @@ def _figures(e: Evaluation | StateEvaluation) -> list[tuple[str, str, str, str, 
     ]
 
 
-def _end_to_end(report: ConversionReport) -> list[str]:
-    """The phase in a paragraph, none where there was none."""
+def _end_to_end(report: ConversionReport) -> str:
+    """The phase in a paragraph, "" where there was none."""
     t = report.end_to_end
     if t is None:
-        return []
+        return ""
     attacks = ""
     if t.redistillation_before and t.redistillation_after:
         attacks = (
             f" The redistillation of {t.weakest}, which has the smallest gap now, came to '{t.redistillation_before}' "
             f"before and to '{t.redistillation_after}' now."
         )
-    return [
+    return (
         f"The last {t.train_tokens:,} training tokens trained all chains together on the original's output. Before: "
         f"{evaluation_words(t.evaluation_before)} The smallest flatten gap of a module, over |chain|^2, was "
         f"{t.smallest_gap_before:.2f} before and is {t.smallest_gap_after:.2f} now.{attacks} The table of modules is "
         "of before this phase."
-    ]
+    )

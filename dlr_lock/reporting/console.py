@@ -31,10 +31,10 @@ def print_sections(console: Console, sections: Iterable[Section]) -> None:
     for at, section in enumerate((*shown, legend(shown, details=False))):
         if section.title:
             console.print(Text(("\n" if at else "") + section.title, "bold"), width=width)
-        for words in section.text:
-            console.print(Text(words), width=width)
-        for block in _blocks(section.table, width) if section.table else ():
-            console.print(block, width=width)
+        if section.text:
+            console.print(Text(section.text.replace("\n", "\n\n")), width=width)
+        for number, block in enumerate(_blocks(section.table, width) if section.table else ()):
+            console.print(*([""] if number else []), block, sep="\n", width=width)
         notes = rich_table.Table.grid(padding=(0, 1))
         for words in section.notes:
             notes.add_row("-", Text(words))

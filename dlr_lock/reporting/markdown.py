@@ -12,7 +12,7 @@ def markdown(sections: Iterable[Section], level: int = 2) -> str:
     lines: list[str] = []
     for section in (*sections, legend(sections)):
         lines += [f"{'#' * level} {section.title}", ""] if section.title else []
-        for words in section.text:
+        for words in section.text.splitlines():
             lines += [words, ""]
         for part in (section.table, *section.details):
             lines += [] if part is None or not part.rows else table(part)

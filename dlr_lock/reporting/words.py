@@ -40,10 +40,10 @@ def ratio_words(value: float | None, bound: bool = False) -> str:
     return f"{'more than ' if bound else ''}{cell(value, '.3g')}"
 
 
-def cell(value: Any, form: str | Callable[[Any], str] = "") -> str:
-    """A value in a table, "-" where there is none. form: as `format` takes it, or what words the value."""
+def cell(value: Any, form: str | Callable[[Any], str] = "", none: str = "-") -> str:
+    """A value in a table. form: as `format` takes it, or what words the value; none: what stands for None."""
     if value is None:
-        return "-"
+        return none
     return form(value) if callable(form) else format(value, form)
 
 
