@@ -5,8 +5,9 @@
     python -m benchmarks.fidelity sentences ENCODER --data text.txt --sentences sentences.txt
 
 `modules` fits chains to single MLPs: error, gap and the attack's cost against training tokens, FLOPs and seconds.
-`model` locks layers and measures the whole: loss, KL and flips, before and after an end-to-end phase. `sentences` locks a
-sentence encoder and compares embeddings. Writes JSON and, where matplotlib is installed, a plot of `modules`.
+`model` locks layers and measures the whole: loss, KL and flips, before and after an end-to-end phase.
+`sentences` locks a sentence encoder and compares embeddings.
+Writes JSON and, where matplotlib is installed, a plot of `modules`.
 """
 
 import argparse

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..reporting import Section, Table, headings
 from ..reporting.markdown import markdown
-from ..reporting.words import cell
+from ..reporting.words import bytes_words, cell
 from ..runtime import DLRNet, DLRSpec
 from .config import EFFORTS, ConversionConfig
 from .evaluate import LOCKED_GAP, Evaluation, Fidelity, StateEvaluation
@@ -248,8 +248,8 @@ def choices(config: ConversionConfig) -> str:
     shape = f"{config.depth}x{config.rank}" if config.depth and config.rank else "depth and rank to match"
     return (
         f"{_recipe(config.to_dict())}; layers {config.layers or 'all'}, {config.lanes} lane(s), {shape}; on "
-        f"{config.device}, {int(config.max_memory or 0) / 2**30:.1f} GiB for activations. On a CPU this effort "
-        f"means {EFFORTS[config.effort].words}."
+        f"{config.device}, {bytes_words(int(config.max_memory or 0))} for activations. On a CPU this effort means "
+        f"{EFFORTS[config.effort].words}."
     )
 
 
