@@ -22,6 +22,7 @@ from .report import (
     Verdict,
     cheapest_step,
 )
+from .verdict import ORIGINAL
 
 MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "flops": ("FLOPs", flops_words),
@@ -35,11 +36,12 @@ _STEP: dict[str, Callable[[float], str]] = {
 _SWAP = "swap"  # takes the original's own MLPs, which the threat model rules out: it always succeeds
 _PUBLIC = "Where the original is public the lock is worth nothing: its MLPs can be put back."
 _PRICE = "target | fine-tunes | measure | locked: attack | strategy | cost | original: attack | strategy | cost | ratio"
+_COST = ("initialisation", "training tokens")
 _NOT_RUN = "Not run; the notes say why."
 
 
 def page(report: AuditReport) -> str:
-    """The audit as one HTML document. The same report gives the same characters, with one version of matplotlib."""
+    """The audit as one HTML document; the same report gives the same characters, with one version of matplotlib."""
     head, *sections = audit_sections(report)
     return document(head, sections)
 
@@ -193,7 +195,7 @@ def _structural(report: AuditReport) -> Section:
         "Ways to turn every chain back into an MLP, or into fewer steps, without training the model end to end. "
         "Distance: how far from the original the attack leaves the model, over the locked model's own distance; 1 "
         "or less, with MLPs in the slots, is a way around the lock.",
-        Table(columns, rows),
+        Table(columns, rows, minor=("training tokens",)),
         [f"{row.name}: {row.about}." for row in report.structural],
     )
 
@@ -230,7 +232,7 @@ def _modules(report: AuditReport) -> Section:
         f"A chain counts as undone where the student's error is at most {UNDONE} times the chain's own, both "
         "against the original MLP. A row shows the cheapest such student, or else the best. Ratio: its error "
         "over the chain's.",
-        Table(headings(best), list(map(row, report.modules)), empty=_NOT_RUN),
+        Table(headings(best), list(map(row, report.modules)), minor=_COST, empty=_NOT_RUN),
         plots=[plot] if curves else [],
         caption="A line is a module, its colour the student's initialisation; below the dashed level the student is "
         "better than the chain itself.",
@@ -240,7 +242,7 @@ def _modules(report: AuditReport) -> Section:
 
 def _start_loss(report: AuditReport) -> float | None:
     """The original's loss on the task before any training, which every gain is counted from; None: not run."""
-    return next((run.losses[0] for run in report.runs if run.variant == "original" and run.losses), None)
+    return next((run.losses[0] for run in report.runs if run.variant == ORIGINAL and run.losses), None)
 
 
 def _learning(report: AuditReport) -> Section:
@@ -334,7 +336,7 @@ def _gain_plots(report: AuditReport) -> list[Plot]:
 def _steps(report: AuditReport) -> Section:
     strategy = _strategy_words(report)
     # All weights of the original, trained by plain autograd: what every step is compared with.
-    base = next((s for s in report.steps if s.variant == "original" and s.strategy == "plain"), None)
+    base = next((s for s in report.steps if s.variant == ORIGINAL and s.strategy == "plain"), None)
 
     def ratio(step: StepCost, measure: str) -> float | None:
         """Over the plain step; None where one was not measured or the steps are not of one size."""

@@ -244,7 +244,7 @@ def model_card(report: ConversionReport) -> str:
 
 
 def choices(config: ConversionConfig) -> str:
-    """What a conversion will do, in a sentence. config: a resolved one."""
+    """What a conversion with a resolved configuration will do, in a sentence."""
     shape = f"{config.depth}x{config.rank}" if config.depth and config.rank else "depth and rank to match"
     return (
         f"{_recipe(config.to_dict())}; layers {config.layers or 'all'}, {config.lanes} lane(s), {shape}; on "
@@ -330,7 +330,13 @@ def lock_status(report: ConversionReport) -> str:
 
 
 def redistillation_words(undone: bool, error: float, cost: float | None) -> str:
-    """A redistillation in a cell: its outcome, the student's error, and its training tokens over the conversion's."""
+    """A redistillation in a cell.
+
+    Args:
+        undone: Whether the student is as good as the chain.
+        error: The student's relative error.
+        cost: Its training tokens over the conversion's; None where that is not known.
+    """
     share = "" if cost is None else f" at {cost:.2g}x"
     return f"{'undone' if undone else 'not undone'}: {error:.3f}{share}"
 

@@ -41,7 +41,13 @@ def ratio_words(value: float | None, bound: bool = False) -> str:
 
 
 def cell(value: Any, form: str | Callable[[Any], str] = "", none: str = "-") -> str:
-    """A value in a table. form: as `format` takes it, or what words the value; none: what stands for None."""
+    """A value in a table.
+
+    Args:
+        value: What is shown.
+        form: As `format` takes it, or what words the value.
+        none: What stands for None.
+    """
     if value is None:
         return none
     return form(value) if callable(form) else format(value, form)
