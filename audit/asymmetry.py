@@ -9,7 +9,7 @@ best           each by its strategy with the cheapest whole step in that measure
 
 Forward is an inference pass: of the chain step by step (reference), or of the runtime's op (runtime), against the
 original MLP's. Where a strategy's own forward pass takes more than inference, as look-ahead's Gram blocks do, the ratio
-does not show it; `systems.compare` compares whole steps.
+does not show it; `strategies.compare` compares whole steps.
 """
 
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""The demo on the real SmolLM2-135M-Instruct, with one layer and a fifth of its train_tokens."""
+"""The demo on the real SmolLM2-135M-Instruct, with one layer and a fifth of its training tokens."""
 
 from pathlib import Path
 
@@ -26,8 +26,8 @@ def test_the_demo_locks_a_layer_of_massive_activations(
     result = run_demo(layers="1", train_tokens=76_800, out=tmp_path / "locked")
     (module,) = result.report.modules
     assert str(module.spec) == "1x12x192 silu"
-    # Layer 1 writes 469 where the median is below 1, on first tokens, which half as many train_tokens leave at an error of
-    # 0.3 and the chain unlocked.
+    # Layer 1 writes 469 where the median is below 1, on first tokens, which half as many training tokens leave at an
+    # error of 0.3 and the chain unlocked.
     assert module.fidelity.rel_error < 0.4 and module.fidelity.locked
     assert module.fidelity.first_error is not None and module.fidelity.first_error < 0.15
     assert abs(result.report.params_locked / result.report.params_original - 1) < 0.01
