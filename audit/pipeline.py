@@ -41,7 +41,7 @@ from .context import AuditContext, ModelVariant
 from .costs import count_steps, time_steps
 from .report import AuditReport, Run, StepCost
 from .sections import page
-from .strategies.slot import variants as slot_variants
+from .strategies.slot import slot_variants
 from .texts import Text, read_split
 from .verdict import ORIGINAL, verdicts
 

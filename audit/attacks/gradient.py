@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from ..context import ModelVariant
 from ..meters import count_step, without_data
 from ..report import StepCost
-from ..strategies.model import ModelStrategy, NothingToTrain, model_strategies, prepared
-from ..strategies.slot_strategies import Trainable
+from ..strategies.model import NothingToTrain, prepared
+from ..strategies.table import Strategy, Trainable, model_strategies
 from .contract import TrainingAttack, register
 from .fine_tune import DivergedError, Step, task_loss
 
@@ -41,12 +41,12 @@ class GradientAttack(TrainingAttack):
     budgets: tuple[str, ...] = TrainingAttack.budgets
 
     def trained(
-        self, model: PreTrainedModel, mlps: Sequence[str], strategy: ModelStrategy
+        self, model: PreTrainedModel, mlps: Sequence[str], strategy: Strategy
     ) -> AbstractContextManager[list[Tensor]]:
         """What is trained, while the model is as the strategy trains it; an attack that trains less overrides this."""
         return prepared(model, mlps, strategy)
 
-    def strategies(self, variant: ModelVariant) -> list[ModelStrategy]:
+    def strategies(self, variant: ModelVariant) -> list[Strategy]:
         """The strategies that serve the attack; autograd as it is comes first."""
         return [s for s in model_strategies(locked=variant.deep) if s.trainable == self.trainable]
 

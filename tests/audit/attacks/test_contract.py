@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from dlr_lock.audit.attacks import TRAINING_ATTACKS, TrainingAttack, register
 from dlr_lock.audit.attacks.gradient import GradientAttack
 from dlr_lock.audit.config import AuditConfig
-from dlr_lock.audit.strategies.model import ModelStrategy
+from dlr_lock.audit.strategies.table import Strategy
 from dlr_lock.cli import app
 from dlr_lock.common.errors import DLRError
 
@@ -27,7 +27,7 @@ class NormsOnly(GradientAttack):
 
     @contextmanager
     def trained(
-        self, model: PreTrainedModel, mlps: Sequence[str], strategy: ModelStrategy
+        self, model: PreTrainedModel, mlps: Sequence[str], strategy: Strategy
     ) -> Iterator[list[Tensor]]:
         with super().trained(model, mlps, strategy) as weights:
             for weight in weights:

@@ -9,7 +9,8 @@ from tiny import tiny_model
 from dlr_lock.audit.context import ModelVariant
 from dlr_lock.audit.costs import count_steps, time_steps
 from dlr_lock.audit.meters import count
-from dlr_lock.audit.strategies.model import measure_model, model_strategies
+from dlr_lock.audit.strategies.model import model_cost
+from dlr_lock.audit.strategies.table import model_strategies
 from dlr_lock.triton_kernels import backend
 
 ATTACKS = ["full", "LoRA", "attention", "MeZO"]
@@ -32,7 +33,7 @@ def test_the_rows_of_a_variant() -> None:
     # counted on tensors without data as on real ones
     ids = torch.zeros(2, 24, dtype=torch.int64)
     for strategy in model_strategies(locked=True)[:3]:
-        counts = measure_model(model, MLPS, strategy, ids).counts
+        counts = model_cost(model, MLPS, strategy, ids).counts
         row = next(r for r in rows if r.strategy == strategy.name)
         assert counts is not None and row.flops == counts.flops
         # For tensors without data transformers writes the causal mask out, and the keys and values of every head.
