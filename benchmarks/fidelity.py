@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def modules(options: argparse.Namespace, progress: Steps) -> Iterator[dict[str, Any]]:
-    """Rows of layers x train_tokens: `Fidelity`, the curve while it was fitted, and the attack at each share."""
+    """Rows of layers by training tokens: `Fidelity`, the curve while it was fitted, and the attack at each share."""
     chosen = _options(options)
     given = {name: getattr(options, name) for name in _OF_RECIPE if getattr(options, name) is not None}
     recipes = [
@@ -311,7 +311,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
 
 
 def _plot(document: dict[str, Any], path: Path) -> Path | None:
-    """Error against train_tokens, a line a fit, on logarithmic axes; None without matplotlib."""
+    """Error against training tokens, a line a fit, on logarithmic axes; None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

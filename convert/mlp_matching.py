@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-# Activations to try where a module holds none (it calls a function).
-COMMON_ACTS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "quick_gelu", "sigmoid", "tanh", "mish")
+from ..triton_kernels.activations import COMMON_ACTS
+
 # Last part of the name of what may be an activation of no class known to us: act_fn, activation, gelu_impl.
 ACT_NAME = re.compile(r"(act|gelu)[^.]*$")
 

@@ -9,7 +9,8 @@ from ..triton_kernels import ACTIVATIONS
 
 RANK_MULTIPLE = 16  # the narrowest tile of the matrix units
 # SmolLM2's MLPs (d 576, f 1536) are fitted as well by 12 steps as by 18, 36 or 144 of as many parameters in all, within
-# 2%, and cost as much to undo (docs/lock-strength.md): depth buys memory in training, and is paid for in decoding.
+# 2%, and cost as much to undo (docs/experiments/lock-strength.md): depth buys memory in training, and is paid for in
+# decoding.
 DEPTHS = (12, 36)  # the least and the most, where nothing else is wished for
 # Parameters that an H200 streams in 16 bits (4.3 TB/s) while the grid waits for a barrier (1 us) and the solve of one
 # step (0.35 us): steps as wide hide the wait, where every multiprocessor has a slice and holds it as one tile. The cost
@@ -77,11 +78,7 @@ class DLRSpec:
         *,
         mlp_gated: bool,
         mlp_bias: bool = False,
-        lanes: int = 1,
-        depth: int | None = None,
-        rank: int | None = None,
-        act: str = "silu",
-        gated: bool = False,
+        **wishes: Any,
     ) -> "DLRSpec":
         """The DLR-Net with as many parameters as an MLP, within 1%.
 
@@ -92,10 +89,7 @@ class DLRSpec:
             hidden_size, intermediate_size: The MLP's d and f.
             mlp_gated: Whether the MLP has three matrices, not two.
             mlp_bias: Whether it has biases.
-            lanes, act, gated: As in `DLRSpec`.
-            depth: A wish: the nearest depth that keeps parity is taken; without one a depth near `default_depth`, with
-                a rank that is a multiple of 64, as the solve's tiles are, where there is one.
-            rank: Met exactly; with a depth besides there is nothing left to match.
+            **wishes: lanes, depth, rank, act and gated, as for `of_params`.
 
         Raises:
             DLRError: Where a value makes no chain.
@@ -104,7 +98,7 @@ class DLRSpec:
         params = matrices * hidden_size * intermediate_size
         if mlp_bias:
             params += (matrices - 1) * intermediate_size + hidden_size
-        return cls.of_params(hidden_size, params, lanes=lanes, depth=depth, rank=rank, act=act, gated=gated)
+        return cls.of_params(hidden_size, params, **wishes)
 
     @classmethod
     def of_params(
@@ -118,7 +112,19 @@ class DLRSpec:
         act: str = "silu",
         gated: bool = False,
     ) -> "DLRSpec":
-        """`matching` for an MLP of which only the parameter count is known."""
+        """`matching` for an MLP of which only the parameter count is known.
+
+        Args:
+            hidden_size: Features of the model, d.
+            params: The MLP's parameters.
+            lanes, act, gated: As in `DLRSpec`.
+            depth: A wish: the nearest depth that keeps parity is taken; without one a depth near `default_depth`, with
+                a rank that is a multiple of 64, as the solve's tiles are, where there is one.
+            rank: Met exactly; with a depth besides there is nothing left to match.
+
+        Raises:
+            DLRError: Where a value makes no chain.
+        """
         smallest = cls(hidden_size, lanes, depth or 1, rank or RANK_MULTIPLE, act, gated)  # validates
         if depth is not None and rank is not None:
             return smallest

@@ -1,4 +1,4 @@
-"""Stage `conversion`: a model is locked, as many layers and train_tokens as there is time for, and compared.
+"""Stage `conversion`: a model is locked, as many layers and training tokens as there is time for, and compared.
 
 Without --model the model is one of random weights and SmolLM2-135M's sizes, of fewer layers: the speed is real, the
 fidelity is that of an MLP without structure, and every row says so. Without --data the text is Python's help topics.
@@ -46,11 +46,11 @@ def measure(record: Record) -> None:
 
 
 def plan(layers: int, rate: float, first_seconds: float, seconds: float) -> tuple[int, int]:
-    """(layers, training tokens of a module) that fit in `seconds`: as many layers as get quick's train_tokens, each with what is left,
-    up to a GPU's standard.
+    """(layers, training tokens of a module) that fit in `seconds`: as many layers as get the tokens of
+    effort quick, each with what is left, up to those of standard on a GPU.
 
-    rate: train_tokens a second. first_seconds: of the first conversion, of which what was no distillation is taken to
-    return, half of it with every layer.
+    rate: training tokens a second. first_seconds: of the first conversion, of which what was no distillation is taken
+    to return, half of it with every layer.
     """
     least, most = EFFORTS["quick"].train_tokens, 20 * EFFORTS["standard"].train_tokens
     fixed = max(0.0, first_seconds - least / rate)

@@ -1,4 +1,4 @@
-"""A row of each stage's results; the kernels' is dlr_lock.microbench.bench.Row. None: not measured, or not to be had."""
+"""A row of each stage's results; the kernels' is dlr_lock.microbench.bench.Row. None: not measured, or not there."""
 
 from dataclasses import dataclass, field
 
@@ -62,13 +62,13 @@ class ModelRow:
 
 @dataclass(slots=True)
 class TrainingRow:
-    """An eager training step of a whole model by one strategy, or (strategy `inference`) a pass without autograd by the
-    kernels.
+    """An eager training step of a whole model by one strategy, or (strategy `inference`) a pass without autograd by
+    the kernels.
 
-    Seconds are medians. accurate, of a strategy: the loss is that of the side's first strategy that could be run (the plain
-    one, where it fits) within 1%, and so are the gradients of the first and the last MLP's or chain's first weight
-    within 5%; gradient_error is the largest of these, |g - g0| / |g0|. accurate, of inference: the logits are finite
-    and, of a locked model, those of its chains, with the errors of a ModelRow.
+    Seconds are medians. accurate, of a strategy: the loss is that of the side's first strategy that could be run (the
+    plain one, where it fits) within 1%, and so are the gradients of the first and the last MLP's or chain's first
+    weight within 5%; gradient_error is the largest of these, |g - g0| / |g0|. accurate, of inference: the logits are
+    finite and, of a locked model, those of its chains, with the errors of a ModelRow.
     """
 
     model: str

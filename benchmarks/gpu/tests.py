@@ -14,7 +14,7 @@ from .stage import Record, die_with_parent
 
 _KERNELS = "tests/triton_kernels/"
 # Those that run kernels on a GPU, where there is one. Nobody runs test_aot: it compiles for other devices, for minutes.
-ON_GPU = tuple(f"{_KERNELS}test_{name}.py" for name in ("gpu", "decode", "prefill", "solve"))
+ON_GPU = tuple(f"{_KERNELS}test_{name}.py" for name in ("gpu", "activations", "decode", "prefill", "solve"))
 # One that starts a process of its own, to see that it finds the package; the first file skips without a GPU.
 SMOKE = {
     "tests": ON_GPU[:1],

@@ -54,4 +54,4 @@ def count_words(count: int, what: str) -> str:
 
 def chain_name(row: Mapping[str, Any]) -> str:
     """Lanes x steps x rank, such as 1x12x192; see `legend.TERMS`."""
-    return f"{row['lanes']}x{row['depth']}x{row['rank']}{' gated' if row.get('gated') else ''}"
+    return f"{row['lanes']}x{row['depth']}x{row['rank']}"
