@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ class SlotVariant:
     def prepare(self, strategy: Strategy) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
         """The strategy's forward pass on weights of its own, and what it trains of them."""
         train = strategy.trainable == "weights"
-        own = {
+        own: dict[str, Any] = {
             n: w.detach().requires_grad_(train)
             for n, w in self.weights._asdict().items()
             if isinstance(w, Tensor)
