@@ -4,6 +4,7 @@ Counts are exact and the same on every device; they hold on fake and meta tensor
 machine at hand can be counted. Seconds are the exception, and stand apart.
 """
 
+import copy
 import statistics
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -241,6 +243,17 @@ def time_step(
         for leaf in (x, *trained):
             leaf.grad = None
     return StepSeconds(*map(statistics.median, zip(*rounds[1:], strict=True)))
+
+
+def without_data(model: nn.Module) -> tuple[FakeTensorMode, Any]:
+    """A copy of a model whose tensors have shapes alone, and the mode to run it in: what runs there can be counted."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # tensors that are no parameters or buffers
+    memo: dict[int, object] = {
+        id(p): nn.Parameter(mode.from_tensor(p.detach()), requires_grad=p.requires_grad)
+        for p in model.parameters()
+    }
+    memo |= {id(b): mode.from_tensor(b) for b in model.buffers()}
+    return mode, copy.deepcopy(model, memo)
 
 
 def device_peak(work: Callable[[], Any], device: torch.device) -> int | None:

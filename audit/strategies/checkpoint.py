@@ -50,7 +50,7 @@ def selective(function: Callable[..., Tensor], hidden_size: int) -> Callable[...
 
 
 def segmented(x: Tensor, chain: ChainWeights, *, steps: int) -> Tensor:
-    """The chain, of which every `steps`-th state is kept; arguments and result as `chain_reference`'s.
+    """The chain, of plain steps, of which every `steps`-th state is kept; for the rest as `chain_reference`.
 
     Keeps K / steps states a lane, and computes once more, with all it needs, one segment at a time: (K / steps +
     steps) d a token and lane at the peak, for 4/3 of the FLOPs. In `checkpointed`, it is the nested checkpoint: d a
@@ -58,6 +58,6 @@ def segmented(x: Tensor, chain: ChainWeights, *, steps: int) -> Tensor:
     """
     start = z = lanes_of(x, chain)
     run = checkpointed(lane_steps)
-    for part in parts(chain, steps):
-        z = run(z, chain.act, *part)
+    for A, B in parts(chain, steps):
+        z = run(z, chain.act, A, B)
     return output(x, chain, start, z)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...common.hooks import removed
+from ...microbench.slot import DenseWeights
 from ...triton_kernels import ACTIVATIONS, ChainWeights
 from .steps import lanes_of, output
 
@@ -49,6 +50,15 @@ def merged_chain(
     merged = [W + V @ U for W, (V, U) in zip(chain.weights, adapters, strict=True)]
     A, B, *G = merged
     return form(x, chain._replace(A=A, B=B, G=G[0] if G else None))
+
+
+def adapted_mlp(x: Tensor, weights: DenseWeights, *, adapters: Sequence[Adapter]) -> Tensor:
+    """`dense_mlp` with an adapter for each of gate, up and down, written apart."""
+    gate, up, down = weights
+    of_gate, of_up, of_down = adapters
+    linear = nn.functional.linear
+    h = nn.functional.silu(linear(x, gate) + low_rank(x, *of_gate)) * (linear(x, up) + low_rank(x, *of_up))
+    return linear(h, down) + low_rank(h, *of_down)
 
 
 @contextmanager

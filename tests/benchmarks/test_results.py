@@ -37,7 +37,7 @@ HEAD = {
 
 def kernel_row(provider: str, us: float | None, error: float = 2e-3, **other: Any) -> dict[str, Any]:
     return {
-        "provider": provider, "hidden": 576, "intermediate": 1536, "lanes": 1, "depth": 72, "rank": 32, "gated": False,
+        "provider": provider, "hidden": 576, "intermediate": 1536, "lanes": 1, "depth": 72, "rank": 32,
         "tokens": 1, "dtype": "bfloat16", "params_ratio": 1.0, "accurate": us is not None, "error": error,
         "error_limit": 3e-3, "error_message": None, "median_us": us, "p20_us": us and 0.95 * us,
         "p80_us": us and 1.05 * us, "predicted_us": 35.0,
