@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...common.errors import DLRError
 from ...microbench.slot import Case, DenseWeights, Slot, dense_mlp
@@ -79,7 +79,7 @@ class SlotVariant:
     def prepare(self, strategy: Strategy) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
         """The strategy's forward pass on weights of its own, and what it trains of them."""
         train = strategy.trainable == "weights"
-        own = {
+        own: dict[str, Any] = {
             n: w.detach().requires_grad_(train)
             for n, w in self.weights._asdict().items()
             if isinstance(w, Tensor)
@@ -137,24 +137,6 @@ def slot_variants(
 
 def _on(run: Forward, weights: ChainWeights | DenseWeights, x: Tensor) -> Tensor:
     return run(x, weights)
-
-
-def counted_slots(
-    spec: DLRSpec, intermediate: int, *, tokens: int, dtype: torch.dtype
-) -> tuple[list[StrategyCost], list[StrategyCost]]:
-    """The costs of all strategies but the compiled ones, on tensors without data: of any size, in no time.
-
-    Args:
-        spec, intermediate, tokens, dtype: As for `slot_variants`.
-
-    Returns:
-        Those of the locked slot and of the original one.
-    """
-    with FakeTensorMode():
-        locked, original = slot_variants(
-            spec, intermediate, tokens=tokens, dtype=dtype, device=torch.device("cpu")
-        )
-        return slot_costs(locked), slot_costs(original)
 
 
 def slot_costs(
