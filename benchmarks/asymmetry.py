@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", action="store_true", help="a whole model, in sequences of 1024 tokens")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and x")
     options = parser.parse_args(arguments)
-    sections = []
+    sections: list[Section] = []
     try:
         for shape in options.shapes.split(","):
             for chain in options.chains.split(","):
@@ -147,11 +147,10 @@ def main(arguments: list[str] | None = None) -> int:
                 if layers > 1:
                     title += f", {layers} layers"
                 sections.append(_comparison(title, ours, theirs, layers))
-                print_sections(Console(highlight=False), sections)
-                sections = []
     except DLRError as error:
         print(f"benchmarks.asymmetry: {error}", file=sys.stderr)
         return 2
+    print_sections(Console(highlight=False), sections)
     return 0
 
 

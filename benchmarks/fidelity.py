@@ -4,9 +4,10 @@
     python -m benchmarks.fidelity model   MODEL --data text.txt --layers 12-17 --across independent,sequential
     python -m benchmarks.fidelity sentences ENCODER --data text.txt --sentences sentences.txt
 
-`modules` fits chains to single MLPs: error, gap and the attack's cost against train_tokens, FLOPs and seconds. `model`
-locks layers and measures the whole: loss, KL and flips, before and after an end-to-end phase. `sentences` locks a
-sentence encoder and compares embeddings. Writes JSON and, where matplotlib is installed, a plot of `modules`.
+`modules` fits chains to single MLPs: error, gap and the attack's cost against training tokens, FLOPs and seconds.
+`model` locks layers and measures the whole: loss, KL and flips, before and after an end-to-end phase.
+`sentences` locks a sentence encoder and compares embeddings.
+Writes JSON and, where matplotlib is installed, a plot of `modules`.
 """
 
 import argparse
@@ -52,14 +53,8 @@ _OF_CONVERSION = (
     "layers", "depth", "rank", "lanes", "act", "params", "init", "tokens", "batch", "seed", "sequence", "end_to_end",
     "device",
 )  # fmt: skip
-_OF_RECIPE = (
-    "rate",
-    "momentum",
-    "scale",
-    "preconditioner_exponent",
-    "lr_multiplier_b",
-    "weight_decay",
-)  # that `modules` can vary
+# What `modules` can vary.
+_OF_RECIPE = ("rate", "momentum", "scale", "preconditioner_exponent", "lr_multiplier_b", "weight_decay")
 FLOPS = 6  # a parameter and training token: a multiplication and an addition forward, twice that backward
 
 
@@ -92,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def modules(options: argparse.Namespace, progress: Steps) -> Iterator[dict[str, Any]]:
-    """Rows of layers by training tokens: `Fidelity`, the curve while it was fitted, and the attack at each share."""
+    """Rows of layers x training tokens: `Fidelity`, the curve while it was fitted, and the attack at each share."""
     chosen = _options(options)
     given = {name: getattr(options, name) for name in _OF_RECIPE if getattr(options, name) is not None}
     recipes = [
@@ -334,7 +329,9 @@ def _shares(text: str) -> list[float]:
     except ValueError as error:
         raise DLRError(f"{text!r} is not a list of shares such as 0.25,1") from error
     if not all(0 < share <= 100 for share in shares):
-        raise DLRError(f"the attack's shares of the train_tokens must be above 0 and at most 100, not {text}")
+        raise DLRError(
+            f"the attack's shares of the training tokens must be above 0 and at most 100, not {text}"
+        )
     return shares
 
 

@@ -165,7 +165,7 @@ NOT_LOGS = [p for p in PAGES if "experiments" not in p.parts and p.name != "CHAN
 
 @pytest.mark.parametrize("page", NOT_LOGS, ids=lambda page: page.name)
 def test_what_is_named_is_there(page: Path) -> None:
-    """Paths of the repository in code spans, and names that are said to be in one: `file.py`: `name`, or the reverse."""
+    """Paths of the repository in code spans, and names said to be in one: `file.py`: `name`, or the reverse."""
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     tops = "dlr_lock|runtime|triton_kernels|convert|audit|benchmarks|tests|docs|examples"
     file = rf"`((?:{tops})/[\w./-]*)`"
