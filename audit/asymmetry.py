@@ -70,15 +70,15 @@ def asymmetries(locked: SlotVariant, original: SlotVariant, *, repeats: int = 0)
 
 
 def _trained(variant: SlotVariant, repeats: int) -> list[StrategyCost]:
-    """The rows of all strategies that train the weights; the compiled ones only where there is time to measure."""
+    """The costs of all strategies that train the weights; the compiled ones only where there is time to measure."""
     chosen = [p for p in variant.strategies if p.trainable == "weights" and (repeats or not p.compiled)]
     return slot_costs(variant, chosen, repeats=repeats)
 
 
-def _chosen(rows: Iterable[StrategyCost], mode: str, measure: str) -> StrategyCost | None:
+def _chosen(costs: Iterable[StrategyCost], mode: str, measure: str) -> StrategyCost | None:
     """The mode's row, None where it lacks the measure."""
     named = MODES[mode]
-    return best_cost((row for row in rows if named in (None, row.strategy)), Objective(measure))
+    return best_cost((cost for cost in costs if named in (None, cost.strategy)), Objective(measure))
 
 
 def _backward(row: StrategyCost, measure: str) -> float:

@@ -131,7 +131,7 @@ def _audited(
         )
         if conversion.get("fingerprint", source.fingerprint) != source.fingerprint:
             context.notes.append("the original is not the one that was locked: its files have other hashes")
-        found = _attacked(context)
+        found = _attack(context)
     report = AuditReport(
         locked=Path(locked).resolve().name,
         original=public_name(str(original)),
@@ -150,8 +150,8 @@ def _audited(
     return report
 
 
-def _attacked(context: AuditContext) -> dict[str, Any]:
-    """The fields of `AuditReport` that are found out."""
+def _attack(context: AuditContext) -> dict[str, Any]:
+    """Runs every attack; the fields of `AuditReport` that are found out."""
     measuring = context.count("measuring both models")
     fidelity = compare(context.locked, context.original, context.neutral.heldout, measuring)
     rows = list(structural_rows(context))
@@ -170,7 +170,7 @@ def _attacked(context: AuditContext) -> dict[str, Any]:
         for variant in variants():
             for attack in attacks:
                 runs += TRAINING_ATTACKS[attack].run(context, variant)
-        steps = _steps(context, variants)
+        steps = _step_costs(context, variants)
     else:
         context.notes.append("nothing was fine-tuned: the model has no language-model head to give a loss")
     redistillation = {
@@ -222,7 +222,7 @@ def _variants(
         yield ModelVariant(name, with_chains(context.locked, nets, []), context.slots)
 
 
-def _steps(context: AuditContext, variants: Callable[[], Iterator[ModelVariant]]) -> list[StepCost]:
+def _step_costs(context: AuditContext, variants: Callable[[], Iterator[ModelVariant]]) -> list[StepCost]:
     def part(name: str, make: Callable[[], Iterable[StepCost]]) -> list[StepCost]:
         return [StepCost(**row) for row in context.part(name, lambda: [asdict(row) for row in make()])]
 

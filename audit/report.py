@@ -230,7 +230,7 @@ class AuditReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON."""
-        return {"schema": SCHEMA} | _plain(asdict(self))
+        return {"schema": SCHEMA} | _finite(asdict(self))
 
 
 def structural_from(values: dict[str, Any]) -> Structural:
@@ -239,10 +239,10 @@ def structural_from(values: dict[str, Any]) -> Structural:
     return Structural(**values | {"evaluation": kind(**values["evaluation"])})
 
 
-def _plain(value: Any) -> Any:
+def _finite(value: Any) -> Any:
     """Without infinity, which JSON has not (a perplexity can be beyond every float)."""
     if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
+        return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -18,7 +18,7 @@ _PRODUCTS = {getattr(torch.ops.aten, name).default: i for name, i in (("mm", 0),
 
 
 def checkpointed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`function`, of which only the arguments are kept: the backward pass runs it once more."""
+    """The same function, of which only the arguments are kept: the backward pass runs it once more."""
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
@@ -27,19 +27,19 @@ def checkpointed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def selective(function: Callable[..., Tensor], hidden_size: int) -> Callable[..., Tensor]:
-    """`function`, of which the products that read the hidden state are kept, all else computed once more.
+    """The same function, of which the products that read the hidden state are kept, all else computed once more.
 
     These are the products over `hidden_size` features: P = z A^T of a step, gate and up of an MLP. What they give is
     narrow against a chain's states, and what follows from them is elementwise or, for the states, half of the forward
     products. Kept by the selective checkpoint's own cache, outside autograd's hooks.
     """
 
-    def strategy(_: Any, operation: Any, *args: Any, **__: Any) -> CheckpointPolicy:
+    def keep(_: Any, operation: Any, *args: Any, **__: Any) -> CheckpointPolicy:
         first = _PRODUCTS.get(operation)
         reads_state = first is not None and args[first].shape[-1] == hidden_size
         return CheckpointPolicy.MUST_SAVE if reads_state else CheckpointPolicy.PREFER_RECOMPUTE
 
-    contexts = partial(create_selective_checkpoint_contexts, strategy)
+    contexts = partial(create_selective_checkpoint_contexts, keep)
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
         return checkpoint(

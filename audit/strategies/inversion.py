@@ -31,32 +31,6 @@ def inverted(x: Tensor, chain: ChainWeights, *, block: int = 0) -> Tensor:
     return y.reshape(x.shape)
 
 
-@torch.no_grad()
-def rebuild_error(x: Tensor, chain: ChainWeights, *, state: torch.dtype) -> float:
-    """How far x, rebuilt from the chain's end, is from x.
-
-    What the steps read is kept in the weights' dtype, and is the same both ways: the error is that of adding and
-    subtracting, one rounding of the state a step and way.
-
-    Args:
-        x: The tokens, [..., d].
-        chain: The weights, of plain steps.
-        state: The state's dtype.
-
-    Returns:
-        The RMS of the difference over that of x, in all lanes.
-    """
-    start = z = lanes_of(x, chain).to(state)
-    updates = []
-    for A, B in _blocks(chain, 1):
-        updates.append(torch.bmm(ACTIVATIONS[chain.act](read(z, A)), B).to(state))
-        z = z + updates[-1]
-    for update in reversed(updates):
-        z = z - update
-    start, z = start.double(), z.double()
-    return ((z - start).square().mean() / start.square().mean()).sqrt().item()
-
-
 class _Inverted(torch.autograd.Function):
     """y [T, d] of x [T, d]; `steps` of the chain are taken at once."""
 

@@ -29,8 +29,13 @@ def new_adapter(W: Tensor, rank: int) -> Adapter:
 
 
 def adapted_chain(x: Tensor, chain: ChainWeights, *, adapters: Sequence[Adapter]) -> Tensor:
-    """The chain with an adapter for A, B and, gated, G, in this order, written apart; for the rest as
-    `chain_reference`. V [L, K, r, a], U [L, K, a, d]."""
+    """The chain with adapters written apart; result and errors as those of `chain_reference`.
+
+    Args:
+        x: The tokens, [..., d].
+        chain: The weights; its steps may be gated.
+        adapters: V [L, K, r, a] and U [L, K, a, d] for A, B and, of gated steps, G, in this order.
+    """
     act = chain.act
     start = z = lanes_of(x, chain)
     flat = [t for W, (V, U) in zip(chain.weights, adapters, strict=True) for t in (W, V, U)]

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...common.errors import DLRError
 from ...microbench.slot import Case, DenseWeights, Slot, dense_mlp
@@ -138,24 +137,6 @@ def slot_variants(
 
 def _on(run: Forward, weights: ChainWeights | DenseWeights, x: Tensor) -> Tensor:
     return run(x, weights)
-
-
-def counted_slots(
-    spec: DLRSpec, intermediate: int, *, tokens: int, dtype: torch.dtype
-) -> tuple[list[StrategyCost], list[StrategyCost]]:
-    """The costs of all strategies but the compiled ones, on tensors without data: of any size, in no time.
-
-    Args:
-        spec, intermediate, tokens, dtype: As for `slot_variants`.
-
-    Returns:
-        Those of the locked slot and of the original one.
-    """
-    with FakeTensorMode():
-        locked, original = slot_variants(
-            spec, intermediate, tokens=tokens, dtype=dtype, device=torch.device("cpu")
-        )
-        return slot_costs(locked), slot_costs(original)
 
 
 def slot_costs(

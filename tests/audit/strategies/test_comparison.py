@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dlr_lock.audit.asymmetry import Asymmetry, asymmetries
 from dlr_lock.audit.meters import Counts, StepCounts, StepSeconds
 from dlr_lock.audit.strategies.compare import OBJECTIVES, Objective, best_cost, compare_best, measured
-from dlr_lock.audit.strategies.slot import SlotVariant, StrategyCost, counted_slots, slot_cost, slot_variants
+from dlr_lock.audit.strategies.slot import SlotVariant, StrategyCost, slot_cost, slot_costs, slot_variants
 from dlr_lock.common.errors import DLRError
 from dlr_lock.runtime import DLRSpec
 
@@ -68,7 +68,9 @@ def test_what_naive_training_keeps_grows_linearly_in_lanes_times_steps() -> None
 def test_best_strategies_and_their_limits() -> None:
     """On SmolLM2's slot: what the lock costs an attacker who has read this program, in a model of 30 layers."""
     spec = DLRSpec.matching(576, 1536, mlp_gated=True, depth=16)
-    locked, original = counted_slots(spec, 1536, tokens=2048, dtype=torch.bfloat16)
+    with FakeTensorMode():
+        pair = slot_variants(spec, 1536, tokens=2048, dtype=torch.bfloat16, device=torch.device("cpu"))
+        locked, original = map(slot_costs, pair)
     table = {(c.trainable, str(c.objective)): c for c in compare_best(locked, original, layers=30)}
     assert set(trainable for trainable, _ in table) == {"weights", "adapters", "nothing"}
     naive = {r.strategy: r for r in locked}["plain"].memory(30) / original[0].memory(30)  # type: ignore[operator]
