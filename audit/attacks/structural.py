@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SHARE = 0.5  # of the singular values, that the attack on them keeps
-_GROUPS = [2**n for n in range(1, 12)]  # of merged steps; a lane of the largest MLP has at most 2,700
+_GROUPS = [
+    2**n for n in range(1, 13)
+]  # of merged steps; a lane in place of an MLP of width 53,248 has 4,992 at most
 
 
 @dataclass(frozen=True, slots=True)
