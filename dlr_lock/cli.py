@@ -131,7 +131,7 @@ def audit(
     checkpoint: Locked,
     original: Annotated[str, typer.Option(help="The model that was locked.")],
     out: Annotated[
-        Path | None, typer.Option(help="Folder for audit.json and audit.html.  [default: CHECKPOINT-audit]")
+        Path | None, typer.Option(help=r"Folder for audit.json and audit.html.  \[default: CHECKPOINT-audit]")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an audit.")] = False,
     as_json: Json = False,
