@@ -81,7 +81,7 @@ class AuditConfig:
         Raises:
             DLRError: On a name that there is not, with today's name of an old one.
         """
-        check_names(choices, cls, RENAMED)
+        check_names(choices, cls)
         return cls(**choices)
 
     def resolved(self) -> "AuditConfig":
@@ -145,5 +145,3 @@ class AuditConfig:
 
 
 _LOOKS = 6  # at the held-out loss in a run
-
-RENAMED: dict[str, str] = {}  # options by their old names, with the line that says the new one

@@ -8,7 +8,7 @@ from typing import Any
 from ..convert.evaluate import Evaluation, StateEvaluation, distance_of
 from .asymmetry import Asymmetry
 
-SCHEMA = 1
+SCHEMA = 2  # 1: of 0.1, with other names
 
 
 @dataclass(frozen=True, slots=True)

@@ -193,7 +193,7 @@ class ConversionConfig:
     @classmethod
     def of(cls, choices: dict[str, Any]) -> "ConversionConfig":
         """The choices by name. Raises DLRError on a name that there is not, with today's name of an old one."""
-        check_names(choices, cls, RENAMED)
+        check_names(choices, cls, RENAMED, GONE)
         return cls(**choices)
 
     def resolved(self) -> "ConversionConfig":
@@ -257,12 +257,8 @@ class ConversionConfig:
         return asdict(self)
 
 
-_GATED = "gated steps were measured as no lock and fit 3% worse (docs/experiments/lock-strength.md), so there are none"
-# What options were called before 0.2; whoever still says so is told today's name.
-RENAMED = {
-    "visits": "--visits is now --train-tokens",
-    "together": "--together is now --end-to-end",
-    "unlock": "--unlock is now --redistill",
-    "start": "--start is now --init",
-    "gated": f"--gated is gone: {_GATED}",
+# What choices were called in 0.1, and why one is gone: whoever still says so is told.
+RENAMED = {"visits": "train_tokens", "together": "end_to_end", "unlock": "redistill", "start": "init"}
+GONE = {
+    "gated": "gated steps were measured as no lock and fit 3% worse (docs/experiments/lock-strength.md)",
 }

@@ -12,9 +12,9 @@ import typer
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from .audit.config import RENAMED as RENAMED_AUDIT
 from .audit.config import AuditConfig
-from .convert.config import RENAMED, ConversionConfig
+from .common.options import flag, old_name
+from .convert.config import GONE, RENAMED, ConversionConfig
 from .options import options_of
 from .progress import Steps
 from .reporting import Section, print_sections
@@ -63,7 +63,7 @@ def convert(
 
     if not as_json:
         _screen.print(choices(ConversionConfig(**config).resolved()), markup=False)
-    with _said_words(), Steps(_screen) as steps:
+    with _what_is_kept(), Steps(_screen) as steps:
         report = convert_model(source, out, overwrite=overwrite, progress=steps, **config)
     if as_json:
         _print_json(report.to_dict())
@@ -142,7 +142,7 @@ def audit(
     from .audit.sections import audit_sections
 
     folder = out or checkpoint.resolve().with_name(f"{checkpoint.resolve().name}-audit")
-    with _said_words(), Steps(_screen) as steps:
+    with _what_is_kept(), Steps(_screen) as steps:
         report = audit_model(checkpoint, original, folder, overwrite=overwrite, progress=steps, **config)
     if as_json:
         _print_json(report.to_dict())
@@ -235,7 +235,7 @@ def main() -> None:
 
 
 @contextmanager
-def _said_words():
+def _what_is_kept():
     """An interruption that says what is kept; typer would drop the words."""
     try:
         yield
@@ -258,8 +258,13 @@ def _one_line_errors():
         from .common.errors import DLRError
 
         if hasattr(error, "format_message"):  # click's own errors, which newer typers carry a copy of
-            unknown = getattr(error, "option_name", None)
-            _fail(_RENAMED.get(str(unknown).lstrip("-").replace("-", "_")) or error.format_message())
+            written = str(getattr(error, "option_name", ""))
+            command = getattr(getattr(error, "ctx", None), "info_name", "")
+            renamed, gone = (
+                (RENAMED, GONE) if command == "convert" else ({}, GONE if command == "bench" else {})
+            )
+            name = written.lstrip("-").replace("-", "_")
+            _fail(old_name(name, written, renamed, gone, flag) or error.format_message())
         if not isinstance(error, DLRError | MemoryError) and "out of memory" not in str(error):
             raise
         _fail(str(error) or "out of memory: use a smaller --batch or --max-memory")
@@ -268,9 +273,6 @@ def _one_line_errors():
 def _fail(message: str) -> None:
     print(f"dlr-lock: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
-
-
-_RENAMED = RENAMED_AUDIT | RENAMED
 
 
 def _interrupt(signum: int, frame: Any) -> None:

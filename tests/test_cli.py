@@ -149,7 +149,7 @@ def test_help_shows_the_defaults_that_depend_on_the_machine() -> None:
 
 
 def test_a_choice_by_its_old_name_is_refused_with_the_new_one(folder: Path) -> None:
-    with pytest.raises(DLRError, match="--visits is now --train-tokens"):
+    with pytest.raises(DLRError, match="visits is now train_tokens"):
         convert_model(folder / "source", folder / "new", visits=8192)
     with pytest.raises(DLRError, match="unknown option 'colour'; one of layers, mlps"):
         convert_model(folder / "source", folder / "new", colour="red")

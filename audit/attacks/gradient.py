@@ -95,13 +95,13 @@ class _Adam:
         self._optimizer.zero_grad()
 
 
-FULL = register(GradientAttack("full", "All weights are trained.", 1e-4, "weights"))
-LORA = register(
+register(GradientAttack("full", "All weights are trained.", 1e-4, "weights"))
+register(
     GradientAttack(
         "LoRA", "Low-rank adapters of the chains and of all that is linear are trained.", 1e-3, "adapters"
     )
 )
-ATTENTION = register(
+register(
     GradientAttack(
         "attention",
         "Low-rank adapters of all but the MLPs' places are trained, with the chains as they are.",

@@ -80,4 +80,4 @@ class _Step:
             weight.add_(z, alpha=length)
 
 
-MEZO = register(MeZO())
+register(MeZO())

@@ -19,7 +19,7 @@ ABOUT = {
     "tests": "the tests that run kernels on the device",
     "models": "decode and prefill of whole models of random weights, locked against original",
     "kernels": "every MLP shape, chain and token count, with the error gate",
-    "training": "a training step of whole models against an inference pass, by every policy",
+    "training": "a training step of whole models against an inference pass, by every strategy",
     "conversion": "a model locked, with loss, KL and flips",
     "profiles": "where the time of the worst row of the kernels and of the models goes",
     "moretests": "the other tests of kernels and benchmark",

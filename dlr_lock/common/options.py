@@ -1,6 +1,6 @@
 """Choices as fields of a dataclass, which a command line is made from: default, type and help stand in one place."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, fields
 from typing import Any
 
@@ -17,12 +17,45 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def check_names(given: Iterable[str], config: type, renamed: Mapping[str, str]) -> None:
-    """Raises DLRError on a name that is no field of a configuration, with the line about it in `renamed`, if any."""
+def check_names(
+    given: Iterable[str], config: type, renamed: Mapping[str, str] = {}, gone: Mapping[str, str] = {}
+) -> None:
+    """Looks whether choices are fields of a configuration.
+
+    Args:
+        given: The choices' names.
+        config: The configuration, a dataclass.
+        renamed: Today's names by those of earlier versions.
+        gone: Why there is a name no longer.
+
+    Raises:
+        DLRError: On a name that is no field.
+    """
     known = [f.name for f in fields(config)]
     for name in given:
         if name not in known:
-            raise DLRError(renamed.get(name) or f"unknown option {name!r}; one of {', '.join(known)}")
+            other = f"unknown option {name!r}; one of {', '.join(known)}"
+            raise DLRError(old_name(name, name, renamed, gone) or other)
+
+
+def old_name(
+    name: str,
+    written: str,
+    renamed: Mapping[str, str],
+    gone: Mapping[str, str],
+    of: Callable[[str], str] = str,
+) -> str | None:
+    """What is said of a choice by a name of an earlier version; None where it is none.
+
+    Args:
+        name: The choice's name.
+        written: The same as the user wrote it.
+        renamed, gone: As for `check_names`.
+        of: How today's name is written.
+    """
+    if name in gone:
+        return f"{written} is gone: {gone[name]}"
+    return f"{written} is now {of(renamed[name])}" if name in renamed else None
 
 
 def help_of(config: type, name: str) -> str:

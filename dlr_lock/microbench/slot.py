@@ -88,6 +88,8 @@ class Slot:
     """The tensors of a case: x, and copies of both MLPs' weights of `cold_bytes` at least."""
 
     def __init__(self, case: Case, device: torch.device, dtype: torch.dtype, cold_bytes: float) -> None:
+        if case.spec.gated:
+            raise DLRError("a slot is of plain steps: gated ones have no fast form to compare")
         self.case, self.device, self.dtype = case, device, dtype
         d, f = case.spec.hidden_size, case.intermediate
         _, depth, rank, _ = shape = case.spec.weight_shape

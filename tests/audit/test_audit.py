@@ -1,10 +1,12 @@
 """A whole audit of a tiny model: every attack has its row, an interrupted one goes on, bad input is one line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from attacked import SMALL
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 from typer.testing import CliRunner
 
@@ -63,7 +65,7 @@ def test_an_audit_and_its_files(folder: Path) -> None:
     assert {a.mode for a in report.asymmetries} == {"eager", "checkpointed", "best"}
     assert any("not timed" in note for note in report.notes)
     written = json.loads((folder / "whole" / "audit.json").read_text(encoding="utf-8"))
-    assert written["schema"] == 1 and len(written["runs"]) == len(report.runs)
+    assert written["schema"] == 2 and len(written["runs"]) == len(report.runs)
     assert "re-distilled, 0.5" in (folder / "whole" / "audit.html").read_text(encoding="utf-8")
     assert not list(folder.glob("whole*partial")) and not list((folder / "whole").glob(".*"))
     assert str(folder) not in json.dumps(written)  # a report may be published
@@ -189,3 +191,26 @@ def test_the_command_prints_a_verdict_and_says_where_it_is(folder: Path) -> None
     assert result.exit_code == 0, result.output
     assert "the cheapest attack on the locked model takes" in " ".join(result.output.split())
     assert "audit.html" in result.output
+
+
+def test_a_gated_checkpoint_of_before_is_audited(folder: Path, tmp_path: Path) -> None:
+    """None is saved any more, so one is made of a plain checkpoint's files."""
+    gated = shutil.copytree(folder / "llama-locked", tmp_path / "gated")
+    config = json.loads((gated / "config.json").read_text())
+    state = load_file(gated / "model.safetensors")
+    for name, spec in config["quantization_config"]["modules"].items():
+        spec["gated"] = True
+        state[f"{name}.dlr_G"] = state[f"{name}.dlr_A"].flip(-1).contiguous()
+    (gated / "config.json").write_text(json.dumps(config))
+    save_file(state, gated / "model.safetensors", metadata={"format": "pt"})
+    (gated / "dlr_manifest.json").unlink()
+    report = audit_model(
+        gated,
+        folder / "llama",
+        tmp_path / "out",
+        data=str(folder / "text.txt"),
+        **SMALL | {"attacks": "full"},
+    )
+    assert {run.variant for run in report.runs} == {"original", "locked", "re-distilled, 0.5"}
+    assert {row.variant for row in report.steps} >= {"original", "locked"}
+    assert not report.asymmetries and any("gated steps" in note for note in report.notes)
