@@ -7,7 +7,6 @@ loaded: transformers would fill missing weights with random numbers and go on.
 from __future__ import annotations
 
 import math
-import re
 import tempfile
 import warnings
 from collections import Counter
@@ -25,12 +24,12 @@ from ..common.cache import cache_folder
 from ..common.dtypes import dtype_name
 from ..common.errors import DLRError, first_line
 from ..common.files import hash_files, read_json
+from ..common.hub import PICKLES, model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' words; the rest is kept as float32
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -39,8 +38,6 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-# Hugging Face's own rule for a repository's name: an owner at most, no other slash.
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -93,35 +90,15 @@ def open_source(
         _check_config(folder)
         _check_weights(folder)
     else:
-        folder = given if given.is_dir() else _from_hub(str(source))
-        _check_config(folder)
-        files = [folder / "config.json", *_check_weights(folder)]
-        fingerprint = hash_files(sorted(files, key=lambda path: path.name), named=True)
+        files = " or .gguf file"
+        _check_config(model_folder(source, only=["config.json", "adapter_config.json"], files=files))
+        folder = model_folder(source, files=files)
+        fingerprint = _fingerprint(folder)
     with _quiet():
         model = _load(folder, dtype).to(device).eval().requires_grad_(False)
         tokenizer = load_tokenizer(folder)
     _check_finite(model, folder)
     return Source(model, tokenizer, str(source), fingerprint, folder, _dtype(folder))
-
-
-def _from_hub(name: str) -> Path:
-    """The local copy of a hub repository's top folder, without anything pickled."""
-    missing = f"{name} is neither a directory or .gguf file here nor"
-    if not _HUB_NAME.fullmatch(name):
-        raise DLRError(f"{missing} a name on the Hugging Face hub: check the path")
-    from huggingface_hub import snapshot_download
-
-    ignored = ["*/*", "consolidated*", *(f"*{suffix}" for suffix in _PICKLES)]
-    try:
-        # Large weights take minutes: the hub's own progress bar stays on.
-        return Path(
-            snapshot_download(name, ignore_patterns=[*ignored, "*.gguf", "*.onnx", "*.h5", "*.msgpack"])
-        )
-    except Exception as error:
-        # Not found, gated, no network, proxies: a dozen unrelated classes of httpx, requests and the hub.
-        raise DLRError(
-            f"{missing} a model to be had from the Hugging Face hub ({first_line(error)})"
-        ) from error
 
 
 def _from_gguf(file: Path, fingerprint: str, dtype: torch.dtype | str, cache: Path | None) -> Path:
@@ -173,6 +150,11 @@ def _from_gguf(file: Path, fingerprint: str, dtype: torch.dtype | str, cache: Pa
     return folder
 
 
+def _fingerprint(folder: Path) -> str:
+    files = [folder / "config.json", *_check_weights(folder)]
+    return hash_files(sorted(files, key=lambda path: path.name), named=True)
+
+
 def _check_config(folder: Path) -> None:
     from transformers import CONFIG_MAPPING
 
@@ -208,7 +190,7 @@ def _check_weights(folder: Path) -> list[Path]:
         # Only names in this folder: an index must not lead elsewhere.
         files = [folder / Path(str(name)).name for name in sorted({str(name) for name in shards.values()})]
     else:
-        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
         if pickled:
             raise DLRError(
                 f"{folder} has its weights as a pickle only ({pickled[0]}), which is never opened: "

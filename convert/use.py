@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..common.errors import DLRError
+from ..common.hub import model_folder
 from ..common.progress import Progress, no_progress
 from ..runtime import load
 from ..runtime.checkpoint import is_locked
@@ -29,9 +30,9 @@ def opened(
     """
     place = usable_device(device)
     dtype = compute_dtype(place)
-    if is_locked(Path(model)):
-        locked = load(model, dtype=dtype, device=place)
-        yield locked, load_tokenizer(Path(model))
+    given = Path(model).expanduser().is_file()
+    if not given and is_locked(model_folder(model, only=["config.json"], files=" or .gguf file")):
+        yield load(model, dtype=dtype, device=place), load_tokenizer(model_folder(model))
         return
     source = open_source(model, dtype=dtype, device=place)
     yield source.model, source.tokenizer

@@ -191,14 +191,17 @@ def exclusive(path: Path, taken: str) -> Iterator[None]:
         yield
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises DLRError where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DLRError(f"{path} cannot be read as JSON: {first_line(error)}") from error
-    if not isinstance(value, dict):
-        raise DLRError(f"{path} is not a JSON object")
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The JSON object in a file, or the list; raises DLRError where there is none."""
+    with permission_is_an_error():
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except PermissionError:
+            raise
+        except (OSError, ValueError) as error:
+            raise DLRError(f"{path} cannot be read as JSON: {first_line(error)}") from error
+    if not isinstance(value, kind):
+        raise DLRError(f"{path} is not a JSON {'object' if kind is dict else 'array'}")
     return value
 
 
@@ -218,7 +221,9 @@ def _not_ours(target: Path) -> str | None:
 def _is_mounted(target: Path) -> bool:
     """Whether a directory is a mount point; one folder bound over another is so to Linux' own list alone."""
     try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        lines = (
+            Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        )
     except OSError:
         return os.path.ismount(target)
     points = {re.sub(r"\\([0-7]{3})", lambda c: chr(int(c[1], 8)), line.split()[4]) for line in lines}

@@ -137,9 +137,7 @@ with whole_directory(Path(sys.argv[1])) as work:
 
 @contextmanager
 def writing(target: Path) -> Iterator[subprocess.Popen]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(target)], stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(target)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None and process.stdout.readline() == "there\n"
         yield process
