@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from ..common.dtypes import DTYPES, dtype_name
 from ..common.errors import DLRError
-from ..common.files import check_space, check_target, whole_directory
+from ..common.files import check_space, check_target, permission_is_an_error, whole_directory
 from ..common.progress import Progress, no_progress
 from ..common.resume import ResumeStore, run_lock
 from ..common.version import __version__
 from ..runtime import DLRNet, load, lock
 from ..runtime.checkpoint import write_manifest
 from .activations import Activations, SequentialCalibrator
+from .carry import carry_over, licence, unplaced_tensors
 from .config import ConversionConfig
 from .context import Context
 from .data import calibration_text, digest, poor_text
@@ -29,8 +31,8 @@ from .distill import distill
 from .end_to_end import run_end_to_end
 from .evaluate import compare, measure
 from .layer_runner import Unrepeatable
-from .mlp_discovery import find_mlps, select_layers
-from .mlp_matching import MLP, teacher_weights
+from .mlp_discovery import check_dense, find_mlps, select_layers
+from .mlp_matching import MLP, mixtures, teacher_weights
 from .redistill import attack_module
 from .report import ConversionReport, ModuleReport, Modules, model_card
 from .source import compute_dtype, open_source, public_name
@@ -68,34 +70,45 @@ def convert_model(
     config = ConversionConfig.of(options).resolved()
     target = Path(out).expanduser().absolute()
     given = Path(source).expanduser().resolve()
-    if given.exists() and (given.is_relative_to(target.resolve()) or target.resolve().is_relative_to(given)):
-        raise DLRError(f"the source {source} and the output {out} lie in one another; choose another output")
-    check_target(target, overwrite=overwrite)
-    with run_lock(target):
-        # It checks the target again, now that nobody else writes.
-        with whole_directory(target, overwrite=overwrite) as work:
-            context, mlps = _prepared(source, target, work / "scratch", config, progress)
-            report = _converted(context, mlps, work, str(out), started)
-        context.resume.remove()
+    with permission_is_an_error():
+        if given.exists() and (
+            given.is_relative_to(target.resolve()) or target.resolve().is_relative_to(given)
+        ):
+            raise DLRError(
+                f"the source {source} and the output {out} lie in one another; choose another output"
+            )
+        check_target(target, overwrite=overwrite)
+        with run_lock(target):
+            # It checks the target again, now that nobody else writes.
+            with whole_directory(target, overwrite=overwrite) as work:
+                context, mlps = _prepared(source, target, work, config, progress)
+                report = _converted(context, mlps, work, str(out), started)
+            context.resume.remove()
     return report
 
 
 def _prepared(
-    source: str | Path, target: Path, scratch: Path, config: ConversionConfig, progress: Progress
+    source: str | Path, target: Path, work: Path, config: ConversionConfig, progress: Progress
 ) -> tuple[Context, int]:
-    """All that the work needs, and how many MLPs the model has; raises DLRError before any long work."""
+    """All that the work needs, and how many MLPs the model has; raises DLRError before any long work.
+
+    What is carried over from the source is in `work` afterwards.
+    """
     device = torch.device(str(config.device))
+    scratch = work / ".scratch"  # hidden files are not carried over: nothing of the source's is called so
     scratch.mkdir()
     with _shown(progress, "reading the model"):
         original = open_source(source, dtype=compute_dtype(device), device=device)
         if getattr(original.model.config, "is_encoder_decoder", False):
             raise DLRError(f"{original.name} is an encoder-decoder model, which is not supported")
         every = find_mlps(original.model, config.mlps)
+        notes = [check_dense(original.model, every, layers=config.layers, pattern=config.mlps)]
         mlps = select_layers(every, config.layers)
         for mlp in mlps:
             config.spec_for(mlp.hidden_size, mlp.params)  # raises where there is no such chain
         stored = DTYPES.get(config.dtype) or original.dtype
         check_space(target, original.model.num_parameters() * stored.itemsize)
+        notes += [carry_over(original.path, work), unplaced_tensors(original, mlps)[1]]
     text = calibration_text(original, config, progress)
     # All that the modules of a conversion depend on; a module made with other facts is not reused.
     free = (
@@ -112,7 +125,9 @@ def _prepared(
         "program": __version__,
     }
     resume = ResumeStore(target, facts)
-    return Context(original, mlps, text, config, stored, resume, scratch, progress), len(every)
+    said = [note for note in notes if note]
+    context = Context(original, mlps, text, config, stored, resume, scratch, progress, said)
+    return context, len(every) + len(mixtures(original.model))
 
 
 def _converted(context: Context, mlps: int, work: Path, out: str, started: float) -> ConversionReport:
@@ -142,6 +157,7 @@ def _converted(context: Context, mlps: int, work: Path, out: str, started: float
         across=modules.across,
         end_to_end=end_to_end,
         warnings=[note for note in (*context.notes, poor_text(context.text.train)) if note],
+        licence=licence(original.path),
         program={"dlr-lock": __version__} | {name: version(name) for name in ("torch", "transformers")},
     )
     (work / "README.md").write_text(model_card(report), encoding="utf-8")
@@ -157,8 +173,15 @@ def _write(context: Context, chains: dict[str, DLRNet], work: Path) -> int:
     Read again, because casting a loaded model would also cast what must stay in float32 (rotary frequencies).
     """
     original = context.source
-    model = type(original.model).from_pretrained(original.path, dtype=context.stored)
-    lock(model, chains, context.identity)
+    original.check_unchanged()
+    model = type(original.model).from_pretrained(original.path, dtype=context.stored, use_safetensors=True)
+    # The stock class was locked, so that code of the repository's own for the model would be for another one.
+    for config in (
+        model.config,
+        *(c for c in vars(model.config).values() if isinstance(c, PreTrainedConfig)),
+    ):
+        vars(config).pop("auto_map", None)
+    lock(model, chains, context.identity, unplaced_tensors(original, context.mlps)[0])
     model.save_pretrained(work)
     if original.tokenizer is not None:
         original.tokenizer.save_pretrained(work)

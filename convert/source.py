@@ -7,7 +7,7 @@ loaded: transformers would fill missing weights with random numbers and go on.
 from __future__ import annotations
 
 import math
-import tempfile
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from ..common.cache import cache_folder
 from ..common.dtypes import dtype_name
 from ..common.errors import DLRError, first_line
-from ..common.files import hash_files, read_json
+from ..common.files import check_readable, hash_files, permission_is_an_error, read_json, whole_directory
 from ..common.hub import PICKLES, model_folder
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ class Source:
             its bytes.
         path: The plain directory that it was loaded from.
         dtype: Of the weights in that directory.
+        content: Like `fingerprint`, of that directory: what it was when the model was loaded.
+        unplaced: Tensors in its files that the model's class has no place for, such as further heads.
     """
 
     model: PreTrainedModel
@@ -60,8 +62,19 @@ class Source:
     fingerprint: str
     path: Path
     dtype: torch.dtype
+    content: str
+    unplaced: frozenset[str]
+
+    def check_unchanged(self) -> None:
+        """Raises DLRError where the directory is no longer what the model was loaded from."""
+        with permission_is_an_error():
+            if _fingerprint(self.path) != self.content:
+                raise DLRError(
+                    f"{self.path} has changed since this run began to read it: put its files back and run again"
+                )
 
 
+@permission_is_an_error()
 def open_source(
     source: str | Path,
     *,
@@ -87,18 +100,21 @@ def open_source(
             raise DLRError(f"{source} is a file, but neither a model's directory nor a .gguf file")
         fingerprint = hash_files([given])
         folder = _from_gguf(given, fingerprint, dtype, gguf_dir)
-        _check_config(folder)
-        _check_weights(folder)
     else:
         files = " or .gguf file"
         _check_config(model_folder(source, only=["config.json", "adapter_config.json"], files=files))
-        folder = model_folder(source, files=files)
-        fingerprint = _fingerprint(folder)
+        folder, fingerprint = model_folder(source, files=files), None
+    check_readable(folder, "config.json", "*.safetensors", "*.index.json")
+    _check_config(folder)
+    content = _fingerprint(folder)
     with _quiet():
-        model = _load(folder, dtype).to(device).eval().requires_grad_(False)
+        model, unplaced = _load(folder, dtype)
+        model = model.to(device).eval().requires_grad_(False)
         tokenizer = load_tokenizer(folder)
     _check_finite(model, folder)
-    return Source(model, tokenizer, str(source), fingerprint, folder, _dtype(folder))
+    return Source(
+        model, tokenizer, str(source), fingerprint or content, folder, _dtype(folder), content, unplaced
+    )
 
 
 def _from_gguf(file: Path, fingerprint: str, dtype: torch.dtype | str, cache: Path | None) -> Path:
@@ -136,22 +152,23 @@ def _from_gguf(file: Path, fingerprint: str, dtype: torch.dtype | str, cache: Pa
             raise DLRError(f"{file} cannot be read as GGUF: {first_line(error)}") from error
         _check_missing(info, file)
         _check_finite(model, file)
+        if hash_files([file]) != fingerprint:
+            raise DLRError(f"{file} changed while it was read: run again when it is whole")
         try:
-            cache.mkdir(parents=True, exist_ok=True)
             # Renamed when whole: a crash leaves nothing that a later run would take for a model.
-            with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as work:
-                whole = Path(work) / "model"
-                model.save_pretrained(whole)
-                tokenizer.save_pretrained(whole)
-                if not folder.is_dir():
-                    whole.rename(folder)
+            with whole_directory(folder) as work:
+                model.save_pretrained(work)
+                tokenizer.save_pretrained(work)
+        except DLRError:
+            if not folder.is_dir():  # else another run was faster
+                raise
         except (OSError, SafetensorError) as error:
             raise DLRError(f"{file} cannot be unpacked to {cache}: {first_line(error)}") from error
     return folder
 
 
 def _fingerprint(folder: Path) -> str:
-    files = [folder / "config.json", *_check_weights(folder)]
+    files = [folder / "config.json", *weight_files(folder)]
     return hash_files(sorted(files, key=lambda path: path.name), named=True)
 
 
@@ -165,6 +182,10 @@ def _check_config(folder: Path) -> None:
         if (folder / "adapter_config.json").is_file():
             raise DLRError(f"{folder} holds an adapter, not a model: merge it into its base model first")
         raise DLRError(f"{folder} has no config.json: give a directory that save_pretrained wrote")
+    if (folder / "adapter_config.json").is_file():
+        raise DLRError(
+            f"{folder} holds an adapter (adapter_config.json) beside a model: merge it into the model or move it away"
+        )
     config = read_json(file)
     quantization = config.get("quantization_config")
     if quantization:
@@ -178,7 +199,7 @@ def _check_config(folder: Path) -> None:
         raise DLRError(f"{folder}: model_type {kind!r} is unknown to the installed transformers{code}")
 
 
-def _check_weights(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up the model, each found whole."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
@@ -213,7 +234,7 @@ def _check_weights(folder: Path) -> list[Path]:
 def _dtype(folder: Path) -> torch.dtype:
     """The dtype of most of the floating weights' numbers."""
     numbers: Counter[torch.dtype] = Counter()
-    for file in _check_weights(folder):
+    for file in weight_files(folder):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 part = tensors.get_slice(name)
@@ -223,8 +244,11 @@ def _dtype(folder: Path) -> torch.dtype:
 
 def public_name(source: str) -> str:
     """A source's name as it may be published: of a local path only the last part."""
-    path = Path(source).expanduser()
-    return path.resolve().name if path.exists() else source
+    path = Path(source).expanduser().resolve()
+    repository = path.parents[1].name if len(path.parts) > 2 else ""
+    if path.parent.name == "snapshots" and repository.startswith("models--"):  # the hub's cache
+        return repository.removeprefix("models--").replace("--", "/")
+    return path.name if path.exists() else source
 
 
 def compute_dtype(device: torch.device) -> torch.dtype | str:
@@ -233,7 +257,8 @@ def compute_dtype(device: torch.device) -> torch.dtype | str:
     return torch.float32 if device.type == "cpu" else "auto"
 
 
-def _load(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+def _load(folder: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, frozenset[str]]:
+    """The model, and the names of tensors that it has no place for."""
     import transformers
 
     config = read_json(folder / "config.json")
@@ -258,7 +283,26 @@ def _load(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
         # Fields of the wrong type, sizes that differ: every architecture fails in its own way.
         raise DLRError(f"{folder} cannot be loaded: {first_line(error)}") from error
     _check_missing(info, folder)
-    return model
+    return model, _unplaced(model, set(info.get("unexpected_keys") or ()), folder)
+
+
+def _unplaced(model: PreTrainedModel, unexpected: set[str], folder: Path) -> frozenset[str]:
+    """Those that transformers reports, with or without the body's prefix, and whole modules that the class is told to
+    pass over without a word (layers that predict further tokens), but no buffers of earlier versions."""
+    prefix = f"{model.base_model_prefix}."
+    modules = {name for name, _ in model.named_modules()}
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    found = set()
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                forms = {name, prefix + name, name.removeprefix(prefix)}
+                passed_over = any(pattern.search(name) for pattern in ignored)
+                if forms & unexpected or (
+                    passed_over and not modules & {form.rpartition(".")[0] for form in forms}
+                ):
+                    found.add(name)
+    return frozenset(found)
 
 
 def _check_missing(info: dict[str, Any], where: Path) -> None:
@@ -282,6 +326,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer in a model's directory, None where there is none; raises DLRError where it is damaged."""
     from transformers import AutoTokenizer
 
+    check_readable(folder, *_TOKENIZER_FILES)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     try:

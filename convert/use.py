@@ -13,7 +13,7 @@ from ..common.progress import Progress, no_progress
 from ..runtime import load
 from ..runtime.checkpoint import is_locked
 from ..runtime.device import usable_device
-from ..runtime.generation import generate
+from ..runtime.generation import check_vocabulary, generate
 from .data import read_text, sequence_length
 from .evaluate import Evaluation, evaluate
 from .source import compute_dtype, load_tokenizer, open_source
@@ -66,9 +66,11 @@ def evaluate_checkpoint(
 
     with opened(checkpoint, device=device) as (model, tokenizer):
         sequences = read_text(text, tokenizer, tokens=tokens, sequence_length=sequence_length(model))
+        check_vocabulary(sequences, model, tokenizer)
         if original is None:
             return evaluate(model, sequences, progress=measuring)
         with opened(original, device=device) as (other, _):
+            check_vocabulary(sequences, other, tokenizer)
             return evaluate(model, sequences, original=other, progress=measuring)
 
 
