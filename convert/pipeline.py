@@ -35,7 +35,7 @@ from .mlp_discovery import check_dense, find_mlps, select_layers
 from .mlp_matching import MLP, mixtures, teacher_weights
 from .redistill import attack_module
 from .report import ConversionReport, ModuleReport, Modules, model_card
-from .source import compute_dtype, open_source, public_name
+from .source import compute_dtype, open_source, public_name, quiet
 
 _Module = tuple[DLRNet, ModuleReport]
 
@@ -138,6 +138,8 @@ def _converted(context: Context, mlps: int, work: Path, out: str, started: float
         locked_parameters = _write(context, modules.chains, work)
         shutil.rmtree(context.scratch)
     original, model = context.source, context.model
+    with quiet():  # the checkpoint, read back as its users will
+        locked = load(work, dtype=model.dtype, device=context.device)
     report = ConversionReport(
         source=public_name(original.name),
         out=out,
@@ -146,9 +148,8 @@ def _converted(context: Context, mlps: int, work: Path, out: str, started: float
         mlps=mlps,
         params_original=model.num_parameters(),
         params_locked=locked_parameters,
-        # the checkpoint, read back as its users will
         evaluation=compare(
-            load(work, dtype=model.dtype, device=context.device),
+            locked,
             model,
             context.text.heldout,
             context.count("measuring the locked model"),
@@ -174,7 +175,10 @@ def _write(context: Context, chains: dict[str, DLRNet], work: Path) -> int:
     """
     original = context.source
     original.check_unchanged()
-    model = type(original.model).from_pretrained(original.path, dtype=context.stored, use_safetensors=True)
+    with quiet():
+        model = type(original.model).from_pretrained(
+            original.path, dtype=context.stored, use_safetensors=True
+        )
     # The stock class was locked, so that code of the repository's own for the model would be for another one.
     for config in (
         model.config,

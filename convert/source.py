@@ -107,7 +107,7 @@ def open_source(
     check_readable(folder, "config.json", "*.safetensors", "*.index.json")
     _check_config(folder)
     content = _fingerprint(folder)
-    with _quiet():
+    with quiet():
         model, unplaced = _load(folder, dtype)
         model = model.to(device).eval().requires_grad_(False)
         tokenizer = load_tokenizer(folder)
@@ -134,7 +134,7 @@ def _from_gguf(file: Path, fingerprint: str, dtype: torch.dtype | str, cache: Pa
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     # The GGUF reader's bar cannot be switched off; it writes to stderr.
-    with _quiet(), redirect_stderr(StringIO()):
+    with quiet(), redirect_stderr(StringIO()):
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 str(file.parent),
@@ -336,7 +336,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers without warnings and progress bars."""
     from transformers.utils import logging
 

@@ -140,6 +140,20 @@ def test_config(folder):
     assert "merge it" in refused(folder)
 
 
+def test_an_adapter_beside_a_model_is_refused(folder):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x/y"}')
+    assert "holds an adapter (adapter_config.json) beside a model: merge it" in refused(folder)
+
+
+def test_what_may_not_be_read_is_neither_missing_nor_damaged(nobodys):
+    folder = save_tiny("llama", nobodys / "model")
+    for path in ("model.safetensors", "config.json", "tokenizer.json", ""):
+        mode = (folder / path).stat().st_mode
+        (folder / path).chmod(0)
+        assert "permission denied; change its permissions or ask its owner" in refuse_in(folder)
+        (folder / path).chmod(mode)
+
+
 def refuse_in(folder):
     """As `refused`, where the message names a file of the folder."""
     with pytest.raises(DLRError) as error:
