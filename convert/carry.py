@@ -82,9 +82,9 @@ def _kept(source: Path, left: list[str]) -> Iterator[str]:
 
 def _is_sound(path: Path, source: Path) -> bool:
     """Whether a file is one, lies in the folder, and is neither pickled nor in another format of weights."""
-    real = path.resolve()
-    blobs = source.resolve().parents[1] / "blobs"
-    if not real.is_file() or not (real.is_relative_to(source.resolve()) or real.parent == blobs):
+    real, root = path.resolve(), source.resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    if not real.is_file() or not (real.is_relative_to(root) or real.parent == blobs):
         return False
     names = (path.name.lower(), real.name.lower())
     if any(name.endswith((*PICKLES, *OTHER_WEIGHTS)) or ".index." in name for name in names):

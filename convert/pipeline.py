@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..common.dtypes import DTYPES, dtype_name
-from ..common.errors import DLRError
+from ..common.errors import DLRError, first_line
 from ..common.files import check_space, check_target, permission_is_an_error, whole_directory
 from ..common.progress import Progress, no_progress
 from ..common.resume import ResumeStore, run_lock
@@ -35,7 +35,7 @@ from .mlp_discovery import check_dense, find_mlps, select_layers
 from .mlp_matching import MLP, mixtures, teacher_weights
 from .redistill import attack_module
 from .report import ConversionReport, ModuleReport, Modules, model_card
-from .source import compute_dtype, open_source, public_name, quiet
+from .source import Source, compute_dtype, open_source, public_name, quiet
 
 _Module = tuple[DLRNet, ModuleReport]
 
@@ -107,8 +107,9 @@ def _prepared(
         for mlp in mlps:
             config.spec_for(mlp.hidden_size, mlp.params)  # raises where there is no such chain
         stored = DTYPES.get(config.dtype) or original.dtype
-        check_space(target, original.model.num_parameters() * stored.itemsize)
         notes += [carry_over(original.path, work), unplaced_tensors(original, mlps)[1]]
+        _write_words(original, work)
+        check_space(target, original.model.num_parameters() * stored.itemsize)
     text = calibration_text(original, config, progress)
     # All that the modules of a conversion depend on; a module made with other facts is not reused.
     free = (
@@ -187,9 +188,21 @@ def _write(context: Context, chains: dict[str, DLRNet], work: Path) -> int:
         vars(config).pop("auto_map", None)
     lock(model, chains, context.identity, unplaced_tensors(original, context.mlps)[0])
     model.save_pretrained(work)
-    if original.tokenizer is not None:
-        original.tokenizer.save_pretrained(work)
     return model.num_parameters()
+
+
+def _write_words(original: Source, work: Path) -> None:
+    """Saves the tokenizer, and the configs that the weights will be saved with: what refuses to be, does so now."""
+    model = original.model
+    parts = [model.config, *([model.generation_config] if model.can_generate() else []), original.tokenizer]
+    try:
+        for part in parts:
+            if part is not None:
+                part.save_pretrained(work)
+    except (OSError, ValueError, TypeError) as error:
+        raise DLRError(
+            f"the {type(part).__name__} of {original.name} cannot be saved: {first_line(error)}"
+        ) from error
 
 
 def distill_modules(context: Context) -> Modules:

@@ -142,7 +142,7 @@ class ConversionReport:
     Attributes:
         out: The checkpoint.
         options: Every choice that led to it.
-        mlps: How many MLPs the original has, locked or not.
+        mlps: How many MLPs the original has, locked or not, and mixtures of experts.
         params_original, params_locked: Of the whole models.
         evaluation: The locked model against the original on held-out text.
         seconds: Of the whole conversion, an interrupted one's first part left out.

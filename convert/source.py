@@ -6,6 +6,7 @@ loaded: transformers would fill missing weights with random numbers and go on.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import warnings
@@ -126,7 +127,7 @@ def _from_gguf(file: Path, fingerprint: str, dtype: torch.dtype | str, cache: Pa
         return folder
     try:
         import accelerate  # noqa: F401
-        import gguf  # noqa: F401
+        import gguf
     except ImportError as error:
         raise DLRError(
             f"{file} needs packages that are not installed: pip install 'dlr-lock[gguf]'"
@@ -159,6 +160,9 @@ def _from_gguf(file: Path, fingerprint: str, dtype: torch.dtype | str, cache: Pa
             with whole_directory(folder) as work:
                 model.save_pretrained(work)
                 tokenizer.save_pretrained(work)
+                if terms := gguf.GGUFReader(file).get_field("general.license"):
+                    card = f"---\nlicense: {json.dumps(str(terms.contents()))}\n---\n"
+                    (work / "README.md").write_text(card, encoding="utf-8")
         except DLRError:
             if not folder.is_dir():  # else another run was faster
                 raise

@@ -269,7 +269,9 @@ def _sweep(target: Path) -> None:
     What a living process has, or may have where there are no locks, stays.
     """
     ours = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}\.(partial|old)")
-    found = sorted(target.parent.iterdir()) if target.parent.is_dir() else []
+    found: list[Path] = []
+    with suppress(OSError):  # there is none, or it may not be listed
+        found = sorted(target.parent.iterdir())
     for folder in (path for path in found if ours.fullmatch(path.name) and not path.is_symlink()):
         with suppress(OSError):
             if (lock := _lock(folder)) is None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, save_tiny, tiny_model, tiny_tokenizer
 
 from dlr_lock.common.errors import DLRError
+from dlr_lock.convert.carry import licence
 from dlr_lock.convert.source import open_source
 
 IDS = torch.randint(320, (1, 10), generator=torch.Generator().manual_seed(5))
@@ -217,6 +218,7 @@ def write_gguf(model, file):
     import gguf
 
     writer = gguf.GGUFWriter(file, "llama")
+    writer.add_license("mit")
     writer.add_block_count(model.config.num_hidden_layers)
     writer.add_context_length(model.config.max_position_embeddings)
     writer.add_embedding_length(HIDDEN)
@@ -259,6 +261,7 @@ def test_gguf(tmp_path, capfd):
     assert capfd.readouterr().err == ""
     torch.testing.assert_close(output(source.model), output(model), rtol=1e-4, atol=1e-4)
     assert source.tokenizer("The sea, 漢").input_ids == tiny_tokenizer()("The sea, 漢").input_ids
+    assert licence(source.path) == {"license": "mit"}
     # What was unpacked is an ordinary directory, alone in the cache folder, and is used again.
     assert list((tmp_path / "cache").iterdir()) == [source.path]
     assert torch.equal(output(opened(source.path).model), output(source.model))
