@@ -26,7 +26,7 @@ _UNTRUE = re.compile(
     re.IGNORECASE,
 )
 # Written anew, as are the weights.
-_REPLACED = ("model.safetensors.index.json", "README.md", "dlr_manifest.json")
+_REPLACED = re.compile(r"model\.safetensors\.index\.json|readme\.md|dlr_manifest\.json", re.IGNORECASE)
 
 
 def carry_over(source: Path, to: Path) -> str | None:
@@ -54,7 +54,7 @@ def carry_over(source: Path, to: Path) -> str | None:
 def _kept(source: Path, left: list[str]) -> Iterator[str]:
     """The files to keep, by their paths in the source; those of what is left behind are added to `left`."""
     parts = encoder_parts(source)
-    replaced = {*_REPLACED, *(path.name for path in weight_files(source))}
+    weights = {path.name for path in weight_files(source)}
 
     def unreadable(error: OSError) -> None:
         raise error
@@ -71,10 +71,10 @@ def _kept(source: Path, left: list[str]) -> Iterator[str]:
                 left.append(f"{name}/")
         for file in files:
             name = str(inner / file)
-            if file.startswith(".") or name in replaced:
+            if file.startswith(".") or name in weights or _REPLACED.fullmatch(name):
                 continue
-            weights = file.lower().endswith(".safetensors") and str(inner) not in parts
-            if weights or _UNTRUE.fullmatch(file) or not _is_sound(source / name, source):
+            others = file.lower().endswith(".safetensors") and str(inner) not in parts
+            if others or _UNTRUE.fullmatch(file) or not _is_sound(source / name, source):
                 left.append(name)
             else:
                 yield name
@@ -87,7 +87,10 @@ def _is_sound(path: Path, source: Path) -> bool:
     if not real.is_file() or not (real.is_relative_to(root) or real.parent == blobs):
         return False
     names = (path.name.lower(), real.name.lower())
-    if any(name.endswith((*PICKLES, *OTHER_WEIGHTS)) or ".index." in name for name in names):
+    if any(
+        name.endswith((*PICKLES, *OTHER_WEIGHTS)) or re.search(r"\.index(\.\w+)?\.json$", name)
+        for name in names
+    ):
         return False
     if real.suffix == ".safetensors" and path.suffix != ".safetensors":
         return False

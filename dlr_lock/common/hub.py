@@ -2,13 +2,18 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from .errors import DLRError, first_line
 from .files import read_json
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
-OTHER_WEIGHTS = (".gguf", ".ggml", ".onnx", ".h5", ".msgpack", ".ot", ".tflite", ".mlmodel", ".mlpackage")
+OTHER_WEIGHTS = (
+    ".gguf", ".ggml", ".llamafile", ".onnx", ".onnx_data", ".h5", ".msgpack", ".ot", ".tflite", ".litertlm", ".task",
+    ".mlmodel", ".mlpackage", ".nemo", ".engine", ".pte",
+)  # fmt: skip
 # Hugging Face's own rule for a repository's name: an owner at most, no other slash.
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -53,12 +58,15 @@ def model_folder(name: str | Path, *, only: Sequence[str] | None = None, files: 
 
 
 def encoder_parts(folder: Path) -> list[str]:
-    """The subfolders that a sentence encoder's modules.json names (pooling, dense layers); none without one."""
-    if not (folder / "modules.json").is_file():
-        return []
-    try:
+    """The subfolders that a sentence encoder's modules.json names (pooling, dense layers), but for those with a model of
+    transformers in them; none where there is no such file."""
+    parts, found = [], []
+    with suppress(DLRError):
         parts = read_json(folder / "modules.json", list)
-    except DLRError:
-        return []
-    paths = [str(part.get("path") or "").strip("/") for part in parts if isinstance(part, dict)]
-    return [path for path in paths if path and ".." not in Path(path).parts]
+    for path in (str(part.get("path") or "").strip("/") for part in parts if isinstance(part, dict)):
+        config: dict[str, Any] = {}
+        with suppress(DLRError):
+            config = read_json(folder / path / "config.json")
+        if path and ".." not in Path(path).parts and "model_type" not in config:
+            found.append(path)
+    return found

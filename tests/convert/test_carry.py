@@ -163,6 +163,18 @@ MODULES = [
 ]
 
 
+def test_no_second_copy_of_the_model_is_carried_over(tmp_path: Path) -> None:
+    """A sentence encoder's file names its modules' folders, one of which may hold the very model that is locked."""
+    source = save_tiny("llama", tmp_path / "source")
+    shutil.copytree(source, source / "0_Transformer")
+    add(
+        source, **{"modules.json": json.dumps([{"idx": 0, "path": "0_Transformer", "type": "x.Transformer"}])}
+    )
+    report = converted(source, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").rglob("*.safetensors")] == ["model.safetensors"]
+    assert "left behind from the source's directory: 0_Transformer/" in report.warnings
+
+
 def test_a_sentence_encoder_stays_one(tmp_path: Path) -> None:
     source = save_tiny("bert", tmp_path / "source")
     encoder = {
