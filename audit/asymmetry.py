@@ -9,7 +9,7 @@ best           each by its strategy with the cheapest whole step in that measure
 
 Forward is an inference pass: of the chain step by step (reference), or of the runtime's op (runtime), against the
 original MLP's. Where a strategy's own forward pass takes more than inference, as look-ahead's Gram blocks do, the ratio
-does not show it; `systems.compare` compares whole steps.
+does not show it; `strategies.compare` compares whole steps.
 """
 
 from collections.abc import Iterable
@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from ..common.timing import median_seconds
-from .strategies.compare import Objective, best
+from .strategies.compare import Objective, best_cost
 from .strategies.compiled import compiled
-from .strategies.slot import Row, Variant, rows
+from .strategies.slot import SlotVariant, StrategyCost, slot_costs
 
 MODES = {"eager": "plain", "compiled": "compiled", "checkpointed": "checkpoint", "best": None}
 MEASURES = ("flops", "launches", "dependent", "seconds")
@@ -27,8 +27,15 @@ MEASURES = ("flops", "launches", "dependent", "seconds")
 
 @dataclass(frozen=True, slots=True)
 class Asymmetry:
-    """value: the ratio of ratios. forward: of the locked slot, reference or runtime. locked, original: the strategies
-    whose backward passes these are."""
+    """One ratio of ratios.
+
+    Attributes:
+        mode: One of MODES.
+        measure: One of MEASURES.
+        forward: What runs the locked slot's forward pass, 'reference' or 'runtime'.
+        value: (backward / forward) of the locked slot over that of the original.
+        locked, original: The strategies whose backward passes these are.
+    """
 
     mode: str
     measure: str
@@ -38,10 +45,15 @@ class Asymmetry:
     original: str
 
 
-def asymmetries(locked: Variant, original: Variant, *, repeats: int = 0) -> list[Asymmetry]:
-    """Every mode, measure and forward; seconds only where repeats > 0, on tensors with data.
+def asymmetries(locked: SlotVariant, original: SlotVariant, *, repeats: int = 0) -> list[Asymmetry]:
+    """The ratios of a slot in every mode and measure, by every forward pass.
 
-    Where torch.compile fails, there is no compiled mode.
+    Args:
+        locked, original: The slot with the chain, and with the MLP.
+        repeats: How often a pass is timed, on tensors with data; where this is 0 there are no seconds.
+
+    Returns:
+        The ratios; none of the compiled mode where torch.compile fails.
     """
     ours, theirs = (_trained(variant, repeats) for variant in (locked, original))
     table = []
@@ -57,19 +69,19 @@ def asymmetries(locked: Variant, original: Variant, *, repeats: int = 0) -> list
     return table
 
 
-def _trained(variant: Variant, repeats: int) -> list[Row]:
-    """The rows of all strategies that train the weights; the compiled ones only where there is time to measure."""
+def _trained(variant: SlotVariant, repeats: int) -> list[StrategyCost]:
+    """The costs of all strategies that train the weights; the compiled ones only where there is time to measure."""
     chosen = [p for p in variant.strategies if p.trainable == "weights" and (repeats or not p.compiled)]
-    return rows(variant, chosen, repeats=repeats)
+    return slot_costs(variant, chosen, repeats=repeats)
 
 
-def _chosen(rows: Iterable[Row], mode: str, measure: str) -> Row | None:
+def _chosen(costs: Iterable[StrategyCost], mode: str, measure: str) -> StrategyCost | None:
     """The mode's row, None where it lacks the measure."""
     named = MODES[mode]
-    return best((row for row in rows if named in (None, row.strategy)), Objective(measure))
+    return best_cost((cost for cost in costs if named in (None, cost.strategy)), Objective(measure))
 
 
-def _backward(row: Row, measure: str) -> float:
+def _backward(row: StrategyCost, measure: str) -> float:
     if measure == "seconds":
         assert row.seconds is not None
         return row.seconds.backward
@@ -77,7 +89,7 @@ def _backward(row: Row, measure: str) -> float:
     return getattr(row.counts.backward, measure)
 
 
-def _inference(variant: Variant, forward: str, mode: str, measure: str, repeats: int) -> float:
+def _inference(variant: SlotVariant, forward: str, mode: str, measure: str, repeats: int) -> float:
     if measure != "seconds":
         return getattr(variant.count_inference(forward), measure)
     run = variant.inference[forward]

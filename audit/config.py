@@ -8,21 +8,27 @@ from ..common.errors import DLRError
 from ..common.memory import memory_bytes
 from ..common.options import check_names, option
 from ..runtime.device import usable_device
-from .learning import FIRST_RATES, Tuning
+from .attacks import TRAINING_ATTACKS
+from .attacks.fine_tune import Tuning
 from .texts import INVENTED, TOPICS
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What an attacker may spend, and how well it is measured. tokens, heldout: of neutral text to distil chains back
-    on, and to measure on. shares: of a module's conversion that distilling it back may cost, in train_tokens. tuning, batch,
-    sequence: training tokens of a fine-tune, of a step, of a sequence. task_heldout: tokens that judge it.
-    seeds, rates: runs at the best rate, and rates tried at most. timed: whether the asymmetry is timed, too."""
+    """What an attacker may spend, and how well it is measured.
+
+    Attributes:
+        tokens, heldout: Tokens of neutral text, to distil chains back on and to measure on.
+        shares: Training tokens of redistilling a chain, over those of its conversion.
+        tuning, batch, sequence: Training tokens of a fine-tune, tokens of a step, tokens of a sequence.
+        task_heldout: Tokens of the task that a fine-tune is judged by.
+        seeds, rates: Runs at the best rate, and rates tried at most.
+        timed: Whether the asymmetry is timed, too.
+    """
 
     tokens: int
     heldout: int
     shares: str
-    attacks: str
     tuning: int
     batch: int
     sequence: int
@@ -33,15 +39,9 @@ class Budget:
 
 
 BUDGETS = {
-    "quick": Budget(
-        32_768, 4_096, "0.0625", "full,LoRA,attention",
-        4_096, 256, 128, 512, 3, 4, False,
-    ),
-    "full": Budget(
-        409_600, 10_240, "0.0625,0.25,1", "full,LoRA,attention,MeZO",
-        262_144, 2_048, 512, 8_192, 3, 6, True,
-    ),
-}  # fmt: skip
+    "quick": Budget(32_768, 4_096, "0.0625", 4_096, 256, 128, 512, 3, 4, timed=False),
+    "full": Budget(409_600, 10_240, "0.0625,0.25,1", 262_144, 2_048, 512, 8_192, 3, 6, timed=True),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ class AuditConfig:
     """The choices of `audit_model`; None means: as `budget` says.
 
     Every field says in its help what it is; `dlr-lock audit --help` prints them all. The texts are those of
-    `texts.read_split`, a fine-tune's numbers those of `Budget`.
+    `texts.read_split`, a fine-tune's numbers those of `Budget`, the attacks those of `attacks.TRAINING_ATTACKS`.
     """
 
     budget: str = option("quick", "quick or full: what an attacker may spend, where not said below.")
@@ -57,7 +57,7 @@ class AuditConfig:
         INVENTED, "Text to fine-tune on: .txt, .jsonl, .parquet, a datasets name, or invented."
     )
     data: str = option(TOPICS, "Neutral text, in the same forms, or topics: Python's documentation.")
-    attacks: str | None = option(None, "Some of full,LoRA,attention,MeZO.")
+    attacks: str | None = option(None, f"Attacks on training, some of {','.join(TRAINING_ATTACKS)}.")
     shares: str | None = option(
         None, "Training tokens of redistilling a chain, over its conversion's: 0.0625,1."
     )
@@ -76,15 +76,26 @@ class AuditConfig:
 
     @classmethod
     def of(cls, choices: dict[str, Any]) -> "AuditConfig":
-        """The choices by name. Raises DLRError on a name that there is not, with today's name of an old one."""
+        """The choices by name.
+
+        Raises:
+            DLRError: On a name that there is not, with today's name of an old one.
+        """
         check_names(choices, cls, RENAMED)
         return cls(**choices)
 
     def resolved(self) -> "AuditConfig":
-        """The same with every None filled in. Raises DLRError on bad values."""
+        """The same with every None filled in.
+
+        Raises:
+            DLRError: On bad values.
+        """
         if self.budget not in BUDGETS:
             raise DLRError(f"unknown budget {self.budget!r}; one of {', '.join(BUDGETS)}")
         budget = asdict(BUDGETS[self.budget])
+        budget["attacks"] = ",".join(
+            name for name, attack in TRAINING_ATTACKS.items() if self.budget in attack.budgets
+        )
         chosen = replace(
             self,
             **{k: v for k, v in budget.items() if k in self.__slots__ and getattr(self, k) is None},
@@ -103,19 +114,20 @@ class AuditConfig:
         if not 0 <= self.seed < 2**31:
             raise DLRError(f"--seed must be from 0 to {2**31 - 1}, not {self.seed}")
         for attack in chosen.chosen_attacks:
-            if attack not in FIRST_RATES:
-                raise DLRError(f"unknown attack {attack!r}; some of {','.join(FIRST_RATES)}")
+            if attack not in TRAINING_ATTACKS:
+                raise DLRError(f"unknown attack {attack!r}; some of {','.join(TRAINING_ATTACKS)}")
         if not chosen.chosen_shares:
-            raise DLRError("--shares must name one share of the train_tokens at least, such as 0.0625")
+            raise DLRError("--shares must name one share of the training tokens at least, such as 0.0625")
         return chosen
 
     @property
     def chosen_attacks(self) -> list[str]:
+        """The attacks on training by name, in the order given, each once."""
         return list(dict.fromkeys(part.strip() for part in str(self.attacks).split(",")))
 
     @property
     def chosen_shares(self) -> list[float]:
-        """In ascending order."""
+        """The shares of a conversion's training tokens, in ascending order."""
         parts = [part.strip() for part in str(self.shares).split(",") if part.strip()]
         if not all(re.fullmatch(r"\d*\.?\d+", part) and 0 < float(part) <= 100 for part in parts):
             raise DLRError(f"--shares {self.shares}: numbers above 0 and at most 100, such as 0.0625,0.25")

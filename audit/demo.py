@@ -165,6 +165,8 @@ def demo_sections(result: DemoResult) -> list[Section]:
         "  in one locked MLP's place, MB": (result.slot_locked / 1e6, result.slot_original / 1e6, ".1f"),
     }
     rows = [(what, f"{a:{form}}", f"{b:{form}}", f"{a / b:.2f}") for what, (a, b, form) in figures.items()]
+    ours, theirs = result.completion_locked.strip(), result.completion_original.strip()
+    completions = f"locked:   {ours}\noriginal: {theirs}"
     kept = (
         f"The checkpoint is {result.kept}."
         if result.kept
@@ -176,14 +178,8 @@ def demo_sections(result: DemoResult) -> list[Section]:
             f"What training costs now, on {locked.tokens} tokens",
             table=Table(("", "locked", "original", "ratio"), rows),
         ),
-        Section(
-            result.prompt,
-            [
-                f"locked:   {result.completion_locked.strip()}",
-                f"original: {result.completion_original.strip()}",
-            ],
-        ),
-        Section("", [f"{len(result.report.modules)} of {result.layers} MLPs are locked. {kept}"]),
+        Section(result.prompt, completions),
+        Section("", f"{len(result.report.modules)} of {result.layers} MLPs are locked. {kept}"),
     ]
 
 

@@ -4,6 +4,7 @@ Counts are exact and the same on every device; they hold on fake and meta tensor
 machine at hand can be counted. Seconds are the exception, and stand apart.
 """
 
+import copy
 import statistics
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -26,9 +28,13 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """flops: of products and attention, a multiply-add being two. launches: operations that compute, each at least
-    one kernel in eager mode; views and empty tensors are none. dependent: the longest run of launches of which each
-    reads what the one before wrote."""
+    """What some work dispatched.
+
+    Attributes:
+        flops: Of products and attention, a multiply-add being two.
+        launches: Operations that compute, each at least one kernel in eager mode; views and empty tensors are none.
+        dependent: The longest run of launches of which each reads what the one before wrote.
+    """
 
     flops: int = 0
     launches: int = 0
@@ -37,14 +43,16 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class StepCounts:
-    """Forward and backward of one training step; the optimizer's update is the same for all who train the same.
+    """One training step without the optimizer's update, which is the same for all who train the same.
 
-    saved: bytes that autograd saves for the backward pass, parameters left out, each storage once, as
-        saved_tensors_hooks show it.
-    held: bytes alive between forward and backward, the output left out; also what a selective checkpoint caches,
-        which autograd's hooks do not see.
-    peak: the most bytes alive at any time, gradients included, parameters left out; an operation's own scratch is
-        the device's business, see `device_peak`.
+    Attributes:
+        forward, backward: What the passes dispatch.
+        saved: Bytes that autograd saves for the backward pass, parameters left out, each storage once, as
+            saved_tensors_hooks show it.
+        held: Bytes alive between forward and backward, the output left out; also what a selective checkpoint caches,
+            which autograd's hooks do not see.
+        peak: The most bytes alive at any time, gradients included, parameters left out; an operation's own scratch is
+            the device's business, see `device_peak`.
     """
 
     forward: Counts
@@ -55,10 +63,12 @@ class StepCounts:
 
     @property
     def flops(self) -> int:
+        """FLOPs of both passes."""
         return self.forward.flops + self.backward.flops
 
     @property
     def dependent(self) -> int:
+        """Dependent launches of both passes."""
         return self.forward.dependent + self.backward.dependent
 
 
@@ -143,10 +153,13 @@ class Meter(TorchDispatchMode):
 
 
 def count_step(function: Callable[[Tensor], Tensor], x: Tensor, trained: Sequence[Tensor]) -> StepCounts:
-    """Counts the training step of y = function(x): y's gradient is all ones, those of `trained` are computed.
+    """Counts the training step of y = function(x). Nothing is changed: gradients are thrown away.
 
-    x: of any dtype; where it requires a gradient, its gradient is computed too, and it counts as an activation of the
-    layer before, that is, where the function keeps it. Nothing is changed: gradients are thrown away.
+    Args:
+        function: The forward pass. y's gradient is all ones.
+        x: Its input, of any dtype. Where it requires a gradient, its gradient is computed too, and it counts as an
+            activation of the layer before, that is, where the function keeps it.
+        trained: The tensors whose gradients are computed.
     """
     meter = Meter()
     entering = x.clone() if x.requires_grad else x  # not a leaf: autograd would keep that in any case
@@ -176,10 +189,14 @@ def count(function: Callable[[], Any]) -> Counts:
 
 @contextmanager
 def recorded(own: Sequence[Tensor]) -> Iterator[dict[int, int]]:
-    """Bytes by storage of what autograd saves within the block, the storages of `own` left out.
+    """What autograd saves within the block, by torch.autograd.graph.saved_tensors_hooks.
 
-    By torch.autograd.graph.saved_tensors_hooks. Addresses are used twice once the graph is gone, so read the result
-    while the output lives.
+    Args:
+        own: Tensors whose storages are left out.
+
+    Yields:
+        Bytes by the storage's address. Addresses are used twice once the graph is gone, so read it while the output
+        lives.
     """
     ours = {t.untyped_storage()._cdata for t in own}
     storages: dict[int, int] = {}
@@ -195,8 +212,14 @@ def recorded(own: Sequence[Tensor]) -> Iterator[dict[int, int]]:
 
 
 def saved_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes that autograd saves during `forward()`, parameters and buffers of `module` left out; a storage that
-    several nodes share counts once. DLR-Nets run as the plain chain, since their op has no backward."""
+    """Bytes that autograd saves during a forward pass; a storage that several nodes share counts once.
+
+    DLR-Nets run as the plain chain, since their op has no backward.
+
+    Args:
+        module: Its parameters and buffers are left out.
+        forward: The pass.
+    """
     with recorded([*module.parameters(), *module.buffers()]) as saved, backend("naive"):
         result = forward()
     total = sum(saved.values())
@@ -206,7 +229,7 @@ def saved_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class StepSeconds:
-    """Medians, of a training step: its forward and backward pass, and an update by SGD."""
+    """Seconds of a training step, medians: its forward and backward pass, and an update by SGD."""
 
     forward: float
     backward: float
@@ -214,15 +237,20 @@ class StepSeconds:
 
     @property
     def step(self) -> float:
+        """Seconds of the whole step."""
         return self.forward + self.backward + self.update
 
 
 def time_step(
     function: Callable[[Tensor], Tensor], x: Tensor, trained: Sequence[Tensor], *, repeats: int = 3
 ) -> StepSeconds:
-    """Seconds of the step that `count_step` counts, and of the update; medians of `repeats` after a warm-up.
+    """Times the step that `count_step` counts, and the update.
 
     The rate is 0: nothing is changed, but gradients (`.grad`) are freed.
+
+    Args:
+        function, x, trained: As for `count_step`.
+        repeats: How many steps the medians are of, after a warm-up.
     """
     rounds = []
     for _ in range(repeats + 1):
@@ -241,6 +269,17 @@ def time_step(
         for leaf in (x, *trained):
             leaf.grad = None
     return StepSeconds(*map(statistics.median, zip(*rounds[1:], strict=True)))
+
+
+def without_data(model: nn.Module) -> tuple[FakeTensorMode, Any]:
+    """A copy of a model whose tensors have shapes alone, and the mode to run it in: what runs there can be counted."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # tensors that are no parameters or buffers
+    memo: dict[int, object] = {
+        id(p): nn.Parameter(mode.from_tensor(p.detach()), requires_grad=p.requires_grad)
+        for p in model.parameters()
+    }
+    memo |= {id(b): mode.from_tensor(b) for b in model.buffers()}
+    return mode, copy.deepcopy(model, memo)
 
 
 def device_peak(work: Callable[[], Any], device: torch.device) -> int | None:
@@ -276,7 +315,7 @@ def _dlr_net_flops(
     """Look-ahead's: the products with the weights, and within a block of S steps those of a step with the earlier
     ones, S (S - 1) / 2 of [T, r] x [r, r]. A gated chain has no blocks, and three products a step."""
     tokens, rank = x.numel() // x.shape[-1], A.shape[2]
-    earlier = sum(S * (S - 1) // 2 for S in _blocks(A, gram))
+    earlier = sum(S * (S - 1) // 2 for S in _block_steps(A, gram))
     return 2 * tokens * ((2 if G is None else 3) * A.numel() + len(A) * earlier * rank**2)
 
 
@@ -286,10 +325,10 @@ def _dlr_net_launches(
 ) -> int:  # fmt: skip
     if G is not None:
         return 5 * A.shape[1]  # step by step: three products, the activation, the gate
-    return sum(2 if S == 1 else 3 for S in _blocks(A, gram))  # a step alone needs no solve
+    return sum(2 if S == 1 else 3 for S in _block_steps(A, gram))  # a step alone needs no solve
 
 
-def _blocks(A: Tensor, gram: Tensor | None) -> list[int]:
+def _block_steps(A: Tensor, gram: Tensor | None) -> list[int]:
     """Steps of each block."""
     steps, depth = 1 if gram is None else gram.shape[-2] // A.shape[2], A.shape[1]
     return [min(steps, depth - first) for first in range(0, depth, steps)]

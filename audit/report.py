@@ -15,10 +15,13 @@ SCHEMA = 1
 class Structural:
     """One attack on the chains' structure, on all locked modules at once, and the model that it leaves.
 
-    name: such as 'flatten'. about: what is done, a sentence. evaluation: the attacked model against the original on
-    held-out neutral text. train_tokens: the attacker's training tokens a module; flops, seconds: all that the attack took
-    (None: nothing but reading the weights).
-    slots: what is in the chains' places afterwards: 'MLP', of one wide step, or 'chain'.
+    Attributes:
+        name: Such as 'flatten'.
+        about: What is done, a sentence.
+        evaluation: The attacked model against the original on held-out neutral text.
+        slots: What is in the chains' places afterwards: 'MLP', of one wide step, or 'chain'.
+        train_tokens: The attacker's training tokens a module.
+        flops, seconds: All that the attack took; None where it does no more than read the weights.
     """
 
     name: str
@@ -32,11 +35,15 @@ class Structural:
 
 @dataclass(frozen=True, slots=True)
 class Student:
-    """One module distilled back into an MLP of its size for `train_tokens` training tokens.
+    """One module distilled back into an MLP of its size.
 
-    init: 'linear' (see convert.unlock), or 'random': a fresh SwiGLU MLP. share: train_tokens over those of the
-    module's conversion, None where the checkpoint does not say. error: relative error against the original MLP on
-    held-out tokens of the original's activations; student_error: against the chain, on the locked model's.
+    Attributes:
+        init: What it started from: 'linear' or 'flat' (see `convert.redistill`), or 'random', a fresh SwiGLU MLP.
+        train_tokens: Training tokens of the distillation.
+        share: These over those of the module's conversion; None where the checkpoint does not say.
+        error: Relative error against the original MLP, on held-out tokens of the original's activations.
+        student_error: Relative error against the chain, on held-out tokens of the locked model's activations.
+        seconds: Of the distillation and of getting the activations.
     """
 
     init: str
@@ -49,8 +56,15 @@ class Student:
 
 @dataclass(frozen=True, slots=True)
 class ModuleStudents:
-    """All students of one module. chain_error: the chain's own relative error, measured as `Student.error`. gap: the
-    flatten gap over |chain|^2, on the locked model's own activations."""
+    """All students of one module.
+
+    Attributes:
+        module: The module's name.
+        chain: The chain's form, in words.
+        chain_error: The chain's own relative error, measured as `Student.error`.
+        gap: The flatten gap over |chain|^2, on the locked model's own activations.
+        students: In ascending order of their training tokens.
+    """
 
     module: str
     chain: str
@@ -59,19 +73,27 @@ class ModuleStudents:
     students: list[Student]
 
     def undone(self, tolerance: float) -> Student | None:
-        """The cheapest copy whose error is at most `tolerance` times the chain's own; None where none is."""
-        good = [copy for copy in self.students if copy.error <= tolerance * self.chain_error]
-        return min(good, key=lambda copy: copy.train_tokens, default=None)
+        """The cheapest student whose error is at most `tolerance` times the chain's own; None where none is."""
+        good = [student for student in self.students if student.error <= tolerance * self.chain_error]
+        return min(good, key=lambda student: student.train_tokens, default=None)
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One fine-tuning, and the held-out loss of the task, in nats a token, after so many training tokens.
+    """One fine-tuning run of one model.
 
-    variant: 'original', 'locked', or such as 're-distilled, 0.25': of the conversion's train_tokens. attack: 'full', 'LoRA',
-    'attention' (LoRA on all but the MLPs' places) or 'MeZO'.
-    neutral: loss on neutral text before and after. diverged: the loss became no number, and the curve ends before that.
-    seconds: of a training step of `batch` tokens, the median. best: its rate is the best one of the sweep.
+    Attributes:
+        variant: 'original', 'locked', or such as 're-distilled, 0.25': that share of the conversion's training tokens.
+        attack: The name of an attack on training.
+        rate: The learning rate at its full height.
+        seed: Of the order of the text and of all that the attack draws.
+        batch: Tokens of a step.
+        tokens: Training tokens after which the held-out loss was measured; the first is 0.
+        losses: The held-out loss of the task then, in nats a token.
+        neutral: The loss on neutral text before and after; None for after where the run diverged.
+        seconds: Of a training step, the median.
+        diverged: Whether the loss became no number; the curve ends before that.
+        best: Whether the rate is the best one of the sweep.
     """
 
     variant: str
@@ -89,8 +111,16 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """A training step of an variant's whole model for an attack, by one strategy. flops, launches, dependent: of a step of
-    `tokens` tokens; peak, held: bytes, parameters and the optimizer's state left out; seconds: None, not timed."""
+    """A training step of a variant's whole model for an attack, by one strategy.
+
+    Attributes:
+        variant, attack: As in `Run`.
+        strategy: The strategy's name.
+        tokens: Of the step.
+        flops, launches, dependent: See `meters.Counts`; forward and backward.
+        peak, held: Bytes, see `meters.StepCounts`; parameters and the optimizer's state are left out.
+        seconds: None where it was not timed.
+    """
 
     variant: str
     attack: str
@@ -105,7 +135,7 @@ class StepCost:
 
 
 def cheapest_step(steps: Iterable[StepCost], variant: str, attack: str, measure: str) -> StepCost | None:
-    """The step of the strategy that is cheapest by a measure ('flops', 'seconds', 'peak'); None where none has it."""
+    """The step of the strategy that is cheapest by a measure, such as 'flops' or 'seconds'; None where none has it."""
     measured = [
         s for s in steps if (s.variant, s.attack) == (variant, attack) and getattr(s, measure) is not None
     ]
@@ -114,8 +144,14 @@ def cheapest_step(steps: Iterable[StepCost], variant: str, attack: str, measure:
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """attack: 'variant, attack'. strategy: how its steps are trained. cost: in the verdict's measure. bound: the target was
-    not reached, and the cost is that of the whole budget: it takes more."""
+    """What an attack takes to reach a target.
+
+    Attributes:
+        attack: "variant, attack".
+        strategy: How its steps are trained.
+        cost: In the verdict's measure.
+        bound: Whether the target was not reached: the cost is that of the whole budget, and it takes more.
+    """
 
     attack: str
     strategy: str
@@ -125,9 +161,17 @@ class Price:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One target and one measure. share: the gain to reach, over the best one of the original within the budget.
-    measure: 'flops', 'seconds' or 'peak' (bytes). tunes: fine-tunes that one redistillation serves. ratio: locked over
-    original, None where one has no price; bound: it is more than that."""
+    """One target and one measure.
+
+    Attributes:
+        share: The gain to reach, over the best one of the original within the budget.
+        loss: The held-out loss that this is, in nats a token.
+        measure: 'flops', 'seconds' or 'peak' (bytes).
+        tunes: How many fine-tunes one redistillation serves.
+        locked, original: The cheapest attack on each; None where none has a price.
+        ratio: Locked over original; None where one of them has no price.
+        bound: Whether the ratio is more than that.
+    """
 
     share: float
     loss: float
@@ -141,9 +185,25 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class AuditReport:
-    """One audit of `locked` against `original`. options: every choice. fidelity: the locked model against the
-    original on held-out neutral text. slot: what the asymmetries are of. notes: what was not run, and why; what the
-    owner should know."""
+    """One audit of a locked model against its original.
+
+    Attributes:
+        locked, original: The models' names; no path of the machine's is in them.
+        options: Every choice.
+        machine: Where it was run, see `common.machine`.
+        threat: The threat model, in words.
+        fidelity: The locked model against the original on held-out neutral text.
+        structural: Attacks that train nothing end to end.
+        modules: Redistillation, module by module.
+        runs: Every fine-tuning run.
+        steps: What a training step costs, by every strategy.
+        asymmetries: Backward over forward of one slot, locked over original.
+        verdicts: What is read off the rows.
+        attacks: The attacks on training that were chosen: name -> what it does, a sentence.
+        slot: What the asymmetries are of.
+        notes: What was not run, and why; what else the owner should know.
+        seconds: That the audit took.
+    """
 
     locked: str
     original: str
@@ -170,7 +230,7 @@ class AuditReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON."""
-        return {"schema": SCHEMA} | _plain(asdict(self))
+        return {"schema": SCHEMA} | _finite(asdict(self))
 
 
 def structural_from(values: dict[str, Any]) -> Structural:
@@ -179,10 +239,10 @@ def structural_from(values: dict[str, Any]) -> Structural:
     return Structural(**values | {"evaluation": kind(**values["evaluation"])})
 
 
-def _plain(value: Any) -> Any:
+def _finite(value: Any) -> Any:
     """Without infinity, which JSON has not (a perplexity can be beyond every float)."""
     if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
+        return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

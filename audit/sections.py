@@ -22,6 +22,7 @@ from .report import (
     Verdict,
     cheapest_step,
 )
+from .verdict import ORIGINAL
 
 MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "flops": ("FLOPs", flops_words),
@@ -35,11 +36,12 @@ _STEP: dict[str, Callable[[float], str]] = {
 _SWAP = "swap"  # takes the original's own MLPs, which the threat model rules out: it always succeeds
 _PUBLIC = "Where the original is public the lock is worth nothing: its MLPs can be put back."
 _PRICE = "target | fine-tunes | measure | locked: attack | strategy | cost | original: attack | strategy | cost | ratio"
+_COST = ("initialisation", "training tokens")
 _NOT_RUN = "Not run; the notes say why."
 
 
 def page(report: AuditReport) -> str:
-    """The audit as one HTML document. The same report gives the same characters, with one version of matplotlib."""
+    """The audit as one HTML document; the same report gives the same characters, with one version of matplotlib."""
     head, *sections = audit_sections(report)
     return document(head, sections)
 
@@ -60,12 +62,14 @@ def verdict_words(report: AuditReport) -> list[str]:
 
 
 def _head(report: AuditReport) -> Section:
-    return Section(f"Audit of {report.locked}, locked from {report.original}", verdict_words(report))
+    return Section(
+        f"Audit of {report.locked}, locked from {report.original}", "\n".join(verdict_words(report))
+    )
 
 
 def _attacked(report: AuditReport) -> Section:
     fidelity = f"Fidelity of the locked model: {evaluation_words(report.fidelity)}"
-    return Section("What was attacked", [f"Threat model: {report.threat}", fidelity])
+    return Section("What was attacked", f"Threat model: {report.threat}\n{fidelity}")
 
 
 def _target_words(rows: list[Verdict], strategy: Callable[[Price], str]) -> str:
@@ -144,15 +148,9 @@ def _recovered(report: AuditReport, row: Structural) -> str:
 def _verdicts(report: AuditReport) -> Section:
     strategy = _strategy_words(report)
 
-    def shown(rows: list[Verdict], measure: str) -> str:
-        cells = (
-            ratio_words(v.ratio, v.bound) + ("" if v.bound else f" by {v.locked.attack}")
-            if v.locked
-            else "no price"
-            for v in rows
-            if v.measure == measure
-        )
-        return " and ".join(cells)
+    def shown(v: Verdict) -> str:
+        by = "" if v.bound or not v.locked else f" by {v.locked.attack}"
+        return ratio_words(v.ratio, v.bound) + by if v.locked else "no price"
 
     def price(v: Verdict, side: Price | None) -> tuple[str, str, str]:
         if side is None:
@@ -160,25 +158,21 @@ def _verdicts(report: AuditReport) -> Section:
         cost = MEASURES[v.measure][1](side.cost)
         return side.attack, strategy(side), f"more than {cost}" if side.bound else cost
 
-    targets = grouped(report.verdicts, lambda v: (v.share, v.loss, v.tunes))
-    rows = [
-        (f"{share:.0%}, loss {loss:.3f}", f"{tunes}", *(shown(found, measure) for measure in MEASURES))
-        for (share, loss, tunes), found in targets.items()
-    ]
-    prices = [
-        (
-            f"{v.share:.0%}, loss {v.loss:.3f}", f"{v.tunes}", MEASURES[v.measure][0], *price(v, v.locked),
-            *price(v, v.original), ratio_words(v.ratio, v.bound),
-        )
-        for v in report.verdicts
-    ]  # fmt: skip
+    def target(v: Verdict) -> tuple[str, str]:
+        return f"{v.share:.0%}, loss {v.loss:.3f}", str(v.tunes)
+
+    rows, prices = [], []
+    for key, same in grouped(report.verdicts, target).items():
+        cells = {v.measure: shown(v) for v in same}
+        rows.append((*key, *(cells.get(measure, "") for measure in MEASURES)))
+    for v in report.verdicts:
+        sides = *price(v, v.locked), *price(v, v.original), ratio_words(v.ratio, v.bound)
+        prices.append((*target(v), MEASURES[v.measure][0], *sides))
     return Section(
         "Verdicts",
-        [
-            "What the cheapest attack on the locked model costs, over the cheapest on the original, to reach the "
-            "same loss, and its name. Where one redistillation serves several fine-tunes, each bears its share; "
-            "'more than': the budget ended first. Peak memory is the same for any number of fine-tunes."
-        ],
+        "What the cheapest attack on the locked model costs, over the cheapest on the original, to reach the "
+        "same loss, and its name. Where one redistillation serves several fine-tunes, each bears its share; "
+        "'more than': the budget ended first. Peak memory is the same for any number of fine-tunes.",
         Table(headings("target | fine-tunes | FLOPs | seconds | peak memory"), rows, empty=_NOT_RUN),
         details=[Table(headings(_PRICE), prices, "Every price")],
     )
@@ -191,20 +185,17 @@ def _structural(report: AuditReport) -> Section:
     rows += [
         (
             row.name, *distances(row.evaluation).values(), f"{report.recovers(row):.3g}", row.slots,
-            f"{row.train_tokens:,}", "none" if row.flops is None else flops_words(row.flops),
-            "none" if row.seconds is None else seconds_words(row.seconds),
+            f"{row.train_tokens:,}", cell(row.flops, flops_words, "none"), cell(row.seconds, seconds_words, "none"),
         )
         for row in report.structural
     ]  # fmt: skip
     columns = ("attack", *own, "distance", "in the slots", "training tokens", "FLOPs", "seconds")
     return Section(
         "Structural attacks",
-        [
-            "Ways to turn every chain back into an MLP, or into fewer steps, without training the model end to end. "
-            "Distance: how far from the original the attack leaves the model, over the locked model's own distance; 1 "
-            "or less, with MLPs in the slots, is a way around the lock."
-        ],
-        Table(columns, rows),
+        "Ways to turn every chain back into an MLP, or into fewer steps, without training the model end to end. "
+        "Distance: how far from the original the attack leaves the model, over the locked model's own distance; 1 "
+        "or less, with MLPs in the slots, is a way around the lock.",
+        Table(columns, rows, minor=("training tokens",)),
         [f"{row.name}: {row.about}." for row in report.structural],
     )
 
@@ -226,9 +217,7 @@ def _modules(report: AuditReport) -> Section:
         )  # fmt: skip
 
     curves = [
-        Curve(
-            [c.train_tokens for c in made], [c.error / m.chain_error for c in made], f"{init} initialisation"
-        )
+        Curve([c.train_tokens for c in made], [c.error / m.chain_error for c in made], init)
         for m in report.modules
         for init, made in grouped(sorted(m.students, key=lambda c: c.train_tokens), lambda c: c.init).items()
     ]
@@ -240,12 +229,10 @@ def _modules(report: AuditReport) -> Section:
     columns = "module | initialisation | training tokens | share | error | error against the chain | ratio | seconds"
     return Section(
         "Redistillation, module by module",
-        [
-            f"A chain counts as undone where the student's error is at most {UNDONE} times the chain's own, both "
-            "against the original MLP. A row shows the cheapest such student, or else the best. Ratio: its error "
-            "over the chain's."
-        ],
-        Table(headings(best), list(map(row, report.modules)), empty=_NOT_RUN),
+        f"A chain counts as undone where the student's error is at most {UNDONE} times the chain's own, both "
+        "against the original MLP. A row shows the cheapest such student, or else the best. Ratio: its error "
+        "over the chain's.",
+        Table(headings(best), list(map(row, report.modules)), minor=_COST, empty=_NOT_RUN),
         plots=[plot] if curves else [],
         caption="A line is a module, its colour the student's initialisation; below the dashed level the student is "
         "better than the chain itself.",
@@ -255,7 +242,7 @@ def _modules(report: AuditReport) -> Section:
 
 def _start_loss(report: AuditReport) -> float | None:
     """The original's loss on the task before any training, which every gain is counted from; None: not run."""
-    return next((run.losses[0] for run in report.runs if run.variant == "original" and run.losses), None)
+    return next((run.losses[0] for run in report.runs if run.variant == ORIGINAL and run.losses), None)
 
 
 def _learning(report: AuditReport) -> Section:
@@ -277,13 +264,11 @@ def _learning(report: AuditReport) -> Section:
     rows = [_attack_cells(*key, runs, start) for key, runs in attacks.items()]
     return Section(
         "Learning attacks",
-        [
-            "Fine-tuning on a task, each attack at the best rate of a sweep. Loss: on held-out text of the task, at "
-            "the end, mean and range over seeds. Gain: the original's loss before training minus that. Neutral: the "
-            "loss on other text, before and after; where it jumps, the model has collapsed and the gain is worth "
-            "little. Rates are constant after a warm-up and chosen on the first seed; what the sweep took is left "
-            "out on every side."
-        ],
+        "Fine-tuning on a task, each attack at the best rate of a sweep. Loss: on held-out text of the task, at "
+        "the end, mean and range over seeds. Gain: the original's loss before training minus that. Neutral: the "
+        "loss on other text, before and after; where it jumps, the model has collapsed and the gain is worth "
+        "little. Rates are constant after a warm-up and chosen on the first seed; what the sweep took is left "
+        "out on every side.",
         Table(headings(best), rows, empty=_NOT_RUN),
         [f"{name}: {about.rstrip('.')}." for name, about in report.attacks.items()] if report.runs else [],
         plots=_gain_plots(report),
@@ -351,7 +336,7 @@ def _gain_plots(report: AuditReport) -> list[Plot]:
 def _steps(report: AuditReport) -> Section:
     strategy = _strategy_words(report)
     # All weights of the original, trained by plain autograd: what every step is compared with.
-    base = next((s for s in report.steps if s.variant == "original" and s.strategy == "plain"), None)
+    base = next((s for s in report.steps if s.variant == ORIGINAL and s.strategy == "plain"), None)
 
     def ratio(step: StepCost, measure: str) -> float | None:
         """Over the plain step; None where one was not measured or the steps are not of one size."""
@@ -380,10 +365,8 @@ def _steps(report: AuditReport) -> Section:
     columns = "variant | attack | strategy | tokens | FLOPs | peak | held | launches | dependent | seconds"
     return Section(
         "Cost of a training step",
-        [
-            "The cheapest strategy for each variant and attack, over a plain training step of all weights of the "
-            "original, which is 1. In brackets: over that step."
-        ],
+        "The cheapest strategy for each variant and attack, over a plain training step of all weights of the "
+        "original, which is 1. In brackets: over that step.",
         Table(headings("variant | attack | FLOPs | peak | seconds"), rows, empty=_NOT_RUN),
         details=[Table(headings(columns), list(map(every, report.steps)), "Every strategy")],
         terms=["strategy"] if rows else [],
@@ -396,21 +379,19 @@ def _asymmetry(report: AuditReport) -> Section:
     for key, found in grouped(report.asymmetries, lambda a: (a.mode, a.forward)).items():
         cells = {a.measure: f"{a.value:.3g} ({a.locked}, {a.original})" for a in found}
         rows.append((*key, *(cells.get(measure, "-") for measure in measures)))
+    slot = f"\nThe slot: {report.slot}." if report.slot and rows else ""
     return Section(
         "Asymmetry",
-        [
-            "Backward over forward of a locked slot, over the same of the original's: how much dearer the lock "
-            "makes training than running, with the strategies of the two sides. Eager alone measures a missing "
-            "kernel; 'best' measures the lock.",
-            *([f"The slot: {report.slot}."] if report.slot and rows else []),
-        ],
+        "Backward over forward of a locked slot, over the same of the original's: how much dearer the lock makes "
+        "training than running, with the strategies of the two sides. Eager alone measures a missing kernel; 'best' "
+        f"measures the lock.{slot}",
         Table(("mode", "forward", *measures), rows, empty=_NOT_RUN),
     )
 
 
 def _notes(report: AuditReport) -> Section:
     about = "What was not run, and what else an owner should know."
-    return Section("Notes", [about], notes=report.notes or ["None: everything was run."])
+    return Section("Notes", about, notes=report.notes or ["None: everything was run."])
 
 
 def _how(report: AuditReport) -> Section:
@@ -418,7 +399,7 @@ def _how(report: AuditReport) -> Section:
     facts = {"option": report.options, "machine": report.machine | {"the audit took": took}}
     rows = [(kind, name, _plain(value)) for kind, values in facts.items() for name, value in values.items()]
     table = Table(("", "what", "value"), rows, "Every choice of this audit, and the machine it ran on")
-    return Section("How it was measured", [f"The audit took {took}."], details=[table])
+    return Section("How it was measured", f"The audit took {took}.", details=[table])
 
 
 def _plain(value: Any) -> str:

@@ -26,7 +26,13 @@ _WHERE = "bridge river forest market tower garden harbour kitchen"
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """train [S, n], heldout [H, n] int64; no sequence is in both. source: what the text is."""
+    """A text in a model's tokens, in sequences of n.
+
+    Attributes:
+        train: To train on, [S, n] int64.
+        heldout: To judge by, [H, n] int64; no sequence is in both.
+        source: What the text is, in words.
+    """
 
     train: Tensor
     heldout: Tensor
@@ -42,10 +48,19 @@ def read_split(
     sequence_length: int,
     seed: int = 0,
 ) -> Text:
-    """At most `tokens` to train on and `heldout_tokens` to judge by, less where the text is shorter.
+    """Reads a text and splits it.
 
-    source: 'invented' (see `invented_lines`), 'topics' (Python's own documentation, 115,000 tokens), or a text as
-    `convert.text.read_text` takes it. Raises DLRError where it cannot be read or gives fewer than two sequences.
+    Args:
+        source: 'invented' (see `invented_lines`), 'topics' (Python's own documentation, 115,000 tokens), or a text as
+            `convert.data.read_text` takes it.
+        tokenizer: Of the model; None where it has none.
+        tokens, heldout_tokens: How many are wanted at most, to train on and to judge by; a shorter text gives less of
+            both.
+        sequence_length: Tokens of a sequence.
+        seed: Of the invented sentences.
+
+    Raises:
+        DLRError: Where the text cannot be read or gives fewer than two sequences.
     """
     bundled: dict[str, tuple[str, Callable[[], str]]] = {
         INVENTED: (
@@ -64,11 +79,14 @@ def read_split(
 
 
 def invented_lines(characters: int, seed: int) -> Iterator[str]:
-    """Lines "English sentence = its translation" of `characters` or a little more in all.
+    """Lines of the form "English sentence = its translation", into an invented language.
 
-    The language has its own word for each English one, puts the verb last and agrees the adjective with its noun by
-    the noun's last letter: words and rule can be learnt, and are in no other text. The words are always the same; seed:
-    of the sentences.
+    It has its own word for each English one, puts the verb last and agrees the adjective with its noun by the noun's
+    last letter: words and rule can be learnt, and are in no other text. The words are always the same.
+
+    Args:
+        characters: How many the lines have in all; a few more.
+        seed: Of the sentences.
     """
     words = _lexicon()
     chooser = random.Random(seed)

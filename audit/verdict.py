@@ -19,9 +19,17 @@ ORIGINAL = "original"
 def verdicts(
     runs: Sequence[Run], steps: Sequence[StepCost], redistillation: Mapping[str, Mapping[str, float]]
 ) -> list[Verdict]:
-    """One for each share of the original's best gain, each measure, and each number of fine-tunes that share the cost
-    of redistillation. redistillation: of the variants that have one, by variant and measure. Empty where the original's gain is not
-    beyond what its seeds differ by."""
+    """The verdicts that the rows allow.
+
+    Args:
+        runs: The fine-tuning runs.
+        steps: What their steps cost.
+        redistillation: What making a variant took before its first fine-tune, by variant and measure.
+
+    Returns:
+        A verdict for each share of the original's best gain, each measure, and each number of fine-tunes that share the
+        cost of redistillation; none where the original's gain is not beyond what its seeds differ by.
+    """
     curves = mean_curves(runs)
     of_original = {key: min(losses) for key, (_, losses) in curves.items() if key[0] == ORIGINAL}
     if not of_original:
@@ -55,7 +63,10 @@ Curve = tuple[list[int], list[float]]  # training tokens, held-out losses
 
 
 def mean_curves(runs: Iterable[Run]) -> dict[tuple[str, str], Curve]:
-    """By (variant, attack): the mean over the seeds at the best rate. A run that diverged counts as infinite from there."""
+    """The mean over the seeds at the best rate, by (variant, attack).
+
+    A run that diverged counts as infinite from there.
+    """
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         if run.best:

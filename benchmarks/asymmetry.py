@@ -22,10 +22,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dlr_lock import DLRError
 from dlr_lock.audit.asymmetry import asymmetries
-from dlr_lock.audit.strategies.compare import compare
+from dlr_lock.audit.strategies.compare import compare_best
 from dlr_lock.audit.strategies.compiled import compiler_errors
-from dlr_lock.audit.strategies.model import measure_model, model_strategies
-from dlr_lock.audit.strategies.slot import Row, Variant, rows, variants
+from dlr_lock.audit.strategies.model import model_cost
+from dlr_lock.audit.strategies.slot import SlotVariant, StrategyCost, slot_costs, slot_variants
+from dlr_lock.audit.strategies.table import model_strategies
 from dlr_lock.common.dtypes import DTYPES
 from dlr_lock.microbench.bench import cases_of
 from dlr_lock.microbench.slot import dtype_of
@@ -42,7 +43,7 @@ STRATEGIES = {
 
 
 @pytest.fixture(scope="module")
-def slot() -> dict[str, Variant]:
+def slot() -> dict[str, SlotVariant]:
     gpu = DEVICE.type == "cuda"
     device = torch.device(DEVICE.type, torch.cuda.current_device() if gpu else None)
     spec = DLRSpec.matching(HIDDEN, WIDTH, mlp_gated=True, depth=DEPTH)
@@ -50,7 +51,7 @@ def slot() -> dict[str, Variant]:
     return dict(
         zip(
             STRATEGIES,
-            variants(spec, WIDTH, tokens=tokens, dtype=dtype_of("auto", gpu=gpu), device=device),
+            slot_variants(spec, WIDTH, tokens=tokens, dtype=dtype_of("auto", gpu=gpu), device=device),
             strict=True,
         )
     )
@@ -59,7 +60,9 @@ def slot() -> dict[str, Variant]:
 @pytest.mark.parametrize(
     ("side", "forward"), [("locked", "reference"), ("locked", "runtime"), ("original", "reference")]
 )
-def test_inference(benchmark: BenchmarkFixture, slot: dict[str, Variant], side: str, forward: str) -> None:
+def test_inference(
+    benchmark: BenchmarkFixture, slot: dict[str, SlotVariant], side: str, forward: str
+) -> None:
     variant = slot[side]
     benchmark.group = "inference"
     with torch.no_grad():
@@ -71,7 +74,7 @@ def test_inference(benchmark: BenchmarkFixture, slot: dict[str, Variant], side: 
     ("side", "name"), [(side, name) for side, names in STRATEGIES.items() for name in names]
 )
 def test_training(
-    benchmark: BenchmarkFixture, slot: dict[str, Variant], side: str, name: str, phase: str
+    benchmark: BenchmarkFixture, slot: dict[str, SlotVariant], side: str, name: str, phase: str
 ) -> None:
     """A forward pass that can be trained, or the backward pass after it, which frees it."""
     variant = slot[side]
@@ -122,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", action="store_true", help="a whole model, in sequences of 1024 tokens")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and x")
     options = parser.parse_args(arguments)
-    sections = []
+    sections: list[Section] = []
     try:
         for shape in options.shapes.split(","):
             for chain in options.chains.split(","):
@@ -135,24 +138,25 @@ def main(arguments: list[str] | None = None) -> int:
                         title, layers = f"model of {options.layers} layers, {title}", 1
                     else:
                         dtype, device = DTYPES[options.dtype], torch.device("cpu")
-                        locked, original = variants(
+                        locked, original = slot_variants(
                             spec, width, tokens=options.tokens, dtype=dtype, device=device
                         )
-                        ours, theirs, layers = rows(locked), rows(original), options.layers
+                        ours, theirs, layers = slot_costs(locked), slot_costs(original), options.layers
                         sections.append(_asymmetry(title, locked, original))
                 sections.append(_strategies(title, {"original": theirs, "locked": ours}))
                 if layers > 1:
                     title += f", {layers} layers"
                 sections.append(_comparison(title, ours, theirs, layers))
-                print_sections(Console(highlight=False), sections)
-                sections = []
     except DLRError as error:
         print(f"benchmarks.asymmetry: {error}", file=sys.stderr)
         return 2
+    print_sections(Console(highlight=False), sections)
     return 0
 
 
-def _whole_models(spec: DLRSpec, width: int, options: argparse.Namespace) -> tuple[list[Row], list[Row]]:
+def _whole_models(
+    spec: DLRSpec, width: int, options: argparse.Namespace
+) -> tuple[list[StrategyCost], list[StrategyCost]]:
     """(locked, original) rows of a Llama of such MLPs, with heads of 64 features and 49,152 words."""
     heads = max(1, spec.hidden_size // 64)
     config = LlamaConfig(
@@ -169,13 +173,13 @@ def _whole_models(spec: DLRSpec, width: int, options: argparse.Namespace) -> tup
     length = min(1024, options.tokens)
     tokens = torch.zeros(options.tokens // length, length, dtype=torch.int64)
     mlps = [f"model.layers.{n}.mlp" for n in range(options.layers)]
-    original = [measure_model(model, mlps, p, tokens) for p in model_strategies(locked=False)]
+    original = [model_cost(model, mlps, p, tokens) for p in model_strategies(locked=False)]
     for name in mlps:
         model.set_submodule(name, DLRNet(spec, dtype=dtype))
-    return [measure_model(model, mlps, p, tokens) for p in model_strategies(locked=True)], original
+    return [model_cost(model, mlps, p, tokens) for p in model_strategies(locked=True)], original
 
 
-def _strategies(title: str, sides: dict[str, list[Row]]) -> Section:
+def _strategies(title: str, sides: dict[str, list[StrategyCost]]) -> Section:
     """Each strategy against the original's plain step of the same trainable."""
     rows = []
     for side, of_side in sides.items():
@@ -193,9 +197,9 @@ def _strategies(title: str, sides: dict[str, list[Row]]) -> Section:
     return Section(f"{title}: against the original's plain step", table=Table(headings(columns), rows))
 
 
-def _comparison(title: str, locked: list[Row], original: list[Row], layers: int) -> Section:
+def _comparison(title: str, locked: list[StrategyCost], original: list[StrategyCost], layers: int) -> Section:
     rows = []
-    for line in compare(locked, original, layers=layers):
+    for line in compare_best(locked, original, layers=layers):
         if line.objective.minimise != "seconds":
             names = (row.strategy if row else "none meets it" for row in (line.locked, line.original))
             rows.append((line.trainable, str(line.objective), *names, cell(line.ratio, ".2f")))
@@ -203,7 +207,7 @@ def _comparison(title: str, locked: list[Row], original: list[Row], layers: int)
     return Section(f"{title}: each with its best strategy", table=table)
 
 
-def _asymmetry(title: str, locked: Variant, original: Variant) -> Section:
+def _asymmetry(title: str, locked: SlotVariant, original: SlotVariant) -> Section:
     rows = [
         (a.mode, a.measure, f"{a.locked} / {a.original}", a.forward, f"{a.value:.2f}")
         for a in asymmetries(locked, original)

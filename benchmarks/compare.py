@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     both = sum(change.only != "vanished" for change in changes)
     count = f"{both} rows compared, of {len(_timed(before))} and {len(_timed(after))} with a time"
     table = Table(headings("after / before | spread | verdict | row"), rows)
-    print_sections(Console(highlight=False), [Section("", differences, table), Section("", [count])])
+    print_sections(Console(highlight=False), [Section("", "\n".join(differences), table), Section("", count)])
     return 0
 
 

@@ -4,15 +4,17 @@
     python -m benchmarks.fidelity model   MODEL --data text.txt --layers 12-17 --across independent,sequential
     python -m benchmarks.fidelity sentences ENCODER --data text.txt --sentences sentences.txt
 
-`modules` fits chains to single MLPs: error, gap and the attack's cost against train_tokens, FLOPs and seconds. `model`
-locks layers and measures the whole: loss, KL and flips, before and after an end-to-end phase. `sentences` locks a
-sentence encoder and compares embeddings. Writes JSON and, where matplotlib is installed, a plot of `modules`.
+`modules` fits chains to single MLPs: error, gap and the attack's cost against training tokens, FLOPs and seconds.
+`model` locks layers and measures the whole: loss, KL and flips, before and after an end-to-end phase.
+`sentences` locks a sentence encoder and compares embeddings.
+Writes JSON and, where matplotlib is installed, a plot of `modules`.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -29,18 +31,17 @@ from dlr_lock.common.hooks import frozen
 from dlr_lock.common.machine import machine
 from dlr_lock.common.options import flag, help_of
 from dlr_lock.common.resume import ResumeStore
-from dlr_lock.convert.activations import Activations, capture
+from dlr_lock.convert.activations import Activations
 from dlr_lock.convert.config import ConversionConfig, Recipe
 from dlr_lock.convert.context import Context
-from dlr_lock.convert.data import CalibrationText, calibration_text
-from dlr_lock.convert.distill import distill
+from dlr_lock.convert.data import calibration_text
 from dlr_lock.convert.end_to_end import EndToEndPlan, flatten_gaps, train_end_to_end, with_chains
-from dlr_lock.convert.evaluate import compare, measure
+from dlr_lock.convert.evaluate import compare
 from dlr_lock.convert.mlp_discovery import find_mlps, select_layers
-from dlr_lock.convert.mlp_matching import MLP, teacher_weights
-from dlr_lock.convert.pipeline import distill_modules
+from dlr_lock.convert.mlp_matching import MLP
+from dlr_lock.convert.pipeline import distill_modules, fit_chain
 from dlr_lock.convert.redistill import redistill
-from dlr_lock.convert.source import Source, compute_dtype, open_source
+from dlr_lock.convert.source import compute_dtype, open_source
 from dlr_lock.microbench.bench import numbers
 from dlr_lock.progress import Steps
 from dlr_lock.reporting import Section, Table, print_sections
@@ -52,14 +53,8 @@ _OF_CONVERSION = (
     "layers", "depth", "rank", "lanes", "act", "params", "init", "tokens", "batch", "seed", "sequence", "end_to_end",
     "device",
 )  # fmt: skip
-_OF_RECIPE = (
-    "rate",
-    "momentum",
-    "scale",
-    "preconditioner_exponent",
-    "lr_multiplier_b",
-    "weight_decay",
-)  # that `modules` can vary
+# What `modules` can vary.
+_OF_RECIPE = ("rate", "momentum", "scale", "preconditioner_exponent", "lr_multiplier_b", "weight_decay")
 FLOPS = 6  # a parameter and training token: a multiplication and an addition forward, twice that backward
 
 
@@ -92,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def modules(options: argparse.Namespace, progress: Steps) -> Iterator[dict[str, Any]]:
-    """Rows of layers by training tokens: `Fidelity`, the curve while it was fitted, and the attack at each share."""
+    """Rows of layers x training tokens: `Fidelity`, the curve while it was fitted, and the attack at each share."""
     chosen = _options(options)
     given = {name: getattr(options, name) for name in _OF_RECIPE if getattr(options, name) is not None}
     recipes = [
@@ -100,38 +95,17 @@ def modules(options: argparse.Namespace, progress: Steps) -> Iterator[dict[str, 
         for train_tokens in numbers(options.train_tokens)
     ]
     shares = _shares(options.redistill)
-    source, mlps, text = _open(options, chosen, progress)
-    device, train = torch.device(str(chosen.device)), text.train.numel()
-    with TemporaryDirectory() as scratch:
-        captured = capture(
-            source.model,
-            mlps,
-            torch.cat([text.train, text.heldout]),
-            max_memory=int(chosen.max_memory or 0),
-            scratch=Path(scratch),
-            progress=partial(progress, "activations"),
-        )
-        for mlp, pairs in captured:
+    with _context(options, chosen, progress) as context:
+        for mlp, pairs in context.capture(context.mlps):
             for recipe in recipes:
-                recipe = replace(recipe, seed=recipe.seed + mlp.layer)
-                yield _fit(source, mlp, pairs, train, chosen, recipe, shares, device, progress)
+                yield _fit(context, mlp, pairs, replace(recipe, seed=recipe.seed + mlp.layer), shares)
 
 
 def _fit(
-    source: Source,
-    mlp: MLP,
-    pairs: Activations,
-    train: int,
-    chosen: ConversionConfig,
-    recipe: Recipe,
-    shares: list[float],
-    device: torch.device,
-    progress: Steps,
+    context: Context, mlp: MLP, pairs: Activations, recipe: Recipe, shares: list[float]
 ) -> dict[str, Any]:
-    spec = chosen.spec_for(mlp.hidden_size, mlp.params)
-    x, y = pairs.rows(torch.arange(train, len(pairs)))
-    first = pairs.first[train:]
-    net = DLRNet(spec, dtype=torch.float32)
+    spec = context.config.spec_for(mlp.hidden_size, mlp.params)
+    seen = DLRNet(spec, dtype=torch.float32)
     curve: list[dict[str, float]] = []
     watching = 0.0
     started = time.monotonic()
@@ -139,41 +113,29 @@ def _fit(
     def watch(train_tokens: int, tensors: dict[str, Tensor]) -> None:
         nonlocal watching
         began = time.monotonic()
-        net.assign(tensors)
-        now = measure(net, x, y, device, first)
-        curve.append({"train_tokens": train_tokens, "seconds": began - started - watching, **now.to_dict()})
+        seen.assign(tensors)
+        now = context.fidelity(seen, pairs).to_dict()
+        curve.append({"train_tokens": train_tokens, "seconds": began - started - watching, **now})
         watching += time.monotonic() - began
 
-    tensors = distill(
-        pairs,
-        train,
-        spec,
-        recipe,
-        name=mlp.module,
-        device=device,
-        teacher=teacher_weights(source.model, mlp) if recipe.init == "mixed" else None,
-        progress=partial(progress, f"layer {mlp.layer}, {recipe.train_tokens:,} training tokens"),
-        watch=watch,
-    )
+    title = f"layer {mlp.layer}, {recipe.train_tokens:,} training tokens"
+    net = fit_chain(context, mlp, pairs, recipe, title, watch=watch)
     seconds = time.monotonic() - started - watching
-    net.assign(tensors)
-    fidelity = measure(net, x, y, device, first)
+    fidelity = context.fidelity(net, pairs)
     attacks = []
     for share in shares:
         for init in ("linear", "flat", "random"):
             attack = redistill(
                 net,
                 pairs,
-                train,
+                context.train_rows,
                 fidelity.rel_error,
                 train_tokens=max(1, round(share * recipe.train_tokens)),
                 conversion=recipe.train_tokens,
                 name=mlp.module,
-                device=device,
+                device=context.device,
                 init=init,
-                progress=partial(
-                    progress, f"redistilling layer {mlp.layer} at {share:g}, {init} initialisation"
-                ),
+                progress=context.count(f"redistilling layer {mlp.layer} at {share:g}, {init} initialisation"),
             )
             attacks.append({"init": init, **attack.to_dict()})
     return {
@@ -183,7 +145,7 @@ def _fit(
         **fidelity.to_dict(),
         "seconds": seconds,
         "flops": FLOPS * spec.params * recipe.train_tokens,
-        "tokens": train,
+        "tokens": context.train_rows,
         "curve": curve,
         "attacks": attacks,
     }
@@ -245,24 +207,21 @@ def _whole(options: argparse.Namespace, progress: Steps, across: str, more: Any)
     if len(train_tokens) > 1:
         raise DLRError(f"--train-tokens {options.train_tokens}: only the study of modules takes several")
     chosen = replace(_options(options), train_tokens=train_tokens[0], across=across, redistill=0.0).resolved()
-    source, mlps, text = _open(options, chosen, progress)
-    original, identity = source.model, [name for mlp in mlps for name in mlp.identity]
-    with TemporaryDirectory() as scratch:
+    with _context(options, chosen, progress) as context:
         started = time.monotonic()
-        resume, notes = ResumeStore(Path(scratch) / "kept", {}), []
-        context = Context(source, mlps, text, chosen, torch.float32, resume, Path(scratch), progress, notes)
         done = distill_modules(context)
+    model, text = context.model, context.text
 
     def row(phase: str, chains: dict[str, DLRNet]) -> dict[str, Any]:
         seconds = time.monotonic() - started
-        locked = with_chains(original, chains, identity)
+        locked = with_chains(model, chains, context.identity)
         return {
             "phase": phase,
             "across": done.across,
-            "layers": len(mlps),
+            "layers": len(context.mlps),
             "seconds": seconds,
-            **compare(locked, original, text.heldout).to_dict(),
-            **more(locked, original, source.tokenizer),
+            **compare(locked, model, text.heldout).to_dict(),
+            **more(locked, model, context.source.tokenizer),
             "gaps": flatten_gaps(locked, chains, text.heldout),
         }
 
@@ -271,12 +230,12 @@ def _whole(options: argparse.Namespace, progress: Steps, across: str, more: Any)
         started = time.monotonic()
         losses: list[tuple[int, float]] = []
         chains = train_end_to_end(
-            original,
+            model,
             done.chains,
-            identity,
+            context.identity,
             text.train,
             EndToEndPlan(chosen.end_to_end, seed=chosen.seed),
-            progress=partial(progress, "end-to-end phase"),
+            progress=context.count("end-to-end phase"),
             watch=lambda train_tokens, loss: losses.append((train_tokens, loss)),
         )
         yield row("end_to_end", chains) | {"train_tokens": chosen.end_to_end, "curve": losses}
@@ -290,13 +249,17 @@ def _options(options: argparse.Namespace) -> ConversionConfig:
     return ConversionConfig(**given, data=str(options.data)).resolved()
 
 
-def _open(
-    options: argparse.Namespace, chosen: ConversionConfig, progress: Steps
-) -> tuple[Source, list[MLP], CalibrationText]:
+@contextmanager
+def _context(options: argparse.Namespace, chosen: ConversionConfig, progress: Steps) -> Iterator[Context]:
+    """The conversion that is studied: weights in float32, and nothing kept."""
     device = torch.device(str(chosen.device))
     source = open_source(options.model, dtype=compute_dtype(device), device=device)
     text = calibration_text(source, chosen, progress)
-    return source, select_layers(find_mlps(source.model), chosen.layers), text
+    mlps = select_layers(find_mlps(source.model), chosen.layers)
+    with TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        resume = ResumeStore(scratch / "kept", {})
+        yield Context(source, mlps, text, chosen, torch.float32, resume, scratch, progress)
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
@@ -334,7 +297,9 @@ def _shares(text: str) -> list[float]:
     except ValueError as error:
         raise DLRError(f"{text!r} is not a list of shares such as 0.25,1") from error
     if not all(0 < share <= 100 for share in shares):
-        raise DLRError(f"the attack's shares of the train_tokens must be above 0 and at most 100, not {text}")
+        raise DLRError(
+            f"the attack's shares of the training tokens must be above 0 and at most 100, not {text}"
+        )
     return shares
 
 

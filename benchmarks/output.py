@@ -11,7 +11,8 @@ from dlr_lock.common.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-_PARTS = ("runtime", "triton_kernels", "convert", "audit")  # of dlr_lock, that a result depends on
+# The folders of dlr_lock that a result depends on.
+_PARTS = ("common", "microbench", "runtime", "triton_kernels", "convert", "audit")
 
 
 def folder(device: str, out: Path | None = None) -> Path:

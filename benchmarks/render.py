@@ -1,8 +1,8 @@
-"""Writes what was measured into README.md: python -m benchmarks.render [--check], or `make results`.
+"""Writes what was measured into docs/measurements.md: python -m benchmarks.render [--check], or `make results`.
 
 The part between the two marks is made from the newest file of each kind and device under benchmarks/results, and of
-nothing else; so is a picture a device beside its files, where matplotlib is installed. README links only a picture of
-those very files. --check writes nothing and fails (exit status 1) where README says something else than the files do.
+nothing else; so is a picture a device beside its files, where matplotlib is installed. The page links only a picture of
+those very files. --check writes nothing and fails (exit status 1) where the page says something else than the files do.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from .output import RESULTS, ROOT
 from .schema import kind_of, load
 from .tables import TABLES, predictions
 
+PAGE = ROOT / "docs" / "measurements.md"
 BEGIN = "<!-- measured: `make results` writes what follows -->"
 END = "<!-- measured: end -->"
 _FORECAST = (
@@ -30,28 +31,28 @@ _FORECAST = (
 def main(arguments: list[str] | None = None) -> int:
     """Renders or checks; exit status 2, and one line, on files that cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.render", description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="fail where README and the results disagree")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--check", action="store_true", help="fail where the page and the results disagree")
+    parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     try:
-        old = options.readme.read_text(encoding="utf-8")
+        old = options.page.read_text(encoding="utf-8")
         devices = newest(options.results)
         if not options.check:
             _draw(devices)
-        new = replaced(old, block(devices, options.readme.parent))
+        new = replaced(old, block(devices, options.page.parent))
         if not options.check and new != old:
-            write_whole(options.readme, lambda path: path.write_text(new, encoding="utf-8"))
+            write_whole(options.page, lambda path: path.write_text(new, encoding="utf-8"))
     except (DLRError, OSError) as error:
         print(f"benchmarks.render: {error}", file=sys.stderr)
         return 2
     if options.check and new != old:
-        print(f"benchmarks.render: {options.readme.name} and the results disagree; `make results` renders it")
+        print(f"benchmarks.render: {options.page.name} and the results disagree; `make results` renders it")
         for path, documents in _pictures(devices):
             if path.exists() and not plots.is_current(path, documents):
                 print(f"{path} is not what was drawn from the newest results")
         for line in difflib.unified_diff(
-            old.splitlines(), new.splitlines(), "README", "results", "", "", 0, ""
+            old.splitlines(), new.splitlines(), "page", "results", "", "", 0, ""
         ):
             print(line)
         return 1
@@ -76,8 +77,8 @@ def newest(results: Path) -> dict[str, plots.Documents]:
     return found
 
 
-def block(devices: dict[str, plots.Documents], home: Path = ROOT) -> str:
-    """The Markdown between the marks. home: README's folder, which links begin from."""
+def block(devices: dict[str, plots.Documents], home: Path = PAGE.parent) -> str:
+    """The Markdown between the marks. home: the page's folder, which links begin from."""
     gpus = [name for name in devices if not name.startswith("CPU ")]
     lines = [
         "`make gpu` measures all of this in one visit to a GPU; `make results` makes tables and plots of its files.",
@@ -107,11 +108,11 @@ def _missing(measured: plots.Documents) -> list[str]:
     return _wrapped(f"On {'this' if measured else 'a'} GPU **not measured yet**: {', '.join(names)}.")
 
 
-def replaced(readme: str, text: str) -> str:
-    """README with `text` between the marks; raises DLRError where they are not there, in order, once."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise DLRError(f"README.md must have the lines {BEGIN} and {END} once, in this order")
-    before, after = readme.split(BEGIN)[0], readme.split(END)[1]
+def replaced(page: str, text: str) -> str:
+    """The page with `text` between the marks; raises DLRError where they are not there, in order, once."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise DLRError(f"the page must have the lines {BEGIN} and {END} once, in this order")
+    before, after = page.split(BEGIN)[0], page.split(END)[1]
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
 
 

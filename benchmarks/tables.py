@@ -41,7 +41,7 @@ def kernel_cases(document: Row) -> list[tuple[Row | None, Row | None, Row]]:
     names = "dense-graph", "naive-graph", "ours-graph"
     if document["device"].startswith("CPU "):
         names = "dense-eager", "naive-eager", "lookahead-eager"
-    fields = "hidden", "intermediate", "tokens", "lanes", "depth", "rank", "gated", "dtype"
+    fields = "hidden", "intermediate", "tokens", "lanes", "depth", "rank", "dtype"
     compared = []
     for _, case in sorted(grouped(document["rows"], lambda row: tuple(row[n] for n in fields)).items()):
         rows = {row["provider"]: row for row in case}

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from ..common.progress import Count, Progress
 from ..common.resume import ResumeStore
+from ..runtime import DLRNet
 from .activations import Activations, SequentialCalibrator, capture
 from .config import ConversionConfig
 from .data import CalibrationText
+from .evaluate import Fidelity, measure
 from .mlp_matching import MLP
 from .source import Source
 
@@ -81,6 +83,11 @@ class Context:
     def capture(self, mlps: Sequence[MLP]) -> Iterator[tuple[MLP, Activations]]:
         """The original's activations at each of `mlps`, one after the other; see `activations.capture`."""
         return capture(self.model, mlps, self.tokens, **self._room("activations"))
+
+    def fidelity(self, net: DLRNet, pairs: Activations) -> Fidelity:
+        """What a chain makes of the held-out rows of its module's activations."""
+        held = torch.arange(self.train_rows, len(pairs))
+        return measure(net, *pairs.rows(held), self.device, pairs.first[held])
 
     def calibrator(self) -> SequentialCalibrator:
         """Both models' hidden states in front of the first layer. Raises Unrepeatable, see `SequentialCalibrator`."""

@@ -1,6 +1,7 @@
 """Module-wise distillation: one MLP's input and output on the calibration text into one DLR-Net.
 
-Why it is done this way (SmolLM2's layer 12, 1x36x64, 0.41 M training tokens; docs/recipe.md has all that was tried):
+Why it is done this way (SmolLM2's layer 12, 1x36x64, 0.41 M training tokens; docs/experiments/recipe.md has all that
+was tried):
 x and y in units of their typical size with an output scale of 1 couple the steps strongly, which is what makes
 the chain a lock. Small batches fit better (relative error 0.255 at 1024 tokens, 0.239 at 512, 0.230 at 256) but
 shrink the flatten gap (0.74, 0.53, 0.48); the preconditioner brings it back
@@ -280,7 +281,8 @@ def mixed_init(
 
     Of a gated MLP those of a unit's gate g and up u, for g u = ((g + u)^2 - (g - u)^2) / 4, and silu(z) is
     z / 2 + z^2 / 4 around 0. Of an MLP without a gate those of two units drawn at random. B starts at random, so the
-    steps are as strongly coupled as ever (docs/recipe.md: the flatten gap, the attacks, and what the rows give away).
+    steps are as strongly coupled as ever (docs/experiments/recipe.md: the flatten gap, the attacks, and what the rows
+    give away).
     A chain with more rows than there are such sums keeps random ones; without the teacher's weights all are.
     """
     weights = random_init(spec, generator)

@@ -34,7 +34,6 @@ from .evaluate import (
     compare,
     distance_of,
     divergence,
-    measure,
     predicts_next,
     relative_error,
     vocabulary,
@@ -311,9 +310,8 @@ def _attacked(
     report = next(report for report in modules.reports if report.module == name)
     done = []
     for _, pairs in context.capture([mlp]):
-        held = pairs.rows(torch.arange(context.train_rows, len(pairs)))
         for when, net in {"before": fitted, "after": modules.chains[name]}.items():
-            error = measure(net, *held, context.device).rel_error
+            error = context.fidelity(net, pairs).rel_error
             progress = context.count(f"redistilling {name}, as it was {when} the end-to-end phase")
             done.append(attack_module(context, net, report, pairs, error, progress))
     before, after = done

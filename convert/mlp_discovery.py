@@ -6,10 +6,10 @@ Three shapes are known. For an input x [.., d]:
     plain    down(act(up(x)))               in a module of its own
     loose    down(act(up(x)))               strewn over the layer (OPT), or in a module that wants more (BLOOM)
 
-Which matrices they are is read off the shapes (structure.py); the model is then run on a few random tokens
-(trial.py), and each distinct MLP must give down(act(gate x) * up x) from the weights found (formula.py). That
-settles which matrix is the gate, the order in a fused one, the biases and the orientation. Attention cannot
-pass: it is not token-wise.
+Which matrices they are is read off the shapes (`shape_of`); the model is then run on a few random tokens (`Trial`),
+and each distinct MLP must give down(act(gate x) * up x) from the weights found (`look_inside`). That settles which
+matrix is the gate, the order in a fused one, the biases and the orientation. Attention cannot pass: it is not
+token-wise. `mlp_matching.py` holds what needs one module alone.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -24,12 +24,12 @@ from ..runtime import DLRNet, load, lock
 from ..runtime.checkpoint import write_manifest
 from .activations import Activations, SequentialCalibrator
 from .carry import carry_over, licence, unplaced_tensors
-from .config import ConversionConfig
+from .config import ConversionConfig, Recipe
 from .context import Context
 from .data import calibration_text, digest, poor_text
-from .distill import distill
+from .distill import Weights, distill
 from .end_to_end import run_end_to_end
-from .evaluate import compare, measure
+from .evaluate import compare
 from .layer_runner import Unrepeatable
 from .mlp_discovery import check_dense, find_mlps, select_layers
 from .mlp_matching import MLP, mixtures, teacher_weights
@@ -260,10 +260,52 @@ def distill_modules(context: Context) -> Modules:
 
 def _fit(context: Context, mlp: MLP, pairs: Activations, title: str) -> _Module:
     started = time.monotonic()
-    spec = context.config.spec_for(mlp.hidden_size, mlp.params)
     recipe = context.config.recipe()
     recipe = replace(recipe, seed=recipe.seed + mlp.layer)
     notes: list[str] = []
+    net = fit_chain(context, mlp, pairs, recipe, f"distilling {title}", note=notes.append)
+    fidelity = context.fidelity(net, pairs)
+    seconds = time.monotonic() - started
+    report = ModuleReport(
+        mlp.module,
+        mlp.layer,
+        net.spec,
+        mlp.params,
+        fidelity,
+        recipe.train_tokens,
+        seconds,
+        notes=tuple(notes),
+    )
+    return net, report
+
+
+def fit_chain(
+    context: Context,
+    mlp: MLP,
+    pairs: Activations,
+    recipe: Recipe,
+    title: str,
+    *,
+    watch: Callable[[int, Weights], None] | None = None,
+    note: Callable[[str], object] = lambda sentence: None,
+) -> DLRNet:
+    """One MLP's chain, of the size that the configuration gives it.
+
+    Args:
+        context: The conversion.
+        mlp: The MLP.
+        pairs: What the chain should make of what.
+        recipe: How it is distilled.
+        title: What the progress calls it; the chain's shape is put behind.
+        watch, note: As for `distill`.
+
+    Returns:
+        The chain, in the checkpoint's dtype on the CPU.
+
+    Raises:
+        DLRError: As `distill` does.
+    """
+    spec = context.config.spec_for(mlp.hidden_size, mlp.params)
     tensors = distill(
         pairs,
         context.train_rows,
@@ -272,18 +314,13 @@ def _fit(context: Context, mlp: MLP, pairs: Activations, title: str) -> _Module:
         name=mlp.module,
         device=context.device,
         teacher=teacher_weights(context.model, mlp) if recipe.init == "mixed" else None,
-        progress=context.count(f"distilling {title}, {spec}"),
-        note=notes.append,
+        progress=context.count(f"{title}, {spec}"),
+        watch=watch,
+        note=note,
     )
     net = DLRNet(spec, dtype=context.stored)
     net.assign(tensors)
-    held = torch.arange(context.train_rows, len(pairs))
-    fidelity = measure(net, *pairs.rows(held), context.device, pairs.first[held])
-    seconds = time.monotonic() - started
-    report = ModuleReport(
-        mlp.module, mlp.layer, spec, mlp.params, fidelity, recipe.train_tokens, seconds, notes=tuple(notes)
-    )
-    return net, report
+    return net
 
 
 def _attacked(context: Context, module: _Module, pairs: Activations, title: str) -> _Module:

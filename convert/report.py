@@ -7,7 +7,7 @@ from typing import Any
 
 from ..reporting import Section, Table, headings
 from ..reporting.markdown import markdown
-from ..reporting.words import cell
+from ..reporting.words import bytes_words, cell
 from ..runtime import DLRNet, DLRSpec
 from .config import EFFORTS, ConversionConfig
 from .evaluate import LOCKED_GAP, Evaluation, Fidelity, StateEvaluation
@@ -261,12 +261,12 @@ def model_card(report: ConversionReport) -> str:
 
 
 def choices(config: ConversionConfig) -> str:
-    """What a conversion will do, in a sentence. config: a resolved one."""
+    """What a conversion with a resolved configuration will do, in a sentence."""
     shape = f"{config.depth}x{config.rank}" if config.depth and config.rank else "depth and rank to match"
     return (
         f"{_recipe(config.to_dict())}; layers {config.layers or 'all'}, {config.lanes} lane(s), {shape}; on "
-        f"{config.device}, {int(config.max_memory or 0) / 2**30:.1f} GiB for activations. On a CPU this effort "
-        f"means {EFFORTS[config.effort].words}."
+        f"{config.device}, {bytes_words(int(config.max_memory or 0))} for activations. On a CPU this effort means "
+        f"{EFFORTS[config.effort].words}."
     )
 
 
@@ -284,12 +284,9 @@ def conversion_sections(report: ConversionReport) -> list[Section]:
     ratio = report.params_locked / report.params_original
     lock = Section(
         "The lock",
-        [
-            lock_status(report),
-            f"{len(report.modules)} of {report.mlps} MLPs were converted in {report.seconds:.0f} s, with "
-            f"{report.modules[0].train_tokens:,} training tokens each. Parameters: {report.params_locked:,} (original "
-            f"{report.params_original:,}, ratio {ratio:.4f}).",
-        ],
+        f"{lock_status(report)}\n{len(report.modules)} of {report.mlps} MLPs were converted in {report.seconds:.0f} s, "
+        f"with {report.modules[0].train_tokens:,} training tokens each. Parameters: {report.params_locked:,} (original "
+        f"{report.params_original:,}, ratio {ratio:.4f}).",
         notes=[
             *(f"{warning.rstrip('.')}." for warning in report.warnings),
             *(
@@ -302,7 +299,7 @@ def conversion_sections(report: ConversionReport) -> list[Section]:
     target = f"Figures are of held-out calibration text. The target of a chain is {_TARGETS[report.across]}."
     table = _modules({m.module: m.spec for m in report.modules}, [m.to_dict() for m in report.modules])
     fidelity = replace(evaluation_section(report.evaluation), text=_end_to_end(report))
-    return [lock, fidelity, Section("Modules", [target], table)]
+    return [lock, fidelity, Section("Modules", target, table)]
 
 
 def facts_sections(facts: Mapping[str, Any]) -> list[Section]:
@@ -315,7 +312,7 @@ def facts_sections(facts: Mapping[str, Any]) -> list[Section]:
             f"{len(made['modules'])} of {made['mlps']} MLPs are locked; {len(facts['files'])} files."
         )
     specs = {name: DLRSpec.from_dict(spec) for name, spec in facts["lock"]["modules"].items()}
-    return [Section("Locked modules", [origin], _modules(specs, made["modules"]))]
+    return [Section("Locked modules", origin, _modules(specs, made["modules"]))]
 
 
 def _modules(specs: Mapping[str, DLRSpec], measured: Iterable[Mapping[str, Any]]) -> Table:
@@ -350,7 +347,13 @@ def lock_status(report: ConversionReport) -> str:
 
 
 def redistillation_words(undone: bool, error: float, cost: float | None) -> str:
-    """A redistillation in a cell: its outcome, the student's error, and its training tokens over the conversion's."""
+    """A redistillation in a cell.
+
+    Args:
+        undone: Whether the student is as good as the chain.
+        error: The student's relative error.
+        cost: Its training tokens over the conversion's; None where that is not known.
+    """
     share = "" if cost is None else f" at {cost:.2g}x"
     return f"{'undone' if undone else 'not undone'}: {error:.3f}{share}"
 
@@ -397,20 +400,20 @@ def _figures(e: Evaluation | StateEvaluation) -> list[tuple[str, str, str, str, 
     ]
 
 
-def _end_to_end(report: ConversionReport) -> list[str]:
-    """The phase in a paragraph, none where there was none."""
+def _end_to_end(report: ConversionReport) -> str:
+    """The phase in a paragraph, "" where there was none."""
     t = report.end_to_end
     if t is None:
-        return []
+        return ""
     attacks = ""
     if t.redistillation_before and t.redistillation_after:
         attacks = (
             f" The redistillation of {t.weakest}, which has the smallest gap now, came to '{t.redistillation_before}' "
             f"before and to '{t.redistillation_after}' now."
         )
-    return [
+    return (
         f"The last {t.train_tokens:,} training tokens trained all chains together on the original's output. Before: "
         f"{evaluation_words(t.evaluation_before)} The smallest flatten gap of a module, over |chain|^2, was "
         f"{t.smallest_gap_before:.2f} before and is {t.smallest_gap_after:.2f} now.{attacks} The table of modules is "
         "of before this phase."
-    ]
+    )

@@ -1,4 +1,4 @@
-"""dlr-lock: publish open-weight language models that run as cheaply as before and are expensive to fine-tune.
+"""dlr-lock: publish the weights of language models so that they can be run, and are expensive to fine-tune.
 
 Importing this package registers locked checkpoints with transformers, so that
 `AutoModelForCausalLM.from_pretrained` loads them.

@@ -23,7 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Publish open-weight language models that run as cheaply as before and are expensive to fine-tune.",
+    help="Publish the weights of language models so that they can be run, and are expensive to fine-tune.",
 )
 _screen = Console(stderr=True, highlight=False)  # progress and words; standard output is for results
 
@@ -131,7 +131,7 @@ def audit(
     checkpoint: Locked,
     original: Annotated[str, typer.Option(help="The model that was locked.")],
     out: Annotated[
-        Path | None, typer.Option(help="Folder for audit.json and audit.html.  [default: CHECKPOINT-audit]")
+        Path | None, typer.Option(help=r"Folder for audit.json and audit.html.  \[default: CHECKPOINT-audit]")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an audit.")] = False,
     as_json: Json = False,

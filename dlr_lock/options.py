@@ -7,6 +7,7 @@ from functools import wraps
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from rich.markup import escape
 
 
 def options_of(config: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -24,7 +25,7 @@ def options_of(config: type) -> Callable[[Callable[..., None]], Callable[..., No
                 f.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=f.default,
-                annotation=Annotated[_type(hints[f.name]), typer.Option(help=f.metadata["help"])],
+                annotation=Annotated[_type(hints[f.name]), typer.Option(help=escape(f.metadata["help"]))],
             )
             for f in fields(config)
         ]

@@ -9,7 +9,8 @@ from ..triton_kernels import ACTIVATIONS
 
 RANK_MULTIPLE = 16  # the narrowest tile of the matrix units
 # SmolLM2's MLPs (d 576, f 1536) are fitted as well by 12 steps as by 18, 36 or 144 of as many parameters in all, within
-# 2%, and cost as much to undo (docs/lock-strength.md): depth buys memory in training, and is paid for in decoding.
+# 2%, and cost as much to undo (docs/experiments/lock-strength.md): depth buys memory in training, and is paid for in
+# decoding.
 DEPTHS = (12, 36)  # the least and the most, where nothing else is wished for
 # Parameters that an H200 streams in 16 bits (4.3 TB/s) while the grid waits for a barrier (1 us) and the solve of one
 # step (0.35 us): steps as wide hide the wait, where every multiprocessor has a slice and holds it as one tile. The cost

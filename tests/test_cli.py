@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import typer
+from rich.markup import escape
 from tiny import save_tiny
+from typer.testing import CliRunner
 
 from dlr_lock import DLRError, convert_model
 from dlr_lock.audit.config import AuditConfig
@@ -138,7 +140,12 @@ def test_every_choice_is_an_option_with_its_default_and_help(command: str, confi
     for field in fields(config):
         option = offered[field.name]
         assert option.opts == [f"--{field.name.replace('_', '-')}"]
-        assert option.default == field.default and option.help == field.metadata["help"]
+        assert option.default == field.default and option.help == escape(field.metadata["help"])
+
+
+def test_help_shows_the_defaults_that_depend_on_the_machine() -> None:
+    shown = " ".join(CliRunner().invoke(app, ["convert", "--help"], env={"COLUMNS": "200"}).output.split())
+    assert "[default: all]" in shown and "[default: a quarter of the memory]" in shown
 
 
 def test_a_choice_by_its_old_name_is_refused_with_the_new_one(folder: Path) -> None:

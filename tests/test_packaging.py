@@ -2,17 +2,28 @@
 
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("runtime", "triton_kernels", "convert", "audit")
+SETUP = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+PARTS: dict[str, str] = SETUP["package-dir"]  # import to folder
+TOPS = ("dlr_lock", "runtime", "triton_kernels", "convert", "audit")
+
+
+def test_every_folder_with_modules_is_a_package() -> None:
+    folders = {
+        path.parent.relative_to(ROOT).as_posix() for top in TOPS for path in (ROOT / top).rglob("*.py")
+    }
+    assert folders == set(PARTS.values())
+    assert set(SETUP["packages"]) == set(PARTS)
 
 
 def test_the_editable_install_imports_these_folders() -> None:
-    code = "; ".join(f"import dlr_lock.{p} as m; print(m.__file__)" for p in PARTS)
+    code = "; ".join(f"import {name} as m; print(m.__file__)" for name in PARTS)
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
-    assert found.stdout.split() == [str(ROOT / p / "__init__.py") for p in PARTS]
+    assert found.stdout.split() == [str(ROOT / folder / "__init__.py") for folder in PARTS.values()]
 
 
 def test_the_wheel_holds_every_module_and_runs(tmp_path: Path) -> None:
@@ -20,11 +31,11 @@ def test_the_wheel_holds_every_module_and_runs(tmp_path: Path) -> None:
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    for part in PARTS:
-        wanted = {f"dlr_lock/{part}/{p.name}" for p in (ROOT / part).glob("*.py")}
+    for name, folder in PARTS.items():
+        wanted = {f"{name.replace('.', '/')}/{path.name}" for path in (ROOT / folder).glob("*.py")}
         assert wanted and wanted <= names
     assert "dlr_lock/py.typed" in names
-    assert not any(name.split("/")[0] in (*PARTS, "tests", "benchmarks") for name in names)
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"dlr_lock"}
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     code = f"import sys; sys.path.insert(0, {str(site)!r}); import dlr_lock; print(dlr_lock.convert.__file__)"

@@ -4,16 +4,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...common.errors import DLRError
-from .slot import Row
+from .slot import StrategyCost
 
 MEASURES = ("memory", "held", "flops", "launches", "dependent", "seconds")
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """The least of one measure, within limits of others: multiples of what the original's plain step of the same trainable
-    takes. Measures are bytes of memory at the peak, bytes held between forward and backward, FLOPs, launches, dependent
-    launches and seconds of a whole step. Raises DLRError on another."""
+    """What an attacker has least of, within limits.
+
+    Measures are bytes of memory at the peak, bytes held between forward and backward, FLOPs, launches, dependent
+    launches and seconds of a whole step.
+
+    Attributes:
+        minimise: The measure of which a step shall take the least.
+        limits: By measure, multiples of what the original's plain step takes that trains the same.
+
+    Raises:
+        DLRError: On a measure that there is not.
+    """
 
     minimise: str
     limits: Mapping[str, float] = field(default_factory=dict)
@@ -44,29 +53,44 @@ OBJECTIVES = (
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Of one trainable: the two rows that serve the objective best, None where none meets its limits or was so measured."""
+    """Both sides' best strategies for one objective.
+
+    Attributes:
+        trainable: What both train.
+        objective: What they are the best for.
+        locked, original: Their costs; None where none meets the limits, or was so measured.
+        ratio: Locked over original in the measure that is minimised; None where one is missing.
+    """
 
     trainable: str
     objective: Objective
-    locked: Row | None
-    original: Row | None
+    locked: StrategyCost | None
+    original: StrategyCost | None
     ratio: float | None
 
 
-def compare(
-    locked: Iterable[Row],
-    original: Iterable[Row],
+def compare_best(
+    locked: Iterable[StrategyCost],
+    original: Iterable[StrategyCost],
     *,
     layers: int = 1,
     objectives: Sequence[Objective] = OBJECTIVES,
 ) -> list[Comparison]:
-    """Every objective for every trainable of the original's rows. layers: of how many such slots the memory counts, see
-    `Row.memory`."""
+    """Compares both sides by every objective, for everything that the original's strategies train.
+
+    Args:
+        locked, original: The costs of either side's strategies, the plain one first.
+        layers: Of how many such slots the memory counts, see `StrategyCost.memory`.
+        objectives: What to compare by.
+
+    Raises:
+        DLRError: Where a limit is on a measure that the original's plain step lacks.
+    """
     locked, original, table = list(locked), list(original), []
     for trainable in dict.fromkeys(row.trainable for row in original):
         ours, theirs = ([r for r in rows if r.trainable == trainable] for rows in (locked, original))
         for objective in objectives:
-            a, b = (best(rows, objective, theirs[0], layers=layers) for rows in (ours, theirs))
+            a, b = (best_cost(rows, objective, theirs[0], layers=layers) for rows in (ours, theirs))
             ratio = None
             if a is not None and b is not None:
                 ratio = _known(a, objective.minimise, layers) / _known(b, objective.minimise, layers)
@@ -74,10 +98,10 @@ def compare(
     return table
 
 
-def best(
-    rows: Iterable[Row], objective: Objective, base: Row | None = None, *, layers: int = 1
-) -> Row | None:
-    """The row that serves the objective best, None where none does. base: what its limits are multiples of."""
+def best_cost(
+    rows: Iterable[StrategyCost], objective: Objective, base: StrategyCost | None = None, *, layers: int = 1
+) -> StrategyCost | None:
+    """The cost that serves the objective best, None where none does. base: what its limits are multiples of."""
     limits = {m: limit * _known(base, m, layers) for m, limit in objective.limits.items()}
     found = [
         row
@@ -90,8 +114,8 @@ def best(
     return min(found, key=lambda row: _known(row, objective.minimise, layers), default=None)
 
 
-def measured(row: Row, measure: str, layers: int = 1) -> float | None:
-    """One of MEASURES of a row; None where it was not measured."""
+def measured(row: StrategyCost, measure: str, layers: int = 1) -> float | None:
+    """One of MEASURES of a cost; None where it was not measured."""
     if measure == "seconds":
         return None if row.seconds is None else row.seconds.step
     if row.counts is None:
@@ -106,7 +130,7 @@ def measured(row: Row, measure: str, layers: int = 1) -> float | None:
     return values[measure]
 
 
-def _known(row: Row | None, measure: str, layers: int) -> float:
+def _known(row: StrategyCost | None, measure: str, layers: int) -> float:
     value = None if row is None else measured(row, measure, layers)
     if value is None:
         raise DLRError(f"a limit on {measure} wants a plain step that was measured by it")

@@ -13,10 +13,12 @@ from ...common.errors import DLRError
 
 
 def compiled(function: Callable[..., Tensor], *, memory_budget: float = 1.0) -> Callable[..., Tensor]:
-    """`function` as one graph for each shape. The first call takes seconds to minutes, growing with the depth.
+    """The same function as one graph for each shape. The first call takes seconds to minutes, growing with the depth.
 
-    memory_budget: torch's `activation_memory_budget`: the share, of what plain autograd would keep, that may be kept;
-    below 1 products are computed once more.
+    Args:
+        function: What is compiled.
+        memory_budget: torch's `activation_memory_budget`: the share, of what plain autograd would keep, that may be
+            kept; below 1 products are computed once more.
     """
 
     from torch._inductor.compile_fx import compile_fx  # 2 s, which `import dlr_lock` should not cost
@@ -31,9 +33,12 @@ def compiled(function: Callable[..., Tensor], *, memory_budget: float = 1.0) -> 
 
 @contextmanager
 def compiler_errors() -> Iterator[None]:
-    """Raises DLRError, with the reason, where torch.compile fails within: on a CPU it wants a C++ compiler.
+    """A block in which torch.compile may fail: on a CPU it wants a C++ compiler.
 
     The backward pass is compiled when it first runs, so that belongs within, too.
+
+    Raises:
+        DLRError: With the reason, where it fails.
     """
     try:
         yield

@@ -10,44 +10,47 @@ Backpropagation keeps one state a block, p and H: (K r / m) d + 2 K r a token an
 waits for two wide products a block instead of two thin ones a step, for about m / (4 d) more FLOPs.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from ...triton_kernels import ChainWeights
+from ...triton_kernels import ACTIVATIONS, ChainWeights
 from ...triton_kernels.reference import add_product
 from .checkpoint import checkpointed
-from .steps import hidden, hidden_backward, lanes_of, output, parts, read
+from .steps import activation_backward, lanes_of, output, parts, read
 
 
 def lookahead_trained(x: Tensor, chain: ChainWeights, *, block: int = 256, recompute: bool = False) -> Tensor:
-    """The chain in blocks of `block` / r steps, but one at least; arguments and result as `chain_reference`'s.
+    """The chain in blocks; arguments, result and errors as those of `chain_reference`.
 
-    recompute: keep the state at each block's start only, and compute the block once more, for a third more FLOPs.
+    Args:
+        x: The tokens, [..., d].
+        chain: The weights, of plain steps.
+        block: Width of a block, of `block` / r steps but one at least.
+        recompute: Whether only the state at each block's start is kept, and the block is computed once more, for a
+            third more FLOPs.
     """
     rank = chain.A.shape[2]
     start = z = lanes_of(x, chain)
     run = checkpointed(_block) if recompute else _block
-    for part in parts(chain, max(1, block // rank)):
-        z = run(z, rank, chain.act, *(W.flatten(1, 2) for W in part))
+    for A, B in parts(chain, max(1, block // rank)):
+        z = run(z, rank, chain.act, A.flatten(1, 2), B.flatten(1, 2))
     return output(x, chain, start, z)
 
 
-def _block(z: Tensor, rank: int, act: str, B: Tensor, *readers: Tensor) -> Tensor:
-    """The state after a block: z [L, T, d], B and readers [L, m, d]."""
-    grams = [block_gram(B, W, rank) for W in readers]
-    return add_product(z, _Solve.apply(act, rank, *read(z, readers), *grams), B)
+def _block(z: Tensor, rank: int, act: str, A: Tensor, B: Tensor) -> Tensor:
+    """The state after a block: z [L, T, d], A and B [L, m, d]."""
+    gram = block_gram(A, B, rank)
+    return add_product(z, _Solve.apply(act, rank, read(z, A), gram), B)
 
 
-def block_gram(B: Tensor, reader: Tensor, rank: int) -> Tensor:
-    """[L, m, m] for B and a reader [L, m, d]: B_j reader_i^T where step j is before step i, else 0.
+def block_gram(A: Tensor, B: Tensor, rank: int) -> Tensor:
+    """[L, m, m] for A and B [L, m, d]: B_j A_i^T where step j is before step i, else 0.
 
     Of a single step, which has none before it, an empty one, [L, 0, 0].
     """
     if B.shape[1] == rank:
         return B.new_empty(len(B), 0, 0)
-    return torch.bmm(B, reader.mT) * earlier(B, rank)
+    return torch.bmm(B, A.mT) * earlier(B, rank)
 
 
 def earlier(B: Tensor, rank: int) -> Tensor:
@@ -56,64 +59,61 @@ def earlier(B: Tensor, rank: int) -> Tensor:
     return step[:, None] < step[None, :]
 
 
-def solve(
-    reads: Sequence[Tensor], grams: Sequence[Tensor], act: str, rank: int
-) -> tuple[list[Tensor], Tensor]:
-    """From what the readers read of a block's first state, P or P and Q [L, T, m], and their Gram blocks [L, m, m]:
-    what each step reads of its own state, likewise, and H [L, T, m]."""
-    if reads[0].shape[-1] == rank:
-        return list(reads), hidden(reads, act)
-    own, H = [P.clone() for P in reads], torch.empty_like(reads[0])
+def solve(P: Tensor, gram: Tensor, act: str, rank: int) -> tuple[Tensor, Tensor]:
+    """What each step of a block reads of its own state, and H.
+
+    Args:
+        P: What the steps read of the block's first state, [L, T, m].
+        gram: The Gram block, [L, m, m].
+        act: The activation.
+        rank: Of a step.
+
+    Returns:
+        p and H = act(p), [L, T, m] each.
+    """
+    if P.shape[-1] == rank:
+        return P, ACTIVATIONS[act](P)
+    own, H = P.clone(), torch.empty_like(P)
     for first in range(0, H.shape[-1], rank):
         here = slice(first, first + rank)
+        p = own[..., here]
         if first:
-            for p, gram in zip(own, grams, strict=True):
-                p[..., here].baddbmm_(H[..., :first], gram[:, :first, here])
-        H[..., here] = hidden([p[..., here] for p in own], act)
+            p.baddbmm_(H[..., :first], gram[:, :first, here])
+        H[..., here] = ACTIVATIONS[act](p)
     return own, H
 
 
-def solve_backward(
-    own: Sequence[Tensor], grams: Sequence[Tensor], dH: Tensor, act: str, rank: int
-) -> list[Tensor]:
-    """Gradients of what was read, dP or dP and dQ, from that of H: the same solve, last step first.
+def solve_backward(own: Tensor, gram: Tensor, dH: Tensor, act: str, rank: int) -> Tensor:
+    """The gradient dP from dH, [L, T, m] each: the same solve, last step first.
 
-    dh_j = dH_j + sum_{i>j} dp_i gram[j, i]^T, and likewise what comes by way of q.
+    dh_j = dH_j + sum_{i>j} dp_i gram[j, i]^T. own: p, as `solve` gives it.
     """
     if dH.shape[-1] == rank:
-        return list(hidden_backward(own, act, dH))
-    dH, gradients, width = dH.clone(), [torch.empty_like(p) for p in own], dH.shape[-1]
+        return activation_backward(own, act, dH)
+    dH, dP, width = dH.clone(), torch.empty_like(own), dH.shape[-1]
     for first in reversed(range(0, width, rank)):
         here, after = slice(first, first + rank), slice(first + rank, width)
         if first + rank < width:
-            for dp, gram in zip(gradients, grams, strict=True):
-                dH[..., here].baddbmm_(dp[..., after], gram[:, here, after].mT)
-        mine = hidden_backward([p[..., here] for p in own], act, dH[..., here])
-        for dp, value in zip(gradients, mine, strict=True):
-            dp[..., here] = value
-    return gradients
+            dH[..., here].baddbmm_(dP[..., after], gram[:, here, after].mT)
+        dp = activation_backward(own[..., here], act, dH[..., here])
+        dP[..., here] = dp
+    return dP
 
 
 class _Solve(torch.autograd.Function):
-    """H of `solve`. Arguments: act, rank, what was read (one or two), Gram blocks (as many)."""
+    """H of `solve`."""
 
     @staticmethod
-    def forward(ctx, act, rank, *tensors):
-        grams = tensors[len(tensors) // 2 :]
-        own, H = solve(tensors[: len(grams)], grams, act, rank)
-        ctx.save_for_backward(H, *own, *grams)
+    def forward(ctx, act, rank, P, gram):
+        own, H = solve(P, gram, act, rank)
+        ctx.save_for_backward(H, own, gram)
         ctx.act, ctx.rank = act, rank
         return H
 
     @staticmethod
     def backward(ctx, dH):
-        H, *tensors = ctx.saved_tensors
-        own, grams = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
-        reads = solve_backward(own, grams, dH, ctx.act, ctx.rank)
-        several = grams[0].numel() > 0
+        H, own, gram = ctx.saved_tensors
+        dP = solve_backward(own, gram, dH, ctx.act, ctx.rank)
         # Of tiles that are not strictly earlier, `block_gram` takes no gradient.
-        dgrams = [
-            torch.bmm(H.mT, dp) if several else torch.zeros_like(g)
-            for dp, g in zip(reads, grams, strict=True)
-        ]
-        return None, None, *reads, *dgrams
+        dgram = torch.bmm(H.mT, dP) if gram.numel() else torch.zeros_like(gram)
+        return None, None, dP, dgram

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...common.hooks import removed
+from ...microbench.slot import DenseWeights
 from ...triton_kernels import ACTIVATIONS, ChainWeights
 from .steps import lanes_of, output
 
@@ -28,8 +29,13 @@ def new_adapter(W: Tensor, rank: int) -> Adapter:
 
 
 def adapted_chain(x: Tensor, chain: ChainWeights, *, adapters: Sequence[Adapter]) -> Tensor:
-    """The chain with an adapter for A, B and, gated, G, in this order, written apart; for the rest as
-    `chain_reference`. V [L, K, r, a], U [L, K, a, d]."""
+    """The chain with adapters written apart; result and errors as those of `chain_reference`.
+
+    Args:
+        x: The tokens, [..., d].
+        chain: The weights; its steps may be gated.
+        adapters: V [L, K, r, a] and U [L, K, a, d] for A, B and, of gated steps, G, in this order.
+    """
     act = chain.act
     start = z = lanes_of(x, chain)
     flat = [t for W, (V, U) in zip(chain.weights, adapters, strict=True) for t in (W, V, U)]
@@ -49,6 +55,15 @@ def merged_chain(
     merged = [W + V @ U for W, (V, U) in zip(chain.weights, adapters, strict=True)]
     A, B, *G = merged
     return form(x, chain._replace(A=A, B=B, G=G[0] if G else None))
+
+
+def adapted_mlp(x: Tensor, weights: DenseWeights, *, adapters: Sequence[Adapter]) -> Tensor:
+    """`dense_mlp` with an adapter for each of gate, up and down, written apart."""
+    gate, up, down = weights
+    of_gate, of_up, of_down = adapters
+    linear = nn.functional.linear
+    h = nn.functional.silu(linear(x, gate) + low_rank(x, *of_gate)) * (linear(x, up) + low_rank(x, *of_up))
+    return linear(h, down) + low_rank(h, *of_down)
 
 
 @contextmanager

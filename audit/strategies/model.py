@@ -1,9 +1,8 @@
-"""The training step of a whole model, locked or original, by every strategy: attention, norms and logits included."""
+"""The training step of a whole model, locked or original, by any strategy: attention, norms and logits included."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,69 +11,29 @@ from transformers import PreTrainedModel
 
 from ...common.errors import DLRError
 from ...convert.mlp_matching import is_linear
-from ...runtime import DLRNet, DLRSpec
-from ...triton_kernels import chain_reference
+from ...runtime import DLRNet
 from ..meters import count_step, time_step
-from .checkpoint import checkpointed, segmented, selective
-from .inversion import inverted
-from .lookahead import lookahead_trained
-from .lora import Adapter, adapted_chain, attached, merged_chain, new_adapter
-from .slot import Row
-from .slot_strategies import ADAPTER_RANK, Trainable, adapter_rank, best_segment
-
-BLOCK = 256  # of look-ahead
-Forward = Callable[..., Any]
-Form = Callable[[DLRSpec], Forward]  # of the chain: takes what `chain_reference` takes
+from .checkpoint import checkpointed
+from .lora import attached, new_adapter
+from .slot import StrategyCost
+from .table import ADAPTER_RANK, Strategy, adapter_rank
 
 
-@dataclass(frozen=True, slots=True)
-class ModelStrategy:
-    """form: that a chain is run by. wrap: what is put around an MLP's or a chain's forward, given the hidden size.
-    layers: checkpoint every layer, too. trainable: all weights of the model, adapters of all that is linear in its layers and
-    of its chains, or (nothing in the slots) adapters of its attention."""
+def model_cost(
+    model: PreTrainedModel, mlps: Sequence[str], strategy: Strategy, tokens: Tensor, *, repeats: int = 0
+) -> StrategyCost:
+    """What one strategy costs: loss and backward on a batch. The model is left as it was.
 
-    name: str
-    trainable: Trainable
-    form: Form
-    wrap: Callable[[Forward, int], Forward]
-    layers: bool = False
+    Args:
+        model: The model.
+        mlps: Names of the modules that are in the MLPs' places, or, where an MLP has no module of its own, make it up.
+        strategy: One of `table.model_strategies`.
+        tokens: The batch, [S, n] int64.
+        repeats: How often the step is timed; it is not where this is 0.
 
-
-def model_strategies(*, locked: bool) -> list[ModelStrategy]:
-    """Those of a locked model, or of an original one, which has no chains."""
-    plain: Form = lambda spec: chain_reference  # noqa: E731
-    forms: dict[str, Form] = {
-        "segments": lambda spec: partial(segmented, steps=best_segment(spec)),
-        "inversion": lambda spec: inverted,
-        f"look-ahead {BLOCK}": lambda spec: partial(lookahead_trained, block=BLOCK),
-        f"look-ahead {BLOCK}, inverted": lambda spec: partial(inverted, block=BLOCK),
-    }
-    strategies: list[ModelStrategy] = []
-    trainables: dict[Trainable, str] = {"weights": "", "adapters": "LoRA, ", "nothing": "LoRA on attention, "}
-    for trainable, prefix in trainables.items():
-        chains = forms if locked else {}
-        strategies += [
-            ModelStrategy(f"{prefix}plain", trainable, plain, _bare),
-            ModelStrategy(
-                f"{prefix}checkpointed MLPs", trainable, plain, lambda forward, _: checkpointed(forward)
-            ),
-            ModelStrategy(f"{prefix}selective", trainable, plain, selective),
-            *(ModelStrategy(prefix + name, trainable, form, _bare) for name, form in chains.items()),
-            *(
-                ModelStrategy(f"{prefix}layer checkpoint, {name}", trainable, form, _bare, layers=True)
-                for name, form in {"plain": plain, **chains}.items()
-            ),
-        ]
-    return strategies
-
-
-def measure_model(
-    model: PreTrainedModel, mlps: Sequence[str], strategy: ModelStrategy, tokens: Tensor, *, repeats: int = 0
-) -> Row:
-    """The row of one strategy: loss and backward on tokens [S, n] int64. mlps: names of the modules that are in the MLPs'
-    places, or, where an MLP has no module of its own, make it up.
-
-    Raises DLRError where a name is no module of a numbered layer. The model is left as it was.
+    Raises:
+        NothingToTrain: Where the strategy has nothing to train.
+        DLRError: Where a name is no module of a numbered layer.
     """
     with prepared(model, mlps, strategy) as trained:
 
@@ -83,12 +42,22 @@ def measure_model(
 
         counts = count_step(loss, tokens, trained)
         seconds = time_step(loss, tokens, trained, repeats=repeats) if repeats else None
-    return Row(strategy.name, strategy.trainable, counts.saved, counts, seconds)
+    return StrategyCost(strategy.name, strategy.trainable, counts.saved, counts, seconds)
 
 
 @contextmanager
-def prepared(model: PreTrainedModel, mlps: Sequence[str], strategy: ModelStrategy) -> Iterator[list[Tensor]]:
-    """The model as the strategy trains it, within the block; gives what is to be trained."""
+def prepared(model: PreTrainedModel, mlps: Sequence[str], strategy: Strategy) -> Iterator[list[Tensor]]:
+    """The model as a strategy trains it, within the block.
+
+    Args:
+        model, mlps, strategy: As for `model_cost`.
+
+    Yields:
+        What is to be trained: weights of the model, or adapters.
+
+    Raises:
+        NothingToTrain: Where there is nothing.
+    """
     before = [(p, p.requires_grad) for p in model.parameters()]
     hidden_size = model.config.get_text_config().hidden_size
     with ExitStack() as stack:
@@ -99,22 +68,24 @@ def prepared(model: PreTrainedModel, mlps: Sequence[str], strategy: ModelStrateg
                 trained += stack.enter_context(attached(attention_linears(model, mlps), ADAPTER_RANK))
             for name in mlps:
                 module = model.get_submodule(name)
-                forward = module.forward
+                forward: Callable[..., Any] | None = None
                 if isinstance(module, DLRNet):
-                    adapters = None
+                    run = strategy.chain(module.spec)
                     if strategy.trainable == "adapters":
-                        weights = [getattr(module, w) for w in module.weight_names(module.spec)]
-                        adapters = [new_adapter(w.detach(), adapter_rank(module.spec)) for w in weights]
+                        rank = adapter_rank(module.spec)
+                        adapters = [new_adapter(w.detach(), rank) for w in module.chain.weights]
                         trained += [t for adapter in adapters for t in adapter]
-                    forward = _chain(module, strategy.form(module.spec), adapters)
-                elif strategy.trainable == "adapters":
-                    linears = [m for m in module.modules() if is_linear(m)]
-                    trained += stack.enter_context(attached(linears, ADAPTER_RANK))
-                whole = isinstance(module, DLRNet) or (
-                    not is_linear(module) and any(True for _ in module.parameters())
-                )
-                if whole:  # of a strewn MLP's parts, one alone is not worth a checkpoint
-                    stack.enter_context(replaced(module, strategy.wrap(forward, hidden_size)))
+                        run = partial(run, adapters=adapters)
+                    forward = partial(_run_chain, module, run)
+                else:
+                    if strategy.trainable == "adapters":
+                        linears = [m for m in module.modules() if is_linear(m)]
+                        trained += stack.enter_context(attached(linears, ADAPTER_RANK))
+                    # of a strewn MLP's parts, one alone is not worth a checkpoint
+                    if not is_linear(module) and any(True for _ in module.parameters()):
+                        forward = strategy.wrapped(module.forward, hidden_size)
+                if forward is not None:
+                    stack.enter_context(replaced(module, forward))
             if strategy.layers:
                 for layer in dict.fromkeys(map(layer_of, mlps)):
                     module = model.get_submodule(layer)
@@ -130,7 +101,7 @@ def prepared(model: PreTrainedModel, mlps: Sequence[str], strategy: ModelStrateg
 
 
 @contextmanager
-def replaced(module: nn.Module, forward: Forward) -> Iterator[None]:
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """The module with another forward, within the block."""
     module.forward = forward  # an instance's attribute: the class keeps its own
     try:
@@ -140,7 +111,11 @@ def replaced(module: nn.Module, forward: Forward) -> Iterator[None]:
 
 
 def layer_of(name: str) -> str:
-    """The layer that a module is in: its name up to the first number. Raises DLRError where there is none."""
+    """The layer that a module is in: its name up to the first number.
+
+    Raises:
+        DLRError: Where there is none.
+    """
     found = re.match(r"(?:.*?\.)??\d+(?=\.|$)", name)
     if found is None:
         raise DLRError(f"{name} is in no numbered layer, so its layer cannot be checkpointed")
@@ -162,13 +137,5 @@ def attention_linears(model: nn.Module, mlps: Sequence[str]) -> list[nn.Module]:
     ]
 
 
-def _bare(forward: Forward, hidden_size: int) -> Forward:
-    return forward
-
-
-def _chain(net: DLRNet, form: Forward, adapters: list[Adapter] | None) -> Forward:
-    if adapters is None:
-        return lambda x: form(x, net.chain)
-    if form is chain_reference:
-        return lambda x: adapted_chain(x, net.chain, adapters=adapters)
-    return lambda x: merged_chain(x, net.chain, adapters=adapters, form=form)
+def _run_chain(net: DLRNet, run: Callable[..., Tensor], x: Tensor) -> Tensor:
+    return run(x, net.chain)

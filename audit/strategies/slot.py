@@ -3,25 +3,33 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...common.errors import DLRError
-from ...microbench.slot import Case, DenseWeights, Slot
+from ...microbench.slot import Case, DenseWeights, Slot, dense_mlp
 from ...runtime import DLRSpec
-from ...triton_kernels import ChainWeights, dlr_net
+from ...triton_kernels import ChainWeights, chain_reference, dlr_net
 from ..meters import Counts, StepCounts, StepSeconds, count, count_step, device_peak, recorded, time_step
 from .compiled import compiler_errors
 from .lora import new_adapter
-from .slot_strategies import ADAPTER_RANK, Strategy, adapter_rank, chain_strategies, mlp_strategies
+from .table import ADAPTER_RANK, Forward, Strategy, adapter_rank, slot_strategies
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """What a strategy costs. saved: bytes, see StepCounts. device_peak: bytes that a GPU's allocator saw at the peak.
-    None: not counted, as of a compiled step; not timed; no GPU; or, with `error`, failed."""
+class StrategyCost:
+    """What a training step costs by one strategy. What was not measured is None, as counts are of a compiled step.
+
+    Attributes:
+        strategy, trainable: Its name, and what it trains.
+        saved: Bytes, see `StepCounts`.
+        counts: FLOPs, launches and bytes.
+        seconds: Of the step's parts.
+        device_peak: Bytes that a GPU's allocator saw at the peak.
+        error: Why the step failed.
+    """
 
     strategy: str
     trainable: str
@@ -38,17 +46,31 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
-    """One of the two: x [T, d] of a slot, its weights, and the forward passes that inference has."""
+class SlotVariant:
+    """A slot with the chain, or with the MLP.
+
+    Attributes:
+        x: Its input, [T, d].
+        weights: Of the chain or of the MLP.
+        strategies: Those that can train it.
+        forward: The forward pass of a strategy, (x, weights) -> y.
+        adapter_rank: Of adapters of its matrices.
+        inference: The forward passes that inference has, by name.
+    """
 
     x: Tensor
     weights: ChainWeights | DenseWeights
     strategies: list[Strategy]
+    forward: Callable[[Strategy], Forward]
     adapter_rank: int
     inference: dict[str, Callable[[Tensor], Tensor]]
 
     def strategy(self, name: str) -> Strategy:
-        """The strategy of that name; raises DLRError on another."""
+        """The strategy of that name.
+
+        Raises:
+            DLRError: Where there is none.
+        """
         for strategy in self.strategies:
             if strategy.name == name:
                 return strategy
@@ -57,17 +79,16 @@ class Variant:
     def prepare(self, strategy: Strategy) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
         """The strategy's forward pass on weights of its own, and what it trains of them."""
         train = strategy.trainable == "weights"
-        own = {
+        own: dict[str, Any] = {
             n: w.detach().requires_grad_(train)
             for n, w in self.weights._asdict().items()
             if isinstance(w, Tensor)
         }
-        weights, tensors = self.weights._replace(**own), list(own.values())
+        run, weights, tensors = self.forward(strategy), self.weights._replace(**own), list(own.values())
         if strategy.trainable != "adapters":
-            return partial(_on, strategy.run, weights), tensors if train else []
+            return partial(_on, run, weights), tensors if train else []
         adapters = [new_adapter(w, self.adapter_rank) for w in tensors if w.dim() > 1]
-        run = partial(strategy.run, adapters=adapters)
-        return partial(_on, run, weights), [t for pair in adapters for t in pair]
+        return partial(_on, partial(run, adapters=adapters), weights), [t for pair in adapters for t in pair]
 
     def count_inference(self, name: str) -> Counts:
         """What one inference pass dispatches."""
@@ -75,46 +96,61 @@ class Variant:
             return count(lambda: self.inference[name](self.x))
 
 
-def variants(
+def slot_variants(
     spec: DLRSpec, intermediate: int, *, tokens: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Variant, Variant]:
-    """(locked, original): the chain and a SwiGLU MLP of width `intermediate`, of random weights, on random tokens."""
+) -> tuple[SlotVariant, SlotVariant]:
+    """Both variants of a slot, of random weights, on random tokens.
+
+    Args:
+        spec: The chain's.
+        intermediate: Width of the SwiGLU MLP that it replaced.
+        tokens: T of x [T, d].
+        dtype: Of weights and x.
+        device: Where they are.
+
+    Returns:
+        The locked slot and the original one.
+    """
     slot = Slot(Case(spec, intermediate, tokens), device, dtype, cold_bytes=0)
     chain, mlp = slot.chain[0], slot.dense[0]
-    strategies = chain_strategies(spec)
-    runtime = partial(_on, partial(dlr_net, gram=slot.gram[0]), chain)
-    plain = partial(_on, strategies[0].run, chain)
-    locked = Variant(slot.x, chain, strategies, adapter_rank(spec), {"reference": plain, "runtime": runtime})
-    strategies = mlp_strategies(spec.hidden_size)
-    inference = {"reference": partial(_on, strategies[0].run, mlp)}
-    return locked, Variant(slot.x, mlp, strategies, ADAPTER_RANK, inference)
+    locked = SlotVariant(
+        slot.x,
+        chain,
+        slot_strategies(spec),
+        lambda strategy: strategy.chain(spec),
+        adapter_rank(spec),
+        {
+            "reference": partial(_on, chain_reference, chain),
+            "runtime": partial(_on, partial(dlr_net, gram=slot.gram[0]), chain),
+        },
+    )
+    original = SlotVariant(
+        slot.x,
+        mlp,
+        slot_strategies(None),
+        lambda strategy: strategy.mlp(spec.hidden_size),
+        ADAPTER_RANK,
+        {"reference": partial(_on, dense_mlp, mlp)},
+    )
+    return locked, original
 
 
-def _on(run: Callable[..., Tensor], weights: ChainWeights | DenseWeights, x: Tensor) -> Tensor:
+def _on(run: Forward, weights: ChainWeights | DenseWeights, x: Tensor) -> Tensor:
     return run(x, weights)
 
 
-def counted_variants(
-    spec: DLRSpec, intermediate: int, *, tokens: int, dtype: torch.dtype
-) -> tuple[list[Row], list[Row]]:
-    """(locked, original): every strategy but the compiled ones counted, on tensors without data: any size, no time."""
-    with FakeTensorMode():
-        locked, original = variants(
-            spec, intermediate, tokens=tokens, dtype=dtype, device=torch.device("cpu")
-        )
-        return rows(locked), rows(original)
-
-
-def rows(variant: Variant, strategies: Iterable[Strategy] | None = None, *, repeats: int = 0) -> list[Row]:
-    """A row for each strategy, by default all that can be counted; timed where repeats > 0."""
+def slot_costs(
+    variant: SlotVariant, strategies: Iterable[Strategy] | None = None, *, repeats: int = 0
+) -> list[StrategyCost]:
+    """The costs of strategies, by default of all that can be counted; timed where repeats > 0."""
     chosen: Sequence[Strategy] = (
         [p for p in variant.strategies if not p.compiled] if strategies is None else list(strategies)
     )
-    return [measure(variant, strategy, repeats=repeats) for strategy in chosen]
+    return [slot_cost(variant, strategy, repeats=repeats) for strategy in chosen]
 
 
-def measure(variant: Variant, strategy: Strategy, *, repeats: int = 0) -> Row:
-    """The strategy's row. A compiled step is not counted, but for what autograd saves of it."""
+def slot_cost(variant: SlotVariant, strategy: Strategy, *, repeats: int = 0) -> StrategyCost:
+    """What one strategy costs. A compiled step is not counted, but for what autograd saves of it."""
     function, trained = variant.prepare(strategy)
     x = variant.x.detach().requires_grad_()
 
@@ -137,5 +173,5 @@ def measure(variant: Variant, strategy: Strategy, *, repeats: int = 0) -> Row:
                 seconds = time_step(function, x, trained, repeats=repeats)
                 peak = device_peak(step, x.device)
     except DLRError as error:
-        return Row(strategy.name, strategy.trainable, error=str(error))
-    return Row(strategy.name, strategy.trainable, saved, counts, seconds, peak)
+        return StrategyCost(strategy.name, strategy.trainable, error=str(error))
+    return StrategyCost(strategy.name, strategy.trainable, saved, counts, seconds, peak)

@@ -1,9 +1,6 @@
-"""What the forms of a chain that can be trained have in common. The formulas are `chain_reference`'s.
+"""What the forms of a chain that can be trained have in common. The formulas are `chain_reference`'s."""
 
-Readers are the matrices that read the state: A or, of gated steps, A and G. What they read is P, or P and Q.
-"""
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -27,38 +24,39 @@ def output(x: Tensor, chain: ChainWeights, start: Tensor, z: Tensor) -> Tensor:
     return chain_output(x, chain, (z - start).sum(0))
 
 
-def parts(chain: ChainWeights, steps: int) -> Iterator[list[Tensor]]:
-    """B and the readers [L, S, r, d], for S = `steps` steps at a time or what is left of them.
+def parts(chain: ChainWeights, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """A and B [L, S, r, d], for S = `steps` steps at a time or what is left of them.
 
     Split, not indexed: its backward writes a weight's gradient once, not once a part.
+
+    Raises:
+        ValueError: On gated steps.
     """
-    return map(
-        list, zip(*(W.split(steps, 1) for W in (chain.B, chain.A, chain.G) if W is not None), strict=True)
-    )
+    refuse_gated(chain)
+    return zip(chain.A.split(steps, 1), chain.B.split(steps, 1), strict=True)
 
 
-def lane_steps(z: Tensor, act: str, B: Tensor, *readers: Tensor) -> Tensor:
-    """The state after the steps B, readers [L, S, r, d] from the state z [L, T, d] of every lane."""
-    for B_k, *readers_k in zip(*(W.unbind(1) for W in (B, *readers)), strict=True):
-        z = add_product(z, hidden(read(z, readers_k), act), B_k)
+def refuse_gated(chain: ChainWeights) -> None:
+    """Raises ValueError on gated steps: they are no lock, and `chain_reference` is the one form that trains them."""
+    if chain.G is not None:
+        raise ValueError("gated steps are trained step by step, by chain_reference alone")
+
+
+def lane_steps(z: Tensor, act: str, A: Tensor, B: Tensor) -> Tensor:
+    """The state after the steps A, B [L, S, r, d] from the state z [L, T, d] of every lane."""
+    for A_k, B_k in zip(A.unbind(1), B.unbind(1), strict=True):
+        z = add_product(z, ACTIVATIONS[act](read(z, A_k)), B_k)
     return z
 
 
-def read(z: Tensor, readers: Sequence[Tensor]) -> list[Tensor]:
-    """z W^T of the state [L, T, d] for each reader W [L, n, d]: [L, T, n] in the readers' dtype."""
-    seen = z.to(readers[0].dtype)
-    return [torch.bmm(seen, W.mT) for W in readers]
+def read(z: Tensor, A: Tensor) -> Tensor:
+    """P = z A^T of the state [L, T, d], for A [L, n, d]: [L, T, n] in A's dtype."""
+    return torch.bmm(z.to(A.dtype), A.mT)
 
 
-def hidden(reads: Sequence[Tensor], act: str) -> Tensor:
-    """h = act(p) or, gated, act(q) * p."""
-    p, *gate = reads
-    return ACTIVATIONS[act](gate[0]) * p if gate else ACTIVATIONS[act](p)
-
-
-def hidden_backward(reads: Sequence[Tensor], act: str, dh: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of what was read from that of h, by autograd on these tensors alone."""
+def activation_backward(p: Tensor, act: str, dh: Tensor) -> Tensor:
+    """The gradient of p from that of h = act(p), by autograd on this tensor alone."""
     with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in reads]
-        h = hidden(leaves, act)
-    return torch.autograd.grad(h, leaves, dh)
+        leaf = p.detach().requires_grad_()
+        h = ACTIVATIONS[act](leaf)
+    return torch.autograd.grad(h, leaf, dh)[0]

@@ -39,7 +39,7 @@ def measure(record: Record) -> None:
     def failed(case: Case, why: str) -> Row:
         name = "ours-graph" if gpu else "lookahead-eager"
         ratio = case.spec.params / case.dense_params
-        return Row(name, **_key(case), gated=case.spec.gated, dtype=dtype_name(dtype), params_ratio=ratio,
+        return Row(name, **_key(case), dtype=dtype_name(dtype), params_ratio=ratio,
                    error_message=why)  # fmt: skip
 
     cases = ordered(smoke=record.smoke)

@@ -96,7 +96,7 @@ def _ratio(row: dict[str, Any]) -> float:
 
 
 def _slot(record: Record, row: dict[str, Any]) -> Callable[[], object]:
-    spec = DLRSpec(row["hidden"], row["lanes"], row["depth"], row["rank"], gated=row["gated"])
+    spec = DLRSpec(row["hidden"], row["lanes"], row["depth"], row["rank"])
     case = Case(spec, row["intermediate"], row["tokens"])
     gpu = record.device.type == "cuda"
     slot = Slot(case, record.device, dtype_of("auto", gpu=gpu), COLD_BYTES if gpu else 0)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dlr_lock.audit.meters import device_peak, time_step
-from dlr_lock.audit.strategies.model import ModelStrategy, model_strategies, prepared
+from dlr_lock.audit.strategies.model import prepared
+from dlr_lock.audit.strategies.table import Strategy, model_strategies
 from dlr_lock.common.dtypes import dtype_name
 from dlr_lock.common.timing import median_seconds
 from dlr_lock.runtime import DLRSpec
@@ -42,7 +43,7 @@ class Job:
     shape: ModelShape
     spec: DLRSpec
     side: str
-    strategy: ModelStrategy | None
+    strategy: Strategy | None
 
     def key(self) -> dict[str, Any]:
         """The fields of a row that tell the job."""

@@ -58,8 +58,8 @@ def model_folder(name: str | Path, *, only: Sequence[str] | None = None, files: 
 
 
 def encoder_parts(folder: Path) -> list[str]:
-    """The subfolders that a sentence encoder's modules.json names (pooling, dense layers), but for those with a model of
-    transformers in them; none where there is no such file."""
+    """The subfolders that a sentence encoder's modules.json names (pooling, dense layers), but for those with a model
+    of transformers in them; none where there is no such file."""
     parts, found = [], []
     with suppress(DLRError):
         parts = read_json(folder / "modules.json", list)

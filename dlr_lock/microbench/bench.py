@@ -95,7 +95,6 @@ class Row:
     lanes: int
     depth: int
     rank: int
-    gated: bool
     tokens: int
     dtype: str
     params_ratio: float  # of the chain to the MLP
@@ -274,7 +273,7 @@ def _row(slot: Slot, provider: str) -> Row:
     case = slot.case
     lanes, depth, rank, hidden = case.spec.weight_shape
     return Row(
-        provider, hidden, case.intermediate, lanes, depth, rank, case.spec.gated, case.tokens, dtype_name(slot.dtype),
+        provider, hidden, case.intermediate, lanes, depth, rank, case.tokens, dtype_name(slot.dtype),
         case.spec.params / case.dense_params,
     )  # fmt: skip
 

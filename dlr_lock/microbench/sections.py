@@ -16,13 +16,13 @@ def benchmark_sections(document: dict[str, Any]) -> list[Section]:
         f"{document['device']}, {document['settings']['dtype']}; copies at {rates['copy_gb_per_s']:,.0f} GB/s, "
         f"products at {rates['matmul_tflop_per_s']:,.2f} TFLOP/s."
     )
-    sections = [Section("", [measured], terms=["chain"])]
+    sections = [Section("", measured, terms=["chain"])]
     for case, rows in grouped(document["rows"], _case).items():
         cells = [_cells(row) for row in rows]
         table = Table(tuple(cells[0]), [tuple(c.values()) for c in cells]).filled()
         red = [f"{row['provider']}: {_fault(row)}" for row in rows if not row["accurate"]]
         sections.append(Section(case, table=table, notes=red))
-    return [*sections, *([Section("", [f"stopped {document['stopped']}"])] if document["stopped"] else [])]
+    return [*sections, *([Section("", f"stopped {document['stopped']}")] if document["stopped"] else [])]
 
 
 def _fault(row: dict[str, Any]) -> str:
@@ -56,7 +56,7 @@ def explanation_sections(facts: dict[str, Any]) -> list[Section]:
     """Floor, forecasts and choice for each token count, with the constants that they rest on."""
     device, chain, gram = facts["device"], facts["chain"], facts["gram"]
     assumed = (
-        [f"There is no GPU here: the constants are those of an {device['name']}."] if facts["assumed"] else []
+        f"There is no GPU here: the constants are those of an {device['name']}.\n" if facts["assumed"] else ""
     )
     shape = (
         f"The chain {chain_name(chain)} {chain['act']} on {chain['hidden_size']} features, {facts['dtype']}: Gram "
@@ -80,4 +80,4 @@ def explanation_sections(facts: dict[str, Any]) -> list[Section]:
         f"{1e6 * device['barrier']:.2f} us, step {1e6 * device['step']:.2f} us; persistent grids: "
         f"{'yes' if device['cooperative'] else 'no'}."
     )
-    return [Section("", [*assumed, shape], Table(columns, rows), terms=["chain"]), Section("", [constants])]
+    return [Section("", assumed + shape, Table(columns, rows), terms=["chain"]), Section("", constants)]

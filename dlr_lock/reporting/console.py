@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from rich import table as rich_table
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
@@ -31,10 +32,10 @@ def print_sections(console: Console, sections: Iterable[Section]) -> None:
     for at, section in enumerate((*shown, legend(shown, details=False))):
         if section.title:
             console.print(Text(("\n" if at else "") + section.title, "bold"), width=width)
-        for words in section.text:
-            console.print(Text(words), width=width)
-        for block in _blocks(section.table, width) if section.table else ():
-            console.print(block, width=width)
+        if section.text:
+            console.print(Text(section.text.replace("\n", "\n\n")), width=width)
+        for number, block in enumerate(_blocks(section.table, width) if section.table else ()):
+            console.print(*([""] if number else []), block, sep="\n", width=width)
         notes = rich_table.Table.grid(padding=(0, 1))
         for words in section.notes:
             notes.add_row("-", Text(words))
@@ -72,9 +73,9 @@ def _widths(table: Table) -> list[tuple[int, int]]:
     widths = []
     for at, heading in enumerate(table.columns):
         cells, piece = table.column(at), _NAME if at == 0 else _PIECE
-        pieces = [part for c in cells for part in ([c] if len(c) <= piece else c.split())]
-        least = max(map(len, (*heading.split(), *pieces)), default=0)
-        widths.append((least, max(least, *map(len, (heading, *cells)))))
+        pieces = [part for c in cells for part in ([c] if cell_len(c) <= piece else c.split())]
+        least = max(map(cell_len, ("-", *heading.split(), *pieces)))
+        widths.append((least, max(least, *map(cell_len, (heading, *cells)))))
     return widths
 
 
@@ -90,7 +91,7 @@ def _drawn(table: Table, width: int) -> rich_table.Table:
     drawn = rich_table.Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
     for at, column in enumerate(table.columns):
         side = "right" if at and table.is_figures(at) else "left"
-        drawn.add_column(Text(column), width=wide[at], justify=side, vertical="top", overflow="fold")  # type: ignore[arg-type]
+        drawn.add_column(Text(column), width=wide[at], justify=side, overflow="fold")  # type: ignore[arg-type]
     for row in table.rows:
         drawn.add_row(*map(Text, row))
     return drawn

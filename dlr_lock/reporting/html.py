@@ -64,7 +64,7 @@ def _section(section: Section) -> str:
             _table(section.table) if section.table else "",
             f"<ul>\n{items}</ul>\n" if items else "",
             svg.drawn(section.plots) if section.plots else "",
-            _paragraphs([section.caption], quiet=True) if section.plots else "",
+            _paragraphs(section.caption, quiet=True) if section.plots else "",
             *(
                 f"<details><summary>{escape(part.title)} ({len(part.rows)})</summary>\n{_table(part)}</details>\n"
                 for part in section.details
@@ -78,14 +78,15 @@ def _anchor(title: str) -> str:
     return re.sub(r"\W+", "-", title.lower())
 
 
-def _paragraphs(text: Iterable[str], quiet: bool = False) -> str:
-    return "".join(f"<p{' class=quiet' if quiet else ''}>{escape(words)}</p>\n" for words in text)
+def _paragraphs(text: str, quiet: bool = False) -> str:
+    kind = " class=quiet" if quiet else ""
+    return "".join(f"<p{kind}>{escape(words)}</p>\n" for words in text.splitlines())
 
 
 def _table(table: Table) -> str:
     """Figures stand to the right, short words in one piece; a wide table scrolls by itself."""
     if not table.rows:
-        return _paragraphs([table.empty], quiet=True)
+        return _paragraphs(table.empty, quiet=True)
     kinds = []
     for at in range(len(table.columns)):
         short = " class=k" if max(map(len, table.column(at))) <= _SHORT else ""

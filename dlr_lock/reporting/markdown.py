@@ -7,12 +7,17 @@ from .section import Section, Table
 
 
 def markdown(sections: Iterable[Section], level: int = 2) -> str:
-    """The sections and their terms under headings of a level, folded tables in full; plots are left out."""
+    """The sections and their terms as Markdown, folded tables in full; plots are left out.
+
+    Args:
+        sections: In the order of reading.
+        level: Of their headings, 2 for "##".
+    """
     sections = list(sections)
     lines: list[str] = []
     for section in (*sections, legend(sections)):
         lines += [f"{'#' * level} {section.title}", ""] if section.title else []
-        for words in section.text:
+        for words in section.text.splitlines():
             lines += [words, ""]
         for part in (section.table, *section.details):
             lines += [] if part is None or not part.rows else table(part)

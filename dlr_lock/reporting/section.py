@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -93,7 +93,7 @@ class Section:
 
     Attributes:
         title: Of the section; "" for one that goes on with what came before.
-        text: Paragraphs before the table.
+        text: Paragraphs before the table, a line each.
         table: The figures.
         notes: Sentences in a list, after the table.
         plots: The curves, where they can be drawn.
@@ -103,12 +103,12 @@ class Section:
     """
 
     title: str
-    text: Sequence[str] = ()
+    text: str = ""
     table: Table | None = None
     notes: Sequence[str] = ()
     plots: Sequence[Plot] = ()
     caption: str = ""
-    details: Sequence[Table] = field(default=())
+    details: Sequence[Table] = ()
     terms: Sequence[str] = ()
 
 

@@ -40,10 +40,16 @@ def ratio_words(value: float | None, bound: bool = False) -> str:
     return f"{'more than ' if bound else ''}{cell(value, '.3g')}"
 
 
-def cell(value: Any, form: str | Callable[[Any], str] = "") -> str:
-    """A value in a table, "-" where there is none. form: as `format` takes it, or what words the value."""
+def cell(value: Any, form: str | Callable[[Any], str] = "", none: str = "-") -> str:
+    """A value in a table.
+
+    Args:
+        value: What is shown.
+        form: As `format` takes it, or what words the value.
+        none: What stands for None.
+    """
     if value is None:
-        return "-"
+        return none
     return form(value) if callable(form) else format(value, form)
 
 
@@ -54,4 +60,4 @@ def count_words(count: int, what: str) -> str:
 
 def chain_name(row: Mapping[str, Any]) -> str:
     """Lanes x steps x rank, such as 1x12x192; see `legend.TERMS`."""
-    return f"{row['lanes']}x{row['depth']}x{row['rank']}{' gated' if row.get('gated') else ''}"
+    return f"{row['lanes']}x{row['depth']}x{row['rank']}"

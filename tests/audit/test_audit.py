@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from attacked import SMALL
 from tiny import save_tiny
 from typer.testing import CliRunner
 
@@ -12,24 +13,6 @@ from dlr_lock import DLRError
 from dlr_lock.audit import AuditReport, audit_model
 from dlr_lock.audit.texts import invented_lines
 from dlr_lock.cli import app
-
-SMALL = {
-    "tokens": 1024, "heldout": 256, "tuning": 256, "batch": 64, "sequence": 32, "seeds": 2, "rates": 2,
-    "shares": "0.5", "device": "cpu",
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("audit")
-    (folder / "text.txt").write_text("\n".join(invented_lines(40_000, 9)), encoding="utf-8")
-    for arch in ("llama", "bert"):
-        save_tiny(arch, folder / arch)
-        dlr_lock.convert_model(
-            folder / arch, folder / f"{arch}-locked", data=str(folder / "text.txt"), tokens=2048, heldout=512,
-            train_tokens=4096, sequence=32, redistill=0.0, device="cpu", depth=4,
-        )  # fmt: skip
-    return folder
 
 
 def audit(folder: Path, out: str, arch: str = "llama", **options: object) -> AuditReport:
@@ -67,6 +50,7 @@ def test_an_audit_and_its_files(folder: Path) -> None:
         "swap",
         "re-distilled, 0.5",
     }
+    assert report.attacks.keys() == {"full", "LoRA", "attention"} and all(report.attacks.values())
     swap = next(row for row in report.structural if row.name == "swap")
     assert report.recovers(swap) < 1e-6 < report.recovers(report.structural[0])
     assert [len(module.students) for module in report.modules] == [2, 2]

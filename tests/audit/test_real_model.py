@@ -1,4 +1,4 @@
-"""The demo on the real SmolLM2-135M-Instruct, with one layer and a fifth of its train_tokens."""
+"""The demo on the real SmolLM2-135M-Instruct, with one layer and a fifth of its training tokens."""
 
 from pathlib import Path
 

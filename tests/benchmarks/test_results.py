@@ -1,4 +1,4 @@
-"""Result files: what is accepted, how two compare, and that README says what they say."""
+"""Result files: what is accepted, how two compare, and that the page of measurements says what they say."""
 
 import copy
 import importlib
@@ -37,7 +37,7 @@ HEAD = {
 
 def kernel_row(provider: str, us: float | None, error: float = 2e-3, **other: Any) -> dict[str, Any]:
     return {
-        "provider": provider, "hidden": 576, "intermediate": 1536, "lanes": 1, "depth": 72, "rank": 32, "gated": False,
+        "provider": provider, "hidden": 576, "intermediate": 1536, "lanes": 1, "depth": 72, "rank": 32,
         "tokens": 1, "dtype": "bfloat16", "params_ratio": 1.0, "accurate": us is not None, "error": error,
         "error_limit": 3e-3, "error_message": None, "median_us": us, "p20_us": us and 0.95 * us,
         "p80_us": us and 1.05 * us, "predicted_us": 35.0,
@@ -55,10 +55,11 @@ def written(folder: Path, document: dict[str, Any], name: str = "kernels-2027010
 
 
 def copied(folder: Path) -> tuple[Path, list[str]]:
-    """A copy of README and the results, and the arguments that render it."""
+    """A copy of the page and the results, and the arguments that render it."""
     shutil.copytree(RESULTS, folder / "benchmarks/results")
-    readme = Path(shutil.copy(render.ROOT / "README.md", folder))
-    return readme, ["--readme", str(readme), "--results", str(folder / "benchmarks/results")]
+    (folder / "docs").mkdir()
+    page = Path(shutil.copy(render.PAGE, folder / "docs"))
+    return page, ["--page", str(page), "--results", str(folder / "benchmarks/results")]
 
 
 def without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,19 +170,19 @@ def test_files_that_do_not_compare(tmp_path: Path, capsys: pytest.CaptureFixture
         assert error.startswith("benchmarks.compare: ") and error.count("\n") == 1 and says in error
 
 
-def test_readme_says_what_the_results_say(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_says_what_the_results_say(capsys: pytest.CaptureFixture[str]) -> None:
     assert render.main(["--check"]) == 0, capsys.readouterr().out
 
 
-def test_readme_that_says_something_else_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    readme, where = copied(tmp_path)
-    text = readme.read_text(encoding="utf-8")
-    readme.write_text(text.replace("### AMD EPYC (CPU)", "### Something faster"), encoding="utf-8")
+def test_a_page_that_says_something_else_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, where = copied(tmp_path)
+    text = page.read_text(encoding="utf-8")
+    page.write_text(text.replace("### AMD EPYC (CPU)", "### Something faster"), encoding="utf-8")
     assert render.main(["--check", *where]) == 1
     assert "-### Something faster" in capsys.readouterr().out
     assert render.main(where) == 0
-    assert readme.read_text(encoding="utf-8") == text
-    readme.write_text("no marks\n")
+    assert page.read_text(encoding="utf-8") == text
+    page.write_text("no marks\n")
     assert render.main(where) == 2
     assert "must have the lines" in capsys.readouterr().err
 
@@ -205,7 +206,7 @@ def test_a_plot_that_is_not_of_its_results_fails_without_matplotlib(
         plot.unlink()
     assert render.main(["--check", *where]) == 1
     printed = capsys.readouterr().out
-    assert "cpu-amd-epyc/times.svg)" in printed  # the link that README has and should not
+    assert "cpu-amd-epyc/times.svg)" in printed  # the link that the page has and should not
     assert (f"{plot} is not what was drawn" in printed) == (fault != "none")
 
 
@@ -325,11 +326,11 @@ def test_a_device_has_a_plot_of_what_is_accurate(tmp_path: Path) -> None:
         for tokens in (1, 512)
     ]
     written(folder, kernels(*rows))
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{render.BEGIN}\n{render.END}\n")
-    where = ["--readme", str(readme), "--results", str(tmp_path / "results")]
+    page = tmp_path / "measurements.md"
+    page.write_text(f"{render.BEGIN}\n{render.END}\n")
+    where = ["--page", str(page), "--results", str(tmp_path / "results")]
     assert render.main(where) == 0
-    assert "](results/nvidia-h200/times.svg)\n" in readme.read_text()
+    assert "](results/nvidia-h200/times.svg)\n" in page.read_text()
     shown = texts(folder / "times.svg")
     for wanted in ("NVIDIA H200, 2027-01-02", "MLP 576 x 1536, bfloat16", "512", "1x72x32"):
         assert wanted in shown
@@ -348,12 +349,12 @@ def test_without_matplotlib_tables_are_written_and_no_plot_is_linked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     without_matplotlib(monkeypatch)
-    readme, where = copied(tmp_path)
+    page, where = copied(tmp_path)
     for plot in tmp_path.glob("benchmarks/results/*/*.svg"):
         plot.unlink()
     assert render.main(where) == 0
     printed = capsys.readouterr().out
     assert "needs matplotlib: pip install" in printed and printed.count("\n") == 1
-    text = readme.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     assert "| 576 x 1536 |" in text and ".svg" not in text
     assert render.main(["--check", *where]) == 0

@@ -39,7 +39,7 @@ def modules(layers: int = 3) -> Section:
         )
         for n in range(layers)
     ]  # fmt: skip
-    return Section("Modules", ["What was locked."], Table(COLUMNS, rows, minor=("first tokens",)), [HOSTILE])
+    return Section("Modules", "What was locked.", Table(COLUMNS, rows, minor=("first tokens",)), [HOSTILE])
 
 
 def printed(*sections: Section, width: int = 80) -> str:
@@ -69,7 +69,7 @@ def test_where_columns_do_not_fit_the_first_one_is_repeated() -> None:
 
 
 def test_a_section_without_rows_is_passed_over_on_a_terminal_and_said_in_a_document() -> None:
-    nothing = Section("Attacks", ["What they do."], Table(("attack",), [], empty="Not run."))
+    nothing = Section("Attacks", "What they do.", Table(("attack",), [], empty="Not run."))
     assert printed(nothing) == ""
     assert "Not run." in document(Section("Title"), [nothing])
 
@@ -87,14 +87,14 @@ def test_a_term_is_explained_once_and_only_where_it_is_used() -> None:
     assert not any(note.startswith("held") for note in legend([folded], details=False).notes)
     for text in (printed(modules(), modules()), markdown([modules(), modules()])):
         assert " ".join(text.split()).count("1x12x192 is one chain of 12 steps of rank 192") == 1
-    assert "Terms" not in printed(Section("A", ["text"]))
+    assert "Terms" not in printed(Section("A", "text"))
     assert all(words == words.strip() and not words.endswith(".") for words in TERMS.values())
 
 
 def test_a_document_is_well_formed_and_takes_no_markup_from_data() -> None:
     plots = [Plot(f"{HOSTILE} {n}", "tokens", HOSTILE, [Curve([1, 2], [3, 4], HOSTILE)]) for n in range(2)]
-    hostile = Section(HOSTILE, [HOSTILE], Table((HOSTILE,), [(HOSTILE,)], HOSTILE), [HOSTILE], plots, HOSTILE)
-    page = document(Section(HOSTILE, [HOSTILE]), [hostile, modules()])
+    hostile = Section(HOSTILE, HOSTILE, Table((HOSTILE,), [(HOSTILE,)], HOSTILE), [HOSTILE], plots, HOSTILE)
+    page = document(Section(HOSTILE, HOSTILE), [hostile, modules()])
     body = page.removeprefix("<!DOCTYPE html>").replace('<meta charset="utf-8">', "")
     body = body.replace('<meta name="viewport" content="width=device-width, initial-scale=1">', "")
     for kind in "nk":
@@ -119,7 +119,7 @@ def test_curves_have_a_key_and_no_two_strokes_are_alike() -> None:
 
 def test_markdown_escapes_what_would_be_a_column() -> None:
     lines = markdown(
-        [Section("T", ["text"], Table(headings("what | KL"), [(HOSTILE, "1.0")]), ["note"])]
+        [Section("T", "text", Table(headings("what | KL"), [(HOSTILE, "1.0")]), ["note"])]
     ).splitlines()
     assert lines[:5] == ["## T", "", "text", "", "| what | KL |"]
     assert lines[5:7] == ["|---|---:|", f"| {HOSTILE.replace('|', chr(92) + '|')} | 1.0 |"]

@@ -2,36 +2,23 @@
 
 import pytest
 import torch
+from attacked import MLPS, locked_llama
 from tiny import tiny_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
-from dlr_lock.audit.strategies.model import (
-    ModelStrategy,
-    attention_linears,
-    layer_of,
-    measure_model,
-    model_strategies,
-    prepared,
-)
+from dlr_lock.audit.strategies.model import attention_linears, layer_of, model_cost, prepared
+from dlr_lock.audit.strategies.table import Strategy, model_strategies
 from dlr_lock.common.errors import DLRError
 from dlr_lock.convert.mlp_matching import is_linear
-from dlr_lock.runtime import DLRNet, DLRSpec
-
-MLPS = ["model.layers.0.mlp", "model.layers.1.mlp"]
 
 
-def model_of(*, locked: bool, arch: str = "llama") -> PreTrainedModel:
-    model = tiny_model(arch)
-    for name in MLPS if locked else ():
-        net = DLRNet(DLRSpec(64, 3, 5, 16))
-        net.assign({n: torch.randn_like(p) / 8 for n, p in net.named_parameters()})
-        model.set_submodule(name, net)
-    return model
+def model_of(*, locked: bool) -> PreTrainedModel:
+    return locked_llama(lanes=3) if locked else tiny_model("llama")
 
 
-def gradients(model: PreTrainedModel, strategy: ModelStrategy, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+def gradients(model: PreTrainedModel, strategy: Strategy, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
     torch.manual_seed(0)  # adapters start at random
     with prepared(model, MLPS, strategy) as trained:
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -68,7 +55,7 @@ def test_costs_of_a_whole_model() -> None:
             model, ids = model_of(locked=locked), torch.zeros(4, 64, dtype=torch.int64)
             for strategy in model_strategies(locked=locked):
                 if strategy.trainable == "weights" and strategy.name.endswith(("plain", "inversion")):
-                    row = measure_model(model, MLPS, strategy, ids)
+                    row = model_cost(model, MLPS, strategy, ids)
                     assert row.counts is not None and row.seconds is None
                     held[locked, strategy.name] = row.counts
     # A token's numbers in a layer: three lanes of five states, which share the first, what the steps read and give, and

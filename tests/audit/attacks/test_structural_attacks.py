@@ -5,10 +5,18 @@ from typing import Any
 
 import pytest
 import torch
+from attacked import context
 from tiny import VOCABULARY, tiny_model
 from torch import Tensor
 
-from dlr_lock.audit.structural import attacks, dropped, merged, structural_rows, swapped, truncated
+from dlr_lock.audit.attacks.structural import (
+    dropped,
+    merged,
+    structural_attacks,
+    structural_rows,
+    swapped,
+    truncated,
+)
 from dlr_lock.convert.end_to_end import with_chains
 from dlr_lock.convert.evaluate import Evaluation, compare, distance_of, measure, relative_error
 from dlr_lock.convert.mlp_discovery import find_mlps
@@ -135,14 +143,14 @@ def test_flattening_recovers_a_weak_lock_and_fails_on_a_strong_one(spec: DLRSpec
 
 
 def test_attacks_want_steps_to_attack_and_leave_the_chain_alone() -> None:
-    assert [a.name for a in attacks(9)] == [
+    assert [a.name for a in structural_attacks(9)] == [
         "flatten", "merge 2", "merge 4", "merge 8", "drop every 2nd", "svd 1/2",
     ]  # fmt: skip
-    assert [a.name for a in attacks(2)] == ["flatten", "drop every 2nd", "svd 1/2"]
-    assert [a.name for a in attacks(1)] == ["flatten", "svd 1/2"]
+    assert [a.name for a in structural_attacks(2)] == ["flatten", "drop every 2nd", "svd 1/2"]
+    assert [a.name for a in structural_attacks(1)] == ["flatten", "svd 1/2"]
     net = chain(CHAINS["lanes"], dtype=torch.bfloat16)
     before = copy.deepcopy(net.state_dict())
-    for attack in attacks(4):
+    for attack in structural_attacks(4):
         attacked = attack.change(net)
         assert output(attacked, torch.randn(4, D)).isfinite().all()
         for p in attacked.parameters():
@@ -168,7 +176,9 @@ def test_every_attack_on_a_model_is_measured_against_the_original(arch: str) -> 
     before = [copy.deepcopy(m.state_dict()) for m in (original, locked)]
     parts = [list(map(type, m.modules())) for m in (original, locked)]
     said: list[tuple[str, int, int]] = []
-    rows = list(structural_rows(locked, original, mlps, tokens, lambda *at: said.append(at)))
+    rows = list(
+        structural_rows(context(original, locked, mlps, tokens, progress=lambda *at: said.append(at)))
+    )
     names = ["flatten", "merge 2", "merge 4", "drop every 2nd", "svd 1/2", "swap"]
     assert [row.name for row in rows] == names
     assert [row.slots for row in rows] == ["MLP", "chain", "chain", "chain", "MLP", "MLP"]
@@ -198,6 +208,9 @@ def test_a_swap_shows_what_else_was_changed() -> None:
 def test_merging_a_weak_lock_costs_nothing() -> None:
     original, locked, mlps, tokens = models("llama", coupling=1e-4)
     own = distance_of(compare(locked, original, tokens))
-    rows = {row.name: distance_of(row.evaluation) for row in structural_rows(locked, original, mlps, tokens)}
+    rows = {
+        row.name: distance_of(row.evaluation)
+        for row in structural_rows(context(original, locked, mlps, tokens))
+    }
     for name in ("flatten", "merge 2", "merge 4"):
         assert rows[name] == pytest.approx(own, rel=1e-2)

@@ -7,11 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from attacked import context
 from tiny import HIDDEN as D
 from tiny import VOCABULARY, tiny_model
 from torch import Tensor
 
-from dlr_lock.audit.redistil import redistil, redistil_flops, redistil_row, step_flops
+from dlr_lock.audit.attacks import redistillation
+from dlr_lock.audit.attacks.redistillation import (
+    INITS,
+    redistillation_flops,
+    redistillation_row,
+    redistilled_modules,
+    step_flops,
+)
 from dlr_lock.audit.report import ModuleStudents, Student
 from dlr_lock.common.errors import DLRError
 from dlr_lock.common.resume import ResumeStore
@@ -55,25 +63,22 @@ def models(arch: str, coupling: float = 1.0, off: float = 0.0) -> tuple[Any, Any
 
 
 def run(original: Any, locked: Any, mlps: list[MLP], train: Tensor, heldout: Tensor, **options: Any) -> Any:
-    given = {
-        "train_tokens": [512],
-        "conversion": {},
-        "device": CPU,
-        "max_memory": 2**30,
-        "scratch": Path("unused"),
-    }
-    return redistil(locked, original, mlps, train, heldout, **given | options)
+    train_tokens, inits = options.pop("train_tokens", [512]), options.pop("inits", INITS)
+    return redistilled_modules(
+        context(original, locked, mlps, heldout, train, **options), train_tokens, inits
+    )
 
 
 def figures(modules: list[tuple[ModuleStudents, DLRNet]]) -> dict[str, ModuleStudents]:
     """By module, but for the seconds."""
     return {
-        m.module: replace(m, students=[replace(copy, seconds=0.0) for copy in m.students]) for m, _ in modules
+        m.module: replace(m, students=[replace(student, seconds=0.0) for student in m.students])
+        for m, _ in modules
     }
 
 
 def test_an_mlp_in_the_guise_of_a_chain_is_found() -> None:
-    """The chain's own error comes from its weights; the copy, fitted to the chain alone, comes down to it."""
+    """The chain's own error comes from its weights; the student, fitted to the chain alone, comes down to it."""
     torch.manual_seed(0)
     original, locked, mlps = models("opt", coupling=1e-3, off=0.3)
     found = list(run(original, locked, mlps, tokens(), tokens(8), train_tokens=[256, 12_288]))
@@ -99,7 +104,7 @@ def test_a_strong_lock_takes_work_and_more_work_undoes_more() -> None:
     module, _ = next(run(original, locked, mlps, tokens(), tokens(8), train_tokens=[256, 8192], inits=starts))
     assert module.gap > 0.2 and module.students[0].student_error > 0.2
     for init in starts:
-        little, more = (copy for copy in module.students if copy.init == init)
+        little, more = (student for student in module.students if student.init == init)
         assert more.student_error < 0.8 * little.student_error
 
 
@@ -132,7 +137,7 @@ def test_what_is_measured_is_what_is_said(arch: str) -> None:
     gaps = flatten_gaps(locked, {m.module: locked.get_submodule(m.module) for m in mlps}, heldout)
     for module, net in found:
         ((train_tokens, net),) = net.items()
-        name, copy = module.module, best(module, train_tokens)
+        name, student = module.module, best(module, train_tokens)
 
         def of(chain: DLRNet, x: Tensor) -> Tensor:
             return chain_reference(x, chain.chain.to(CPU, torch.float32))
@@ -144,7 +149,7 @@ def test_what_is_measured_is_what_is_said(arch: str) -> None:
             relative_error(of(net, x), y),
             relative_error(of(net, own), of(chain, own)),
         ]
-        said = [module.chain_error, copy.error, copy.student_error]
+        said = [module.chain_error, student.error, student.student_error]
         assert said == pytest.approx([e.mean().item() for e in by_hand], rel=0.02)  # captured in bfloat16
         assert module.gap == pytest.approx(gaps[name], rel=0.02)
         assert module.chain == str(chain.spec)
@@ -176,11 +181,13 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     text = tokens(), tokens(8)
     whole = list(run(original, locked, mlps, *text))
     next(
-        run(original, locked, mlps, *text, kept=ResumeStore(tmp_path / "audit", {"seed": 0}))
+        run(original, locked, mlps, *text, resume=ResumeStore(tmp_path / "audit", {"seed": 0}))
     )  # and no further
     said: list[str] = []
     kept = ResumeStore(tmp_path / "audit", {"seed": 0})
-    resumed = list(run(original, locked, mlps, *text, kept=kept, progress=lambda what, *_: said.append(what)))
+    resumed = list(
+        run(original, locked, mlps, *text, resume=kept, progress=lambda what, *_: said.append(what))
+    )
     assert figures(resumed) == figures(whole)
     for (_, nets), (_, of_whole) in zip(resumed, whole, strict=True):
         ((train_tokens, net),), ((same, wanted),) = nets.items(), of_whole.items()
@@ -195,42 +202,42 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
         for init in ("linear", "random")
     }
     nothing: list[str] = []
-    list(run(original, locked, mlps, *text, kept=kept, progress=lambda what, *_: nothing.append(what)))
+    list(run(original, locked, mlps, *text, resume=kept, progress=lambda what, *_: nothing.append(what)))
     assert not nothing
     for file in kept.folder.glob("*.json"):
         file.write_text("{}")
     with pytest.raises(DLRError):
-        next(run(original, locked, mlps, *text, kept=kept))
+        next(run(original, locked, mlps, *text, resume=kept))
 
 
-def test_a_copy_that_diverges_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_student_that_diverges_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     original, locked, mlps = models("opt")
-    real = redistil.__globals__["fit_student"]
+    real = redistillation.fit_student
 
     def fragile(*args: Any, init: str, **options: Any) -> DLRNet:
         if init in failing:
             raise DLRError("it diverged")
         return real(*args, init=init, **options)
 
-    monkeypatch.setitem(redistil.__globals__, "fit_student", fragile)
+    monkeypatch.setattr(redistillation, "fit_student", fragile)
     failing, notes = {"linear"}, []
-    module, _ = next(run(original, locked, mlps, tokens(), tokens(8), note=notes.append))
+    module, _ = next(run(original, locked, mlps, tokens(), tokens(8), notes=notes))
     assert [c.init for c in module.students] == ["random"]
-    assert notes == [f"a copy of {mlps[0].module} is missing (linear init, 512 training tokens): it diverged"]
+    assert notes == [
+        f"a student of {mlps[0].module} is missing (linear init, 512 training tokens): it diverged"
+    ]
     failing = {"linear", "random"}
-    with pytest.raises(DLRError, match="no copy of"):
+    with pytest.raises(DLRError, match="no student of"):
         next(run(original, locked, mlps, tokens(), tokens(8)))
 
 
 @pytest.mark.parametrize("arch", ["opt", "bert"])
-def test_the_copies_in_the_model_are_measured_against_the_original(arch: str) -> None:
+def test_the_students_in_the_model_are_measured_against_the_original(arch: str) -> None:
     torch.manual_seed(0)
     original, locked, mlps = models(arch)
     train, heldout = tokens(), tokens(8)
     found = list(run(original, locked, mlps, train, heldout, train_tokens=[256, 4096]))
-    row = redistil_row(
-        locked, original, found, heldout, name="undone", train_tokens=4096, tokens=train.numel()
-    )
+    row = redistillation_row(context(original, locked, mlps, heldout, train), found, "undone", 4096)
     students = with_chains(locked, {m.module: nets[4096] for m, nets in found}, [])
     assert distance_of(row.evaluation) == pytest.approx(
         distance_of(compare(students, original, heldout)), rel=1e-4
@@ -254,7 +261,7 @@ def test_flops_are_those_of_the_fit_its_steps_the_passes_and_the_start() -> None
                 + 2 * 7 * used
                 + least_squares * used
             )
-            assert redistil_flops(net, chain, train_tokens, init, model_params=7, tokens=300) == wanted
+            assert redistillation_flops(net, chain, train_tokens, init, model_params=7, tokens=300) == wanted
 
 
 def test_a_step_of_the_optimizer_is_counted() -> None:
@@ -265,6 +272,6 @@ def test_a_step_of_the_optimizer_is_counted() -> None:
 
 def best(module: ModuleStudents, train_tokens: int) -> Student:
     return min(
-        (copy for copy in module.students if copy.train_tokens == train_tokens),
-        key=lambda copy: copy.student_error,
+        (student for student in module.students if student.train_tokens == train_tokens),
+        key=lambda student: student.student_error,
     )

@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dlr_lock.audit.asymmetry import Asymmetry, asymmetries
 from dlr_lock.audit.meters import Counts, StepCounts, StepSeconds
-from dlr_lock.audit.strategies.compare import OBJECTIVES, Objective, best, compare, measured
-from dlr_lock.audit.strategies.slot import Row, Variant, counted_variants, measure, variants
+from dlr_lock.audit.strategies.compare import OBJECTIVES, Objective, best_cost, compare_best, measured
+from dlr_lock.audit.strategies.slot import SlotVariant, StrategyCost, slot_cost, slot_costs, slot_variants
 from dlr_lock.common.errors import DLRError
 from dlr_lock.runtime import DLRSpec
 
@@ -17,14 +17,14 @@ HIDDEN, WIDTH, TOKENS = 2048, 8192, 512
 CHAINS = [(1, 16), (1, 64), (1, 256), (4, 64), (16, 48)]  # lanes x steps, all of 12288 units
 
 
-def pair(lanes: int, depth: int) -> tuple[DLRSpec, Variant, Variant]:
+def pair(lanes: int, depth: int) -> tuple[DLRSpec, SlotVariant, SlotVariant]:
     spec = DLRSpec.matching(HIDDEN, WIDTH, mlp_gated=True, lanes=lanes, depth=depth)
     assert (spec.lanes, spec.depth) == (lanes, depth) and lanes * depth * spec.rank == 12288
-    return spec, *variants(spec, WIDTH, tokens=TOKENS, dtype=torch.float32, device=torch.device("cpu"))
+    return spec, *slot_variants(spec, WIDTH, tokens=TOKENS, dtype=torch.float32, device=torch.device("cpu"))
 
 
-def counted(variant: Variant, strategy: str) -> StepCounts:
-    counts = measure(variant, variant.strategy(strategy)).counts
+def counted(variant: SlotVariant, strategy: str) -> StepCounts:
+    counts = slot_cost(variant, variant.strategy(strategy)).counts
     assert counts is not None
     return counts
 
@@ -55,7 +55,9 @@ def test_what_naive_training_keeps_grows_linearly_in_lanes_times_steps() -> None
     with FakeTensorMode():
         for lanes, depth in ((1, 8), (1, 16), (1, 32), (2, 16), (4, 8)):
             spec = DLRSpec(256, lanes, depth, 16)
-            variant, _ = variants(spec, 64, tokens=TOKENS, dtype=torch.float32, device=torch.device("cpu"))
+            variant, _ = slot_variants(
+                spec, 64, tokens=TOKENS, dtype=torch.float32, device=torch.device("cpu")
+            )
             held[lanes, depth] = counted(variant, "plain").held / (4 * TOKENS)
     step = 256 + 2 * 16
     assert held[1, 32] - held[1, 16] == 2 * (held[1, 16] - held[1, 8]) == 16 * step
@@ -66,8 +68,10 @@ def test_what_naive_training_keeps_grows_linearly_in_lanes_times_steps() -> None
 def test_best_strategies_and_their_limits() -> None:
     """On SmolLM2's slot: what the lock costs an attacker who has read this program, in a model of 30 layers."""
     spec = DLRSpec.matching(576, 1536, mlp_gated=True, depth=16)
-    locked, original = counted_variants(spec, 1536, tokens=2048, dtype=torch.bfloat16)
-    table = {(c.trainable, str(c.objective)): c for c in compare(locked, original, layers=30)}
+    with FakeTensorMode():
+        pair = slot_variants(spec, 1536, tokens=2048, dtype=torch.bfloat16, device=torch.device("cpu"))
+        locked, original = map(slot_costs, pair)
+    table = {(c.trainable, str(c.objective)): c for c in compare_best(locked, original, layers=30)}
     assert set(trainable for trainable, _ in table) == {"weights", "adapters", "nothing"}
     naive = {r.strategy: r for r in locked}["plain"].memory(30) / original[0].memory(30)  # type: ignore[operator]
     free = table["weights", "least memory at 1.02 x flops"]
@@ -91,28 +95,34 @@ def test_best_strategies_and_their_limits() -> None:
             assert redone.locked is not None and redone.locked.memory(30) <= row.memory(30)  # type: ignore[operator]
 
 
-def made_up(name: str, held: int, peak: int, flops: int, seconds: float | None = None) -> Row:
+def made_up(name: str, held: int, peak: int, flops: int, seconds: float | None = None) -> StrategyCost:
     counts = StepCounts(Counts(flops // 3, 1, 1), Counts(flops - flops // 3, 2, 2), held, held, peak)
-    return Row(name, "weights", held, counts, seconds and StepSeconds(seconds, seconds, 0.0))
+    return StrategyCost(name, "weights", held, counts, seconds and StepSeconds(seconds, seconds, 0.0))
 
 
 def test_the_best_row_meets_every_limit() -> None:
     base = made_up("plain", 100, 150, 300, 3.0)
     lean, slow = made_up("lean", 10, 200, 330, 1.0), made_up("slow", 1, 210, 900, 9.0)
-    rows = [base, lean, slow, Row("compiled", "weights", 5), Row("failed", "weights", error="no compiler")]
-    assert best(rows, Objective("memory"), base) is base
-    assert best(rows, Objective("memory"), base, layers=10) is slow
-    assert best(rows, Objective("memory", {"flops": 1.1}), base, layers=10) is lean
-    assert best(rows, Objective("memory", {"flops": 1.0, "seconds": 1.0}), base, layers=10) is base
+    rows = [
+        base,
+        lean,
+        slow,
+        StrategyCost("compiled", "weights", 5),
+        StrategyCost("failed", "weights", error="no compiler"),
+    ]
+    assert best_cost(rows, Objective("memory"), base) is base
+    assert best_cost(rows, Objective("memory"), base, layers=10) is slow
+    assert best_cost(rows, Objective("memory", {"flops": 1.1}), base, layers=10) is lean
+    assert best_cost(rows, Objective("memory", {"flops": 1.0, "seconds": 1.0}), base, layers=10) is base
     assert (
-        best(rows, Objective("seconds")) is lean
-        and best(rows, Objective("flops", {"memory": 0.1}), base) is None
+        best_cost(rows, Objective("seconds")) is lean
+        and best_cost(rows, Objective("flops", {"memory": 0.1}), base) is None
     )
     assert lean.memory(10) == 9 * 10 + 200
     with pytest.raises(DLRError, match="no measure 'speed'"):
         Objective("speed")
     with pytest.raises(DLRError, match="wants a plain step"):
-        best(rows, Objective("memory", {"flops": 1.0}))
+        best_cost(rows, Objective("memory", {"flops": 1.0}))
     assert str(OBJECTIVES[1]) == "least memory at 1.19 x flops"
 
 
@@ -125,7 +135,7 @@ def test_asymmetry_by_counts() -> None:
     """Plain FLOPs know none; dependent launches only against the runtime's forward."""
     spec = DLRSpec.matching(128, 512, mlp_gated=True, depth=12)
     with FakeTensorMode():
-        pair = variants(spec, 512, tokens=512, dtype=torch.bfloat16, device=torch.device("cpu"))
+        pair = slot_variants(spec, 512, tokens=512, dtype=torch.bfloat16, device=torch.device("cpu"))
         table = asymmetries(*pair)
     assert {a.mode for a in table} == {"eager", "checkpointed", "best"}  # compiled code is timed, not counted
     assert {a.measure for a in table} == {"flops", "launches", "dependent"}
@@ -142,7 +152,7 @@ def test_asymmetry_by_counts() -> None:
 def test_asymmetry_by_seconds_has_all_modes() -> None:
     """Of a tiny slot, for the modes that need no compiler: that there are times, not what they are."""
     spec = DLRSpec(32, 1, 3, 16)
-    locked, original = variants(spec, 48, tokens=8, dtype=torch.float32, device=torch.device("cpu"))
+    locked, original = slot_variants(spec, 48, tokens=8, dtype=torch.float32, device=torch.device("cpu"))
     plain = [replace(a, strategies=[p for p in a.strategies if not p.compiled]) for a in (locked, original)]
     table = [a for a in asymmetries(*plain, repeats=1) if a.measure == "seconds"]
     assert {(a.mode, a.forward) for a in table} == {

@@ -5,27 +5,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from attacked import MLPS, locked_llama
 from tiny import tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dlr_lock.audit.learning import FIRST_RATES, TRAINABLES, Tuning, fine_tune, sweep, trainable
+from dlr_lock.audit.attacks import TRAINING_ATTACKS
+from dlr_lock.audit.attacks.fine_tune import Tuning, fine_tune, sweep
+from dlr_lock.audit.attacks.gradient import GradientAttack
+from dlr_lock.audit.context import ModelVariant
 from dlr_lock.audit.report import Run
 from dlr_lock.audit.texts import Text
 from dlr_lock.common.errors import DLRError
-from dlr_lock.runtime import DLRNet, DLRSpec
 
-MLPS = ["model.layers.0.mlp", "model.layers.1.mlp"]
 PLAN = Tuning(tokens=1536, batch=64, looks=4, seeds=2, rates=4)
-
-
-def locked_model() -> PreTrainedModel:
-    model = tiny_model("llama")
-    for name in MLPS:
-        net = DLRNet(DLRSpec(64, 1, 5, 16))
-        net.assign({n: torch.randn_like(p) / 8 for n, p in net.named_parameters()})
-        model.set_submodule(name, net)
-    return model
 
 
 def counting() -> Text:
@@ -35,16 +28,18 @@ def counting() -> Text:
 
 
 def tune(model: PreTrainedModel, attack: str, rate: float | None = None, seed: int = 0) -> Run:
+    chosen = TRAINING_ATTACKS[attack]
+    neutral = torch.randint(320, (2, 16))
+    rate = rate or 30 * chosen.first_rate
     return fine_tune(
-        model, MLPS, counting(), torch.randint(320, (2, 16)), PLAN,
-        variant="locked", attack=attack, rate=rate or 30 * FIRST_RATES[attack], seed=seed,
-    )  # fmt: skip
+        chosen, ModelVariant("locked", model, MLPS), counting(), neutral, PLAN, rate=rate, seed=seed
+    )
 
 
-@pytest.mark.parametrize("attack", list(FIRST_RATES))
+@pytest.mark.parametrize("attack", TRAINING_ATTACKS)
 def test_a_run(attack: str) -> None:
     torch.manual_seed(5)
-    model = locked_model()
+    model = locked_llama()
     before = {name: p.clone() for name, p in model.state_dict().items()}
     torch.manual_seed(1)
     run = tune(model, attack)
@@ -61,21 +56,23 @@ def test_a_run(attack: str) -> None:
 
 
 def test_what_is_trained() -> None:
-    for attack in TRAINABLES:
-        model = locked_model()
+    for attack in TRAINING_ATTACKS.values():
+        if not isinstance(attack, GradientAttack):
+            continue
+        model = locked_llama()
         before = {name: p.clone() for name, p in model.named_parameters()}
         ids = torch.randint(320, (2, 16))
-        with trainable(model, MLPS, attack, 0) as step:
+        with attack.stepping(ModelVariant("locked", model, MLPS), 0) as step:
             loss = model(input_ids=ids, labels=ids).loss.item()
             step(ids, 1e-2)
             step(ids, 1e-2)  # the adapters' first step moves V alone
             changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
             assert model(input_ids=ids, labels=ids).loss.item() != loss
-        assert (changed == before.keys()) if attack == "full" else not changed
+        assert (changed == before.keys()) if attack.name == "full" else not changed
 
 
 def test_a_run_that_diverges_says_so_and_leaves_the_model() -> None:
-    model = locked_model()
+    model = locked_llama()
     before = {name: p.clone() for name, p in model.state_dict().items()}
     run = tune(model, "full", rate=1e30)
     assert run.diverged and run.neutral[1] is None and len(run.losses) < 5
@@ -85,15 +82,16 @@ def test_a_run_that_diverges_says_so_and_leaves_the_model() -> None:
 
 def test_mezo_moves_along_z_by_the_slope() -> None:
     """Against autograd in float64: the change is -rate * (g . z) z for one and the same normal z."""
-    model = locked_model().double()
+    model = locked_llama().double()
     model.requires_grad_(False)
     ids = torch.randint(320, (2, 16))
     weights = list(model.parameters())
     before = [w.clone() for w in weights]
-    with trainable(model, MLPS, "full", 0) as _:
+    variant = ModelVariant("locked", model, MLPS)
+    with TRAINING_ATTACKS["full"].stepping(variant, 0) as _:
         wanted = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, weights)
     rate = 1e-3
-    with trainable(model, MLPS, "MeZO", 3) as step:
+    with TRAINING_ATTACKS["MeZO"].stepping(variant, 3) as step:
         step(ids, rate)
         moved = _flat([w - b for w, b in zip(weights, before, strict=True)])
     gradient = _flat(wanted)
@@ -110,7 +108,7 @@ def _flat(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
 
 def test_every_sequence_is_seen_once_before_any_twice() -> None:
     seen: list[Tensor] = []
-    model, task = locked_model(), counting()
+    model, task = locked_llama(), counting()
     inner = model.forward
 
     def forward(*args: object, **kwargs: object) -> object:
@@ -119,7 +117,8 @@ def test_every_sequence_is_seen_once_before_any_twice() -> None:
         return inner(*args, **kwargs)
 
     model.forward = forward
-    fine_tune(model, MLPS, task, task.heldout, PLAN, variant="locked", attack="full", rate=1e-5, seed=0)
+    variant = ModelVariant("locked", model, MLPS)
+    fine_tune(TRAINING_ATTACKS["full"], variant, task, task.heldout, PLAN, rate=1e-5, seed=0)
     first = torch.cat(seen)[:32]
     assert torch.equal(first[:, 0].sort().values, task.train[:, 0].sort().values)
     assert sum(len(ids) for ids in seen) * 16 == PLAN.tokens
@@ -153,6 +152,6 @@ def test_a_sweep_stops_at_its_limit() -> None:
 
 
 def test_nothing_to_train() -> None:
-    model, task = tiny_model("llama"), counting()
+    variant, task = ModelVariant("a", tiny_model("llama"), []), counting()
     with pytest.raises(DLRError, match="nothing to train"):
-        fine_tune(model, [], task, task.heldout, PLAN, variant="a", attack="attention", rate=1e-3, seed=0)
+        fine_tune(TRAINING_ATTACKS["attention"], variant, task, task.heldout, PLAN, rate=1e-3, seed=0)

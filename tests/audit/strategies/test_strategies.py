@@ -11,27 +11,29 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dlr_lock.audit.strategies.checkpoint import segmented
 from dlr_lock.audit.strategies.compiled import compiled
-from dlr_lock.audit.strategies.inversion import inverted, rebuild_error
+from dlr_lock.audit.strategies.inversion import inverted
 from dlr_lock.audit.strategies.lookahead import lookahead_trained
-from dlr_lock.audit.strategies.lora import adapted_chain, merged_chain, new_adapter
-from dlr_lock.audit.strategies.slot import Row, measure, variants
-from dlr_lock.audit.strategies.slot_strategies import (
+from dlr_lock.audit.strategies.lora import adapted_chain, adapted_mlp, merged_chain, new_adapter
+from dlr_lock.audit.strategies.slot import StrategyCost, slot_cost, slot_variants
+from dlr_lock.audit.strategies.steps import lanes_of, parts, read
+from dlr_lock.audit.strategies.table import (
+    STRATEGIES,
     Strategy,
-    adapted_mlp,
     best_segment,
-    chain_strategies,
-    mlp_strategies,
+    model_strategies,
+    slot_strategies,
 )
 from dlr_lock.common.errors import DLRError
 from dlr_lock.microbench.slot import DenseWeights, dense_mlp
 from dlr_lock.runtime import DLRSpec
-from dlr_lock.triton_kernels import ChainWeights, chain_reference
+from dlr_lock.triton_kernels import ACTIVATIONS, ChainWeights, chain_reference
 
 CHAINS = {
     "single": DLRSpec(24, 1, 5, 16),
     "lanes": DLRSpec(24, 3, 5, 32, act="gelu"),
-    "gated": DLRSpec(24, 2, 9, 16, gated=True),
 }
+GATED = DLRSpec(24, 2, 9, 16, gated=True)  # of a student, which is trained by the definition alone
+plain_chains = pytest.mark.parametrize("spec", CHAINS.values(), ids=CHAINS)
 Weights = ChainWeights | DenseWeights
 
 
@@ -76,9 +78,10 @@ def error(got: list[Tensor], wanted: list[Tensor]) -> float:
 def strategies(trainable: str) -> list[Any]:
     return [
         pytest.param(spec, p, id=f"{name}-{p.name}")
-        for name, spec in CHAINS.items()
-        for p in chain_strategies(spec)
+        for name, spec in (CHAINS | {"gated": GATED}).items()
+        for p in slot_strategies(spec)
         if p.trainable == trainable and not p.compiled
+        if not spec.gated or p.form is None or p.name == "LoRA, merged"
     ]
 
 
@@ -87,12 +90,12 @@ def test_gradients_are_plain_autograd_s(spec: DLRSpec, strategy: Strategy) -> No
     weights, x, dy = chain(spec), torch.randn(2, 6, 24).double(), torch.randn(2, 6, 24).double()
     weights = mapped(weights, lambda w: w.requires_grad_(strategy.trainable == "weights"))
     wanted = gradients(chain_reference, x, weights, dy)
-    assert error(gradients(strategy.run, x, weights, dy), wanted) < 1e-12
+    assert error(gradients(strategy.chain(spec), x, weights, dy), wanted) < 1e-12
 
 
 @pytest.mark.parametrize("form", [lookahead_trained, partial(lookahead_trained, recompute=True), inverted])
 @pytest.mark.parametrize("block", [1, 32, 64, 80, 1000])
-@pytest.mark.parametrize("spec", CHAINS.values(), ids=CHAINS)
+@plain_chains
 def test_gradients_of_blocks_that_do_and_do_not_divide_a_lane(spec: DLRSpec, block: int, form: Any) -> None:
     weights = mapped(chain(spec), Tensor.requires_grad_)
     x, dy = torch.randn(6, 24).double(), torch.randn(6, 24).double()
@@ -108,12 +111,14 @@ def test_adapters_have_the_gradients_of_the_merged_chain(spec: DLRSpec, strategy
         torch.nn.init.normal_(V, std=0.1)
     plain = partial(merged_chain, form=chain_reference)
     wanted = gradients(plain, x, weights, dy, adapters=adapters)
-    assert error(gradients(strategy.run, x, weights, dy, adapters=adapters), wanted) < 1e-12
+    assert error(gradients(strategy.chain(spec), x, weights, dy, adapters=adapters), wanted) < 1e-12
     y = adapted_chain(x, weights, adapters=[new_adapter(w, 4) for w in tensors(weights) if w.dim() > 1])
     assert error([y], [chain_reference(x, weights)]) < 1e-13  # a new adapter changes nothing
 
 
-@pytest.mark.parametrize("strategy", [p for p in mlp_strategies(24) if not p.compiled], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "strategy", [p for p in slot_strategies(None) if not p.compiled], ids=lambda p: p.name
+)
 def test_gradients_of_the_mlp_s_strategies(strategy: Strategy) -> None:
     gate, up, down = (torch.randn(*shape).double() for shape in ((40, 24), (40, 24), (24, 40)))
     weights = DenseWeights(gate, up, down)
@@ -129,19 +134,18 @@ def test_gradients_of_the_mlp_s_strategies(strategy: Strategy) -> None:
             )
 
         wanted = gradients(merged, x, weights, dy, adapters=adapters)
-        got = gradients(strategy.run, x, weights, dy, adapters=adapters)
+        got = gradients(strategy.mlp(24), x, weights, dy, adapters=adapters)
         assert error(gradients(adapted_mlp, x, weights, dy, adapters=adapters), wanted) < 1e-12
     else:
         weights = mapped(weights, lambda w: w.requires_grad_(strategy.trainable == "weights"))
         wanted = gradients(dense_mlp, x, weights, dy)
-        got = gradients(strategy.run, x, weights, dy)
+        got = gradients(strategy.mlp(24), x, weights, dy)
     assert error(got, wanted) < 1e-12
 
 
 @pytest.mark.parametrize("form", [lookahead_trained, inverted, partial(inverted, block=64)])
-@pytest.mark.parametrize("gated", [False, True])
-def test_bf16_weights_lose_no_more_than_plain_training_does(gated: bool, form: Any) -> None:
-    spec = DLRSpec(96, 2, 16, 16, gated=gated)
+def test_bf16_weights_lose_no_more_than_plain_training_does(form: Any) -> None:
+    spec = DLRSpec(96, 2, 16, 16)
     weights = mapped(chain(spec), lambda w: w.bfloat16() if w.dim() > 1 else w.float())
     weights = mapped(weights, Tensor.requires_grad_)
     x, dy = torch.randn(64, 96), torch.randn(64, 96)
@@ -151,9 +155,27 @@ def test_bf16_weights_lose_no_more_than_plain_training_does(gated: bool, form: A
     assert error(gradients(form, x, weights, dy), wanted) < 1.5 * plain < 0.1
 
 
+def rebuild_error(x: Tensor, weights: ChainWeights, state: torch.dtype) -> float:
+    """How far x, rebuilt from the chain's end in a state of dtype `state`, is from x: the RMS ratio, in all lanes.
+
+    What the steps read is kept in the weights' dtype, and is the same both ways: the error is that of adding and
+    subtracting.
+    """
+    start = z = lanes_of(x, weights).to(state)
+    updates = []
+    for A, B in parts(weights, 1):
+        h = ACTIVATIONS[weights.act](read(z, A.flatten(1, 2)))
+        updates.append(torch.bmm(h, B.flatten(1, 2)).to(state))
+        z = z + updates[-1]
+    for update in reversed(updates):
+        z = z - update
+    start, z = start.double(), z.double()
+    return ((z - start).square().mean() / start.square().mean()).sqrt().item()
+
+
 def test_what_is_rebuilt_is_exact_to_the_state_s_rounding() -> None:
     weights, x = chain(DLRSpec(96, 2, 48, 16), torch.float32), torch.randn(64, 96)
-    errors = {dtype: rebuild_error(x, weights, state=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    errors = {dtype: rebuild_error(x, weights, dtype) for dtype in (torch.float32, torch.bfloat16)}
     # One rounding a step and way: sqrt(2 * 48) * eps / sqrt(12), times how much larger z is than x (here below 3).
     assert errors[torch.float32] < 1e-6
     assert 2e-3 < errors[torch.bfloat16] < 0.1
@@ -167,15 +189,47 @@ def test_shapes_that_are_no_chain_are_refused() -> None:
             form(torch.randn(3, 25).double(), weights)
 
 
+def test_gated_steps_are_refused_but_by_the_definition() -> None:
+    weights = chain(GATED)
+    for form in (partial(segmented, steps=2), lookahead_trained, inverted):
+        with pytest.raises(ValueError, match="gated steps are trained step by step"):
+            form(torch.randn(3, 24).double(), weights)
+
+
+def test_the_table_serves_slots_and_models() -> None:
+    """An entry has every name once, and stands where it is of use."""
+    spec = DLRSpec(512, 1, 30, 64)
+    for found in (
+        slot_strategies(spec),
+        slot_strategies(None),
+        *(model_strategies(locked=b) for b in (True, False)),
+    ):
+        assert len({s.name for s in found}) == len(found)
+        for trainable in ("weights", "adapters", "nothing"):
+            assert next(s for s in found if s.trainable == trainable).name.endswith("plain")
+    in_model = {s.name for s in model_strategies(locked=True)}
+    assert {s.name for s in model_strategies(locked=False)} < in_model
+    assert (
+        "layer checkpoint, look-ahead 256, inverted" in in_model and "LoRA on attention, segments" in in_model
+    )
+    entry = Strategy("own", wrap=lambda forward, hidden_size: forward)
+    STRATEGIES.append(entry)
+    try:
+        for found in (slot_strategies(spec), slot_strategies(None), model_strategies(locked=True)):
+            assert {"own", "LoRA, own", "LoRA on attention, own"} <= {s.name for s in found}
+    finally:
+        STRATEGIES.remove(entry)
+
+
 # What a strategy keeps and computes, against the formulas of its docstring: float32, so that state and weights weigh
 # the same, and the whole FLOPs of three forward passes for plain training.
 TOKENS, FEATURES, WIDTH = 1024, 512, 1024
 
 
-def row(spec: DLRSpec, strategy: str, *, original: bool = False) -> Row:
+def row(spec: DLRSpec, strategy: str, *, original: bool = False) -> StrategyCost:
     with FakeTensorMode():
-        pair = variants(spec, WIDTH, tokens=TOKENS, dtype=torch.float32, device=torch.device("cpu"))
-        return measure(pair[original], pair[original].strategy(strategy))
+        pair = slot_variants(spec, WIDTH, tokens=TOKENS, dtype=torch.float32, device=torch.device("cpu"))
+        return slot_cost(pair[original], pair[original].strategy(strategy))
 
 
 @pytest.mark.parametrize("lanes", [1, 4])
@@ -191,8 +245,8 @@ def test_costs_of_the_chain_s_strategies(lanes: int) -> None:
         "checkpoint": (d, 4.0),
         "selective": (d + reads, 3.5),
         "inversion": (lanes * d + reads, 3.5),
-        f"nested, {segment}": (d, 5.0),
-        f"segments of {segment}": ((-(-K // segment) - 1) * lanes * d + d + sums, 4.0),
+        "nested": (d, 5.0),
+        "segments": ((-(-K // segment) - 1) * lanes * d + d + sums, 4.0),
         "checkpoint, inverted": (d, 4.5),
     }
     for strategy, (elements, forwards) in kept.items():
@@ -200,7 +254,12 @@ def test_costs_of_the_chain_s_strategies(lanes: int) -> None:
         assert counts is not None
         assert counts.held == 4 * TOKENS * elements, strategy
         # A replay ends with what the backward pass wants: the last product of a segment is not made again.
-        last = forward / K / 2 * (-(-K // segment) if "," in strategy or "segments" in strategy else 1)
+        last = (
+            forward
+            / K
+            / 2
+            * (-(-K // segment) if "," in strategy or strategy in ("segments", "nested") else 1)
+        )
         assert forwards * forward - 2 * last <= counts.flops <= forwards * forward, strategy
         if "checkpoint" not in strategy and "nested" not in strategy and "seg" not in strategy:
             assert counts.flops == forwards * forward, strategy
@@ -233,7 +292,7 @@ def test_costs_of_the_mlp_s_strategies() -> None:
         ("plain", FEATURES + 4 * WIDTH, 3),
         ("checkpoint", FEATURES, 3 + 2 / 3),  # down is not made again
         ("selective", FEATURES + 2 * WIDTH, 3),
-        ("frozen, plain", 3 * WIDTH, 2),
+        ("LoRA on attention, plain", 3 * WIDTH, 2),
     ):
         counts = row(spec, strategy, original=True).counts
         assert counts is not None
@@ -244,10 +303,14 @@ def test_costs_of_the_mlp_s_strategies() -> None:
 def test_the_best_segment_is_the_best() -> None:
     spec = DLRSpec(512, 3, 30, 16)
     with FakeTensorMode():
-        variant, _ = variants(spec, WIDTH, tokens=TOKENS, dtype=torch.float32, device=torch.device("cpu"))
+        variant, _ = slot_variants(
+            spec, WIDTH, tokens=TOKENS, dtype=torch.float32, device=torch.device("cpu")
+        )
         peaks = {}
         for steps in (1, 2, 4, 5, 6, 10, 30):
-            counts = measure(variant, Strategy("", "weights", partial(segmented, steps=steps))).counts
+            counts = slot_cost(
+                variant, Strategy("", lambda spec, steps=steps: partial(segmented, steps=steps))
+            ).counts
             assert counts is not None
             peaks[steps] = counts.peak
     assert best_segment(spec) in peaks and peaks[best_segment(spec)] <= 1.05 * min(peaks.values())
@@ -257,9 +320,9 @@ def test_the_best_segment_is_the_best() -> None:
 def test_compiled_gradients_and_budget() -> None:
     """On a CPU this wants a C++ compiler."""
     spec = DLRSpec(32, 1, 2, 16)
-    variant, _ = variants(spec, 48, tokens=8, dtype=torch.float32, device=torch.device("cpu"))
-    strategy = Strategy("", "weights", compiled(chain_reference, memory_budget=0.5), compiled=True)
-    got, plain = measure(variant, strategy), measure(variant, variant.strategy("plain"))
+    variant, _ = slot_variants(spec, 48, tokens=8, dtype=torch.float32, device=torch.device("cpu"))
+    strategy = Strategy("", wrap=lambda forward, _: compiled(forward, memory_budget=0.5), compiled=True)
+    got, plain = slot_cost(variant, strategy), slot_cost(variant, variant.strategy("plain"))
     if got.error is not None:
         pytest.skip(got.error)
     assert got.saved is not None and plain.saved is not None and got.saved < plain.saved
@@ -267,19 +330,23 @@ def test_compiled_gradients_and_budget() -> None:
     weights = mapped(variant.weights, Tensor.requires_grad_)
     dy = torch.randn(8, 32)
     wanted = gradients(chain_reference, variant.x, weights, dy)
-    assert error(gradients(strategy.run, variant.x, weights, dy), wanted) < 1e-5
+    assert error(gradients(strategy.chain(spec), variant.x, weights, dy), wanted) < 1e-5
 
 
 def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    variant, _ = variants(DLRSpec(16, 1, 1, 16), 8, tokens=3, dtype=torch.float32, device=torch.device("cpu"))
-    failed = measure(variant, variant.strategy("compiled"))
+    variant, _ = slot_variants(
+        DLRSpec(16, 1, 1, 16), 8, tokens=3, dtype=torch.float32, device=torch.device("cpu")
+    )
+    failed = slot_cost(variant, variant.strategy("compiled"))
     assert failed.counts is None and failed.seconds is None
     assert failed.error is not None and failed.error.startswith("torch.compile failed")
 
 
 def test_an_unknown_strategy_is_named() -> None:
-    variant, _ = variants(DLRSpec(16, 1, 1, 16), 8, tokens=3, dtype=torch.float32, device=torch.device("cpu"))
+    variant, _ = slot_variants(
+        DLRSpec(16, 1, 1, 16), 8, tokens=3, dtype=torch.float32, device=torch.device("cpu")
+    )
     with pytest.raises(DLRError, match="no strategy 'plane'; one of plain, checkpoint"):
         variant.strategy("plane")

@@ -3,21 +3,23 @@
 from dataclasses import replace
 
 import torch
-from test_learning import MLPS, locked_model
+from attacked import MLPS, locked_llama
 from tiny import tiny_model
 
-from dlr_lock.audit.costs import Variant, count_steps, time_steps
+from dlr_lock.audit.context import ModelVariant
+from dlr_lock.audit.costs import count_steps, time_steps
 from dlr_lock.audit.meters import count
-from dlr_lock.audit.strategies.model import measure_model, model_strategies
+from dlr_lock.audit.strategies.model import model_cost
+from dlr_lock.audit.strategies.table import model_strategies
 from dlr_lock.triton_kernels import backend
 
 ATTACKS = ["full", "LoRA", "attention", "MeZO"]
 
 
-def test_the_rows_of_an_arm() -> None:
-    model = locked_model()
+def test_the_rows_of_a_variant() -> None:
+    model = locked_llama()
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    variant = Variant("locked", model, MLPS, deep=True)
+    variant = ModelVariant("locked", model, MLPS, deep=True)
     counted = list(count_steps(variant, ATTACKS, (2, 24)))
     assert not any(row.seconds for row in counted)
     rows = time_steps(lambda: [variant], counted, (2, 24))
@@ -31,7 +33,7 @@ def test_the_rows_of_an_arm() -> None:
     # counted on tensors without data as on real ones
     ids = torch.zeros(2, 24, dtype=torch.int64)
     for strategy in model_strategies(locked=True)[:3]:
-        counts = measure_model(model, MLPS, strategy, ids).counts
+        counts = model_cost(model, MLPS, strategy, ids).counts
         row = next(r for r in rows if r.strategy == strategy.name)
         assert counts is not None and row.flops == counts.flops
         # For tensors without data transformers writes the causal mask out, and the keys and values of every head.
@@ -42,7 +44,7 @@ def test_the_rows_of_an_arm() -> None:
 
 def test_mezo_is_two_passes_of_inference() -> None:
     model = tiny_model("llama")
-    (row,) = count_steps(Variant("original", model, MLPS), ["MeZO"], (2, 24))
+    (row,) = count_steps(ModelVariant("original", model, MLPS), ["MeZO"], (2, 24))
     with torch.no_grad(), backend("naive"):
         passed = count(lambda: model(input_ids=torch.zeros(2, 24, dtype=torch.int64), use_cache=False))
     assert row.flops == 2 * passed.flops and row.held == 0
@@ -50,9 +52,11 @@ def test_mezo_is_two_passes_of_inference() -> None:
 
 def test_adapters_of_conv1d_layers() -> None:
     names = ["transformer.h.0.mlp", "transformer.h.1.mlp"]
-    rows = list(count_steps(Variant("original", tiny_model("gpt2"), names), ["full", "attention"], (2, 24)))
+    rows = list(
+        count_steps(ModelVariant("original", tiny_model("gpt2"), names), ["full", "attention"], (2, 24))
+    )
     assert {row.attack for row in rows} == {"full", "attention"}
 
 
-def test_an_arm_without_linear_layers_has_no_row_for_adapters() -> None:
-    assert list(count_steps(Variant("original", tiny_model("llama"), []), ["attention"], (2, 24))) == []
+def test_a_variant_without_linear_layers_has_no_row_for_adapters() -> None:
+    assert list(count_steps(ModelVariant("original", tiny_model("llama"), []), ["attention"], (2, 24))) == []

@@ -1,0 +1,111 @@
+"""Attacks by gradient descent: AdamW on all weights, or on low-rank adapters of some.
+
+The gradients are those of plain autograd: strategies change what a step costs, not what it learns, so one run stands
+for all of them.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from transformers import PreTrainedModel
+
+from ..context import ModelVariant
+from ..meters import count_step, without_data
+from ..report import StepCost
+from ..strategies.model import NothingToTrain, prepared
+from ..strategies.table import Strategy, Trainable, model_strategies
+from .contract import TrainingAttack, register
+from .fine_tune import DivergedError, Step, task_loss
+
+_CLIP = 1.0
+
+
+@dataclass(frozen=True)
+class GradientAttack(TrainingAttack):
+    """AdamW without decay, gradients clipped at norm 1, on what the strategies of `trainable` train.
+
+    Attributes:
+        name, about, first_rate, budgets: See `TrainingAttack`.
+        trainable: What the strategies train, see `strategies.table`.
+    """
+
+    name: str
+    about: str
+    first_rate: float
+    trainable: Trainable
+    budgets: tuple[str, ...] = TrainingAttack.budgets
+
+    def trained(
+        self, model: PreTrainedModel, mlps: Sequence[str], strategy: Strategy
+    ) -> AbstractContextManager[list[Tensor]]:
+        """What is trained, while the model is as the strategy trains it; an attack that trains less overrides this."""
+        return prepared(model, mlps, strategy)
+
+    def strategies(self, variant: ModelVariant) -> list[Strategy]:
+        """The strategies that serve the attack; autograd as it is comes first."""
+        return [s for s in model_strategies(locked=variant.deep) if s.trainable == self.trainable]
+
+    @contextmanager
+    def prepared(
+        self, variant: ModelVariant, seed: int, strategy: str | None = None
+    ) -> Iterator[tuple[list[Tensor], Step]]:
+        chosen = next(s for s in self.strategies(variant) if strategy in (None, s.name))
+        with ExitStack() as stack:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)  # of the adapters
+                trained = stack.enter_context(self.trained(variant.model, variant.mlps, chosen))
+            yield trained, _Adam(variant.model, trained)
+
+    def count_steps(self, variant: ModelVariant, shape: tuple[int, int]) -> list[StepCost]:
+        mode, ghost = without_data(variant.model)
+        rows = []
+        for strategy in self.strategies(variant):
+            try:
+                with mode, self.trained(ghost, variant.mlps, strategy) as trained:
+                    ids = torch.zeros(shape, dtype=torch.int64, device=variant.model.device)
+                    counts = count_step(lambda tokens: task_loss(ghost, tokens), ids, trained)
+            except NothingToTrain:
+                continue
+            rows.append(StepCost(
+                variant.name, self.name, strategy.name, shape[0] * shape[1], counts.flops, counts.peak, counts.held,
+                counts.forward.launches + counts.backward.launches, counts.dependent,
+            ))  # fmt: skip
+        return rows
+
+
+class _Adam:
+    def __init__(self, model: PreTrainedModel, trained: list[Tensor]) -> None:
+        self._model, self._trained = model, trained
+        self._optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
+
+    def __call__(self, ids: Tensor, rate: float) -> None:
+        loss = task_loss(self._model, ids)
+        if not math.isfinite(loss.item()):
+            raise DivergedError
+        loss.backward()
+        clip_grad_norm_(self._trained, _CLIP)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+FULL = register(GradientAttack("full", "All weights are trained.", 1e-4, "weights"))
+LORA = register(
+    GradientAttack(
+        "LoRA", "Low-rank adapters of the chains and of all that is linear are trained.", 1e-3, "adapters"
+    )
+)
+ATTENTION = register(
+    GradientAttack(
+        "attention",
+        "Low-rank adapters of all but the MLPs' places are trained, with the chains as they are.",
+        1e-3,
+        "nothing",
+    )
+)

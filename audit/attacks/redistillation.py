@@ -1,0 +1,263 @@
+"""Redistillation: every chain of a locked model back into an MLP of its size, on the attacker's text.
+
+One module at a time, from activations of the locked model alone: the attacker has no original. The original serves
+to say how good the students are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import lru_cache
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ...common.errors import DLRError
+from ...common.resume import ResumeStore
+from ...convert.activations import Activations, capture
+from ...convert.end_to_end import with_chains
+from ...convert.evaluate import measure
+from ...convert.mlp_matching import MLP
+from ...convert.muon import Muon
+from ...convert.redistill import BATCH, FIT_TOKENS, fit_student
+from ...runtime import DLRNet, DLRSpec
+from ..context import AuditContext
+from ..meters import count
+from ..report import ModuleStudents, Structural, Student
+from .structural import evaluated
+
+Students = tuple[
+    ModuleStudents, dict[int, DLRNet]
+]  # a module's students, and the best one by training tokens
+INITS = ("linear", "random")  # that the students start from
+
+
+def redistilled_modules(
+    context: AuditContext, train_tokens: Sequence[int], inits: Sequence[str] = INITS
+) -> Iterator[Students]:
+    """Distils every chain back into MLPs. A module's draws depend on the seed and its layer alone.
+
+    A student that diverges is left out, and the context gets a note. Finished modules are taken from its resume store.
+
+    Args:
+        context: The models, the attacker's text (the neutral one) and where to work.
+        train_tokens: Training tokens of a student, each from each initialisation.
+        inits: The initialisations, see `convert.redistill`.
+
+    Yields:
+        For each module in the order of the model, the figures of its students and, by training tokens, the best one: of
+        the lowest error against the chain, float32 on the CPU.
+
+    Raises:
+        DLRError: Where all students of a module with the same training tokens diverge, and as `capture` does.
+    """
+    mlps, train, heldout = context.mlps, context.neutral.train, context.neutral.heldout
+    before = {mlp.module: _restored(context.resume, mlp.module) for mlp in mlps}
+    todo = [mlp for mlp in mlps if before[mlp.module] is None]
+    tokens = torch.cat([train, heldout])
+    rows = len(tokens) + len(heldout)
+    own, wanted = (
+        capture(
+            model,
+            todo,
+            text,
+            max_memory=int(context.config.max_memory or 0) * len(text) // rows,
+            scratch=context.scratch,
+            progress=context.count(f"activations of the {name} model"),
+        )
+        for model, text, name in (
+            (context.locked, tokens, "locked"),
+            (context.original, heldout, "original"),
+        )
+    )
+    attempts = [(count, init) for count in sorted(train_tokens) for init in inits]
+    for number, mlp in enumerate(mlps, 1):
+        done = before[mlp.module]
+        if done is None:
+            began = time.monotonic()
+            pairs = next(own)[1]
+            captured = time.monotonic() - began
+            notes: list[str] = []
+            title = f"re-distilling {mlp.module} ({number} of {len(mlps)})"
+            figures, nets = _module_students(
+                context, mlp, pairs, next(wanted)[1], attempts, captured, title, notes.append
+            )
+            done = figures, nets, notes
+            if context.resume is not None:
+                _keep(context.resume, mlp.module, *done)
+        context.notes += done[2]
+        yield done[:2]
+
+
+def _module_students(
+    context: AuditContext,
+    mlp: MLP,
+    own: Activations,
+    wanted: Activations,
+    attempts: Sequence[tuple[int, str]],
+    captured: float,
+    title: str,
+    note: Callable[[str], object],
+) -> Students:
+    """The students of one module.
+
+    own: of the chain in the locked model, the attacker's text first; wanted: of the original MLP, held out. attempts:
+    training tokens and initialisation of each student. captured: seconds that getting `own` took.
+    """
+    chain, device, tokens = (
+        context.locked.get_submodule(mlp.module),
+        context.device,
+        context.neutral.train.numel(),
+    )
+    conversion = context.conversion.get(mlp.module)
+    held = own.rows(torch.arange(tokens, len(own)))
+    students: list[Student] = []
+    best: dict[int, tuple[float, DLRNet]] = {}
+    for train_tokens, init in attempts:
+        what = f"{init} init, {train_tokens:,} training tokens"
+        began = time.monotonic()
+        try:
+            net = fit_student(
+                chain,
+                own,
+                tokens,
+                train_tokens=train_tokens,
+                init=init,
+                seed=context.config.seed + mlp.layer,
+                name=mlp.module,
+                device=device,
+                progress=context.count(f"{title}, {what}"),
+                note=note,
+            )
+        except DLRError as reason:
+            note(f"a student of {mlp.module} is missing ({what}): {reason}")
+            continue
+        seconds = captured + time.monotonic() - began
+        error, student_error = (
+            measure(net, *pairs, device).rel_error for pairs in ((wanted.x, wanted.y), held)
+        )
+        share = train_tokens / conversion if conversion else None
+        students.append(Student(init, train_tokens, share, error, student_error, seconds))
+        if train_tokens not in best or student_error < best[train_tokens][0]:
+            best[train_tokens] = student_error, net
+    if best.keys() != {train_tokens for train_tokens, _ in attempts}:
+        raise DLRError(f"no student of {mlp.module} could be distilled: try another --seed")
+    chain_error = measure(chain, wanted.x, wanted.y, device).rel_error
+    gap = measure(chain, *held, device).flatten_gap
+    nets = {train_tokens: net for train_tokens, (_, net) in best.items()}
+    return ModuleStudents(mlp.module, str(chain.spec), chain_error, gap, students), nets
+
+
+def redistillation_flops(
+    net: DLRNet, chain: DLRSpec, train_tokens: int, init: str, *, model_params: int, tokens: int
+) -> int:
+    """FLOPs of making one student of one chain.
+
+    They are those of the fit, of its optimizer's steps, of the forward pass that gives x and y, and of the least
+    squares of the initialisation where that is 'linear'.
+
+    Args:
+        net: The student.
+        chain: The chain.
+        train_tokens: Training tokens of the fit.
+        init: What the student started from.
+        model_params: Of the model's body, without embeddings, which are looked up, over its locked modules.
+        tokens: Of the attacker's text; fewer are run where the training tokens are fewer.
+    """
+    d, used = chain.hidden_size, min(train_tokens, tokens)
+    fit = 6 * net.spec.params * train_tokens
+    steps = -(-train_tokens // min(BATCH, train_tokens)) * step_flops(net.spec)
+    forward = 2 * model_params * used
+    solved = 2 * min(used, FIT_TOKENS) * d * d * (chain.lanes * chain.depth + 1) if init == "linear" else 0
+    return fit + steps + forward + solved
+
+
+@lru_cache
+def step_flops(spec: DLRSpec) -> int:
+    """FLOPs of one step of Muon on a chain, counted."""
+    with FakeTensorMode():
+        net = DLRNet(spec, dtype=torch.float32)
+        weights = [getattr(net, name).requires_grad_() for name in net.weight_names(spec)]
+        for weight in weights:
+            weight.grad = torch.empty_like(weight)
+        return count(Muon([{"params": weights, "lr": 0.0}]).step).flops
+
+
+def redistillation_row(
+    context: AuditContext, modules: Sequence[Students], name: str, train_tokens: int
+) -> Structural:
+    """The best students in the chains' places, against the original on the neutral held-out text.
+
+    Args:
+        context: The models and the text.
+        modules: What `redistilled_modules` yielded.
+        name: The row's.
+        train_tokens: Training tokens of the students that are taken.
+
+    Returns:
+        The row; its FLOPs and seconds are those of the best students alone.
+    """
+    nets = {figures.module: made[train_tokens] for figures, made in modules}
+    best = {
+        figures.module: min(
+            (c for c in figures.students if c.train_tokens == train_tokens), key=lambda c: c.student_error
+        )
+        for figures, _ in modules
+    }
+    body = context.locked.base_model.num_parameters(exclude_embeddings=True)
+    flops = sum(
+        redistillation_flops(
+            net,
+            context.locked.get_submodule(module).spec,
+            train_tokens,
+            best[module].init,
+            model_params=body // len(nets),
+            tokens=context.neutral.train.numel(),
+        )
+        for module, net in nets.items()
+    )
+    return Structural(
+        name,
+        "every chain is distilled back into an MLP of its size, on its own outputs",
+        evaluated(context, with_chains(context.locked, nets, []), name),
+        "MLP",
+        train_tokens,
+        flops,
+        sum(student.seconds for student in best.values()),
+    )
+
+
+def _keep(
+    resume: ResumeStore, module: str, students: ModuleStudents, nets: dict[int, DLRNet], notes: list[str]
+) -> None:
+    tensors = {
+        f"{train_tokens}.{name}": t
+        for train_tokens, net in nets.items()
+        for name, t in net.state_dict().items()
+    }
+    specs = {str(train_tokens): net.spec.to_dict() for train_tokens, net in nets.items()}
+    resume.put(module, tensors, {"students": asdict(students), "specs": specs, "notes": notes})
+
+
+def _restored(
+    resume: ResumeStore | None, module: str
+) -> tuple[ModuleStudents, dict[int, DLRNet], list[str]] | None:
+    """A module that an interrupted audit finished, None where it did not."""
+    found = resume.get(module) if resume is not None else None
+    if found is None:
+        return None
+    tensors, figures = found
+    try:
+        values = figures["students"]
+        students = ModuleStudents(
+            **values | {"students": [Student(**student) for student in values["students"]]}
+        )
+        nets = {}
+        for train_tokens, spec in figures["specs"].items():
+            net = nets[int(train_tokens)] = DLRNet(DLRSpec.from_dict(spec), dtype=torch.float32)
+            net.assign({name: tensors[f"{train_tokens}.{name}"] for name in net.state_dict()})
+        return students, nets, figures["notes"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DLRError(f"what is kept of {module} is damaged: delete that folder") from error
