@@ -19,11 +19,11 @@ from ..common.errors import DLRError, first_line
 from ..common.files import check_space, check_target, permission_is_an_error, whole_directory
 from ..common.progress import Progress, no_progress
 from ..common.resume import ResumeStore, run_lock
+from ..common.side_files import carry_over, licence
 from ..common.version import __version__
 from ..runtime import DLRNet, load, lock
 from ..runtime.checkpoint import write_manifest
 from .activations import Activations, SequentialCalibrator
-from .carry import carry_over, licence, unplaced_tensors
 from .config import ConversionConfig, Recipe
 from .context import Context
 from .data import calibration_text, digest, poor_text
@@ -35,7 +35,7 @@ from .mlp_discovery import check_dense, find_mlps, select_layers
 from .mlp_matching import MLP, mixtures, teacher_weights
 from .redistill import attack_module
 from .report import ConversionReport, ModuleReport, Modules, model_card
-from .source import Source, compute_dtype, open_source, public_name, quiet
+from .source import Source, compute_dtype, open_source, public_name, quiet, unplaced_tensors, weight_files
 
 _Module = tuple[DLRNet, ModuleReport]
 
@@ -107,7 +107,10 @@ def _prepared(
         for mlp in mlps:
             config.spec_for(mlp.hidden_size, mlp.params)  # raises where there is no such chain
         stored = DTYPES.get(config.dtype) or original.dtype
-        notes += [carry_over(original.path, work), unplaced_tensors(original, mlps)[1]]
+        weights = {file.name for file in weight_files(original.path)}
+        notes.append(carry_over(original.path, work, weights))
+        replaced = [name for mlp in mlps for name in (mlp.module, *mlp.identity)]
+        notes.append(unplaced_tensors(original, replaced)[1])
         _write_words(original, work)
         check_space(target, original.model.num_parameters() * stored.itemsize)
     text = calibration_text(original, config, progress)
@@ -186,7 +189,7 @@ def _write(context: Context, chains: dict[str, DLRNet], work: Path) -> int:
         *(c for c in vars(model.config).values() if isinstance(c, PreTrainedConfig)),
     ):
         vars(config).pop("auto_map", None)
-    lock(model, chains, context.identity, unplaced_tensors(original, context.mlps)[0])
+    lock(model, chains, context.identity, unplaced_tensors(original, [*chains, *context.identity])[0])
     model.save_pretrained(work)
     return model.num_parameters()
 

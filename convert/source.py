@@ -11,7 +11,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ..common.cache import cache_folder
 from ..common.dtypes import dtype_name
 from ..common.errors import DLRError, first_line
 from ..common.files import check_readable, hash_files, permission_is_an_error, read_json, whole_directory
 from ..common.hub import PICKLES, model_folder
+from ..common.side_files import listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -317,6 +319,33 @@ def _check_missing(info: dict[str, Any], where: Path) -> None:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             how = "lacks" if what == "missing_keys" else "has the wrong shape for"
             raise DLRError(f"{where} {how} {names[0]}{more}: fetch the whole model")
+
+
+def unplaced_tensors(source: Source, locked: Iterable[str]) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of a source that its class has no place for, such as further heads, by their names in its files.
+
+    All are left behind where one has the shape of a locked matrix: a copy of the MLPs beside the model (an average
+    over training, a draft model's layer) would undo the lock.
+
+    Args:
+        source: The model.
+        locked: The names of its modules that chains replace.
+
+    Returns:
+        The tensors, and a sentence where they were left behind.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(source.path):
+        with safe_open(file, framework="pt") as stored:
+            tensors |= {name: stored.get_tensor(name) for name in stored.keys() if name in source.unplaced}  # noqa: SIM118
+    parameters = (p for name in locked for p in source.model.get_submodule(name).parameters())
+    matrices = {tuple(sorted(parameter.shape)) for parameter in parameters if parameter.dim() > 1}
+    if any(tuple(sorted(tensor.shape)) in matrices for tensor in tensors.values()):
+        return {}, (
+            f"left behind, for a {type(source.model).__name__} has no place for them and some have the shape of the "
+            f"MLPs' matrices: tensors {listed(sorted(tensors))}"
+        )
+    return tensors, None
 
 
 def _check_finite(model: PreTrainedModel, where: Path) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, save_tiny, tiny_model, tiny_tokenizer
 
 from dlr_lock.common.errors import DLRError
-from dlr_lock.convert.carry import licence
+from dlr_lock.common.side_files import licence
 from dlr_lock.convert.source import open_source
 
 IDS = torch.randint(320, (1, 10), generator=torch.Generator().manual_seed(5))

@@ -3,17 +3,12 @@
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from torch import Tensor
-
-from ..common.files import permission_is_an_error
-from ..common.hub import OTHER_WEIGHTS, PICKLES, encoder_parts
-from .mlp_matching import MLP
-from .source import Source, weight_files
+from .files import permission_is_an_error
+from .hub import OTHER_WEIGHTS, PICKLES, encoder_parts
 
 # Files by how they start, whatever they are called: pickles of protocols 2 to 5, archives (torch saves are such), GGUF,
 # HDF5.
@@ -27,9 +22,19 @@ _UNTRUE = re.compile(
 )
 # Written anew, as are the weights.
 _REPLACED = re.compile(r"model\.safetensors\.index\.json|readme\.md|dlr_manifest\.json", re.IGNORECASE)
+# Licences by how their texts start.
+_TITLES = {
+    "Apache License Version 2.0": "apache-2.0",
+    "MIT License": "mit",
+    "GNU AFFERO GENERAL PUBLIC LICENSE Version 3": "agpl-3.0",
+    "GNU LESSER GENERAL PUBLIC LICENSE Version 3": "lgpl-3.0",
+    "GNU GENERAL PUBLIC LICENSE Version 3": "gpl-3.0",
+    "Attribution-NonCommercial 4.0 International": "cc-by-nc-4.0",
+    "Attribution 4.0 International": "cc-by-4.0",
+}
 
 
-def carry_over(source: Path, to: Path) -> str | None:
+def carry_over(source: Path, to: Path, weights: Collection[str]) -> str | None:
     """Copies everything of a model's directory that holds for its locked version, too, whatever it may be called.
 
     That is all but weights, pickles, other formats, what tells of these or of the original's training, hidden files,
@@ -39,22 +44,22 @@ def carry_over(source: Path, to: Path) -> str | None:
     Args:
         source: A transformers directory.
         to: An empty directory; what is saved into it afterwards replaces what was copied.
+        weights: The names of the source's own weight files, which are replaced as its card is.
 
     Returns:
         A sentence that names what was left behind, None where that is nothing.
     """
     left: list[str] = []
     with permission_is_an_error():
-        for name in _kept(source, left):
+        for name in _kept(source, weights, left):
             (to / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, to / name)
-    return f"left behind from the source's directory: {_listed(sorted(left))}" if left else None
+    return f"left behind from the source's directory: {listed(sorted(left))}" if left else None
 
 
-def _kept(source: Path, left: list[str]) -> Iterator[str]:
+def _kept(source: Path, weights: Collection[str], left: list[str]) -> Iterator[str]:
     """The files to keep, by their paths in the source; those of what is left behind are added to `left`."""
     parts = encoder_parts(source)
-    weights = {path.name for path in weight_files(source)}
 
     def unreadable(error: OSError) -> None:
         raise error
@@ -103,37 +108,10 @@ def _has_weights(folder: Path) -> bool:
     return any(name.lower().endswith(kinds) for _, _, names in os.walk(folder) for name in names)
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first twelve names, and how many more there are."""
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
     return ", ".join(names[:12]) + more
-
-
-def unplaced_tensors(source: Source, mlps: Sequence[MLP]) -> tuple[dict[str, Tensor], str | None]:
-    """The tensors of a source that its class has no place for, such as further heads, by their names in its files.
-
-    All are left behind where one has the shape of a locked matrix: a copy of the MLPs beside the model (an average
-    over training, a draft model's layer) would undo the lock.
-
-    Returns:
-        The tensors, and a sentence where they were left behind.
-    """
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(source.path):
-        with safe_open(file, framework="pt") as stored:
-            tensors |= {name: stored.get_tensor(name) for name in stored.keys() if name in source.unplaced}  # noqa: SIM118
-    locked = {
-        tuple(sorted(parameter.shape))
-        for mlp in mlps
-        for part in (mlp.module, *mlp.identity)
-        for parameter in source.model.get_submodule(part).parameters()
-        if parameter.dim() > 1
-    }
-    if any(tuple(sorted(tensor.shape)) in locked for tensor in tensors.values()):
-        return {}, (
-            f"left behind, for a {type(source.model).__name__} has no place for them and some have the shape of the "
-            f"MLPs' matrices: tensors {_listed(sorted(tensors))}"
-        )
-    return tensors, None
 
 
 def licence(source: Path) -> dict[str, str]:
@@ -161,14 +139,3 @@ def licence(source: Path) -> dict[str, str]:
                 return {"license": name}
         return {"license": "other", "license_name": file.stem.lower(), "license_link": file.name}
     return {}
-
-
-_TITLES = {
-    "Apache License Version 2.0": "apache-2.0",
-    "MIT License": "mit",
-    "GNU AFFERO GENERAL PUBLIC LICENSE Version 3": "agpl-3.0",
-    "GNU LESSER GENERAL PUBLIC LICENSE Version 3": "lgpl-3.0",
-    "GNU GENERAL PUBLIC LICENSE Version 3": "gpl-3.0",
-    "Attribution-NonCommercial 4.0 International": "cc-by-nc-4.0",
-    "Attribution 4.0 International": "cc-by-4.0",
-}
