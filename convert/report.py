@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from ..common.hub import HUB_NAME
 from ..reporting import Section, Table, headings
 from ..reporting.markdown import markdown
 from ..reporting.words import bytes_words, cell
@@ -240,7 +241,9 @@ into an MLP all remain possible; the tables above say what the last costs.
 def model_card(report: ConversionReport) -> str:
     """The README.md of a converted checkpoint, in Markdown."""
     options, versions = report.options, (f"{name} {version}" for name, version in report.program.items())
-    metadata = {"base_model": report.source, **report.licence}
+    # the hub refuses a card whose base_model could not be a repository's name
+    base = {"base_model": report.source} if HUB_NAME.fullmatch(report.source) else {}
+    metadata = {**base, **report.licence}
     return _TEMPLATE.format(
         # JSON strings are YAML strings, too
         metadata="\n".join(

@@ -15,7 +15,7 @@ OTHER_WEIGHTS = (
     ".mlmodel", ".mlpackage", ".nemo", ".engine", ".pte",
 )  # fmt: skip
 # Hugging Face's own rule for a repository's name: an owner at most, no other slash.
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def model_folder(name: str | Path, *, only: Sequence[str] | None = None, files: str = "") -> Path:
@@ -36,7 +36,7 @@ def model_folder(name: str | Path, *, only: Sequence[str] | None = None, files: 
     if folder.is_dir():
         return folder
     missing = f"{name} is not a directory{files} here, nor"
-    if not _NAME.fullmatch(str(name)):
+    if not HUB_NAME.fullmatch(str(name)):
         raise DLRError(f"{missing} a name on the Hugging Face hub: check the path")
     from huggingface_hub import snapshot_download
 

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoProcessor,
     AutoTokenizer,
+    BertForMaskedLM,
     CLIPImageProcessor,
     LlamaForSequenceClassification,
     LlavaConfig,
@@ -155,6 +156,13 @@ def test_the_card_names_the_licence_and_where_the_model_is_from(
     }  # fmt: skip
 
 
+def test_a_name_that_no_repository_can_have_is_no_base_model(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "my model")
+    converted(tmp_path / "my model", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model" not in card and "# my model, locked" in card
+
+
 MODULES = [
     {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
     {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
@@ -287,6 +295,22 @@ def test_further_heads_stay_in_the_weights(tmp_path: Path) -> None:
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert isinstance(classifier, LlamaForSequenceClassification)
     assert torch.equal(classifier.score.weight, heads["score.weight"])
+
+
+def test_a_masked_language_model_keeps_the_pooler_that_classifiers_want(tmp_path: Path) -> None:
+    """As bert-base-uncased is stored: a pooler and a next-sentence head that BertForMaskedLM passes over."""
+    bert = tiny_model("bert")
+    masked = BertForMaskedLM(bert.config)
+    masked.save_pretrained(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    pooler = {f"bert.pooler.{name}": tensor for name, tensor in bert.pooler.state_dict().items()}
+    add_tensors(tmp_path / "source", **pooler, **{"cls.seq_relationship.weight": torch.randn(2, HIDDEN)})
+    (tmp_path / "text.txt").write_text(english_topics()[:20_000])
+    converted(tmp_path / "source", tmp_path / "out", data=str(tmp_path / "text.txt"))
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert torch.equal(classifier.bert.pooler.dense.weight, bert.pooler.dense.weight)
+    trained = {name for name, parameter in classifier.named_parameters() if parameter.requires_grad}
+    assert trained == {"classifier.weight", "classifier.bias"}
 
 
 def test_a_copy_of_the_mlps_beside_the_model_is_left_behind_and_named(tmp_path: Path) -> None:
