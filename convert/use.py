@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..common.errors import DLRError
+from ..common.files import permission_is_an_error
 from ..common.hub import model_folder
 from ..common.progress import Progress, no_progress
 from ..runtime import load
@@ -30,8 +31,10 @@ def opened(
     """
     place = usable_device(device)
     dtype = compute_dtype(place)
-    given = Path(model).expanduser().is_file()
-    if not given and is_locked(model_folder(model, only=["config.json"], files=" or .gguf file")):
+    with permission_is_an_error():
+        file = Path(model).expanduser().is_file()
+        locked = not file and is_locked(model_folder(model, only=["config.json"], files=" or .gguf file"))
+    if locked:
         yield load(model, dtype=dtype, device=place), load_tokenizer(model_folder(model))
         return
     source = open_source(model, dtype=dtype, device=place)

@@ -166,13 +166,19 @@ def test_a_name_on_the_hub_is_as_good_as_a_folder(checkpoint: Path, hub: Path) -
 
 def test_a_file_that_may_not_be_read_is_said_to_be_just_that(nobodys: Path) -> None:
     locked_tiny("llama").save_pretrained(nobodys / "locked")
+    tiny_tokenizer().save_pretrained(nobodys / "locked")
     write_manifest(nobodys / "locked", {})
+
+    def say(path: Path) -> str:
+        return complete(path, "The sea")
+
     for path, readers in (
-        ("locked/model.safetensors", (load, verify)),
-        ("locked/config.json", (load, inspect, verify)),
-        ("locked/dlr_manifest.json", (load, inspect, verify)),
-        ("locked", (load, inspect, verify)),
-        ("", (load, inspect, verify)),
+        ("locked/model.safetensors", (load, verify, say)),
+        ("locked/tokenizer.json", (verify, say)),
+        ("locked/config.json", (load, inspect, verify, say)),
+        ("locked/dlr_manifest.json", (load, inspect, verify, say)),
+        ("locked", (load, inspect, verify, say)),
+        ("", (load, inspect, verify, say)),
     ):
         mode = (nobodys / path).stat().st_mode
         (nobodys / path).chmod(0)
