@@ -191,3 +191,15 @@ def test_what_may_not_be_read_is_no_damage(nobodys: Path) -> None:
         with pytest.raises(DLRError, match="permission denied; change its permissions"):
             check_readable(nobodys, "*")
         path.chmod(0o700)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="making a folder of another user needs root")
+def test_another_users_folder_in_a_shared_place_is_refused_before_the_work(nobodys: Path) -> None:
+    """As in /tmp: everyone may write there, and only a folder's owner may replace it."""
+    os.seteuid(0)
+    (nobodys / "shared" / "out").mkdir(parents=True)
+    (nobodys / "shared").chmod(0o1777)
+    os.seteuid(65534)
+    with pytest.raises(DLRError, match="is another user's and cannot be replaced"):
+        check_target(nobodys / "shared" / "out", overwrite=False)
+    check_target(nobodys / "shared" / "own", overwrite=False)
