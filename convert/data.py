@@ -23,7 +23,7 @@ from ..common.hooks import frozen
 from ..common.progress import Count, Progress, no_count
 from ..common.splits import hold_out
 from ..common.text_sources import open_text
-from ..runtime.generation import positions
+from ..runtime.generation import check_vocabulary, positions
 from .config import ConversionConfig
 from .source import Source
 
@@ -118,13 +118,14 @@ def calibration_text(original: Source, config: ConversionConfig, progress: Progr
     """The text that a resolved configuration names, in the model's tokens.
 
     Raises:
-        DLRError: As `load_text` does, and where the model cannot take sequences of the length that is asked for.
+        DLRError: As `load_text` does, and where the model cannot take sequences of the length that is asked for or has
+            no embedding of a token.
     """
     assert config.tokens and config.heldout  # resolved
     room = positions(original.model)
     if config.sequence and room and config.sequence > room:
         raise DLRError(f"--sequence {config.sequence}: the model takes at most {room} tokens")
-    return load_text(
+    text = load_text(
         config.data,
         original.tokenizer,
         tokens=config.tokens,
@@ -135,6 +136,8 @@ def calibration_text(original: Source, config: ConversionConfig, progress: Progr
         temperature=config.temperature,
         progress=partial(progress, "calibration text"),
     )
+    check_vocabulary(torch.cat([text.train, text.heldout]), original.model, original.tokenizer)
+    return text
 
 
 def sequence_length(model: PreTrainedModel) -> int:
@@ -302,6 +305,7 @@ def _sample(
         for begin in range(0, sequences, at_once):
             rows = packed[begin : begin + at_once]
             ids = _first_tokens(model, tokenizer, len(rows), generator).to(device)
+            check_vocabulary(ids, model, tokenizer)
             cache = None
             for position in range(1, n):
                 rows[:, position - 1] = ids[:, -1]

@@ -33,6 +33,7 @@ from .mlp_matching import (
     is_linear,
     layer_number,
     look_inside,
+    mixtures,
     module_names,
     shape_of,
     sizes_of,
@@ -60,6 +61,7 @@ def find_mlps(model: PreTrainedModel, pattern: str | None = None) -> list[MLP]:
     Raises:
         DLRError: Where none is found, and where an MLP is used more than once in a pass.
     """
+    experts = mixtures(model)
     if pattern is not None:
         try:
             wanted = re.compile(pattern)
@@ -72,7 +74,13 @@ def find_mlps(model: PreTrainedModel, pattern: str | None = None) -> list[MLP]:
             and layer_number(model, name) is not None
             # a norm also maps [.., d] to [.., d]; what has no matrix is no MLP
             and any(p.dim() > 1 for p in model.get_submodule(name).parameters())
+            and not any(within(mixture, [name]) for mixture in experts)
         ]
+        if not whole and any(wanted.search(mixture) for mixture in experts):
+            raise DLRError(
+                f"what --mlps {pattern!r} matches are mixtures of experts, which are not supported: only dense MLPs "
+                "can be locked"
+            )
     else:
         wanted = None
         whole = [
@@ -107,6 +115,42 @@ def find_mlps(model: PreTrainedModel, pattern: str | None = None) -> list[MLP]:
                 "a model whose layers share their MLP cannot be locked"
             )
     return _numbered(model, found)
+
+
+def check_dense(
+    model: PreTrainedModel, mlps: Sequence[MLP], *, layers: str | None, pattern: str | None
+) -> str | None:
+    """Whether a lock of the MLPs found leaves none of those out that were meant.
+
+    A model whose other MLPs are mixtures of experts is locked in its dense ones only where the caller names them: an
+    owner who asks for a lock of the model would else get one of a few layers.
+
+    Args:
+        model: Any transformers model.
+        mlps: Its dense MLPs.
+        layers, pattern: What was asked for, as `select_layers` and `find_mlps` take it.
+
+    Returns:
+        What stays as it is, a sentence; None where that is nothing.
+
+    Raises:
+        DLRError: Where mixtures were meant, too.
+    """
+    experts = mixtures(model)
+    if not experts:
+        return None
+    count = len(experts) + len(mlps)
+    if layers is None and any(pattern is None or re.search(pattern, name) for name in experts):
+        raise DLRError(
+            f"{len(experts)} of the model's {count} MLPs are mixtures of experts, which cannot be locked: to lock "
+            f"dense ones alone, name their layers, --layers {_ranges({mlp.layer for mlp in mlps})}"
+        )
+    held = sum(p.numel() for name in experts for p in model.get_submodule(name).parameters())
+    held -= sum(mlp.params for mlp in mlps if within(mlp.module, experts))
+    return (
+        f"{len(experts)} of the model's {count} MLPs are mixtures of experts and are not locked: "
+        f"{100 * held / model.num_parameters():.0f}% of the original's parameters, as trainable as before"
+    )
 
 
 def select_layers(mlps: Sequence[MLP], layers: str | None) -> list[MLP]:
@@ -287,8 +331,13 @@ class Trial:
 
 
 def _one_pass(model: PreTrainedModel) -> None:
-    table = model.get_input_embeddings()
-    rows, device = table.weight.shape[0], table.weight.device
+    try:
+        table = model.get_input_embeddings()
+        rows, device = len(table.weight), table.weight.device
+    except (NotImplementedError, AttributeError, TypeError) as error:
+        raise DLRError(
+            f"a {type(model).__name__} takes no text: only language models can be locked"
+        ) from error
     ids = torch.randint(rows, (1, _TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
     # An encoder-decoder is fed on both sides.
     both = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}

@@ -123,6 +123,15 @@ def module_names(model: nn.Module) -> list[str]:
     ]
 
 
+def mixtures(model: nn.Module) -> list[str]:
+    """The modules that hold experts of their own, a mixture each; none in a dense model."""
+    owners: dict[str, None] = {}
+    for name, module in model.named_modules():
+        if "Expert" in type(module).__name__ or re.search(r"(^|\.)(local_)?experts$", name):
+            owners.setdefault(name.rpartition(".")[0])
+    return [name for name in owners if not within(name, [n for n in owners if n != name])]
+
+
 def layer_number(model: nn.Module, name: str) -> int | None:
     """The layer number in a path: the first index into a ModuleList. None without one, and for the layer itself."""
     parent: nn.Module = model

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from ..common.dtypes import DTYPES, dtype_name
-from ..common.errors import DLRError
-from ..common.files import check_space, check_target, whole_directory
+from ..common.errors import DLRError, first_line
+from ..common.files import check_space, check_target, permission_is_an_error, whole_directory
 from ..common.progress import Progress, no_progress
 from ..common.resume import ResumeStore, run_lock
+from ..common.side_files import carry_over, licence
 from ..common.version import __version__
 from ..runtime import DLRNet, load, lock
 from ..runtime.checkpoint import write_manifest
@@ -29,11 +31,11 @@ from .distill import Weights, distill
 from .end_to_end import run_end_to_end
 from .evaluate import compare
 from .layer_runner import Unrepeatable
-from .mlp_discovery import find_mlps, select_layers
-from .mlp_matching import MLP, teacher_weights
+from .mlp_discovery import check_dense, find_mlps, select_layers
+from .mlp_matching import MLP, mixtures, teacher_weights
 from .redistill import attack_module
 from .report import ConversionReport, ModuleReport, Modules, model_card
-from .source import compute_dtype, open_source, public_name
+from .source import Source, compute_dtype, open_source, public_name, quiet, unplaced_tensors, weight_files
 
 _Module = tuple[DLRNet, ModuleReport]
 
@@ -68,33 +70,48 @@ def convert_model(
     config = ConversionConfig.of(options).resolved()
     target = Path(out).expanduser().absolute()
     given = Path(source).expanduser().resolve()
-    if given.exists() and (given.is_relative_to(target.resolve()) or target.resolve().is_relative_to(given)):
-        raise DLRError(f"the source {source} and the output {out} lie in one another; choose another output")
-    check_target(target, overwrite=overwrite)
-    with run_lock(target):
-        # It checks the target again, now that nobody else writes.
-        with whole_directory(target, overwrite=overwrite) as work:
-            context, mlps = _prepared(source, target, work / "scratch", config, progress)
-            report = _converted(context, mlps, work, str(out), started)
-        context.resume.remove()
+    with permission_is_an_error():
+        if given.exists() and (
+            given.is_relative_to(target.resolve()) or target.resolve().is_relative_to(given)
+        ):
+            raise DLRError(
+                f"the source {source} and the output {out} lie in one another; choose another output"
+            )
+        check_target(target, overwrite=overwrite)
+        with run_lock(target):
+            # It checks the target again, now that nobody else writes.
+            with whole_directory(target, overwrite=overwrite) as work:
+                context, mlps = _prepared(source, target, work, config, progress)
+                report = _converted(context, mlps, work, str(out), started)
+            context.resume.remove()
     return report
 
 
 def _prepared(
-    source: str | Path, target: Path, scratch: Path, config: ConversionConfig, progress: Progress
+    source: str | Path, target: Path, work: Path, config: ConversionConfig, progress: Progress
 ) -> tuple[Context, int]:
-    """All that the work needs, and how many MLPs the model has; raises DLRError before any long work."""
+    """All that the work needs, and how many MLPs the model has; raises DLRError before any long work.
+
+    What is carried over from the source is in `work` afterwards.
+    """
     device = torch.device(str(config.device))
+    scratch = work / ".scratch"  # hidden files are not carried over: nothing of the source's is called so
     scratch.mkdir()
     with _shown(progress, "reading the model"):
         original = open_source(source, dtype=compute_dtype(device), device=device)
         if getattr(original.model.config, "is_encoder_decoder", False):
             raise DLRError(f"{original.name} is an encoder-decoder model, which is not supported")
         every = find_mlps(original.model, config.mlps)
+        notes = [check_dense(original.model, every, layers=config.layers, pattern=config.mlps)]
         mlps = select_layers(every, config.layers)
         for mlp in mlps:
             config.spec_for(mlp.hidden_size, mlp.params)  # raises where there is no such chain
         stored = DTYPES.get(config.dtype) or original.dtype
+        weights = {file.name for file in weight_files(original.path)}
+        notes.append(carry_over(original.path, work, weights))
+        replaced = [name for mlp in mlps for name in (mlp.module, *mlp.identity)]
+        notes.append(unplaced_tensors(original, replaced)[1])
+        _write_words(original, work)
         check_space(target, original.model.num_parameters() * stored.itemsize)
     text = calibration_text(original, config, progress)
     # All that the modules of a conversion depend on; a module made with other facts is not reused.
@@ -112,7 +129,9 @@ def _prepared(
         "program": __version__,
     }
     resume = ResumeStore(target, facts)
-    return Context(original, mlps, text, config, stored, resume, scratch, progress), len(every)
+    said = [note for note in notes if note]
+    context = Context(original, mlps, text, config, stored, resume, scratch, progress, said)
+    return context, len(every) + len(mixtures(original.model))
 
 
 def _converted(context: Context, mlps: int, work: Path, out: str, started: float) -> ConversionReport:
@@ -123,6 +142,8 @@ def _converted(context: Context, mlps: int, work: Path, out: str, started: float
         locked_parameters = _write(context, modules.chains, work)
         shutil.rmtree(context.scratch)
     original, model = context.source, context.model
+    with quiet():  # the checkpoint, read back as its users will
+        locked = load(work, dtype=model.dtype, device=context.device)
     report = ConversionReport(
         source=public_name(original.name),
         out=out,
@@ -131,9 +152,8 @@ def _converted(context: Context, mlps: int, work: Path, out: str, started: float
         mlps=mlps,
         params_original=model.num_parameters(),
         params_locked=locked_parameters,
-        # the checkpoint, read back as its users will
         evaluation=compare(
-            load(work, dtype=model.dtype, device=context.device),
+            locked,
             model,
             context.text.heldout,
             context.count("measuring the locked model"),
@@ -142,6 +162,7 @@ def _converted(context: Context, mlps: int, work: Path, out: str, started: float
         across=modules.across,
         end_to_end=end_to_end,
         warnings=[note for note in (*context.notes, poor_text(context.text.train)) if note],
+        licence=licence(original.path),
         program={"dlr-lock": __version__} | {name: version(name) for name in ("torch", "transformers")},
     )
     (work / "README.md").write_text(model_card(report), encoding="utf-8")
@@ -157,12 +178,34 @@ def _write(context: Context, chains: dict[str, DLRNet], work: Path) -> int:
     Read again, because casting a loaded model would also cast what must stay in float32 (rotary frequencies).
     """
     original = context.source
-    model = type(original.model).from_pretrained(original.path, dtype=context.stored)
-    lock(model, chains, context.identity)
+    original.check_unchanged()
+    with quiet():
+        model = type(original.model).from_pretrained(
+            original.path, dtype=context.stored, use_safetensors=True
+        )
+    # The stock class was locked, so that code of the repository's own for the model would be for another one.
+    for config in (
+        model.config,
+        *(c for c in vars(model.config).values() if isinstance(c, PreTrainedConfig)),
+    ):
+        vars(config).pop("auto_map", None)
+    lock(model, chains, context.identity, unplaced_tensors(original, [*chains, *context.identity])[0])
     model.save_pretrained(work)
-    if original.tokenizer is not None:
-        original.tokenizer.save_pretrained(work)
     return model.num_parameters()
+
+
+def _write_words(original: Source, work: Path) -> None:
+    """Saves the tokenizer, and the configs that the weights will be saved with: what refuses to be, does so now."""
+    model = original.model
+    parts = [model.config, *([model.generation_config] if model.can_generate() else []), original.tokenizer]
+    try:
+        for part in parts:
+            if part is not None:
+                part.save_pretrained(work)
+    except (OSError, ValueError, TypeError) as error:
+        raise DLRError(
+            f"the {type(part).__name__} of {original.name} cannot be saved: {first_line(error)}"
+        ) from error
 
 
 def distill_modules(context: Context) -> Modules:

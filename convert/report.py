@@ -1,9 +1,11 @@
 """What a conversion did: as figures for --json and the manifest, as sections for the terminal and the model card."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from ..common.hub import HUB_NAME
 from ..reporting import Section, Table, headings
 from ..reporting.markdown import markdown
 from ..reporting.words import bytes_words, cell
@@ -141,7 +143,7 @@ class ConversionReport:
     Attributes:
         out: The checkpoint.
         options: Every choice that led to it.
-        mlps: How many MLPs the original has, locked or not.
+        mlps: How many MLPs the original has, locked or not, and mixtures of experts.
         params_original, params_locked: Of the whole models.
         evaluation: The locked model against the original on held-out text.
         seconds: Of the whole conversion, an interrupted one's first part left out.
@@ -149,6 +151,7 @@ class ConversionReport:
         end_to_end: The phase, where there was one.
         warnings: What the owner should know, a sentence each.
         program: Versions by name.
+        licence: The source's, as fields of a model card's metadata; empty where it says none.
     """
 
     source: str
@@ -164,6 +167,7 @@ class ConversionReport:
     end_to_end: EndToEndReport | None = None
     warnings: list[str] = field(default_factory=list)
     program: dict[str, str] = field(default_factory=dict)
+    licence: dict[str, str] = field(default_factory=dict)
 
     @property
     def not_locked(self) -> list[str]:
@@ -202,14 +206,19 @@ _TARGETS = {
 }
 _TEMPLATE = """\
 ---
-library_name: transformers
-tags: [dlr-lock]
+{metadata}
 ---
 
 # {title}, locked
 
 {locked} of the {mlps} MLPs of this model are DLR-Nets: deep chains of low-rank steps that run like an MLP and are
-expensive to train. Load it with `pip install dlr-lock`:
+expensive to train. Without the package dlr-lock it does not load; in that package's source tree:
+
+```sh
+pip install .
+```
+
+Then:
 
 ```python
 {load}
@@ -232,7 +241,18 @@ into an MLP all remain possible; the tables above say what the last costs.
 def model_card(report: ConversionReport) -> str:
     """The README.md of a converted checkpoint, in Markdown."""
     options, versions = report.options, (f"{name} {version}" for name, version in report.program.items())
+    # the hub refuses a card whose base_model could not be a repository's name
+    base = {"base_model": report.source} if HUB_NAME.fullmatch(report.source) else {}
+    metadata = {**base, **report.licence}
     return _TEMPLATE.format(
+        # JSON strings are YAML strings, too
+        metadata="\n".join(
+            [
+                "library_name: transformers",
+                "tags: [dlr-lock]",
+                *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in metadata.items()),
+            ]
+        ),
         title=report.source.rstrip("/").rsplit("/", 1)[-1],
         locked=len(report.modules),
         mlps=report.mlps,

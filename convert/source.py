@@ -6,12 +6,12 @@ loaded: transformers would fill missing weights with random numbers and go on.
 
 from __future__ import annotations
 
+import json
 import math
 import re
-import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
@@ -20,17 +20,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ..common.cache import cache_folder
 from ..common.dtypes import dtype_name
 from ..common.errors import DLRError, first_line
-from ..common.files import hash_files, read_json
+from ..common.files import check_readable, hash_files, permission_is_an_error, read_json, whole_directory
+from ..common.hub import PICKLES, model_folder
+from ..common.side_files import listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' words; the rest is kept as float32
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -39,8 +41,6 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-# Hugging Face's own rule for a repository's name: an owner at most, no other slash.
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class Source:
             its bytes.
         path: The plain directory that it was loaded from.
         dtype: Of the weights in that directory.
+        content: Like `fingerprint`, of that directory: what it was when the model was loaded.
+        unplaced: Tensors in its files that the model's class has no place for, such as further heads.
     """
 
     model: PreTrainedModel
@@ -63,8 +65,19 @@ class Source:
     fingerprint: str
     path: Path
     dtype: torch.dtype
+    content: str
+    unplaced: frozenset[str]
+
+    def check_unchanged(self) -> None:
+        """Raises DLRError where the directory is no longer what the model was loaded from."""
+        with permission_is_an_error():
+            if _fingerprint(self.path) != self.content:
+                raise DLRError(
+                    f"{self.path} has changed since this run began to read it: put its files back and run again"
+                )
 
 
+@permission_is_an_error()
 def open_source(
     source: str | Path,
     *,
@@ -90,38 +103,21 @@ def open_source(
             raise DLRError(f"{source} is a file, but neither a model's directory nor a .gguf file")
         fingerprint = hash_files([given])
         folder = _from_gguf(given, fingerprint, dtype, gguf_dir)
-        _check_config(folder)
-        _check_weights(folder)
     else:
-        folder = given if given.is_dir() else _from_hub(str(source))
-        _check_config(folder)
-        files = [folder / "config.json", *_check_weights(folder)]
-        fingerprint = hash_files(sorted(files, key=lambda path: path.name), named=True)
-    with _quiet():
-        model = _load(folder, dtype).to(device).eval().requires_grad_(False)
+        files = " or .gguf file"
+        _check_config(model_folder(source, only=["config.json", "adapter_config.json"], files=files))
+        folder, fingerprint = model_folder(source, files=files), None
+    check_readable(folder, "config.json", "*.safetensors", "*.index.json")
+    _check_config(folder)
+    content = _fingerprint(folder)
+    with quiet():
+        model, unplaced = _load(folder, dtype)
+        model = model.to(device).eval().requires_grad_(False)
         tokenizer = load_tokenizer(folder)
     _check_finite(model, folder)
-    return Source(model, tokenizer, str(source), fingerprint, folder, _dtype(folder))
-
-
-def _from_hub(name: str) -> Path:
-    """The local copy of a hub repository's top folder, without anything pickled."""
-    missing = f"{name} is neither a directory or .gguf file here nor"
-    if not _HUB_NAME.fullmatch(name):
-        raise DLRError(f"{missing} a name on the Hugging Face hub: check the path")
-    from huggingface_hub import snapshot_download
-
-    ignored = ["*/*", "consolidated*", *(f"*{suffix}" for suffix in _PICKLES)]
-    try:
-        # Large weights take minutes: the hub's own progress bar stays on.
-        return Path(
-            snapshot_download(name, ignore_patterns=[*ignored, "*.gguf", "*.onnx", "*.h5", "*.msgpack"])
-        )
-    except Exception as error:
-        # Not found, gated, no network, proxies: a dozen unrelated classes of httpx, requests and the hub.
-        raise DLRError(
-            f"{missing} a model to be had from the Hugging Face hub ({first_line(error)})"
-        ) from error
+    return Source(
+        model, tokenizer, str(source), fingerprint or content, folder, _dtype(folder), content, unplaced
+    )
 
 
 def _from_gguf(file: Path, fingerprint: str, dtype: torch.dtype | str, cache: Path | None) -> Path:
@@ -133,7 +129,7 @@ def _from_gguf(file: Path, fingerprint: str, dtype: torch.dtype | str, cache: Pa
         return folder
     try:
         import accelerate  # noqa: F401
-        import gguf  # noqa: F401
+        import gguf
     except ImportError as error:
         raise DLRError(
             f"{file} needs packages that are not installed: pip install 'dlr-lock[gguf]'"
@@ -141,7 +137,7 @@ def _from_gguf(file: Path, fingerprint: str, dtype: torch.dtype | str, cache: Pa
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     # The GGUF reader's bar cannot be switched off; it writes to stderr.
-    with _quiet(), redirect_stderr(StringIO()):
+    with quiet(), redirect_stderr(StringIO()):
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 str(file.parent),
@@ -159,18 +155,27 @@ def _from_gguf(file: Path, fingerprint: str, dtype: torch.dtype | str, cache: Pa
             raise DLRError(f"{file} cannot be read as GGUF: {first_line(error)}") from error
         _check_missing(info, file)
         _check_finite(model, file)
+        if hash_files([file]) != fingerprint:
+            raise DLRError(f"{file} changed while it was read: run again when it is whole")
         try:
-            cache.mkdir(parents=True, exist_ok=True)
             # Renamed when whole: a crash leaves nothing that a later run would take for a model.
-            with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as work:
-                whole = Path(work) / "model"
-                model.save_pretrained(whole)
-                tokenizer.save_pretrained(whole)
-                if not folder.is_dir():
-                    whole.rename(folder)
+            with whole_directory(folder) as work:
+                model.save_pretrained(work)
+                tokenizer.save_pretrained(work)
+                if terms := gguf.GGUFReader(file).get_field("general.license"):
+                    card = f"---\nlicense: {json.dumps(str(terms.contents()))}\n---\n"
+                    (work / "README.md").write_text(card, encoding="utf-8")
+        except DLRError:
+            if not folder.is_dir():  # else another run was faster
+                raise
         except (OSError, SafetensorError) as error:
             raise DLRError(f"{file} cannot be unpacked to {cache}: {first_line(error)}") from error
     return folder
+
+
+def _fingerprint(folder: Path) -> str:
+    files = [folder / "config.json", *weight_files(folder)]
+    return hash_files(sorted(files, key=lambda path: path.name), named=True)
 
 
 def _check_config(folder: Path) -> None:
@@ -183,6 +188,10 @@ def _check_config(folder: Path) -> None:
         if (folder / "adapter_config.json").is_file():
             raise DLRError(f"{folder} holds an adapter, not a model: merge it into its base model first")
         raise DLRError(f"{folder} has no config.json: give a directory that save_pretrained wrote")
+    if (folder / "adapter_config.json").is_file():
+        raise DLRError(
+            f"{folder} holds an adapter (adapter_config.json) beside a model: merge it into the model or move it away"
+        )
     config = read_json(file)
     quantization = config.get("quantization_config")
     if quantization:
@@ -196,7 +205,7 @@ def _check_config(folder: Path) -> None:
         raise DLRError(f"{folder}: model_type {kind!r} is unknown to the installed transformers{code}")
 
 
-def _check_weights(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up the model, each found whole."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
@@ -208,7 +217,7 @@ def _check_weights(folder: Path) -> list[Path]:
         # Only names in this folder: an index must not lead elsewhere.
         files = [folder / Path(str(name)).name for name in sorted({str(name) for name in shards.values()})]
     else:
-        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
         if pickled:
             raise DLRError(
                 f"{folder} has its weights as a pickle only ({pickled[0]}), which is never opened: "
@@ -231,7 +240,7 @@ def _check_weights(folder: Path) -> list[Path]:
 def _dtype(folder: Path) -> torch.dtype:
     """The dtype of most of the floating weights' numbers."""
     numbers: Counter[torch.dtype] = Counter()
-    for file in _check_weights(folder):
+    for file in weight_files(folder):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 part = tensors.get_slice(name)
@@ -241,8 +250,11 @@ def _dtype(folder: Path) -> torch.dtype:
 
 def public_name(source: str) -> str:
     """A source's name as it may be published: of a local path only the last part."""
-    path = Path(source).expanduser()
-    return path.resolve().name if path.exists() else source
+    path = Path(source).expanduser().resolve()
+    repository = path.parents[1].name if len(path.parts) > 2 else ""
+    if path.parent.name == "snapshots" and repository.startswith("models--"):  # the hub's cache
+        return repository.removeprefix("models--").replace("--", "/")
+    return path.name if path.exists() else source
 
 
 def compute_dtype(device: torch.device) -> torch.dtype | str:
@@ -251,7 +263,8 @@ def compute_dtype(device: torch.device) -> torch.dtype | str:
     return torch.float32 if device.type == "cpu" else "auto"
 
 
-def _load(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+def _load(folder: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, frozenset[str]]:
+    """The model, and the names of tensors that it has no place for."""
     import transformers
 
     config = read_json(folder / "config.json")
@@ -276,7 +289,26 @@ def _load(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
         # Fields of the wrong type, sizes that differ: every architecture fails in its own way.
         raise DLRError(f"{folder} cannot be loaded: {first_line(error)}") from error
     _check_missing(info, folder)
-    return model
+    return model, _unplaced(model, set(info.get("unexpected_keys") or ()), folder)
+
+
+def _unplaced(model: PreTrainedModel, unexpected: set[str], folder: Path) -> frozenset[str]:
+    """Those that transformers reports, with or without the body's prefix, and whole modules that the class is told to
+    pass over without a word (layers that predict further tokens), but no buffers of earlier versions."""
+    prefix = f"{model.base_model_prefix}."
+    modules = {name for name, _ in model.named_modules()}
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    found = set()
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                forms = {name, prefix + name, name.removeprefix(prefix)}
+                passed_over = any(pattern.search(name) for pattern in ignored)
+                if forms & unexpected or (
+                    passed_over and not modules & {form.rpartition(".")[0] for form in forms}
+                ):
+                    found.add(name)
+    return frozenset(found)
 
 
 def _check_missing(info: dict[str, Any], where: Path) -> None:
@@ -287,6 +319,33 @@ def _check_missing(info: dict[str, Any], where: Path) -> None:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             how = "lacks" if what == "missing_keys" else "has the wrong shape for"
             raise DLRError(f"{where} {how} {names[0]}{more}: fetch the whole model")
+
+
+def unplaced_tensors(source: Source, locked: Iterable[str]) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of a source that its class has no place for, such as further heads, by their names in its files.
+
+    All are left behind where one has the shape of a locked matrix: a copy of the MLPs beside the model (an average
+    over training, a draft model's layer) would undo the lock.
+
+    Args:
+        source: The model.
+        locked: The names of its modules that chains replace.
+
+    Returns:
+        The tensors, and a sentence where they were left behind.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(source.path):
+        with safe_open(file, framework="pt") as stored:
+            tensors |= {name: stored.get_tensor(name) for name in stored.keys() if name in source.unplaced}  # noqa: SIM118
+    parameters = (p for name in locked for p in source.model.get_submodule(name).parameters())
+    matrices = {tuple(sorted(parameter.shape)) for parameter in parameters if parameter.dim() > 1}
+    if any(tuple(sorted(tensor.shape)) in matrices for tensor in tensors.values()):
+        return {}, (
+            f"left behind, for a {type(source.model).__name__} has no place for them and some have the shape of the "
+            f"MLPs' matrices: tensors {listed(sorted(tensors))}"
+        )
+    return tensors, None
 
 
 def _check_finite(model: PreTrainedModel, where: Path) -> None:
@@ -300,6 +359,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer in a model's directory, None where there is none; raises DLRError where it is damaged."""
     from transformers import AutoTokenizer
 
+    check_readable(folder, *_TOKENIZER_FILES)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     try:
@@ -309,7 +369,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers without warnings and progress bars."""
     from transformers.utils import logging
 

@@ -8,11 +8,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..common.errors import DLRError
+from ..common.files import permission_is_an_error
+from ..common.hub import model_folder
 from ..common.progress import Progress, no_progress
 from ..runtime import load
 from ..runtime.checkpoint import is_locked
 from ..runtime.device import usable_device
-from ..runtime.generation import generate
+from ..runtime.generation import check_vocabulary, generate
 from .data import read_text, sequence_length
 from .evaluate import Evaluation, evaluate
 from .source import compute_dtype, load_tokenizer, open_source
@@ -29,9 +31,11 @@ def opened(
     """
     place = usable_device(device)
     dtype = compute_dtype(place)
-    if is_locked(Path(model)):
-        locked = load(model, dtype=dtype, device=place)
-        yield locked, load_tokenizer(Path(model))
+    with permission_is_an_error():
+        file = Path(model).expanduser().is_file()
+        locked = not file and is_locked(model_folder(model, only=["config.json"], files=" or .gguf file"))
+    if locked:
+        yield load(model, dtype=dtype, device=place), load_tokenizer(model_folder(model))
         return
     source = open_source(model, dtype=dtype, device=place)
     yield source.model, source.tokenizer
@@ -65,9 +69,11 @@ def evaluate_checkpoint(
 
     with opened(checkpoint, device=device) as (model, tokenizer):
         sequences = read_text(text, tokenizer, tokens=tokens, sequence_length=sequence_length(model))
+        check_vocabulary(sequences, model, tokenizer)
         if original is None:
             return evaluate(model, sequences, progress=measuring)
         with opened(original, device=device) as (other, _):
+            check_vocabulary(sequences, other, tokenizer)
             return evaluate(model, sequences, original=other, progress=measuring)
 
 

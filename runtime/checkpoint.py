@@ -10,32 +10,40 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..common.errors import DLRError, first_line
-from ..common.files import MANIFEST, hash_files, read_json
+from ..common.files import MANIFEST, check_readable, hash_files, permission_is_an_error, read_json
+from ..common.hub import model_folder
 from ..common.version import __version__
 from .config import METHOD, DLRConfig
 from .device import usable_device
 from .quantizer import locked_modules
 
 MANIFEST_FORMAT = 1
+_WORDS = ["config.json", MANIFEST]  # all that a repository is asked for before its weights are
 
 
+@permission_is_an_error()
 def load(
     path: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str | None = None
 ) -> PreTrainedModel:
     """A locked checkpoint as a transformers model in eval mode, its MLPs DLRNets.
 
     Args:
-        path: The checkpoint's directory.
+        path: The checkpoint's directory, or its name on the Hugging Face hub.
         dtype: Of the weights in memory; 'auto' for the checkpoint's own.
         device: Where they lie; None for the best there is.
 
     Raises:
-        DLRError: Where the directory is no locked checkpoint, is of a newer format, or lacks a file or part of one.
+        DLRError: Where the directory is no locked checkpoint, is of a newer format, or lacks its config, a file of its
+            weights or part of one. Its other files may have been edited since; `verify` names them.
     """
-    folder, place = Path(path), usable_device(device)
-    read_config(folder)
+    place = usable_device(device)
+    read_config(model_folder(path, only=_WORDS))
+    folder = model_folder(path)
+    check_readable(folder, "config.json", "*.safetensors", "*.index.json")
     if (folder / MANIFEST).is_file():
-        _raise_for(_size_faults(folder, _read_manifest(folder)["files"]))
+        files = _read_manifest(folder)["files"]
+        needed = {name: files[name] for name in files if name == "config.json" or _is_weights(name)}
+        _raise_for(_size_faults(folder, needed))
     try:
         config = AutoConfig.from_pretrained(folder)
         model_class = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
@@ -54,8 +62,6 @@ def read_config(folder: Path) -> DLRConfig:
     Raises:
         DLRError: Where there is none or it cannot be read.
     """
-    if not folder.is_dir():
-        raise DLRError(f"{folder} is not a directory")
     if not (folder / "config.json").is_file():
         raise DLRError(f"{folder} has no config.json: it is not a checkpoint")
     config = read_json(folder / "config.json")
@@ -89,14 +95,16 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+@permission_is_an_error()
 def inspect(path: str | Path) -> dict[str, Any]:
     """What a locked checkpoint says of itself: the manifest's facts and the spec of each module."""
-    folder = Path(path)
+    folder = model_folder(path, only=_WORDS)
     lock = read_config(folder)
     manifest = _read_manifest(folder) if (folder / MANIFEST).is_file() else {}
     return {"path": str(path), **manifest, "lock": lock.to_dict()}
 
 
+@permission_is_an_error()
 def verify(path: str | Path) -> list[str]:
     """Compares every file with the manifest.
 
@@ -106,9 +114,7 @@ def verify(path: str | Path) -> list[str]:
     Raises:
         DLRError: Where the directory is no locked checkpoint or has no manifest.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise DLRError(f"{folder} is not a directory")
+    folder = model_folder(path)
     if not (folder / MANIFEST).is_file():
         raise DLRError(f"{folder} has no {MANIFEST}, so there is nothing to verify it against")
     files = _read_manifest(folder)["files"]
@@ -121,6 +127,11 @@ def verify(path: str | Path) -> list[str]:
         if str(path_.relative_to(folder)) not in files:
             faults.append(f"{path_.relative_to(folder)}: not in the manifest")
     return faults
+
+
+def _is_weights(name: str) -> bool:
+    """Whether a file, by its path in the checkpoint, is read for the model's weights."""
+    return "/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))
 
 
 def _size_faults(folder: Path, files: dict[str, Any]) -> list[str]:

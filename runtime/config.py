@@ -1,5 +1,6 @@
 """What config.json says of a lock, under transformers' `quantization_config`."""
 
+from collections.abc import Callable
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -54,6 +55,12 @@ class DLRConfig(QuantizationConfigMixin):
         }
         self.identity = list(identity or [])
         self.tripwires = list(tripwires or [])
+
+    def rename(self, to: Callable[[str], str]) -> None:
+        """Gives every module and tripwire another name."""
+        self.modules = {to(name): spec for name, spec in self.modules.items()}
+        self.identity = [to(name) for name in self.identity]
+        self.tripwires = [to(name) for name in self.tripwires]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for config.json; `DLRConfig(**values)` is the inverse."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from ..common.errors import DLRError
@@ -25,6 +26,17 @@ def positions(model: PreTrainedModel) -> int | None:
         if isinstance(value := getattr(config, name, None), int):
             return value
     return None
+
+
+def check_vocabulary(ids: Tensor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raises DLRError on a token of `ids` that the model has no embedding of."""
+    rows, largest = len(model.get_input_embeddings().weight), int(ids.max())
+    if largest >= rows:
+        word = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(largest)!r})"
+        raise DLRError(
+            f"the tokenizer gives token {largest}{word}, the model's embedding has {rows} rows: they do not belong "
+            "together, or tokens were added and the embedding was not resized"
+        )
 
 
 def generate(
@@ -76,6 +88,7 @@ def generate(
         inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[1] == 0:
         raise DLRError("the prompt is empty")
+    check_vocabulary(inputs["input_ids"], model, tokenizer)
     limit, wanted = positions(model), inputs["input_ids"].shape[1] + max_new_tokens
     if limit is not None and wanted > limit:
         raise DLRError(f"prompt and new tokens make {wanted} tokens, the model takes {limit}: ask for fewer")

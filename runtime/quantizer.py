@@ -4,10 +4,12 @@ Importing this module registers the quantization method `dlr`. transformers then
 config names that method to `DLRQuantizer`, which puts DLRNets in place before the weights are read.
 """
 
+import copy
 import re
 from collections.abc import Callable
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -26,6 +28,7 @@ class DLRQuantizer(HfQuantizer):
 
     requires_calibration = True  # asked for on an unlocked model, it is a ValueError and not a no-op
     quantization_config: DLRConfig
+    unplaced: dict[str, Tensor] = {}  # noqa: RUF012 (replaced whole) of a source, which are written as they are
 
     def is_serializable(self) -> bool:
         return True
@@ -40,35 +43,39 @@ class DLRQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:
         # Runs under transformers' meta device and load dtype, which the new modules inherit.
-        install(model, self.quantization_config)
-        local = _names_in(model)
+        config = self.quantization_config
+        config.rename(_names_in(model, config))
+        install(model, config)
         ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-        ignored.update(rf"(^|\.){re.escape(local(name))}$" for name in self.quantization_config.tripwires)
+        ignored.update(rf"(^|\.){re.escape(name)}$" for name in config.tripwires)
         model._keys_to_ignore_on_load_unexpected = ignored
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> PreTrainedModel:
         # transformers only warns of missing weights and draws random ones. Tied ones are not stored, offloaded ones
-        # not here, and the head of another class than the saved one (a classifier's) is new.
+        # not here, and what the saved class has not (a classifier's head) is new and there to be trained.
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-        saved = type(model).__name__ in (model.config.architectures or ())
-        body = f"{model.base_model_prefix}."
-        for name, parameter in model.named_parameters():
-            ours = saved or name.startswith(body) or name.rpartition(".")[2].startswith("dlr_")
-            absent = not getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta
-            if ours and absent and name not in tied:
+        absent = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if not getattr(parameter, "_is_hf_initialized", False)
+            and not parameter.is_meta
+            and name not in tied
+        }
+        saved = _names_of_the_saved(model) if absent else set()
+        for name in absent:
+            if name.rpartition(".")[2].startswith("dlr_") or _bare(name, model) in saved:
                 raise DLRError(f"the checkpoint has no {name}: it is incomplete, fetch it again")
         model.requires_grad_(False)  # loading re-wraps every weight as trainable
+        for parameter in absent.values():
+            parameter.requires_grad_(True)
         for _, net in locked_modules(model):
             net.prepare()
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         _refuse_gated(self.quantization_config)
-        state = model.state_dict()
-        local = _names_in(model)
-        for name in self.quantization_config.tripwires:
-            state[local(name)] = torch.zeros(1)
-        return state, {}
+        tripwires = {name: torch.zeros(1) for name in self.quantization_config.tripwires}
+        return model.state_dict() | self.unplaced | tripwires, {}
 
 
 def install(model: nn.Module, config: DLRConfig) -> None:
@@ -77,20 +84,25 @@ def install(model: nn.Module, config: DLRConfig) -> None:
     Raises:
         DLRError: Where the model has no such module.
     """
-    local = _names_in(model)
     for name, spec in config.modules.items():
-        replace_module(model, local(name), DLRNet(spec))
+        replace_module(model, name, DLRNet(spec))
     for name in config.identity:
-        replace_module(model, local(name), nn.Identity())
+        replace_module(model, name, nn.Identity())
 
 
-def lock(model: PreTrainedModel, chains: dict[str, DLRNet], identity: list[str]) -> None:
+def lock(
+    model: PreTrainedModel,
+    chains: dict[str, DLRNet],
+    identity: list[str],
+    unplaced: dict[str, Tensor] | None = None,
+) -> None:
     """Turns a loaded transformers model into a locked one, in place: it saves and runs as if loaded locked.
 
     Args:
         model: Any transformers model.
         chains: Module name to the filled DLRNet that takes its place.
         identity: Modules that become nn.Identity besides.
+        unplaced: Tensors that the model's class has no place for and that are saved with it.
 
     Raises:
         DLRError: Where a chain is gated, which is no lock, and where the model has no such module.
@@ -104,6 +116,7 @@ def lock(model: PreTrainedModel, chains: dict[str, DLRNet], identity: list[str])
         replace_module(model, name, nn.Identity())
     model.config.quantization_config = config
     model.hf_quantizer = DLRQuantizer(config, pre_quantized=True)
+    model.hf_quantizer.unplaced = unplaced or {}
     model.is_quantized, model.quantization_method = True, METHOD
     model.requires_grad_(False)
 
@@ -129,11 +142,40 @@ def _first_weight(module: nn.Module) -> str:
     return (plain or names)[0]
 
 
-def _names_in(model: nn.Module) -> Callable[[str], str]:
-    """Maps the config's module names to this model's: a bare body lacks the head class's prefix."""
-    prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
-    is_body = prefix and not hasattr(model, prefix[:-1])
-    return lambda name: name.removeprefix(prefix) if is_body else name
+def _names_in(model: PreTrainedModel, config: DLRConfig) -> Callable[[str], str]:
+    """Maps the config's module names to this model's: a bare body lacks the prefix that a class with a head has."""
+    prefix = f"{model.base_model_prefix}."
+    if prefix == ".":
+        return lambda name: name
+    if not hasattr(model, prefix[:-1]):
+        return lambda name: name.removeprefix(prefix)
+    first = next(iter(config.modules))
+    of_body = not _has(model, first) and _has(model, prefix + first)
+    return lambda name: prefix + name if of_body else name
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _bare(name: str, model: PreTrainedModel) -> str:
+    """A parameter's name without the prefix of the model's body."""
+    return name.removeprefix(f"{model.base_model_prefix}.")
+
+
+def _names_of_the_saved(model: PreTrainedModel) -> set[str]:
+    """The parameters of the class that a model was saved as, by their bare names; all of the model's own where that
+    class is unknown."""
+    name = (model.config.architectures or [type(model).__name__])[0]
+    family = type(model) if name == type(model).__name__ else getattr(transformers, name, None)
+    if not (isinstance(family, type) and issubclass(family, PreTrainedModel)):
+        return {_bare(name, model) for name, _ in model.named_parameters()}
+    with torch.device("meta"):
+        return {_bare(name, model) for name, _ in family(copy.deepcopy(model.config)).named_parameters()}
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -7,6 +7,8 @@ Width 64 and vocabulary 320 unless overridden. Weights are drawn wide enough (st
 away from zero, so that a test sees an MLP that is missing or a bias that is dropped.
 """
 
+import os
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -169,3 +171,19 @@ def save_tiny(
     if tokenizer:
         tiny_tokenizer().save_pretrained(folder)
     return Path(folder)
+
+
+def as_hub_copy(folder: Path, name: str, cache: Path) -> Path:
+    """Puts a model's folder into a hub cache as a download of the repository `name`: every file a link to a blob."""
+    revision = "0123456789abcdef" * 2 + "01234567"
+    repository = cache / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision)
+    (repository / "blobs").mkdir()
+    for number, file in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
+        link = repository / "snapshots" / revision / file.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        blob = repository / "blobs" / f"{number:040x}"
+        shutil.copyfile(file, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return repository / "snapshots" / revision

@@ -1,5 +1,6 @@
 """Finding MLPs: every architecture is judged by what it computes, not by what its modules are called."""
 
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 from tiny import HIDDEN, INTERMEDIATE, VOCABULARY, tiny_model
 from torch import nn
 from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel
 from transformers.activations import ACT2FN
 
 from dlr_lock.common.errors import DLRError
-from dlr_lock.convert.mlp_discovery import find_mlps, select_layers
+from dlr_lock.convert.mlp_discovery import check_dense, find_mlps, select_layers
 from dlr_lock.convert.mlp_matching import teacher_weights
 
 
@@ -270,6 +272,38 @@ def test_experts():
         find_mlps(tiny_model("mixtral"))
     # The first layer is dense, the others are mixtures with a shared expert.
     assert [mlp.module for mlp in find_mlps(tiny_model("deepseek_v3", layers=3))] == ["model.layers.0.mlp"]
+
+
+def test_a_pattern_takes_no_mixture_of_experts():
+    model = tiny_model("deepseek_v3", layers=3)
+    assert [mlp.module for mlp in find_mlps(model, r"mlp$")] == ["model.layers.0.mlp"]
+    for arch, pattern in (("deepseek_v3", r"layers\.[12]\.mlp$"), ("mixtral", r"mlp$")):
+        with pytest.raises(DLRError, match="matches are mixtures of experts"):
+            find_mlps(tiny_model(arch, layers=3), pattern)
+
+
+def test_a_lock_of_the_dense_layers_alone_has_to_be_asked_for():
+    model = tiny_model("deepseek_v3", layers=3)
+    mlps = find_mlps(model)
+    for pattern in (None, "mlp$"):
+        with pytest.raises(DLRError, match=r"2 of the model's 3 MLPs are mixtures of .* --layers 0$"):
+            check_dense(model, mlps, layers=None, pattern=pattern)
+    share = re.compile(r"2 of the model's 3 MLPs are mixtures of experts and are not locked: (\d+)% of the")
+    for asked in ({"layers": "0", "pattern": None}, {"layers": None, "pattern": r"layers\.0\.mlp$"}):
+        found = share.match(check_dense(model, mlps, **asked))
+        experts = sum(p.numel() for n, p in model.named_parameters() if re.search(r"layers\.[12]\.mlp\.", n))
+        assert int(found[1]) == round(100 * experts / model.num_parameters())
+    dense = tiny_model("llama")
+    assert check_dense(dense, find_mlps(dense), layers=None, pattern=None) is None
+
+
+@pytest.mark.parametrize("arch", ["vit", "clip"])
+def test_what_takes_no_text_is_told_in_a_line(arch):
+    tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    towers = {"text_config": tower, "vision_config": {**tower, "image_size": 32, "patch_size": 8}}
+    config = AutoConfig.for_model(arch, **(towers if arch == "clip" else tower))
+    with pytest.raises(DLRError, match=r"Model takes no text: only language models can be locked"):
+        find_mlps(AutoModel.from_config(config))
 
 
 def test_no_mlp_at_all():

@@ -20,6 +20,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertFor
 
 import dlr_lock
 from dlr_lock import DLRError, convert_model
+from dlr_lock.convert import complete, evaluate_checkpoint
 from dlr_lock.convert.data import english_topics
 from dlr_lock.convert.evaluate import StateEvaluation
 from dlr_lock.convert.layer_runner import LayerRunner, Unrepeatable
@@ -319,6 +320,38 @@ def test_an_encoder_decoder_is_refused(text: Path, tmp_path: Path) -> None:
     with pytest.raises(DLRError, match="is an encoder-decoder model, which is not supported"):
         convert_model(tmp_path / "source", tmp_path / "out", data=str(text), **QUICK)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_the_dense_layers_of_a_mixture_are_locked_only_where_they_are_named(
+    text: Path, tmp_path: Path
+) -> None:
+    save_tiny("deepseek_v3", tmp_path / "source", layers=3)
+    with pytest.raises(DLRError, match=r"2 of the model's 3 MLPs are mixtures of experts, .* --layers 0$"):
+        convert_model(tmp_path / "source", tmp_path / "out", data=str(text), **QUICK)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+    report = convert_model(tmp_path / "source", tmp_path / "out", data=str(text), layers="0", **QUICK)
+    assert (len(report.modules), report.mlps) == (1, 3)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "1 of the 3 MLPs of this model are DLR-Nets" in card
+    assert "2 of the model's 3 MLPs are mixtures of experts and are not locked" in card
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding(tmp_path: Path) -> None:
+    """It is refused where the text has such a token; those of Gemma 3's text models have one that no text has."""
+    save_tiny("llama", tmp_path / "source")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["river", "Zarathustra"])
+    tokenizer.save_pretrained(tmp_path / "source")
+    (tmp_path / "river.txt").write_text("Down the river to the sea. " * 2000)
+    (tmp_path / "sea.txt").write_text("Down the mountain to the sea. " * 2000)
+    with pytest.raises(DLRError, match=r"token 320 \('river'\), the model's embedding has 320 rows"):
+        convert_model(tmp_path / "source", tmp_path / "out", data=str(tmp_path / "river.txt"), **QUICK)
+    assert not (tmp_path / "out").exists()
+    convert_model(tmp_path / "source", tmp_path / "out", data=str(tmp_path / "sea.txt"), **QUICK)
+    with pytest.raises(DLRError, match=r"token 321 \('Zarathustra'\)"):
+        complete(tmp_path / "out", "Thus spoke Zarathustra")
+    with pytest.raises(DLRError, match="token 320"):
+        evaluate_checkpoint(tmp_path / "out", tmp_path / "river.txt", tokens=512)
 
 
 def spoil(source: Path, value: float) -> None:

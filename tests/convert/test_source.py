@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, save_tiny, tiny_model, tiny_tokenizer
 
 from dlr_lock.common.errors import DLRError
+from dlr_lock.common.side_files import licence
 from dlr_lock.convert.source import open_source
 
 IDS = torch.randint(320, (1, 10), generator=torch.Generator().manual_seed(5))
@@ -140,6 +141,20 @@ def test_config(folder):
     assert "merge it" in refused(folder)
 
 
+def test_an_adapter_beside_a_model_is_refused(folder):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x/y"}')
+    assert "holds an adapter (adapter_config.json) beside a model: merge it" in refused(folder)
+
+
+def test_what_may_not_be_read_is_neither_missing_nor_damaged(nobodys):
+    folder = save_tiny("llama", nobodys / "model")
+    for path in ("model.safetensors", "config.json", "tokenizer.json", ""):
+        mode = (folder / path).stat().st_mode
+        (folder / path).chmod(0)
+        assert "permission denied; change its permissions or ask its owner" in refuse_in(folder)
+        (folder / path).chmod(mode)
+
+
 def refuse_in(folder):
     """As `refused`, where the message names a file of the folder."""
     with pytest.raises(DLRError) as error:
@@ -203,6 +218,7 @@ def write_gguf(model, file):
     import gguf
 
     writer = gguf.GGUFWriter(file, "llama")
+    writer.add_license("mit")
     writer.add_block_count(model.config.num_hidden_layers)
     writer.add_context_length(model.config.max_position_embeddings)
     writer.add_embedding_length(HIDDEN)
@@ -245,6 +261,7 @@ def test_gguf(tmp_path, capfd):
     assert capfd.readouterr().err == ""
     torch.testing.assert_close(output(source.model), output(model), rtol=1e-4, atol=1e-4)
     assert source.tokenizer("The sea, 漢").input_ids == tiny_tokenizer()("The sea, 漢").input_ids
+    assert licence(source.path) == {"license": "mit"}
     # What was unpacked is an ordinary directory, alone in the cache folder, and is used again.
     assert list((tmp_path / "cache").iterdir()) == [source.path]
     assert torch.equal(output(opened(source.path).model), output(source.model))

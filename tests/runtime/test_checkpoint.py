@@ -5,10 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_plugin import locked_tiny
+import torch
+from test_plugin import locked_tiny, logits
+from tiny import as_hub_copy, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from dlr_lock.common.errors import DLRError
 from dlr_lock.common.files import MANIFEST
+from dlr_lock.convert import complete
 from dlr_lock.runtime import inspect, load, verify
 from dlr_lock.runtime.checkpoint import write_manifest
 
@@ -120,3 +124,65 @@ def test_inspect_lists_the_chains(checkpoint: Path) -> None:
     assert set(facts["lock"]["modules"]) == {"model.layers.0.mlp", "model.layers.1.mlp"}
     assert facts["lock"]["modules"]["model.layers.0.mlp"]["depth"] == 3
     assert "model.safetensors" in facts["files"]
+
+
+def test_what_is_beside_weights_and_config_may_be_edited_and_verify_names_it(checkpoint: Path) -> None:
+    (checkpoint / "README.md").write_text("Ours.")
+    (checkpoint / "1_Pooling").mkdir()
+    (checkpoint / "1_Pooling" / "config.json").write_text("{}")
+    write_manifest(checkpoint, {})
+    (checkpoint / "README.md").write_text("Ours, in more words.")
+    (checkpoint / "1_Pooling" / "config.json").unlink()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.generation_config.max_new_tokens = 5
+    model.generation_config.save_pretrained(checkpoint)
+    assert torch.equal(logits(load(checkpoint)), logits(model))
+    assert sorted(fault.split(":")[0] for fault in verify(checkpoint)) == [
+        "1_Pooling/config.json", "README.md", "generation_config.json"
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache, and no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_a_name_on_the_hub_is_as_good_as_a_folder(checkpoint: Path, hub: Path) -> None:
+    tiny_tokenizer().save_pretrained(checkpoint)
+    write_manifest(checkpoint, {"made": "by hand"})
+    as_hub_copy(checkpoint, "owner/locked", hub)
+    assert torch.equal(logits(load("owner/locked")), logits(load(checkpoint)))
+    assert inspect("owner/locked")["made"] == "by hand" and verify("owner/locked") == []
+    assert complete("owner/locked", "The sea", max_new_tokens=4) == complete(
+        checkpoint, "The sea", max_new_tokens=4
+    )
+    for reader in (load, inspect, verify):
+        with pytest.raises(DLRError, match="Hugging Face hub"):
+            reader("owner/other")
+
+
+def test_a_file_that_may_not_be_read_is_said_to_be_just_that(nobodys: Path) -> None:
+    locked_tiny("llama").save_pretrained(nobodys / "locked")
+    tiny_tokenizer().save_pretrained(nobodys / "locked")
+    write_manifest(nobodys / "locked", {})
+
+    def say(path: Path) -> str:
+        return complete(path, "The sea")
+
+    for path, readers in (
+        ("locked/model.safetensors", (load, verify, say)),
+        ("locked/tokenizer.json", (verify, say)),
+        ("locked/config.json", (load, inspect, verify, say)),
+        ("locked/dlr_manifest.json", (load, inspect, verify, say)),
+        ("locked", (load, inspect, verify, say)),
+        ("", (load, inspect, verify, say)),
+    ):
+        mode = (nobodys / path).stat().st_mode
+        (nobodys / path).chmod(0)
+        for reader in readers:
+            with pytest.raises(DLRError, match=r"permission denied; change its permissions or ask its owner"):
+                reader(nobodys / "locked")
+        (nobodys / path).chmod(mode)

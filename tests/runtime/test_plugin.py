@@ -11,7 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertForMaskedLM,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 
 from dlr_lock.common.errors import DLRError
 from dlr_lock.convert.mlp_discovery import find_mlps
@@ -99,6 +108,61 @@ def test_the_bare_body_loads_too(tmp_path: Path) -> None:
     tokens = torch.arange(12).view(1, 12)
     with torch.no_grad():
         assert torch.equal(body(tokens).last_hidden_state, model.model(tokens).last_hidden_state)
+
+
+@torch.no_grad()
+def states(model: PreTrainedModel) -> torch.Tensor:
+    return model.base_model(input_ids=torch.arange(24).view(2, 12) + 3).last_hidden_state
+
+
+@pytest.mark.parametrize("arch", ["llama", "opt", "gpt2", "phi3", "bert"])
+def test_a_body_loads_into_classes_with_a_head_and_back(arch: str, tmp_path: Path) -> None:
+    """Names gain and lose the body's prefix, saved at every station and read there again."""
+    body = AutoModel.from_config(tiny_model(arch).config).eval()
+    lock_randomly(body)
+    wanted = states(body)
+    body.save_pretrained(tmp_path / "body")
+    here = tmp_path / "body"
+    headed = AutoModelForMaskedLM if arch == "bert" else AutoModelForCausalLM
+    for number, auto in enumerate((AutoModelForSequenceClassification, AutoModel, headed, AutoModel)):
+        model = auto.from_pretrained(here)
+        assert len(locked_modules(model)) == 2 and torch.equal(states(model), wanted)
+        here = tmp_path / str(number)
+        model.save_pretrained(here)
+        assert torch.equal(states(load(here)), wanted)
+        named = json.loads((here / "config.json").read_text())["quantization_config"]["modules"]
+        assert list(named) == [name for name, _ in locked_modules(model)]
+        for loader in (AutoModelForSequenceClassification, AutoModel):  # the tripwires came along
+            assert torch.equal(states(loader.from_pretrained(here)), wanted)
+        assert sum(name.endswith("dlr_A") for name in load_file(here / "model.safetensors")) == 2
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert", "masked"])
+def test_a_new_head_learns_and_nothing_else_does(arch: str, tmp_path: Path) -> None:
+    model = tiny_model("bert" if arch == "masked" else arch)
+    if arch == "masked":
+        model = BertForMaskedLM(model.config).eval()  # has no pooler, which a classifier's body wants
+    lock_randomly(model)
+    model.save_pretrained(tmp_path)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    before = {name: parameter.clone() for name, parameter in classifier.named_parameters()}
+    head = {name: parameter for name, parameter in classifier.named_parameters() if parameter.requires_grad}
+    assert {name.split(".")[0] for name in head} == {
+        "masked": {"bert", "classifier"},
+        "bert": {"classifier"},
+    }.get(arch, {"score"})
+    optimizer = torch.optim.AdamW(head.values(), lr=0.1)
+    ids, labels = torch.arange(24).view(4, 6) + 3, torch.tensor([0, 1, 2, 0])
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = classifier(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+    moved = {n for n, parameter in classifier.named_parameters() if not torch.equal(parameter, before[n])}
+    assert moved == set(head)
 
 
 def test_nothing_asks_for_a_gradient_and_trainer_refuses(tmp_path: Path) -> None:
