@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ class Context:
 
     def capture(self, mlps: Sequence[MLP]) -> Iterator[tuple[MLP, Activations]]:
         """The original's activations at each of `mlps`, one after the other; see `activations.capture`."""
-        return capture(self.model, mlps, self.tokens, **self._room("activations"))
+        return capture(self.model, mlps, self.tokens, **self._room)
 
     def fidelity(self, net: DLRNet, pairs: Activations) -> Fidelity:
         """What a chain makes of the held-out rows of its module's activations."""
@@ -91,11 +91,13 @@ class Context:
 
     def calibrator(self) -> SequentialCalibrator:
         """Both models' hidden states in front of the first layer. Raises Unrepeatable, see `SequentialCalibrator`."""
-        return SequentialCalibrator(self.model, self.mlps, self.tokens, **self._room("activations"))
+        return SequentialCalibrator(self.model, self.mlps, self.tokens, **self._room)
 
-    def _room(self, what: str) -> dict:
+    @property
+    def _room(self) -> dict[str, Any]:
+        """Where activations are kept, and who hears of it."""
         return {
             "max_memory": int(self.config.max_memory or 0),
             "scratch": self.scratch,
-            "progress": self.count(what),
+            "progress": self.count("activations"),
         }

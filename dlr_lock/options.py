@@ -34,8 +34,8 @@ def options_of(config: type) -> Callable[[Callable[..., None]], Callable[..., No
         def run(**arguments: Any) -> None:
             command(**arguments)
 
-        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in kept[:-1]] + made + kept[-1:]
-        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters]
+        # The last of its own, --json, stays the last.
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*kept[:-1], *made, *kept[-1:])]
         run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run
