@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -18,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..common.errors import DLRError
-from ..common.files import full_disk_is_an_error, hash_files, write_whole
+from ..common.files import full_disk_is_an_error, hash_files, writable_folder, write_whole
 from ..common.machine import device_name, machine
 from ..common.progress import Progress, no_progress
 from ..common.resume import ResumeStore, run_lock
@@ -314,9 +313,7 @@ def _check(target: Path, *, overwrite: bool) -> None:
         raise DLRError(f"{target} is not a directory that an audit could be written to")
     if (target / _JSON).exists() and not overwrite:
         raise DLRError(f"{target} holds an audit; choose another output or pass --overwrite")
-    nearest = next(p for p in (target, *target.parents) if p.exists())
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise DLRError(f"cannot write to {nearest}")
+    writable_folder(target)
 
 
 def _digest(locked: Path, facts: dict[str, Any]) -> str:

@@ -48,15 +48,29 @@ def check_target(target: Path, *, overwrite: bool) -> None:
             raise DLRError(
                 f"{target} also holds {strange}, which --overwrite would delete; move it away first"
             )
-    nearest = next(p for p in target.absolute().parents if p.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise DLRError(f"cannot write to {nearest}")
+    nearest = writable_folder(target.absolute().parent)
     if target.is_dir():
         if _is_mounted(target):
             raise DLRError(f"{target} is a mount point, which cannot be replaced: give a new folder in it")
         owners = (0, nearest.stat().st_uid, target.stat().st_uid)
         if nearest.stat().st_mode & stat.S_ISVTX and os.geteuid() not in owners:
             raise DLRError(f"{target} is another user's and cannot be replaced: choose another output")
+
+
+def writable_folder(path: Path) -> Path:
+    """The folder that `path` is, or the nearest one above it that exists.
+
+    Raises:
+        DLRError: Where nothing can be written into it.
+    """
+    nearest = _existing(path)
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise DLRError(f"cannot write to {nearest}")
+    return nearest
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 
 
 @contextmanager
@@ -130,7 +144,7 @@ def full_disk_is_an_error(where: Path) -> Iterator[None]:
 
 def check_space(target: Path, wanted: int) -> None:
     """Raises DLRError where the device of `target` has less than `wanted` bytes free."""
-    nearest = next(p for p in (target.absolute(), *target.absolute().parents) if p.exists())
+    nearest = _existing(target)
     free = shutil.disk_usage(nearest).free
     if free < wanted:
         raise DLRError(f"{nearest} has {free / 2**20:.0f} MiB free, {wanted / 2**20:.0f} MiB are needed")
