@@ -162,7 +162,8 @@ def predict_prefill(shape: Shape, width: int, device: Device) -> Prediction:
     )
     # What the parts of a block add to the P of its later ones: 8 bytes an element read and written each time
     between = (parts - 1) / 2 * columns * max(2 * part / device.flops, 8 / device.bandwidth)
-    launches = rounds * (2 * parts + 1)
+    # A part of one step has no solve: its product ends with the activation.
+    launches = rounds * (parts + 1 if part == shape.rank else 2 * parts + 1)
     seconds = launches * device.launch + products + solves + between
     return Prediction("prefill", seconds, floor_seconds(shape, device), launches, rounds)
 

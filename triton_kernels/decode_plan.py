@@ -324,11 +324,6 @@ def _registers(rows: int, steps: int, rank: int, part: int, tile: int, itemsize:
     return (state + max(weights + grams, sums * (2 if rows == 64 else 1) + hidden)) // 1024
 
 
-def padded_rank(rank: int) -> int:
-    """The rank as the kernels hold it: a power of two of at least 16, which is what `tl.dot` takes."""
-    return _power_of_two(rank)
-
-
 def _power_of_two(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length())
 

@@ -1,9 +1,15 @@
-"""The products of a round: P = z A^T, or H = act(z A^T), and u += H B with what follows from it in the same launch.
+"""The products of a round: P = z A^T, what a block's steps add for one another, and u += H B with what follows from it.
 
-One kernel, because both are products of 16-bit operands summed in float32, and what surrounds the second one is
-memory traffic: reading u, adding, writing u and the next round's operand x + u in one pass costs 12 bytes an
-element of the state; torch's product, addition and cast cost 24.
+One kernel, because all are products of 16-bit operands summed in float32, and what surrounds them is memory traffic:
+reading u, adding, writing u and the next round's operand x + u in one pass costs 12 bytes an element of the state;
+torch's product, addition and cast cost 24.
+
+A product too small to fill the device is split along what it sums over. The parts meet in memory, and the program that
+arrives last adds them, in their order: the same bits every time.
 """
+
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -11,95 +17,240 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import triton_form
-from .device import EXACT, strides
+from .device import EXACT
+from .launch import Launch
 
 
-def matmul(
-    a: Tensor,
-    W: Tensor,
-    out: Tensor,
-    *,
-    total: Tensor | None = None,
-    state: tuple[Tensor, Tensor] | None = None,
-    finish: tuple[Tensor, Tensor] | None = None,
-    act: str | None = None,
-) -> None:
-    """Writes out = act(total + a W) of every lane, summed in float32.
+FILLED = 0.68  # of the multiprocessors, which a product should give a program: 90 of 132
 
-    Args:
-        a: [L, T, n], of any float dtype; its lanes may share memory.
-        W: [L, n, k], either of its last two dimensions contiguous. Products take a in its dtype.
-        out: [L, T, k], of any float dtype, rows contiguous.
-        total: [L, T, k], float32; may be `out`; None for zeros.
-        state: x [T, k] and z [L, T, k], of which z = x + total + a W is written too, in z's dtype.
-        finish: scale and bias [k], float32, for out = scale * (total + a W) + bias.
-        act: One of KERNEL_ACTS, None for none.
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How a product is divided among programs."""
+
+    rows: int  # tokens of a tile
+    columns: int
+    inner: int  # what is summed at a time
+    split: int = 1  # programs that share the sum of a tile
+    warps: int = 4
+    stages: int = 3
+
+    def programs(self, tokens: int, columns: int, lanes: int) -> int:
+        """Programs of a product of `tokens` rows, in all lanes."""
+        return self.tiles(tokens, columns) * self.split * lanes
+
+    def tiles(self, tokens: int, columns: int) -> int:
+        """Tiles of one lane's product."""
+        return -(-tokens // self.rows) * -(-columns // self.columns)
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Where an operand's elements lie, in elements: token, feature or row times `row`, and so on.
+
+    An activation's rows are tokens, a weight's what is summed over.
     """
-    lanes, tokens, inner = a.shape
-    columns = W.shape[2]
-    x, z = state or (None, None)
-    scale, bias = finish or (None, None)
-    tile = tiles(tokens, columns, W.dtype)
-    grid = (triton.cdiv(tokens, tile["BM"]) * triton.cdiv(columns, tile["BN"]), lanes)
-    matmul_kernel[grid](
-        a, W, total, out, x, z, scale, bias,
-        tokens, columns, inner,
-        *a.stride(), *W.stride(), *strides(total), *strides(out), *strides(z), 0 if x is None else x.stride(0),
-        TOTAL=total is not None, STATE=state is not None, FINISH=finish is not None,
-        ACT=None if act is None else triton_form(act), **tile,
-    )  # fmt: skip
+
+    row: int
+    lane: int = 0
+    column: int = 1
+    start: int = 0
+    block: int = 0  # from a block of steps to the next
 
 
-def tiles(tokens: int, columns: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes and launch options that do not spill on sm_80, sm_90, sm_100 and gfx942."""
-    # 128 by 256 would read less, but spills 700 bytes a thread where u is added and z written, and a product of one
-    # block, 512 columns for 4096 tokens, has 64 such tiles for 132 multiprocessors.
-    BM = min(128, max(16, triton.next_power_of_2(tokens)))
+class Product:
+    """out = total + a W of every lane, summed in float32, or what is asked for beside it.
+
+    Columns before `active` are put through the activation, into `hidden`; the others go to `out`.
+    """
+
+    def __init__(
+        self,
+        *,
+        lanes: int,
+        columns: int,
+        inner: int,
+        tile: Tile,
+        a: View,
+        w: View,
+        out: View,
+        z: View | None = None,
+        total: bool = False,
+        finish: bool = False,
+        active: int = 0,
+        act: str = "linear",
+    ) -> None:
+        """lanes: L; columns and inner: of a lane's W [inner, columns]; z, total, finish: whether a call gives them."""
+        self.lanes, self.columns, self.tile = lanes, columns, tile
+        constants: dict[str, Any] = {
+            "N": columns, "K": inner, "SPLIT": tile.split,
+            "A_START": a.start, "A_ROW": a.row, "A_LANE": a.lane,
+            "W_START": w.start, "W_ROW": w.row, "W_COLUMN": w.column, "W_LANE": w.lane, "W_BLOCK": w.block,
+            "O_START": out.start, "O_ROW": out.row, "O_LANE": out.lane,
+            "Z_ROW": z.row if z else 0, "Z_LANE": z.lane if z else 0,
+            "TOTAL": total, "FINISH": finish, "ACTIVE": active, "ACT": triton_form(act),
+            "BM": tile.rows, "BN": tile.columns, "BK": tile.inner,
+        }  # fmt: skip
+        self._launch = Launch(matmul_kernel, constants, num_warps=tile.warps, num_stages=tile.stages)
+
+    def __call__(
+        self,
+        tokens: int,
+        block: int,
+        a: Tensor,
+        w: Tensor,
+        out: Tensor | None,
+        *,
+        hidden: Tensor | None = None,
+        x: Tensor | None = None,
+        z: Tensor | None = None,
+        scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        total: Tensor | None = None,
+        parts: Tensor | None = None,
+        turns: Tensor | None = None,
+    ) -> None:
+        """Launches it, on tensors that lie as the views say.
+
+        Args:
+            tokens: T.
+            block: Which block of steps W is taken of.
+            a: [T, L, inner], of any float dtype. Products take it in W's.
+            w: The weights.
+            out: Of any float dtype.
+            hidden: Laid out as `out`, in the weights' dtype.
+            x, z: x [T, columns], any float dtype, and z, of which z = x + total + a W is written, in z's dtype.
+            scale, bias: [columns] float32, for out = scale * (total + a W) + bias.
+            total: Laid out as `out`, float32, and may be it.
+            parts: Float32, `self.tile.programs` times rows times columns of a tile, where it is split.
+            turns: int32 zeros, one a tile and lane, left so.
+        """
+        grid = (self.tile.tiles(tokens, self.columns), self.tile.split, self.lanes)
+        self._launch(grid, a, w, total, out, hidden, x, z, scale, bias, parts, turns, tokens, block)
+
+
+def tile_for(
+    tokens: int, columns: int, inner: int, lanes: int, dtype: torch.dtype, multiprocessors: int
+) -> Tile:
+    """A tile that does not spill on sm_80, sm_90, sm_100 and gfx942, and gives most multiprocessors a program.
+
+    Large tiles read least. Where they are too few for the device, tiles of 64 by 64 come first, then parts of the sum,
+    each of which costs a pass over float32 memory, then narrow tiles.
+    """
+    # 128 by 256 would read less, but spills 700 bytes a thread where u is added and z written.
+    rows = min(128, max(16, 1 << (tokens - 1).bit_length()))
     if dtype == torch.float32:  # no matrix units: small tiles
-        return {"BM": min(BM, 64), "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}
-    BN = min(128, max(16, triton.next_power_of_2(columns)))
-    return {"BM": BM, "BN": BN, "BK": 64, "num_warps": 8 if BM == 128 else 4, "num_stages": 3}
+        return Tile(min(rows, 64), 64, 32, stages=2)
+    wide = min(128, max(16, 1 << (columns - 1).bit_length()))
+    wanted = -(-multiprocessors * FILLED // 1)
+    sizes = [(rows, wide), (min(rows, 64), wide), (min(rows, 64), min(wide, 64)), (min(rows, 64), min(wide, 32))]
+    sizes.append((min(rows, 64), 16))
+    for BM, BN in sizes:
+        whole = Tile(BM, BN, 64, warps=8 if BM == 128 else 4)
+        most = 1 if BM * BN > 4096 else max(1, inner // 64)
+        split = min(most, -(-wanted // whole.programs(tokens, columns, lanes)))
+        # Parts of a whole number of 64 elements each: of as many parts, some may have nothing.
+        split = -(-inner // 64) // max(1, -(-inner // 64) // int(split))
+        tile = replace(whole, split=split)
+        if tile.programs(tokens, columns, lanes) >= wanted:
+            break
+    return tile
+
+
+def matmul_memory(products: list[Product], tokens: int, device: torch.device) -> dict[str, Tensor]:
+    """`parts` and `turns` for launches that follow one another; nothing where none of them is split."""
+    split = [(p.tile, p.tile.tiles(tokens, p.columns) * p.lanes) for p in products if p.tile.split > 1]
+    if not split:
+        return {}
+    values = max(tiles * tile.split * tile.rows * tile.columns for tile, tiles in split)
+    turns = max(tiles for _, tiles in split)
+    parts = torch.empty(values, dtype=torch.float32, device=device)
+    return {"parts": parts, "turns": torch.zeros(turns, dtype=torch.int32, device=device)}
 
 
 @triton.jit
+def _halves(tile):
+    """The left and the right half of the columns."""
+    half: tl.constexpr = tile.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, half)), (0, 2, 1)))
+
+
+@triton.jit(do_not_specialize=["T", "block"])
 def matmul_kernel(
-    p_a, p_w, p_total, p_out, p_x, p_z, p_scale, p_bias,
-    T, N, K,
-    s_al, s_at, s_ak, s_wl, s_wk, s_wn, s_sl, s_st, s_ol, s_ot, s_zl, s_zt, s_xt,
-    TOTAL: tl.constexpr, STATE: tl.constexpr, FINISH: tl.constexpr, ACT: tl.constexpr,
+    p_a, p_w, p_total, p_out, p_hidden, p_x, p_z, p_scale, p_bias, p_parts, p_turns, T, block,
+    N: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr,
+    A_START: tl.constexpr, A_ROW: tl.constexpr, A_LANE: tl.constexpr,
+    W_START: tl.constexpr, W_ROW: tl.constexpr, W_COLUMN: tl.constexpr, W_LANE: tl.constexpr, W_BLOCK: tl.constexpr,
+    O_START: tl.constexpr, O_ROW: tl.constexpr, O_LANE: tl.constexpr, Z_ROW: tl.constexpr, Z_LANE: tl.constexpr,
+    TOTAL: tl.constexpr, FINISH: tl.constexpr, ACTIVE: tl.constexpr, ACT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    lane = tl.program_id(1).to(tl.int64)
+    i_tile, i_s, lane = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     # Tiles that run at the same time share rows of a: 8 rows of tiles at a time, column by column.
-    rows, columns = tl.cdiv(T, BM), tl.cdiv(N, BN)
-    group = tl.program_id(0) // (8 * columns)
+    rows = tl.cdiv(T, BM)
+    COLUMNS: tl.constexpr = (N + BN - 1) // BN
+    group = i_tile // (8 * COLUMNS)
     height = min(rows - group * 8, 8)
-    i_m = group * 8 + tl.program_id(0) % (8 * columns) % height
-    i_n = tl.program_id(0) % (8 * columns) // height
+    i_m = group * 8 + i_tile % (8 * COLUMNS) % height
+    i_n = i_tile % (8 * COLUMNS) // height
+    SPAN: tl.constexpr = (K + BK * SPLIT - 1) // (BK * SPLIT) * BK  # summed by one program
     o_t = (i_m * BM + tl.arange(0, BM)).to(tl.int64)
-    o_n = (i_n * BN + tl.arange(0, BN)).to(tl.int64)
-    o_k = tl.arange(0, BK)
-    m_t, m_n = o_t < T, o_n < N
-    p_a += lane * s_al + o_t[:, None] * s_at + o_k[None, :] * s_ak
-    p_w += lane * s_wl + o_k[:, None] * s_wk + o_n[None, :] * s_wn
+    o_n = i_n * BN + tl.arange(0, BN)
+    o_k = i_s * SPAN + tl.arange(0, BK)
+    m_t = o_t[:, None] < T
+    m_n = o_n[None, :] < N
+    p_a += A_START + lane * A_LANE + o_t[:, None] * A_ROW + o_k[None, :]
+    p_w += W_START + lane * W_LANE + block.to(tl.int64) * W_BLOCK
+    p_w += o_k[:, None].to(tl.int64) * W_ROW + o_n[None, :].to(tl.int64) * W_COLUMN
     acc = tl.zeros([BM, BN], dtype=tl.float32)
-    for k in range(0, K, BK):
-        m_k = o_k < K - k
-        a = tl.load(p_a, mask=m_t[:, None] & m_k[None, :], other=0.0)
-        w = tl.load(p_w, mask=m_k[:, None] & m_n[None, :], other=0.0)
+    for k in range(0, SPAN, BK):
+        if SPAN * SPLIT == K:
+            a = tl.load(p_a, mask=m_t, other=0.0)
+            w = tl.load(p_w, mask=m_n, other=0.0)
+        else:
+            m_k = o_k < K - k
+            a = tl.load(p_a, mask=m_t & m_k[None, :], other=0.0)
+            w = tl.load(p_w, mask=m_k[:, None] & m_n, other=0.0)
         acc = tl.dot(a.to(w.dtype), w, acc, input_precision=EXACT)
-        p_a += BK * s_ak
-        p_w += BK * s_wk
-    m_tile = m_t[:, None] & m_n[None, :]
-    if TOTAL:
-        acc += tl.load(p_total + lane * s_sl + o_t[:, None] * s_st + o_n[None, :], mask=m_tile, other=0.0)
-    if STATE:
-        x = tl.load(p_x + o_t[:, None] * s_xt + o_n[None, :], mask=m_tile, other=0.0).to(tl.float32)
-        tl.store(p_z + lane * s_zl + o_t[:, None] * s_zt + o_n[None, :], x + acc, mask=m_tile)
-    if FINISH:
-        scale = tl.load(p_scale + o_n, mask=m_n, other=0.0)
-        bias = tl.load(p_bias + o_n, mask=m_n, other=0.0)
-        acc = acc * scale[None, :] + bias[None, :]
-    if ACT is not None:
-        acc = ACT(acc)
-    tl.store(p_out + lane * s_ol + o_t[:, None] * s_ot + o_n[None, :], acc, mask=m_tile)
+        p_a += BK
+        p_w += BK * W_ROW
+    if SPLIT > 1:
+        tile = lane * tl.num_programs(0) + i_tile
+        o_part = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+        p_parts += tile * (SPLIT * BM * BN) + o_part
+        tl.store(p_parts + i_s * (BM * BN), acc)
+        tl.debug_barrier()
+        if tl.atomic_add(p_turns + tile, 1, sem="acq_rel") < SPLIT - 1:
+            return
+        tl.debug_barrier()
+        tl.store(p_turns + tile, 0)
+        acc = tl.zeros([BM, BN], dtype=tl.float32)
+        for part in range(SPLIT):  # L1 is not coherent, hence .cg
+            acc += tl.load(p_parts + part * (BM * BN), cache_modifier=".cg")
+    # A large tile's end, a quarter of the columns at a time: at once it takes 190 registers, and a multiprocessor holds
+    # one program instead of two.
+    if BM * BN > 8192:
+        left, right = _halves(acc)
+        sums = _halves(left) + _halves(right)
+    else:
+        sums = (acc,)
+    QUARTER: tl.constexpr = BN // len(sums)
+    for i in tl.static_range(len(sums)):
+        acc = sums[i]
+        o_c = i_n * BN + i * QUARTER + tl.arange(0, QUARTER)
+        m_c = o_c[None, :] < N
+        o_out = O_START + lane * O_LANE + o_t[:, None] * O_ROW + o_c[None, :]
+        if TOTAL:
+            acc += tl.load(p_total + o_out, mask=m_t & m_c, other=0.0)
+        if Z_ROW > 0:
+            x = tl.load(p_x + o_t[:, None] * N + o_c[None, :], mask=m_t & m_c, other=0.0).to(tl.float32)
+            o_z = lane * Z_LANE + o_t[:, None] * Z_ROW + o_c[None, :]
+            tl.store(p_z + o_z, x + acc, mask=m_t & m_c)
+        if FINISH:
+            scale = tl.load(p_scale + o_c, mask=o_c < N, other=0.0)
+            bias = tl.load(p_bias + o_c, mask=o_c < N, other=0.0)
+            acc = acc * scale[None, :] + bias[None, :]
+        if ACTIVE > 0:
+            tl.store(p_hidden + o_out, ACT(acc), mask=m_t & m_c & (o_c[None, :] < ACTIVE))
+        if ACTIVE < N:
+            tl.store(p_out + o_out, acc, mask=m_t & m_c & (o_c[None, :] >= ACTIVE))

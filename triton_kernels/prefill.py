@@ -1,110 +1,192 @@
-"""Many tokens at once: rounds of three launches, or one round where a lane fits one block.
+"""Many tokens at once: rounds of a few launches, or one round where a lane fits one block.
 
-A round is P = z A^T, the solve of its block, and u += H B with u = z - x, the sum of a lane's updates, kept in float32.
-Where a block is one step, there is nothing to solve: H = act(z A^T) is one launch, two make a round, and P is
-never in memory.
+A round is P = z A^T, the hidden units H of its block, and u += H B with u = z - x, the sum of a lane's updates, kept in
+float32. H follows from P in parts: a part of several narrow steps is a solve; of a part that is one wide step nothing
+is left but the activation, with which its product ends. What earlier parts add to the P of a later one is a product.
 
 Holding u instead of z spares the copy of x at the start and the subtraction at the end, and the products read
-z = x + u rounded to the weights' dtype, which the second product writes on its way.
+z = x + u rounded to the weights' dtype, which the second product writes on its way. In memory a token's lanes lie side
+by side, so that no stride depends on the number of tokens.
 """
+
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .chain import ChainWeights
-from .cost import solve_columns
-from .lookahead import block_steps, wide
-from .matmul import matmul
-from .solve import block_solve
+from .cost import Device, Shape, solve_columns
+from .matmul import Product, View, matmul_memory, tile_for
+from .solve import Solve
 
 SCRATCH = 256 * 2**20  # bytes at most: longer inputs go in chunks, 128 tokens at least
 
 
-def prefill(x: Tensor, chain: ChainWeights, gram: Tensor, *, scratch: int = SCRATCH) -> Tensor:
-    """The output of a DLR-Net of plain steps for many tokens.
+class Prefill:
+    """The launches of a chain of plain steps on many tokens, made once for all calls of about as many tokens."""
 
-    Args:
-        x: The tokens, [T, d], of any float dtype, rows contiguous.
-        chain: The weights: A and B float32, bfloat16 or float16, scale and bias float32, all contiguous; an activation
-            of KERNEL_ACTS.
-        gram: What `gram_blocks` gave for these weights.
+    def __init__(
+        self,
+        shape: Shape,
+        steps: int,
+        dtype: torch.dtype,
+        act: str,
+        device: Device,
+        *,
+        scratch: int = SCRATCH,
+    ) -> None:
+        """Args:
+        shape: The chain, and about how many tokens a call has, by which tiles are chosen.
+        steps: Of a Gram block.
+        dtype: Of the weights: float32, bfloat16 or float16.
+        act: One of KERNEL_ACTS.
+        device: The GPU.
         scratch: Bytes of temporary memory, freed on return; where that is less than 128 tokens need, they get it.
+        """
+        self._shape, self._steps = shape, steps
+        self._width = steps * shape.rank
+        self._chunk = chunk_tokens(shape, self._width, scratch=scratch)
+        self._rounds = _rounds(shape, steps, dtype, act, device, min(shape.tokens, self._chunk))
+        self._products = list({p: None for r in self._rounds for p in r.products()})
 
-    Returns:
-        y, [T, d], in x's dtype.
-    """
-    y = torch.empty_like(x)
-    size = chunk_tokens(chain.A.shape, gram.shape[-2], itemsize=chain.A.itemsize, scratch=scratch)
-    for part, out in zip(x.split(size), y.split(size), strict=True):
-        _prefill_chunk(part, chain, gram, out)
-    return y
+    def __call__(self, x: Tensor, chain: ChainWeights, gram: Tensor) -> Tensor:
+        """The output.
+
+        Args:
+            x: The tokens, [T, d], of any float dtype, contiguous.
+            chain: The weights: A and B float32, bfloat16 or float16, scale and bias float32, all contiguous.
+            gram: What `gram_blocks` gave for these weights.
+
+        Returns:
+            y, [T, d], in x's dtype.
+        """
+        y = torch.empty_like(x)
+        if len(x) <= self._chunk:
+            self._run(x, chain, gram, y)
+        else:
+            for part, out in zip(x.split(self._chunk), y.split(self._chunk), strict=True):
+                self._run(part, chain, gram, out)
+        return y
+
+    def _run(self, x: Tensor, chain: ChainWeights, gram: Tensor, y: Tensor) -> None:
+        lanes, hidden, tokens = self._shape.lanes, self._shape.hidden, len(x)
+        A, B, scale, bias, *_ = chain
+        H = x.new_empty(tokens, lanes, self._width, dtype=A.dtype)
+        P = H if self._steps == 1 else x.new_empty(H.shape, dtype=torch.float32)
+        u = z = None
+        if len(self._rounds) > 1:
+            u = x.new_empty(tokens, lanes, hidden, dtype=torch.float32)
+            z = x.new_empty(u.shape, dtype=A.dtype)
+        memory = matmul_memory(self._products, tokens, x.device)
+        last = len(self._rounds) - 1
+        for n, one in enumerate(self._rounds):
+            one.project(tokens, n, x if n == 0 else z, A, P, hidden=H, **memory)
+            for between, solve in one.parts:
+                if between is not None:
+                    between(tokens, n, H, gram, P, hidden=H, total=P, **memory)
+                if solve is not None:
+                    solve(tokens, n, P, gram, H)
+            if n < last:
+                one.update(tokens, n, H, B, u, x=x, z=z, total=u, **memory)
+            elif one.finishes:
+                one.update(tokens, n, H, B, y, scale=scale, bias=bias, total=u, **memory)
+            else:
+                one.update(tokens, n, H, B, u, total=u, **memory)
+                assert u is not None
+                y.copy_(scale * u.sum(1) + bias)
 
 
-def chunk_tokens(
-    shape: torch.Size | tuple[int, ...], width: int, *, itemsize: int, scratch: int = SCRATCH
-) -> int:
+class _Round:
+    """The launches of one round: of a block of `steps` steps in every lane, the last of the chain or another."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        block: int,
+        steps: int,
+        dtype: torch.dtype,
+        act: str,
+        device: Device,
+        tokens: int,
+        *,
+        first: bool,
+        last: bool,
+    ) -> None:
+        lanes, rank, hidden = shape.lanes, shape.rank, shape.hidden
+        width, blocks = block * rank, -(-shape.depth // block)
+        size = solve_columns(width, rank) // rank  # steps of a part
+        one_round = first and last
+        self.finishes = last and (lanes == 1 or one_round)
+        token = View(lanes * width, lane=width)  # of P and H
+        state = View(lanes * hidden, lane=hidden)  # of u and z
+        whole = shape.depth * rank * hidden  # elements of a lane's A
+        gram_lane, gram_block = blocks * width**2, width**2
+
+        def product(columns: int, inner: int, lanes: int = lanes, **views: Any) -> Product:
+            tile = tile_for(tokens, columns, inner, lanes, dtype, device.sms)
+            return Product(lanes=lanes, columns=columns, inner=inner, tile=tile, act=act, **views)
+
+        # A token's x is read by every lane.
+        self.project = product(
+            steps * rank, hidden, a=View(hidden) if first else state,
+            w=View(1, column=hidden, lane=whole, block=width * hidden), out=token,
+            active=rank if size == 1 else 0,
+        )  # fmt: skip
+        self.parts: list[tuple[Product | None, Solve | None]] = []
+        for start in range(0, steps, size):
+            count = min(size, steps - start)
+            between = solve = None
+            if start:
+                between = product(
+                    count * rank, start * rank, a=token,
+                    w=View(width, start=start * rank, lane=gram_lane, block=gram_block),
+                    out=View(token.row, lane=width, start=start * rank), total=True,
+                    active=rank if size == 1 else 0,
+                )  # fmt: skip
+            if size > 1:
+                solve = Solve(
+                    lanes=lanes, steps=count, rank=rank, first=start, block=block, blocks=blocks, tokens=tokens,
+                    dtype=dtype, act=act,
+                )  # fmt: skip
+            self.parts.append((between, solve))
+        written = View(hidden, lane=whole, block=width * hidden)
+        if one_round:  # the sum over lanes is one product of L m columns
+            self.update = product(
+                hidden, lanes * width, lanes=1, a=View(lanes * width), w=View(hidden), out=View(hidden), finish=True
+            )  # fmt: skip
+        else:
+            self.update = product(
+                hidden, steps * rank, a=token, w=written, out=View(hidden) if self.finishes else state,
+                z=None if last else state, total=not first, finish=self.finishes,
+            )  # fmt: skip
+
+    def products(self) -> list[Product]:
+        """All but the solves."""
+        return [self.project, self.update, *(between for between, _ in self.parts if between)]
+
+
+def _rounds(
+    shape: Shape, block: int, dtype: torch.dtype, act: str, device: Device, tokens: int
+) -> list[_Round]:
+    """The rounds of a chain; those in the middle are one."""
+    count = -(-shape.depth // block)
+    left = shape.depth - (count - 1) * block
+
+    @cache
+    def one(steps: int, first: bool, last: bool) -> _Round:
+        return _Round(shape, block, steps, dtype, act, device, tokens, first=first, last=last)
+
+    return [one(left if n == count - 1 else block, n == 0, n == count - 1) for n in range(count)]
+
+
+def chunk_tokens(shape: Shape, width: int, *, scratch: int = SCRATCH) -> int:
     """Tokens of a chunk whose state, P and H take at most `scratch` bytes: a multiple of 128, and at least 128.
 
     Args:
-        shape: Of A, [L, K, r, d].
+        shape: The chain.
         width: Columns of a Gram block.
-        itemsize: Bytes of an element of the weights.
         scratch: Bytes of temporary memory.
     """
-    lanes, _, _, hidden = shape
-    each = lanes * (hidden * (4 + itemsize) + width * (4 + itemsize))
+    each = shape.lanes * (shape.hidden + width) * (4 + shape.itemsize)
     return max(128, scratch // each // 128 * 128)
-
-
-def _prefill_chunk(x: Tensor, chain: ChainWeights, gram: Tensor, y: Tensor) -> None:
-    A, B, scale, bias, _, act = chain
-    lanes, depth, rank, hidden = A.shape
-    tokens, one_round = len(x), gram.shape[1] == 1
-    steps = block_steps(gram.shape[-2], depth, rank)
-    x = x.contiguous()
-    z = x.expand(lanes, -1, -1)  # the matmul rounds it to the weights' dtype
-    u: Tensor | None = None
-    for n, first in enumerate(range(0, depth, steps)):
-        read = slice(first, first + steps)
-        width = min(steps, depth - first) * rank
-        # A token's lanes side by side: in a single round all of them read x, in one product, and the sum over
-        # lanes is one product of L m columns.
-        H = x.new_empty(tokens, lanes, width, dtype=A.dtype)
-        alone = width == rank
-        P = H if alone else x.new_empty(H.shape, dtype=torch.float32)
-        if one_round:
-            a, W, out = x[None], A.reshape(1, -1, hidden), P.flatten(1)[None]
-        else:
-            a, W, out = z, wide(A[:, read]), P.transpose(0, 1)
-        matmul(a, W.mT, out, act=act if alone else None)
-        if not alone:
-            _solve_block(P.transpose(0, 1), gram[:, n], rank, act, H.transpose(0, 1))
-        if one_round:
-            matmul(H.flatten(1)[None], B.reshape(1, -1, hidden), y[None], finish=(scale, bias))
-            return
-        H, B_blk = H.transpose(0, 1), wide(B[:, read])
-        if first + steps < depth:
-            following = x.new_empty(lanes, tokens, hidden, dtype=A.dtype) if n == 0 else z
-            total = x.new_empty(lanes, tokens, hidden, dtype=torch.float32) if u is None else u
-            matmul(H, B_blk, total, total=u, state=(x, following))
-            u, z = total, following
-        elif lanes == 1:
-            matmul(H, B_blk, y[None], total=u, finish=(scale, bias))
-        else:
-            assert u is not None
-            matmul(H, B_blk, u, total=u)
-            y.copy_(scale * u.sum(0) + bias)
-
-
-def _solve_block(P: Tensor, gram: Tensor, rank: int, act: str, H: Tensor) -> None:
-    """H [L, T, m] of a block, for P [L, T, m], which is overwritten; gram [L, m', m'], m' >= m.
-
-    A block wider than one solve is solved in parts; what a part adds to the P of the later ones is a product.
-    """
-    width = H.shape[-1]
-    part = solve_columns(width, rank)
-    for first in range(0, width, part):
-        own, rest = slice(first, first + part), slice(first + part, width)
-        h = block_solve(P[..., own], gram[:, own, own], rank, act, out=H[..., own])
-        if rest.start < width:
-            matmul(h, gram[:, own, rest], P[..., rest], total=P[..., rest])

@@ -17,52 +17,76 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import triton_form
-from .decode_plan import padded_rank
-from .device import EXACT, strides
+from .device import EXACT
+from .launch import Launch
 
 
-def block_solve(
-    P: Tensor,
-    gram: Tensor,
-    rank: int,
-    act: str,
-    *,
-    out: Tensor | None = None,
-) -> Tensor:
-    """H of a block of steps from what all of them read of its first state.
+class Solve:
+    """The launches of a part of every block: its steps from `first` on."""
 
-    Args:
-        P: [L, T, m], float32, rows contiguous.
-        gram: The block's [L, m, m], as `gram_blocks` makes it, rows contiguous.
-        rank: Columns of a step, which divide m.
+    def __init__(
+        self,
+        *,
+        lanes: int,
+        steps: int,
+        rank: int,
+        first: int,
+        block: int,
+        blocks: int,
+        tokens: int,
+        dtype: torch.dtype,
+        act: str,
+    ) -> None:
+        """Args:
+        lanes: L.
+        steps: Of the part.
+        rank: Columns of a step.
+        first: The part's first step.
+        block: Steps of a Gram block, and of a token's lane in P and H.
+        blocks: Gram blocks of a lane.
+        tokens: About how many of a call, by which tiles are chosen.
+        dtype: Of the weights.
         act: One of KERNEL_ACTS.
-        out: Where H is written, [L, T, m], rows contiguous; new memory if None.
+        """
+        self._lanes = lanes
+        width = block * rank
+        tile = solve_tile(tokens, steps, rank, dtype)
+        self._rows = tile["BM"]
+        warps = tile.pop("num_warps")
+        constants = {
+            "S": steps, "R": rank, "RP": padded_rank(rank), "ACT": triton_form(act), **tile,
+            "START": first * rank, "ROW": lanes * width, "LANE": width,
+            "G_START": first * rank * (width + 1), "G_ROW": width, "G_BLOCK": width**2, "G_LANE": blocks * width**2,
+        }  # fmt: skip
+        self._launch = Launch(block_solve_kernel, constants, num_warps=warps)
 
-    Returns:
-        H, [L, T, m], in gram's dtype.
-    """
-    lanes, tokens, width = P.shape
-    H = torch.empty(P.shape, dtype=gram.dtype, device=P.device) if out is None else out
-    steps = width // rank
-    tile = solve_tile(tokens, steps, rank, gram.dtype)
-    block_solve_kernel[(triton.cdiv(tokens, tile["BM"]), lanes)](
-        P, gram, H,
-        tokens,
-        *strides(P), *strides(gram), *strides(H),
-        S=steps, R=rank, RP=padded_rank(rank),
-        ACT=triton_form(act), **tile,
-    )  # fmt: skip
-    return H
+    def __call__(self, tokens: int, block: int, P: Tensor, gram: Tensor, H: Tensor) -> None:
+        """Writes H of the part.
+
+        Args:
+            tokens: T.
+            block: Which Gram block.
+            P: [T, L, m], float32, m being the columns of a Gram block.
+            gram: What `gram_blocks` gave.
+            H: [T, L, m], in gram's dtype.
+        """
+        grid = (-(-tokens // self._rows), self._lanes, 1)
+        self._launch(grid, P, gram, H, tokens, block)
+
+
+def padded_rank(rank: int) -> int:
+    """The rank as a solve holds it: a power of two of at least 16, which is what `tl.dot` takes."""
+    return max(16, 1 << (rank - 1).bit_length())
 
 
 def solve_tile(tokens: int, steps: int, rank: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tokens of a program (BM), columns of a tile (BC) and launch options.
+    """Tokens of a program (BM), columns of a tile (BC) and warps.
 
     With 16-bit weights no register spills, on sm_80, sm_90, sm_100 and gfx942, up to m = 512. Without matrix units,
     float32 on NVIDIA, all tiles spill: small ones the least.
     """
-    BM = max(16, triton.next_power_of_2(tokens))
-    BC = padded_rank(rank) * triton.next_power_of_2(steps)
+    BM = max(16, 1 << (tokens - 1).bit_length())
+    BC = padded_rank(rank) << (steps - 1).bit_length()
     if dtype == torch.float32:  # m = 256, rank 16: 6 s to compile; with the tiles below 90 s
         return {"BM": 16, "BC": min(32, BC), "num_warps": 4}
     # Rank 16 needs more registers than the others: of m = 512, with 4 warps, it spills 64 bytes on sm_80.
@@ -70,13 +94,12 @@ def solve_tile(tokens: int, steps: int, rank: int, dtype: torch.dtype) -> dict[s
     return {"BM": min(64, BM), "BC": min(64, BC), "num_warps": 8 if steps * rank > 256 and rank <= 16 else 4}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "block"])
 def block_solve_kernel(
-    p_p, p_gram, p_h,
-    T,
-    s_pl, s_pt, s_gl, s_gj, s_hl, s_ht,
-    S: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-    ACT: tl.constexpr,
+    p_p, p_gram, p_h, T, block,
+    S: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, ACT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    START: tl.constexpr, ROW: tl.constexpr, LANE: tl.constexpr,
+    G_START: tl.constexpr, G_ROW: tl.constexpr, G_BLOCK: tl.constexpr, G_LANE: tl.constexpr,
 ):  # fmt: skip
     lane = tl.program_id(1).to(tl.int64)
     o_t = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
@@ -88,9 +111,10 @@ def block_solve_kernel(
     o_s = o_c // RP
     o_m = o_c if GROUP == 1 or R == RP else o_s * R + o_c % RP
     m_t = o_t[:, None] < T
-    p_p += lane * s_pl + o_t[:, None] * s_pt + o_m[None, :]
-    p_h += lane * s_hl + o_t[:, None] * s_ht + o_m[None, :]
-    p_gram += lane * s_gl + o_m[:, None] * s_gj + o_m[None, :]
+    o_p = START + lane * LANE + o_t[:, None] * ROW + o_m[None, :]
+    p_p += o_p
+    p_h += o_p
+    p_gram += G_START + lane * G_LANE + block.to(tl.int64) * G_BLOCK + o_m[:, None] * G_ROW + o_m[None, :]
     hs = ()
     for i in tl.static_range((S + GROUP - 1) // GROUP * PARTS):
         start = i // PARTS * GROUP * R + i % PARTS * BC
@@ -99,11 +123,11 @@ def block_solve_kernel(
         for j in tl.static_range(i // PARTS * PARTS):
             before = j // PARTS * GROUP * R + j % PARTS * BC
             m_gram = columns_exist(j, S, R, RP, BC)[:, None] & m_i[None, :]
-            gram = tl.load(p_gram + before * s_gj + start, mask=m_gram, other=0.0)
+            gram = tl.load(p_gram + before * G_ROW + start, mask=m_gram, other=0.0)
             p = tl.dot(hs[j], gram, p, input_precision=EXACT)
         if GROUP > 1:
             m_gram = (o_s[:, None] < o_s[None, :]) & m_i[:, None] & m_i[None, :]
-            gram = tl.load(p_gram + start * s_gj + start, mask=m_gram, other=0.0)
+            gram = tl.load(p_gram + start * G_ROW + start, mask=m_gram, other=0.0)
             for s in tl.static_range(min(GROUP, S - i * GROUP) - 1):
                 h = ACT(p).to(p_h.dtype.element_ty)
                 own = tl.where(o_s[None, :] == s, h, 0.0)
