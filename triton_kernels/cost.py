@@ -176,7 +176,13 @@ def predict_dense(shape: Shape, width: int, device: Device) -> Prediction:
 
 
 def solve_columns(width: int, rank: int) -> int:
-    """Columns of a block of `width` columns that one solve takes: whole steps, as many as its registers hold."""
+    """Columns of a block of `width` columns that one solve takes: whole steps, as many as its registers hold.
+
+    A step of more than 128 columns is not solved with others: a solve has a program for 64 tokens, 8 for 512 where a
+    device has 132 multiprocessors, and what one such step adds for the next is a product large enough to fill it.
+    """
+    if rank > 128:
+        return rank
     most = min(SOLVE_WIDTH, SOLVE_STEPS * rank)
     return min(width, max(rank, most // rank * rank))
 

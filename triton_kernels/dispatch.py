@@ -17,19 +17,19 @@ from .tuning import tune, tuned, wanted
 
 def run(x: Tensor, chain: ChainWeights, gram: Tensor) -> Tensor:
     """y [T, d] in x's dtype, for x [T, d] on a GPU and a chain of plain steps with its Gram blocks, all checked."""
-    x = x.contiguous()
+    x = _plain(x)
     if len(x) == 0:
         return torch.empty_like(x)
-    vectors = chain.scale.float().contiguous(), chain.bias.float().contiguous()
-    chain = ChainWeights(chain.A.contiguous(), chain.B.contiguous(), *vectors, act=chain.act)
-    gram = gram.contiguous()
+    vectors = _plain(chain.scale.float()), _plain(chain.bias.float())
+    chain = ChainWeights(_plain(chain.A), _plain(chain.B), *vectors, act=chain.act)
+    gram = _plain(gram)
     shape = Shape.of(chain.A, len(x))
     deterministic = torch.are_deterministic_algorithms_enabled()
     device, steps = device_constants(x.device.index), gram.shape[-2] // shape.rank
 
     def launch(plan: DecodePlan | None) -> Tensor:
         if plan is None:
-            return prefill(x, chain, gram)
+            return prefill(x, chain, gram, device)
         return decode(x, chain, gram, plan=plan, workspace=_workspace(plan, x.device))
 
     def launch_or_prefill(plan: DecodePlan | None) -> Tensor:
@@ -40,6 +40,12 @@ def run(x: Tensor, chain: ChainWeights, gram: Tensor) -> Tensor:
             return launch(None)
 
     return launch_or_prefill(_plan(shape, device, steps, deterministic, launch))
+
+
+def _plain(t: Tensor) -> Tensor:
+    """The tensor, or a copy, contiguous and from a multiple of 16 bytes on, as launches want it."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
 _too_large: set[tuple[DecodePlan | None, Device]] = set()
@@ -63,16 +69,17 @@ def _plan(
 
 
 def _workspace(plan: DecodePlan, device: torch.device) -> Workspace:
-    """Memory that no other launch uses at the same time: one for each stream.
+    """Memory that no other launch uses at the same time: that of the default stream is kept.
 
-    A graph that is captured gets memory in its own pool for every launch, which it also zeroes: its branches may run
-    at the same time, and so may its replays and other work.
+    On other streams every launch gets its own, which it also zeroes. Graphs are captured there, whose branches and
+    replays may run at the same time; and `torch.compile(mode="reduce-overhead")` warms up there, with memory that it
+    wants back.
     """
-    if torch.cuda.is_current_stream_capturing():
+    if torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
         return workspace(plan, device)
-    return _of_stream(plan, device, torch.cuda.current_stream(device).cuda_stream)
+    return _of_default_stream(plan, device)
 
 
 @lru_cache(maxsize=64)
-def _of_stream(plan: DecodePlan, device: torch.device, stream: int) -> Workspace:
+def _of_default_stream(plan: DecodePlan, device: torch.device) -> Workspace:
     return workspace(plan, device)

@@ -8,6 +8,7 @@ A product too small to fill the device is split along what it sums over. The par
 arrives last adds them, in their order: the same bits every time.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,6 @@ from torch import Tensor
 from .activations import triton_form
 from .device import EXACT
 from .launch import Launch
-
 
 FILLED = 0.68  # of the multiprocessors, which a product should give a program: 90 of 132
 
@@ -142,16 +142,14 @@ def tile_for(
     if dtype == torch.float32:  # no matrix units: small tiles
         return Tile(min(rows, 64), 64, 32, stages=2)
     wide = min(128, max(16, 1 << (columns - 1).bit_length()))
-    wanted = -(-multiprocessors * FILLED // 1)
-    sizes = [(rows, wide), (min(rows, 64), wide), (min(rows, 64), min(wide, 64)), (min(rows, 64), min(wide, 32))]
-    sizes.append((min(rows, 64), 16))
-    for BM, BN in sizes:
-        whole = Tile(BM, BN, 64, warps=8 if BM == 128 else 4)
-        most = 1 if BM * BN > 4096 else max(1, inner // 64)
-        split = min(most, -(-wanted // whole.programs(tokens, columns, lanes)))
-        # Parts of a whole number of 64 elements each: of as many parts, some may have nothing.
-        split = -(-inner // 64) // max(1, -(-inner // 64) // int(split))
-        tile = replace(whole, split=split)
+    wanted = math.ceil(FILLED * multiprocessors)
+    chunks = math.ceil(inner / 64)
+    low = min(rows, 64)
+    for BM, BN in ((rows, wide), (low, min(wide, 64)), (low, min(wide, 32)), (low, 16)):
+        tile = Tile(BM, BN, 64, warps=8 if BM == 128 else 4)
+        short = math.ceil(wanted / tile.programs(tokens, columns, lanes))
+        if short > 1 and BM * BN <= 4096:  # as few parts as fill the device, each of whole chunks
+            tile = replace(tile, split=math.ceil(chunks / max(1, chunks // short)))
         if tile.programs(tokens, columns, lanes) >= wanted:
             break
     return tile

@@ -9,7 +9,7 @@ z = x + u rounded to the weights' dtype, which the second product writes on its 
 by side, so that no stride depends on the number of tokens.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -20,7 +20,38 @@ from .cost import Device, Shape, solve_columns
 from .matmul import Product, View, matmul_memory, tile_for
 from .solve import Solve
 
+MOST_TOKENS = 8192  # from which on more tokens change nothing about tiles
 SCRATCH = 256 * 2**20  # bytes at most: longer inputs go in chunks, 128 tokens at least
+
+
+def prefill(x: Tensor, chain: ChainWeights, gram: Tensor, device: Device, *, scratch: int = SCRATCH) -> Tensor:
+    """The output of a DLR-Net of plain steps for many tokens.
+
+    Args:
+        x: The tokens, [T, d], of any float dtype, contiguous.
+        chain: The weights: A and B float32, bfloat16 or float16, scale and bias float32, all contiguous; an activation
+            of KERNEL_ACTS. Like x and `gram`, they begin at multiples of 16 bytes, as what torch allocates does.
+        gram: What `gram_blocks` gave for these weights.
+        device: The GPU.
+        scratch: Bytes of temporary memory, freed on return; where that is less than 128 tokens need, they get it.
+
+    Returns:
+        y, [T, d], in x's dtype.
+    """
+    A = chain.A
+    # Tiles are chosen for the power of two below: all its programs are there for every T up to the next.
+    tokens = min(MOST_TOKENS, 1 << len(x).bit_length() - 1)
+    steps = gram.shape[-2] // A.shape[2]
+    made = _made(Shape.of(A, tokens), steps, A.dtype, chain.act, device, scratch, x.dtype, x.device)
+    return made(x, chain, gram)
+
+
+@lru_cache(maxsize=256)
+def _made(
+    shape: Shape, steps: int, dtype: torch.dtype, act: str, device: Device, scratch: int, *_: object
+) -> "Prefill":
+    """The launches, of their own for each dtype of x and each device: see `Launch`."""
+    return Prefill(shape, steps, dtype, act, device, scratch=scratch)
 
 
 class Prefill:
@@ -51,16 +82,7 @@ class Prefill:
         self._products = list({p: None for r in self._rounds for p in r.products()})
 
     def __call__(self, x: Tensor, chain: ChainWeights, gram: Tensor) -> Tensor:
-        """The output.
-
-        Args:
-            x: The tokens, [T, d], of any float dtype, contiguous.
-            chain: The weights: A and B float32, bfloat16 or float16, scale and bias float32, all contiguous.
-            gram: What `gram_blocks` gave for these weights.
-
-        Returns:
-            y, [T, d], in x's dtype.
-        """
+        """y of `prefill`."""
         y = torch.empty_like(x)
         if len(x) <= self._chunk:
             self._run(x, chain, gram, y)

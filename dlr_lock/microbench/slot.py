@@ -139,7 +139,7 @@ class Slot:
         from ..triton_kernels.prefill import prefill
 
         if family == "prefill":
-            return prefill, with_gram
+            return prefill, [of | {"device": cost.device_constants(self.device.index)} for of in with_gram]
         fixed = {"plan": plan, "workspace": workspace(plan, self.device)}
         return decode, [of | fixed for of in with_gram]
 

@@ -53,6 +53,7 @@ def launch_request(kernel: str, target: str, call: Callable[[], object]) -> dict
     module, name = kernel.split(":")
     home = importlib.import_module(module)
     parameters = inspect.signature(getattr(home, name).fn).parameters
+    varying = getattr(home, name).do_not_specialize
     launches = []
 
     class Recorder:
@@ -74,13 +75,13 @@ def launch_request(kernel: str, target: str, call: Callable[[], object]) -> dict
         if isinstance(value, torch.Tensor):
             signature[argument] = "*" + TYPES[value.dtype]
             divisible.append(argument)  # the allocator of torch aligns to 512 bytes
-        elif constant or value is None or value == 1:  # as Triton's JIT does with None and 1
+        elif constant or value is None or (value == 1 and argument not in varying):  # as Triton's JIT does with None and 1
             signature[argument] = "constexpr"
             names = [act for act in KERNEL_ACTS if value is triton_form(act)]
             constexprs[argument] = {"activation": names[0]} if names else value
         elif isinstance(value, int):
             signature[argument] = "i32" if abs(value) < 2**31 else "i64"
-            divisible += [argument] * (value % 16 == 0)
+            divisible += [argument] * (value % 16 == 0 and argument not in varying)
         else:
             signature[argument] = "fp32"
     return {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from aot import compile_requests, launch_request
 
-from dlr_lock.triton_kernels.solve import block_solve
+from dlr_lock.triton_kernels.solve import Solve
 
 KERNEL = "dlr_lock.triton_kernels.solve:block_solve_kernel"
 SHARED = {
@@ -42,9 +42,17 @@ def request(
 ) -> dict[str, Any]:
     """The request for the solve of blocks of at most m columns."""
     width = m // rank * rank
-    P = torch.empty(2, tokens, width, device="meta")
-    gram = torch.empty(2, width, width, dtype=dtype, device="meta")
-    return launch_request(KERNEL, target, lambda: block_solve(P, gram, rank, act))
+    P = torch.empty(tokens, 2, width, device="meta")
+    gram = torch.empty(2, 1, width, width, dtype=dtype, device="meta")
+    steps = width // rank
+
+    def call() -> None:
+        solve = Solve(
+            lanes=2, steps=steps, rank=rank, first=0, block=steps, blocks=1, tokens=tokens, dtype=dtype, act=act
+        )  # fmt: skip
+        solve(tokens, 0, P, gram, P.to(dtype))
+
+    return launch_request(KERNEL, target, call)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Prefill against a float64 chain, on the GPU if there is one, else in Triton's interpreter; and its products."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from aot import compile_requests, launch_request
 from torch import Tensor
 
+from dlr_lock.runtime.spec import DLRSpec
 from dlr_lock.triton_kernels import ChainWeights, chain_reference, gram_blocks
-from dlr_lock.triton_kernels.matmul import matmul
-from dlr_lock.triton_kernels.prefill import chunk_tokens, prefill
+from dlr_lock.triton_kernels.cost import H200, Shape, best_width
+from dlr_lock.triton_kernels.matmul import Product, View, matmul_memory, tile_for
+from dlr_lock.triton_kernels.prefill import Prefill, chunk_tokens, prefill
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Execute = Callable[..., Any]
@@ -28,7 +31,7 @@ def run(x: Tensor, chain: ChainWeights, block: int, scratch: int, broken: bool =
     if broken:
         rank = chain.A.shape[2]
         gram[:, 0, :rank, -rank:] = 0  # what the block's last step reads of its first
-    return prefill(x, chain, gram, scratch=scratch).cpu()
+    return prefill(x, chain, gram, H200, scratch=scratch).cpu()
 
 
 def error(y: Tensor, x: Tensor, chain: ChainWeights) -> float:
@@ -82,7 +85,7 @@ def test_a_token_of_nan_stays_alone(execute: Execute) -> None:
 @pytest.mark.parametrize("shape", [(1, 64, 336, 4096), (64, 12, 32, 4096), (1, 36, 64, 576)])
 def test_scratch_stays_under_its_bound(shape: tuple[int, ...]) -> None:
     lanes, _, _, hidden = shape
-    tokens = chunk_tokens(shape, 512, itemsize=2)
+    tokens = chunk_tokens(Shape(*shape, tokens=1), 512)
     assert tokens % 128 == 0
     assert lanes * tokens * (hidden * (4 + 2) + 512 * (4 + 2)) <= 256 * 2**20
 
@@ -98,23 +101,76 @@ def product_request(target: str, form: str, tokens: int) -> dict[str, Any]:
     def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    u, vector = meta(1, tokens, 4096, dtype=torch.float32), meta(4096, dtype=torch.float32)
-    H, B = meta(1, tokens, 512), meta(1, 512, 4096)
+    def product(columns: int, inner: int, **views: Any) -> Product:
+        tile = tile_for(tokens, columns, inner, 1, torch.bfloat16, H200.sms)
+        views = {"a": View(inner), "w": View(columns), "out": View(columns)} | views
+        return Product(lanes=1, columns=columns, inner=inner, tile=tile, act="silu", **views)
+
+    u, vector = meta(tokens, 1, 4096, dtype=torch.float32), meta(4096, dtype=torch.float32)
+    z, H, W = meta(tokens, 1, 4096), meta(tokens, 1, 512), meta(512, 4096)
+    P, read = u[..., :512], View(1, column=4096)
+    memory = {"parts": u, "turns": meta(1, dtype=torch.int32)}
     calls = {
-        "product": lambda: matmul(meta(1, tokens, 4096), B.mT, meta(1, tokens, 512, dtype=torch.float32)),
-        "hidden": lambda: matmul(meta(1, tokens, 4096), B.mT, H, act="silu"),
-        "state": lambda: matmul(H, B, u, total=u, state=(meta(tokens, 4096), meta(1, tokens, 4096))),
-        "finish": lambda: matmul(H, B, meta(1, tokens, 4096), total=u, finish=(vector, vector)),
+        "product": lambda: product(512, 4096, w=read)(tokens, 0, z, W, P, **memory),
+        "hidden": lambda: product(512, 4096, w=read, active=512)(tokens, 0, z, W, P, hidden=H, **memory),
+        "state": lambda: product(4096, 512, z=View(4096), total=True)(
+            tokens, 0, H, W, u, total=u, x=z, z=z, **memory
+        ),
+        "finish": lambda: product(4096, 512, total=True, finish=True)(
+            tokens, 0, H, W, z, total=u, scale=vector, bias=vector, **memory
+        ),
     }
     return launch_request("dlr_lock.triton_kernels.matmul:matmul_kernel", target, calls[form])
 
 
 def test_products_compile_for_every_target_without_spills() -> None:
     cases = [(target, form, 4096) for target in TARGETS for form in FORMS]
-    cases += [("sm_90", "state", 1), ("gfx942", "product", 16)]
+    cases += [("sm_90", "state", 1), ("gfx942", "product", 16), ("sm_90", "state", 512), ("sm_90", "hidden", 64)]
     found = compile_requests([product_request(*case) for case in cases])
     for (target, form, tokens), got in zip(cases, found, strict=True):
         assert "error" not in got, got["error"]
         assert (got["stack"], got["local"]) == (0, 0), f"{target} {form} at {tokens} tokens spills: {got}"
         assert got["shared"] <= SHARED[target] * 1024, f"{target} {form}: {got}"
         assert got["matrix"] and (tokens < 64 or got["matrix"] == [TARGETS[target]])
+        if (target, tokens) == ("sm_90", 4096):  # two programs of 256 threads a multiprocessor
+            assert got["registers"] <= 128, f"{form}: {got}"
+
+
+MLPS = [(576, 1536), (1024, 3072), (1536, 8960), (2048, 8192), (2560, 9728), (3072, 8192), (4096, 14336),
+        (5120, 25600), (8192, 28672)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("hidden", "intermediate"), MLPS)
+@pytest.mark.parametrize("tokens", [16, 32, 64, 128, 256, 512, 1024, 4096, 8192])
+def test_products_with_the_state_fill_the_device(hidden: int, intermediate: int, tokens: int) -> None:
+    """At the power of two below any number of tokens; more of them only add programs."""
+    spec = DLRSpec.matching(hidden, intermediate, mlp_gated=True)
+    shape = Shape(*spec.weight_shape, tokens)
+    steps = best_width(Shape(*spec.weight_shape, 4096), H200) // spec.rank
+    made = Prefill(shape, steps, torch.bfloat16, "silu", H200)
+    for one in made._rounds:
+        for product in (one.project, one.update):
+            assert product.tile.programs(tokens, product.columns, 1) >= 90, (spec, product.tile)
+
+
+def split_product(a: Tensor, W: Tensor, split: int) -> list[Tensor]:
+    """a W twice, in parts, and what is left of the turns."""
+    tokens, inner = a.shape
+    tile = replace(tile_for(tokens, W.shape[1], inner, 1, a.dtype, 1), split=split, inner=16)
+    size = W.shape[1]
+    product = Product(lanes=1, columns=size, inner=inner, tile=tile, a=View(inner), w=View(size), out=View(size))
+    a, W = a.to(DEVICE), W.to(DEVICE)
+    memory = matmul_memory([product], tokens, a.device)
+    outs = [torch.full((tokens, size), torch.nan, device=a.device) for _ in range(2)]
+    for out in outs:
+        product(tokens, 0, a, W, out, **memory)
+    return [t.cpu() for t in (*outs, memory["turns"])]
+
+
+@pytest.mark.parametrize("split", [2, 3, 7])
+def test_a_split_product_is_the_product_and_the_same_bits_every_time(execute: Execute, split: int) -> None:
+    a, W = torch.randn(70, 100), torch.randn(100, 90)  # ragged tiles, and a part that has nothing
+    first, second, turns = execute(split_product, a, W, split)
+    wanted = a.double() @ W.double()
+    assert (first - wanted).norm() / wanted.norm() < 1e-6
+    assert torch.equal(first, second) and not turns.any()

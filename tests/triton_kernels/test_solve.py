@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dlr_lock.triton_kernels import ACTIVATIONS
 from dlr_lock.triton_kernels.activations import KERNEL_ACTS
-from dlr_lock.triton_kernels.solve import block_solve
+from dlr_lock.triton_kernels.solve import Solve
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # RMS error over RMS. float32: 1.2e-7 measured; a Gram rounded to tf32 gives 4e-5 or more, to bf16 3e-4. With 16 bits
@@ -25,7 +25,15 @@ Execute = Callable[..., Tensor]
 
 
 def solve(P: Tensor, gram: Tensor, rank: int, act: str) -> Tensor:
-    return block_solve(P.to(DEVICE), gram.to(DEVICE), rank, act).cpu()
+    lanes, tokens, width = P.shape
+    solving = Solve(
+        lanes=lanes, steps=width // rank, rank=rank, first=0, block=width // rank, blocks=1, tokens=tokens,
+        dtype=gram.dtype, act=act,
+    )  # fmt: skip
+    P, gram = P.transpose(0, 1).contiguous().to(DEVICE), gram.contiguous().to(DEVICE)
+    H = torch.full(P.shape, torch.nan, dtype=gram.dtype, device=DEVICE)
+    solving(tokens, 0, P, gram, H)
+    return H.transpose(0, 1).cpu()
 
 
 def random_block(L: int, S: int, r: int, T: int, dtype: torch.dtype = torch.float32) -> Block:
