@@ -16,6 +16,8 @@ A step's rank is held as Q tiles of RP rows, its parts, of which the last may be
 of step t // Q. Parts of one step do not depend on each other: there are Gram products between steps only.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +27,7 @@ from .activations import triton_form
 from .chain import ChainWeights
 from .decode_plan import DecodePlan, Workspace, workspace
 from .device import EXACT
+from .launch import Launch
 
 __all__ = ["DecodePlan", "Workspace", "decode", "workspace"]
 
@@ -35,7 +38,8 @@ def decode(
     """The output of a DLR-Net of plain steps for few tokens, in one launch.
 
     Args:
-        x: The tokens, [T, d] with T <= plan.tokens, of any float dtype, rows contiguous.
+        x: The tokens, [T, d] with T <= plan.tokens, of any float dtype, rows contiguous. All tensors begin at multiples
+            of 16 bytes, as what torch allocates does.
         chain: The weights: A and B contiguous, float32, bfloat16 or float16; scale and bias float32; an activation of
             KERNEL_ACTS.
         gram: [L, N, m, m] in the weights' dtype, rows contiguous, of blocks of m / r steps that plan.steps divides, or
@@ -55,14 +59,20 @@ def decode(
         gram = None
     A, B, scale, bias, _, act = chain
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    decode_kernel[(plan.lanes * plan.slices,)](
-        x, A, B, scale, bias, gram, y, workspace.values, workspace.counters,
-        x.shape[0], x.stride(0), *((0, 0, 0) if gram is None else gram.stride()[:3]),
-        BLOCK=plan.steps if gram is None else gram.shape[-1] // plan.rank,
-        ACT=triton_form(act), **plan.constants(),
-        **launch_options(plan),
+    block = plan.steps if gram is None else gram.shape[-1] // plan.rank
+    strides = x.stride(0), *((0, 0, 0) if gram is None else gram.stride()[:3])
+    _launch(plan, block, act, strides, x.dtype, A.dtype, x.device)(
+        (plan.lanes * plan.slices, 1, 1),
+        x, A, B, scale, bias, gram, y, workspace.values, workspace.counters, x.shape[0], *strides,
     )  # fmt: skip
     return y
+
+
+@lru_cache(maxsize=256)
+def _launch(plan: DecodePlan, block: int, act: str, *_: object) -> Launch:
+    """The launch, of its own for all else by which Triton would tell variants of the kernel apart: see `Launch`."""
+    constants = plan.constants() | {"BLOCK": block, "ACT": triton_form(act)}
+    return Launch(decode_kernel, constants, **launch_options(plan))
 
 
 def launch_options(plan: DecodePlan) -> dict[str, int | bool]:

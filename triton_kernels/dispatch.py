@@ -42,6 +42,9 @@ def run(x: Tensor, chain: ChainWeights, gram: Tensor) -> Tensor:
     return launch_or_prefill(_plan(shape, device, steps, deterministic, launch))
 
 
+_plans: dict[tuple[Shape, Device, int, bool], DecodePlan | None] = {}
+
+
 def _plain(t: Tensor) -> Tensor:
     """The tensor, or a copy, contiguous and from a multiple of 16 bytes on, as launches want it."""
     t = t.contiguous()
@@ -61,11 +64,19 @@ def _plan(
     """What was measured, if it was; else what the cost model says. Prefill, None, is all there is for many tokens."""
     if shape.tokens > MAX_DECODE_TOKENS:
         return None
-    if found := tuned(shape, device, steps, deterministic):
-        return found[0]
-    if wanted() and not torch.cuda.is_current_stream_capturing():
-        return tune(shape, device, steps, deterministic, launch)
-    return choose(shape, device, steps, deterministic)
+    key = shape, device, steps, deterministic
+    if key in _plans:  # what was measured is looked up by a text, for 30 us
+        return _plans[key]
+    if found := tuned(*key):
+        plan = found[0]
+    elif wanted():
+        if torch.cuda.is_current_stream_capturing():
+            return choose(*key)
+        plan = tune(*key, launch)
+    else:
+        plan = choose(*key)
+    _plans[key] = plan
+    return plan
 
 
 def _workspace(plan: DecodePlan, device: torch.device) -> Workspace:

@@ -24,7 +24,9 @@ MOST_TOKENS = 8192  # from which on more tokens change nothing about tiles
 SCRATCH = 256 * 2**20  # bytes at most: longer inputs go in chunks, 128 tokens at least
 
 
-def prefill(x: Tensor, chain: ChainWeights, gram: Tensor, device: Device, *, scratch: int = SCRATCH) -> Tensor:
+def prefill(
+    x: Tensor, chain: ChainWeights, gram: Tensor, device: Device, *, scratch: int = SCRATCH
+) -> Tensor:
     """The output of a DLR-Net of plain steps for many tokens.
 
     Args:

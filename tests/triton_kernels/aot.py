@@ -75,7 +75,8 @@ def launch_request(kernel: str, target: str, call: Callable[[], object]) -> dict
         if isinstance(value, torch.Tensor):
             signature[argument] = "*" + TYPES[value.dtype]
             divisible.append(argument)  # the allocator of torch aligns to 512 bytes
-        elif constant or value is None or (value == 1 and argument not in varying):  # as Triton's JIT does with None and 1
+        elif constant or value is None or (value == 1 and argument not in varying):
+            # as Triton's JIT does with None and 1
             signature[argument] = "constexpr"
             names = [act for act in KERNEL_ACTS if value is triton_form(act)]
             constexprs[argument] = {"activation": names[0]} if names else value

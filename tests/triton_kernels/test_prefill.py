@@ -125,7 +125,12 @@ def product_request(target: str, form: str, tokens: int) -> dict[str, Any]:
 
 def test_products_compile_for_every_target_without_spills() -> None:
     cases = [(target, form, 4096) for target in TARGETS for form in FORMS]
-    cases += [("sm_90", "state", 1), ("gfx942", "product", 16), ("sm_90", "state", 512), ("sm_90", "hidden", 64)]
+    cases += [
+        ("sm_90", "state", 1),
+        ("gfx942", "product", 16),
+        ("sm_90", "state", 512),
+        ("sm_90", "hidden", 64),
+    ]
     found = compile_requests([product_request(*case) for case in cases])
     for (target, form, tokens), got in zip(cases, found, strict=True):
         assert "error" not in got, got["error"]
@@ -158,7 +163,9 @@ def split_product(a: Tensor, W: Tensor, split: int) -> list[Tensor]:
     tokens, inner = a.shape
     tile = replace(tile_for(tokens, W.shape[1], inner, 1, a.dtype, 1), split=split, inner=16)
     size = W.shape[1]
-    product = Product(lanes=1, columns=size, inner=inner, tile=tile, a=View(inner), w=View(size), out=View(size))
+    product = Product(
+        lanes=1, columns=size, inner=inner, tile=tile, a=View(inner), w=View(size), out=View(size)
+    )
     a, W = a.to(DEVICE), W.to(DEVICE)
     memory = matmul_memory([product], tokens, a.device)
     outs = [torch.full((tokens, size), torch.nan, device=a.device) for _ in range(2)]
