@@ -98,7 +98,7 @@ class Prefill:
         A, B, scale, bias, *_ = chain
         H = x.new_empty(tokens, lanes, self._width, dtype=A.dtype)
         P = H if self._steps == 1 else x.new_empty(H.shape, dtype=torch.float32)
-        u = z = None
+        u, z = None, x  # in the first round a token's x is its state
         if len(self._rounds) > 1:
             u = x.new_empty(tokens, lanes, hidden, dtype=torch.float32)
             z = x.new_empty(u.shape, dtype=A.dtype)

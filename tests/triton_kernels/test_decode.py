@@ -133,7 +133,7 @@ def threads_for_programs() -> None:
                 )
                 for name in values.keys() - set(self.constexprs):
                     values[name] = interpreter._implicit_cvt(values[name])
-                builder.set_grid_dim(*self.grid, 1, 1)
+                builder.set_grid_dim(*self.grid)
 
                 def program(i: int) -> None:
                     here.index = (i, 0, 0)

@@ -1,7 +1,6 @@
 """Prefill against a float64 chain, on the GPU if there is one, else in Triton's interpreter; and its products."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor
 from dlr_lock.runtime.spec import DLRSpec
 from dlr_lock.triton_kernels import ChainWeights, chain_reference, gram_blocks
 from dlr_lock.triton_kernels.cost import H200, Shape, best_width
-from dlr_lock.triton_kernels.matmul import Product, View, matmul_memory, tile_for
+from dlr_lock.triton_kernels.matmul import Product, Tile, View, matmul_memory, tile_for
 from dlr_lock.triton_kernels.prefill import Prefill, chunk_tokens, prefill
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -158,26 +157,28 @@ def test_products_with_the_state_fill_the_device(hidden: int, intermediate: int,
             assert product.tile.programs(tokens, product.columns, 1) >= 90, (spec, product.tile)
 
 
-def split_product(a: Tensor, W: Tensor, split: int) -> list[Tensor]:
-    """a W twice, in parts, and what is left of the turns."""
-    tokens, inner = a.shape
-    tile = replace(tile_for(tokens, W.shape[1], inner, 1, a.dtype, 1), split=split, inner=16)
-    size = W.shape[1]
+def one_product(a: Tensor, W: Tensor, total: Tensor, tile: Tile) -> list[Tensor]:
+    """total + a W twice, its first 40 columns as relu has them; and what is left of the turns."""
+    (tokens, inner), size = a.shape, W.shape[1]
     product = Product(
-        lanes=1, columns=size, inner=inner, tile=tile, a=View(inner), w=View(size), out=View(size)
-    )
-    a, W = a.to(DEVICE), W.to(DEVICE)
+        lanes=1, columns=size, inner=inner, tile=tile, a=View(inner), w=View(size), out=View(size), total=True,
+        active=40, act="relu",
+    )  # fmt: skip
+    a, W, total = a.to(DEVICE), W.to(DEVICE), total.to(DEVICE)
     memory = matmul_memory([product], tokens, a.device)
-    outs = [torch.full((tokens, size), torch.nan, device=a.device) for _ in range(2)]
+    outs = [torch.full_like(total, torch.nan) for _ in range(2)]
     for out in outs:
-        product(tokens, 0, a, W, out, **memory)
-    return [t.cpu() for t in (*outs, memory["turns"])]
+        product(tokens, 0, a, W, out, hidden=out, total=total, **memory)
+    return [t.cpu() for t in (*outs, memory.get("turns", torch.zeros(1)))]
 
 
-@pytest.mark.parametrize("split", [2, 3, 7])
-def test_a_split_product_is_the_product_and_the_same_bits_every_time(execute: Execute, split: int) -> None:
-    a, W = torch.randn(70, 100), torch.randn(100, 90)  # ragged tiles, and a part that has nothing
-    first, second, turns = execute(split_product, a, W, split)
-    wanted = a.double() @ W.double()
+@pytest.mark.parametrize("split", [1, 2, 3, 7])
+@pytest.mark.parametrize("size", [(16, 64), (128, 128)])  # the second ends in quarters
+def test_a_product_in_parts_and_its_columns(execute: Execute, size: tuple[int, int], split: int) -> None:
+    """The same bits every time; ragged tiles, and at 7 a part that has nothing."""
+    a, W, total = torch.randn(150, 100), torch.randn(100, 200), torch.randn(150, 200)
+    first, second, turns = execute(one_product, a, W, total, Tile(*size, 16, split=split))
+    wanted = total.double() + a.double() @ W.double()
+    wanted[:, :40] = wanted[:, :40].relu()
     assert (first - wanted).norm() / wanted.norm() < 1e-6
     assert torch.equal(first, second) and not turns.any()
