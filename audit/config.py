@@ -46,7 +46,12 @@ BUDGETS = {
     "full": Budget(409_600, 10_240, "0.0625,0.25,1", 262_144, 2_048, 512, 8_192, 3, 6, timed=True),
 }
 
-ATTACKS = ("full", "LoRA", "attention", "MeZO")  # as they are registered, which takes torch; for the help alone
+ATTACKS = (
+    "full",
+    "LoRA",
+    "attention",
+    "MeZO",
+)  # as they are registered, which takes torch; for the help alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,9 +83,7 @@ class AuditConfig:
     tokens: int | None = option(
         None, "Tokens of neutral text to redistill chains on.", by_name(BUDGETS, "tokens")
     )
-    heldout: int | None = option(
-        None, "Tokens of neutral text to measure on.", by_name(BUDGETS, "heldout")
-    )
+    heldout: int | None = option(None, "Tokens of neutral text to measure on.", by_name(BUDGETS, "heldout"))
     seed: int = option(0, "Seed of runs and of the invented task.")
     device: str | None = option(None, "cpu, cuda, cuda:1, ...", "the best there is")
     max_memory: int | str | None = option(
@@ -108,7 +111,9 @@ class AuditConfig:
 
         name = known_name(self.budget, BUDGETS, "budget")
         budget = asdict(BUDGETS[name])
-        budget["attacks"] = ",".join(key for key, attack in TRAINING_ATTACKS.items() if name in attack.budgets)
+        budget["attacks"] = ",".join(
+            key for key, attack in TRAINING_ATTACKS.items() if name in attack.budgets
+        )
         texts = {
             "task": INVENTED if str(self.task).lower() == INVENTED else self.task,
             "data": TOPICS if str(self.data).lower() == TOPICS else self.data,

@@ -111,7 +111,7 @@ def _audited(
         "machine": [device_name(device), torch.get_num_threads()],
         "program": __version__,
     }
-    resume = ResumeStore(target, about)
+    resume = ResumeStore(target, about, began)
     with TemporaryDirectory() as scratch:
         context = AuditContext(
             locked=ours,
@@ -137,7 +137,7 @@ def _audited(
         options=config.to_dict() | {"task": task.source, "data": neutral.source},
         machine=machine(device),
         threat=THREAT,
-        seconds=time.monotonic() - began,
+        seconds=resume.seconds,
         notes=context.notes,
         **found,
     )

@@ -81,16 +81,23 @@ def convert_model(
         with run_lock(target):
             # It checks the target again, now that nobody else writes.
             with whole_directory(target, overwrite=overwrite) as work:
-                context, mlps = _prepared(source, target, work, config, progress)
-                report = _converted(context, mlps, work, str(out), started)
+                context, mlps = _prepared(source, target, work, config, progress, started)
+                report = _converted(context, mlps, work, str(out))
             context.resume.remove()
     return report
 
 
 def _prepared(
-    source: str | Path, target: Path, work: Path, config: ConversionConfig, progress: Progress
+    source: str | Path,
+    target: Path,
+    work: Path,
+    config: ConversionConfig,
+    progress: Progress,
+    started: float,
 ) -> tuple[Context, int]:
     """All that the work needs, and how many MLPs the model has; raises DLRError before any long work.
+
+    started: when the run began.
 
     What is carried over from the source is in `work` afterwards.
     """
@@ -128,13 +135,13 @@ def _prepared(
         "dtype": dtype_name(stored),
         "program": __version__,
     }
-    resume = ResumeStore(target, facts)
+    resume = ResumeStore(target, facts, started)
     said = [note for note in notes if note]
     context = Context(original, mlps, text, config, stored, resume, scratch, progress, said)
     return context, len(every) + len(mixtures(original.model))
 
 
-def _converted(context: Context, mlps: int, work: Path, out: str, started: float) -> ConversionReport:
+def _converted(context: Context, mlps: int, work: Path, out: str) -> ConversionReport:
     """Writes the checkpoint into `work`, which will be `out`. mlps: how many the original has."""
     modules = distill_modules(context)
     end_to_end = run_end_to_end(context, modules)
@@ -158,7 +165,7 @@ def _converted(context: Context, mlps: int, work: Path, out: str, started: float
             context.text.heldout,
             context.count("measuring the locked model"),
         ),
-        seconds=time.monotonic() - started,
+        seconds=context.resume.seconds,
         across=modules.across,
         end_to_end=end_to_end,
         warnings=[note for note in (*context.notes, poor_text(context.text.train)) if note],

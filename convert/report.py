@@ -146,7 +146,7 @@ class ConversionReport:
         mlps: How many MLPs the original has, locked or not, and mixtures of experts.
         params_original, params_locked: Of the whole models.
         evaluation: The locked model against the original on held-out text.
-        seconds: Of the whole conversion, an interrupted one's first part left out.
+        seconds: Of the whole conversion, earlier runs of an interrupted one up to their last finished parts.
         across: 'sequential' or 'independent', as it was done.
         end_to_end: The phase, where there was one.
         warnings: What the owner should know, a sentence each.

@@ -172,7 +172,9 @@ def test_help_shows_what_an_effort_and_a_budget_choose() -> None:
     assert f"full {BUDGETS['full'].tuning:,}" in words("audit")
 
 
-@pytest.mark.parametrize("arguments", [(), ("--help",), ("--version",), *((name, "--help") for name in COMMANDS)])
+@pytest.mark.parametrize(
+    "arguments", [(), ("--help",), ("--version",), *((name, "--help") for name in COMMANDS)]
+)
 def test_help_takes_neither_torch_nor_transformers(arguments: tuple[str, ...]) -> None:
     code = (
         "import sys; from dlr_lock.cli import main\n"
@@ -193,7 +195,10 @@ def test_the_help_names_the_attacks_that_there_are() -> None:
 
 def test_names_are_taken_in_any_case() -> None:
     audit = AuditConfig(attacks="Full, LORA,mezo", budget="QUICK", task="Invented", device="CPU").resolved()
-    assert audit.chosen_attacks == ["full", "LoRA", "MeZO"] and (audit.budget, audit.task) == ("quick", "invented")
+    assert audit.chosen_attacks == ["full", "LoRA", "MeZO"] and (audit.budget, audit.task) == (
+        "quick",
+        "invented",
+    )
     given = {"effort": "Quick", "init": "RANDOM", "dtype": "BFloat16", "across": "Independent", "act": "SiLU"}
     convert = ConversionConfig(**given, data="SELF", layers="Last-2").resolved().to_dict()
     assert {name: convert[name] for name in given} == {name: value.lower() for name, value in given.items()}
