@@ -365,7 +365,9 @@ def evaluation_section(e: Evaluation | StateEvaluation) -> Section:
     """An evaluation as a table."""
     columns = ("", "locked", "original", "difference")
     rows = [(what, *cells) for what, _, *cells in _figures(e)]
-    return Section(f"Fidelity on {e.tokens:,} tokens of held-out text", table=Table(columns, rows).filled())
+    terms = ("loss", "perplexity", *distances(e)) if isinstance(e, Evaluation) else tuple(distances(e))
+    title = f"Fidelity on {e.tokens:,} tokens of held-out text"
+    return Section(title, table=Table(columns, rows).filled(), terms=terms)
 
 
 def texts_section(evaluations: Mapping[str, Evaluation]) -> Section:

@@ -108,6 +108,21 @@ def test_a_document_is_well_formed_and_takes_no_markup_from_data() -> None:
     assert links and links <= set(ids)
 
 
+def test_terms_stand_under_the_table_that_is_the_first_to_use_them() -> None:
+    later = Section("Later", table=Table(headings("what | KL | flatten gap"), [("a", "1", "2")]))
+    text = " ".join(printed(modules(), later).split())
+    assert text.index("- flatten gap:") < text.index("Later") < text.index("- KL:")
+    assert text.count("- flatten gap:") == 1
+
+
+def test_a_name_wider_than_a_screen_is_broken_at_its_dots() -> None:
+    name = "model.language_model.decoder_stack.layers.11.shared_block.feed_forward_network.mlp_of_the_block"
+    text = printed(Section("", table=Table(headings("module | flips"), [(name, "1.5%")])))
+    first, *_ = [line.split()[0] for line in text.splitlines() if line.startswith("model.")]
+    assert first.endswith(".") and all(len(line) <= 80 for line in text.splitlines())
+    assert all(part in text for part in name.split("."))
+
+
 def test_curves_have_a_key_and_no_two_strokes_are_alike() -> None:
     pytest.importorskip("matplotlib")
     svg = importlib.import_module("dlr_lock.reporting.svg")
