@@ -365,7 +365,8 @@ def evaluation_section(e: Evaluation | StateEvaluation) -> Section:
     """An evaluation as a table."""
     columns = ("", "locked", "original", "difference")
     rows = [(what, *cells) for what, _, *cells in _figures(e)]
-    terms = ("loss", "perplexity", *distances(e)) if isinstance(e, Evaluation) else tuple(distances(e))
+    terms = [name for name in distances(e) if name != "loss gap"]  # which is the loss's difference here
+    terms += ["loss", "perplexity"] if isinstance(e, Evaluation) else []
     title = f"Fidelity on {e.tokens:,} tokens of held-out text"
     return Section(title, table=Table(columns, rows).filled(), terms=terms)
 

@@ -41,11 +41,11 @@ def print_sections(console: Console, sections: Iterable[Section]) -> None:
             console.print(*([""] if number else []), block, sep="\n", width=width)
         terms = [words for words in legend([section], details=False).notes if words not in said]
         said.update(terms)
-        for block in (section.notes, terms):
+        for items in (section.notes, terms):
             notes = rich_table.Table.grid(padding=(0, 1))
-            for words in block:
+            for words in items:
                 notes.add_row("-", Text(words))
-            if block:
+            if items:
                 console.print(notes, width=width)
 
 
