@@ -192,7 +192,6 @@ def _plain(report: ModuleReport | EndToEndReport | ConversionReport) -> dict[str
 
 
 _LOAD = """\
-import dlr_lock  # registers the format with transformers
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")"""
@@ -211,18 +210,17 @@ _TEMPLATE = """\
 
 # {title}, locked
 
-{locked} of the {mlps} MLPs of this model are DLR-Nets: deep chains of low-rank steps that run like an MLP and are
-expensive to train. Without the package dlr-lock it does not load; in that package's source tree:
-
 ```sh
-pip install .
+pip install dlr-lock  # or, in its source tree: pip install .
 ```
-
-Then:
 
 ```python
 {load}
 ```
+
+{locked} of the {mlps} MLPs of this model are DLR-Nets: deep chains of low-rank steps that run like an MLP and are
+expensive to train. Where the package dlr-lock is installed, every program that loads models with transformers loads
+this one; without it, loading stops at weights of another shape.
 
 {sections}
 

@@ -1,7 +1,8 @@
 """The transformers plugin: how a locked checkpoint loads through plain `from_pretrained`.
 
 Importing this module registers the quantization method `dlr`. transformers then hands every checkpoint whose
-config names that method to `DLRQuantizer`, which puts DLRNets in place before the weights are read.
+config names that method to `DLRQuantizer`, which puts DLRNets in place before the weights are read. Where the package
+is installed nobody needs to import it: `dlr_lock_autoload` has put stand-ins where these classes go.
 """
 
 import copy
@@ -14,9 +15,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
+
+from dlr_lock_autoload import StandIn
 
 from ..common.errors import DLRError
 from ..triton_kernels import current_backend
@@ -25,10 +28,9 @@ from .module import DLRNet
 
 logger = logging.get_logger(__name__)
 
-register_quantization_config(METHOD)(DLRConfig)
+HINT = "this_model_needs.pip_install_dlr-lock"  # a tensor: a transformers without us lists it before it stops
 
 
-@register_quantizer(METHOD)
 class DLRQuantizer(HfQuantizer):
     """Builds, checks and re-saves locked models inside transformers."""
 
@@ -122,6 +124,23 @@ class DLRQuantizer(HfQuantizer):
         return model.state_dict() | self.unplaced | tripwires, {}
 
 
+def register() -> None:
+    """Tells transformers of the method `dlr`; once is enough.
+
+    Raises:
+        DLRError: Where another package has registered a method of this name.
+    """
+    tables = ((auto.AUTO_QUANTIZATION_CONFIG_MAPPING, DLRConfig), (auto.AUTO_QUANTIZER_MAPPING, DLRQuantizer))
+    for table, ours in tables:
+        there = table.get(METHOD)
+        if there is not None and there is not ours and not isinstance(there, StandIn):
+            raise DLRError(f"another package has registered a method {METHOD!r} with transformers: {there}")
+        table[METHOD] = ours
+
+
+register()
+
+
 def install(model: nn.Module, config: DLRConfig) -> None:
     """Puts a DLRNet, in the default dtype and device, in the place of every module that `config` names.
 
@@ -152,7 +171,7 @@ def lock(
         DLRError: Where a chain is gated, which is no lock, and where the model has no such module.
     """
     tripwires = [f"{name}.{_first_weight(model.get_submodule(name))}" for name in chains]
-    config = DLRConfig({name: net.spec for name, net in chains.items()}, identity, tripwires)
+    config = DLRConfig({name: net.spec for name, net in chains.items()}, identity, [*tripwires, HINT])
     _refuse_gated(config)
     for name, net in chains.items():
         replace_module(model, name, net)

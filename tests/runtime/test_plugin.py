@@ -1,6 +1,7 @@
 """Locked checkpoints through plain transformers: exact round trips, and loud failures."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,11 +22,13 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.quantizers import auto
 
 from dlr_lock import backend
 from dlr_lock.common.errors import DLRError
 from dlr_lock.convert.mlp_discovery import find_mlps
 from dlr_lock.runtime import DLRNet, DLRSpec, load, lock, locked_modules, quantizer
+from dlr_lock.runtime.quantizer import register
 
 ARCHITECTURES = ["llama", "qwen3", "gemma2", "mistral", "phi", "gpt2", "gpt_neox", "opt", "helium", "bloom"]
 
@@ -125,8 +128,8 @@ def test_a_body_loads_into_classes_with_a_head_and_back(arch: str, tmp_path: Pat
     body.save_pretrained(tmp_path / "body")
     here = tmp_path / "body"
     headed = AutoModelForMaskedLM if arch == "bert" else AutoModelForCausalLM
-    for number, auto in enumerate((AutoModelForSequenceClassification, AutoModel, headed, AutoModel)):
-        model = auto.from_pretrained(here)
+    for number, family in enumerate((AutoModelForSequenceClassification, AutoModel, headed, AutoModel)):
+        model = family.from_pretrained(here)
         assert len(locked_modules(model)) == 2 and torch.equal(states(model), wanted)
         here = tmp_path / str(number)
         model.save_pretrained(here)
@@ -239,9 +242,19 @@ def test_generation_and_compilation_need_nothing_special(tmp_path: Path) -> None
 def test_without_dlr_lock_transformers_fails_loudly(tmp_path: Path) -> None:
     locked_tiny("llama").save_pretrained(tmp_path)
     code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(tmp_path)!r})"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    absent = {**os.environ, "DLR_LOCK_AUTOLOAD": "0"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=absent)
     assert result.returncode != 0
     assert "mismatch" in result.stderr.lower() and "mlp" in result.stderr
+    assert "this_model_needs.pip_install_dlr-lock" in result.stderr
+
+
+def test_a_method_of_the_name_by_another_package_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    register()  # a second time changes nothing
+    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "dlr", dict)
+    with pytest.raises(DLRError, match="another package has registered a method 'dlr'"):
+        register()
+    assert auto.AUTO_QUANTIZER_MAPPING["dlr"] is dict
 
 
 def test_with_the_import_alone_it_loads(tmp_path: Path) -> None:
