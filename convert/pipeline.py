@@ -203,7 +203,8 @@ def _write(context: Context, chains: dict[str, DLRNet], work: Path) -> int:
     ):
         vars(config).pop("auto_map", None)
     lock(model, chains, context.identity, unplaced_tensors(original, [*chains, *context.identity])[0])
-    model.save_pretrained(work)
+    with quiet():  # its bar of shards stands in the way of ours
+        model.save_pretrained(work)
     return model.num_parameters()
 
 
