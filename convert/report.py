@@ -366,6 +366,16 @@ def evaluation_section(e: Evaluation | StateEvaluation) -> Section:
     return Section(f"Fidelity on {e.tokens:,} tokens of held-out text", table=Table(columns, rows).filled())
 
 
+def texts_section(evaluations: Mapping[str, Evaluation]) -> Section:
+    """Several texts' evaluations, by the texts' names."""
+    rows = [
+        (name, f"{e.tokens:,}", f"{e.loss:.4f}", cell(e.original_loss, ".4f"), *distances(e).values())
+        for name, e in evaluations.items()
+    ]
+    columns = ("text", "tokens", "loss", "original's", *distances(next(iter(evaluations.values()))))
+    return Section("Text by text", table=Table(columns, rows).filled())
+
+
 def evaluation_words(e: Evaluation | StateEvaluation) -> str:
     """An evaluation in a sentence."""
     facts = []

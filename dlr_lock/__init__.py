@@ -4,9 +4,8 @@ Importing this package registers locked checkpoints with transformers, so that
 `AutoModelForCausalLM.from_pretrained` loads them; an installed one has done so at `import torch`.
 """
 
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 # In the source tree the subpackages lie beside this folder, under the names that pyproject.toml gives their imports;
 # in an installation they lie in it. So a tree, bare or installed as editable, runs its own modules and no others'.
@@ -17,6 +16,7 @@ if (_tree / "pyproject.toml").is_file() and (_tree / "triton_kernels").is_dir():
 import dlr_lock_autoload
 
 from . import _threads  # noqa: F401
+from .common.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .audit import AuditReport, audit_model
@@ -25,19 +25,21 @@ if TYPE_CHECKING:
     from .runtime import DLRNet, DLRSpec, load
     from .triton_kernels import backend
 
-# Where the public names are: each is imported when it is first asked for, for transformers takes seconds.
-_HOMES = {
-    "AuditReport": "audit",
-    "ConversionReport": "convert",
-    "DLRError": "common.errors",
-    "DLRNet": "runtime",
-    "DLRSpec": "runtime",
-    "audit_model": "audit",
-    "backend": "triton_kernels",
-    "convert_model": "convert",
-    "load": "runtime",
-}
-_PARTS = ("audit", "common", "convert", "microbench", "reporting", "runtime", "triton_kernels")
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "AuditReport": ".audit.report",
+        "ConversionReport": ".convert.report",
+        "DLRError": ".common.errors",
+        "DLRNet": ".runtime.module",
+        "DLRSpec": ".runtime.spec",
+        "audit_model": ".audit.pipeline",
+        "backend": ".triton_kernels.backend",
+        "convert_model": ".convert.pipeline",
+        "load": ".runtime.checkpoint",
+    },
+    modules=("audit", "convert", "runtime", "triton_kernels"),
+)
 
 __all__ = [
     "AuditReport",
@@ -52,16 +54,3 @@ __all__ = [
 ]
 
 dlr_lock_autoload.install()
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PARTS:
-        return import_module(f".{name}", __name__)
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    return found
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_PARTS})
