@@ -114,7 +114,7 @@ class AuditConfig:
         budget["attacks"] = ",".join(
             key for key, attack in TRAINING_ATTACKS.items() if name in attack.budgets
         )
-        texts = {
+        texts: dict[str, Any] = {
             "task": INVENTED if str(self.task).lower() == INVENTED else self.task,
             "data": TOPICS if str(self.data).lower() == TOPICS else self.data,
         }

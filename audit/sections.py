@@ -23,6 +23,7 @@ from .report import (
     cheapest_step,
 )
 from .verdict import ORIGINAL
+from .worth import collapses, worth_words
 
 MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "flops": ("FLOPs", flops_words),
@@ -63,7 +64,8 @@ def verdict_words(report: AuditReport) -> list[str]:
 
 def _head(report: AuditReport) -> Section:
     return Section(
-        f"Audit of {report.locked}, locked from {report.original}", "\n".join(verdict_words(report))
+        f"Audit of {report.locked}, locked from {report.original}",
+        "\n".join([worth_words(report), *verdict_words(report), *collapses(report.runs)]),
     )
 
 

@@ -232,7 +232,7 @@ class ConversionConfig:
         from ..triton_kernels import ACTIVATIONS
 
         device = usable_device(self.device)
-        named = {
+        named: dict[str, Any] = {
             "effort": known_name(self.effort, EFFORTS, "effort"),
             "init": known_name(self.init, INITS, "init"),
             "across": self.across and known_name(self.across, ACROSS, "way across the layers"),

@@ -146,7 +146,7 @@ class ConversionReport:
         mlps: How many MLPs the original has, locked or not, and mixtures of experts.
         params_original, params_locked: Of the whole models.
         evaluation: The locked model against the original on held-out text.
-        seconds: Of the whole conversion, an interrupted one's first part left out.
+        seconds: Of the whole conversion, earlier runs of an interrupted one up to their last finished parts.
         across: 'sequential' or 'independent', as it was done.
         end_to_end: The phase, where there was one.
         warnings: What the owner should know, a sentence each.
@@ -363,7 +363,10 @@ def evaluation_section(e: Evaluation | StateEvaluation) -> Section:
     """An evaluation as a table."""
     columns = ("", "locked", "original", "difference")
     rows = [(what, *cells) for what, _, *cells in _figures(e)]
-    return Section(f"Fidelity on {e.tokens:,} tokens of held-out text", table=Table(columns, rows).filled())
+    terms = [name for name in distances(e) if name != "loss gap"]  # which is the loss's difference here
+    terms += ["loss", "perplexity"] if isinstance(e, Evaluation) else []
+    title = f"Fidelity on {e.tokens:,} tokens of held-out text"
+    return Section(title, table=Table(columns, rows).filled(), terms=terms)
 
 
 def texts_section(evaluations: Mapping[str, Evaluation]) -> Section:

@@ -38,7 +38,7 @@ __getattr__, __dir__ = lazy_names(
         "convert_model": ".convert.pipeline",
         "load": ".runtime.checkpoint",
     },
-    modules=("audit", "convert", "runtime", "triton_kernels"),
+    modules=("audit", "common", "convert", "microbench", "reporting", "runtime", "triton_kernels"),
 )
 
 __all__ = [

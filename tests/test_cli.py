@@ -65,6 +65,10 @@ def test_inspect_verify_eval_generate(converted: dict, folder: Path) -> None:
     both = json.loads(run(*arguments, "--original", folder / "source", "--json").stdout)
     assert alone["kl"] is None and both["kl"] > 0 and both["loss"] == pytest.approx(alone["loss"])
     assert "likeliest token flipped" in run(*arguments, "--original", folder / "source").stdout
+    several = json.loads(run(*arguments, "--text", folder / "topics.txt", "--skip", 1024, "--json").stdout)
+    first, second = several["texts"]
+    assert first["loss"] == second["loss"] == pytest.approx(several["loss"]) != alone["loss"]
+    assert several["skipped"] == 1024 and several["tokens"] == 2 * first["tokens"]
     words = run(
         "generate", folder / "out", "The river", "--max-new-tokens", 5, "--compare", folder / "source"
     )
