@@ -19,9 +19,7 @@ from types import ModuleType
 from typing import Any
 
 METHOD = "dlr"
-SWITCH = (
-    "DLR_LOCK_AUTOLOAD"  # 0 switches registration by installation off; importing dlr_lock still registers
-)
+SWITCH = "DLR_LOCK_AUTOLOAD"  # 0 switches this off; importing dlr_lock still registers
 _AUTO = "transformers.quantizers.auto"
 _TABLES = {"AUTO_QUANTIZATION_CONFIG_MAPPING": "DLRConfig", "AUTO_QUANTIZER_MAPPING": "DLRQuantizer"}
 

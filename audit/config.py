@@ -46,12 +46,8 @@ BUDGETS = {
     "full": Budget(409_600, 10_240, "0.0625,0.25,1", 262_144, 2_048, 512, 8_192, 3, 6, timed=True),
 }
 
-ATTACKS = (
-    "full",
-    "LoRA",
-    "attention",
-    "MeZO",
-)  # as they are registered, which takes torch; for the help alone
+# As they are registered, which takes torch: for the help alone.
+ATTACKS = ("full", "LoRA", "attention", "MeZO")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +118,9 @@ class AuditConfig:
             wanted = [known_name(part, TRAINING_ATTACKS, "attack") for part in self.chosen_attacks]
             texts["attacks"] = ",".join(wanted)
         chosen = replace(
-            replace(self, **texts, budget=name),
+            self,
+            budget=name,
+            **texts,
             **{k: v for k, v in budget.items() if k in self.__slots__ and getattr(self, k) is None},
             device=str(usable_device(self.device)),
             max_memory=memory_bytes(self.max_memory),

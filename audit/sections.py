@@ -22,14 +22,9 @@ from .report import (
     Verdict,
     cheapest_step,
 )
-from .verdict import ORIGINAL
+from .verdict import MEASURES, ORIGINAL
 from .worth import collapses, worth_words
 
-MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
-    "flops": ("FLOPs", flops_words),
-    "seconds": ("seconds", seconds_words),
-    "peak": ("peak memory", bytes_words),
-}
 _STEP: dict[str, Callable[[float], str]] = {
     "flops": flops_words, "peak": bytes_words, "held": bytes_words, "launches": "{:,}".format,
     "dependent": "{:,}".format, "seconds": seconds_words,

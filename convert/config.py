@@ -49,7 +49,7 @@ class Recipe:
     """
 
     train_tokens: int
-    batch: int = 512
+    batch: int = _BATCH
     init: str = "mixed"
     seed: int = 0
     rate: float = 0.012
@@ -241,7 +241,7 @@ class ConversionConfig:
             "layers": None if (layers := str(self.layers or "all").strip().lower()) == "all" else layers,
             "data": "self" if str(self.data).lower() == "self" else self.data,
         }
-        effort = EFFORTS[str(named["effort"])].on(device)
+        effort = EFFORTS[named["effort"]].on(device)
         for name in ("tokens", "heldout", "train_tokens", "batch", "lanes", "depth", "rank", "sequence"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -19,11 +19,11 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from dlr_lock_autoload import StandIn
+from dlr_lock_autoload import METHOD, StandIn
 
 from ..common.errors import DLRError
 from ..triton_kernels import current_backend
-from .config import METHOD, DLRConfig
+from .config import DLRConfig
 from .module import DLRNet
 
 logger = logging.get_logger(__name__)
@@ -44,9 +44,8 @@ class DLRQuantizer(HfQuantizer):
         self._model = weakref.ref(model)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            name: value for name, value in vars(self).items() if name != "_model"
-        }  # references are not pickled
+        # references are not pickled
+        return {name: value for name, value in vars(self).items() if name != "_model"}
 
     def is_serializable(self) -> bool:
         return True
