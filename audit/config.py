@@ -1,16 +1,19 @@
-"""Every choice of an audit."""
+"""Every choice of an audit. Torch is imported where it is needed, for a page of help needs none of it."""
+
+from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..common.errors import DLRError
 from ..common.memory import memory_bytes
-from ..common.options import check_names, option
-from ..runtime.device import usable_device
-from .attacks import TRAINING_ATTACKS
-from .attacks.fine_tune import Tuning
-from .texts import INVENTED, TOPICS
+from ..common.options import by_name, check_names, known_name, option
+
+if TYPE_CHECKING:
+    from .attacks.fine_tune import Tuning
+
+INVENTED, TOPICS = "invented", "topics"  # the bundled task, the bundled neutral text
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,9 @@ BUDGETS = {
     "full": Budget(409_600, 10_240, "0.0625,0.25,1", 262_144, 2_048, 512, 8_192, 3, 6, timed=True),
 }
 
+# As they are registered, which takes torch: for the help alone.
+ATTACKS = ("full", "LoRA", "attention", "MeZO")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditConfig:
@@ -57,25 +63,31 @@ class AuditConfig:
         INVENTED, "Text to fine-tune on: .txt, .jsonl, .parquet, a datasets name, or invented."
     )
     data: str = option(TOPICS, "Neutral text, in the same forms, or topics: Python's documentation.")
-    attacks: str | None = option(None, f"Attacks on training, some of {','.join(TRAINING_ATTACKS)}.")
-    shares: str | None = option(
-        None, "Training tokens of redistilling a chain, over its conversion's: 0.0625,1."
+    attacks: str | None = option(
+        None, f"Attacks on training, some of {','.join(ATTACKS)}.", "those that fit the budget"
     )
-    tuning: int | None = option(None, "Training tokens of a fine-tune.")
-    batch: int | None = option(None, "Tokens a step of it.")
-    sequence: int | None = option(None, "Tokens a sequence of it.")
-    seeds: int | None = option(None, "Runs at the best rate.")
-    rates: int | None = option(None, "Rates tried, at most.")
-    tokens: int | None = option(None, "Tokens of neutral text to redistill chains on.")
-    heldout: int | None = option(None, "Tokens of neutral text to measure on.")
+    shares: str | None = option(
+        None,
+        "Training tokens of redistilling a chain, over its conversion's: 0.0625,1.",
+        by_name(BUDGETS, "shares"),
+    )
+    tuning: int | None = option(None, "Training tokens of a fine-tune.", by_name(BUDGETS, "tuning"))
+    batch: int | None = option(None, "Tokens a step of it.", by_name(BUDGETS, "batch"))
+    sequence: int | None = option(None, "Tokens a sequence of it.", by_name(BUDGETS, "sequence"))
+    seeds: int | None = option(None, "Runs at the best rate.", by_name(BUDGETS, "seeds"))
+    rates: int | None = option(None, "Rates tried, at most.", by_name(BUDGETS, "rates"))
+    tokens: int | None = option(
+        None, "Tokens of neutral text to redistill chains on.", by_name(BUDGETS, "tokens")
+    )
+    heldout: int | None = option(None, "Tokens of neutral text to measure on.", by_name(BUDGETS, "heldout"))
     seed: int = option(0, "Seed of runs and of the invented task.")
-    device: str | None = option(None, "cpu, cuda, cuda:1, ...; the best there is by default.")
+    device: str | None = option(None, "cpu, cuda, cuda:1, ...", "the best there is")
     max_memory: int | str | None = option(
-        None, "For activations, such as 4GiB.  [default: a quarter of the memory]"
+        None, "For activations, such as 4GiB.", "a quarter of the machine's memory"
     )
 
     @classmethod
-    def of(cls, choices: dict[str, Any]) -> "AuditConfig":
+    def of(cls, choices: dict[str, Any]) -> AuditConfig:
         """The choices by name.
 
         Raises:
@@ -84,20 +96,31 @@ class AuditConfig:
         check_names(choices, cls)
         return cls(**choices)
 
-    def resolved(self) -> "AuditConfig":
+    def resolved(self) -> AuditConfig:
         """The same with every None filled in.
 
         Raises:
             DLRError: On bad values.
         """
-        if self.budget not in BUDGETS:
-            raise DLRError(f"unknown budget {self.budget!r}; one of {', '.join(BUDGETS)}")
-        budget = asdict(BUDGETS[self.budget])
+        from ..runtime.device import usable_device
+        from .attacks import TRAINING_ATTACKS
+
+        name = known_name(self.budget, BUDGETS, "budget")
+        budget = asdict(BUDGETS[name])
         budget["attacks"] = ",".join(
-            name for name, attack in TRAINING_ATTACKS.items() if self.budget in attack.budgets
+            key for key, attack in TRAINING_ATTACKS.items() if name in attack.budgets
         )
+        texts: dict[str, Any] = {
+            "task": INVENTED if str(self.task).lower() == INVENTED else self.task,
+            "data": TOPICS if str(self.data).lower() == TOPICS else self.data,
+        }
+        if self.attacks is not None:
+            wanted = [known_name(part, TRAINING_ATTACKS, "attack") for part in self.chosen_attacks]
+            texts["attacks"] = ",".join(wanted)
         chosen = replace(
             self,
+            budget=name,
+            **texts,
             **{k: v for k, v in budget.items() if k in self.__slots__ and getattr(self, k) is None},
             device=str(usable_device(self.device)),
             max_memory=memory_bytes(self.max_memory),
@@ -113,9 +136,6 @@ class AuditConfig:
             )
         if not 0 <= self.seed < 2**31:
             raise DLRError(f"--seed must be from 0 to {2**31 - 1}, not {self.seed}")
-        for attack in chosen.chosen_attacks:
-            if attack not in TRAINING_ATTACKS:
-                raise DLRError(f"unknown attack {attack!r}; some of {','.join(TRAINING_ATTACKS)}")
         if not chosen.chosen_shares:
             raise DLRError("--shares must name one share of the training tokens at least, such as 0.0625")
         return chosen
@@ -136,6 +156,8 @@ class AuditConfig:
     @property
     def plan(self) -> Tuning:
         """How a resolved audit fine-tunes."""
+        from .attacks.fine_tune import Tuning
+
         assert self.tuning and self.batch and self.seeds and self.rates
         return Tuning(self.tuning, self.batch, _LOOKS, self.seeds, self.rates)
 

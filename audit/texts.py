@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from ..common.errors import DLRError
 from ..common.splits import hold_out
 from ..convert.data import english_topics, read_text
+from .config import INVENTED, TOPICS
 
-INVENTED, TOPICS = "invented", "topics"  # the bundled task, the bundled neutral text
 _CHARACTERS = 12  # of a line for each token wanted, at least: tokenizers take 2 to 6 a token
 _HELD = 8  # one sequence of so many is held out
 

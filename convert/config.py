@@ -1,24 +1,31 @@
-"""Every choice of a conversion, with its default and its help: the command line is made from these fields."""
+"""Every choice of a conversion, with its default and its help: the command line is made from these fields.
+
+Torch is imported where it is needed, for a page of help needs none of it.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from ..common.dtypes import DTYPES
 from ..common.errors import DLRError
 from ..common.memory import memory_bytes
-from ..common.options import check_names, flag, option
-from ..runtime import DLRSpec
-from ..runtime.device import usable_device
+from ..common.options import by_name, check_names, flag, known_name, option
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ..runtime import DLRSpec
 
 INITS = ("mixed", "random")
 ACROSS = ("sequential", "independent")
 
 _WARMUP = 0.125  # share of the training tokens, and at most 150 steps
 _DECAY = 0.5  # share of the training tokens, at the end, over which the rate falls to 0
+_BATCH = 512  # tokens
+_ON_A_GPU = {"tokens": 8, "train_tokens": 20, "end_to_end": 64}  # times what an effort means on a CPU
 _FIRST = 4 / 512  # share of a batch that is drawn from first tokens, beside those that come by chance
 
 
@@ -42,7 +49,7 @@ class Recipe:
     """
 
     train_tokens: int
-    batch: int = 512
+    batch: int = _BATCH
     init: str = "mixed"
     seed: int = 0
     rate: float = 0.012
@@ -86,6 +93,8 @@ class Recipe:
         Yields:
             [b] int64, b <= `batch`, until the training tokens are spent.
         """
+        import torch
+
         left = self.train_tokens
         order = torch.empty(0, dtype=torch.int64)
         while left > 0:
@@ -120,15 +129,13 @@ class Effort:
     end_to_end: int
     redistill: float
 
-    def on(self, device: torch.device) -> "Effort":
+    def on(self, device: torch.device) -> Effort:
         """The same for a device: a GPU has time for more."""
         if device.type == "cpu":
             return self
         return replace(
             self,
-            tokens=8 * self.tokens,
-            train_tokens=20 * self.train_tokens,
-            end_to_end=64 * self.end_to_end,
+            **{name: times * getattr(self, name) for name, times in _ON_A_GPU.items()},
         )
 
 
@@ -146,6 +153,10 @@ EFFORTS = {
 }
 
 
+def _by_effort(name: str) -> str:
+    return f"{by_name(EFFORTS, name)}; on a GPU {_ON_A_GPU[name]} times as many"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConversionConfig:
     """The choices of `convert_model`; None means that `resolved` chooses, by the effort and the machine.
@@ -153,10 +164,14 @@ class ConversionConfig:
     Every field says in its help what it is; `dlr-lock convert --help` prints them all.
     """
 
-    layers: str | None = option(None, "Which layers: 2-5,9 or last-6.  [default: all]")
-    mlps: str | None = option(None, "Regular expression of MLP module names, for models not recognised.")
-    depth: int | None = option(None, "Steps of a chain, near to this at equal parameters.")
-    rank: int | None = option(None, "Rank of a step, a multiple of 16.")
+    layers: str | None = option(None, "Which layers: 2-5,9 or last-6.", "all")
+    mlps: str | None = option(
+        None, "Regular expression of MLP module names, for models not recognised.", "found by structure"
+    )
+    depth: int | None = option(
+        None, "Steps of a chain, near to this at equal parameters.", "by size: 12 for a 135M model, 37 for 8B"
+    )
+    rank: int | None = option(None, "Rank of a step, a multiple of 16.", "what equal parameters leave")
     lanes: int = option(1, "Chains side by side in a module.")
     act: str = option("silu", "Activation of the steps, by transformers' name.")
     params: float = option(1.0, "Parameters of a chain over those of its MLP.")
@@ -168,44 +183,65 @@ class ConversionConfig:
     effort: str = option(
         "standard", "quick, standard or best: chooses what is not given below; see the README."
     )
-    tokens: int | None = option(None, "Tokens of calibration text.")
-    heldout: int | None = option(None, "Tokens of calibration text that are kept back to measure on.")
-    train_tokens: int | None = option(None, "Training tokens of each module's distillation.")
+    tokens: int | None = option(None, "Tokens of calibration text.", _by_effort("tokens"))
+    heldout: int | None = option(
+        None,
+        "Tokens of calibration text that are kept back to measure on.",
+        "an eighth of --tokens, from 512 to 10,240",
+    )
+    train_tokens: int | None = option(
+        None, "Training tokens of each module's distillation.", _by_effort("train_tokens")
+    )
     end_to_end: int | None = option(
-        None, "Training tokens of the end-to-end phase, all chains at once; 0 for none."
+        None,
+        "Training tokens of the end-to-end phase, all chains at once; 0 for none.",
+        _by_effort("end_to_end"),
     )
     redistill: float | None = option(
-        None, "Training tokens of the attack on each module, as a share of the conversion's; 0 for none."
+        None,
+        "Training tokens of the attack on each module, as a share of the conversion's; 0 for none.",
+        by_name(EFFORTS, "redistill"),
     )
-    sequence: int | None = option(None, "Tokens a sequence of calibration text.  [default: 512]")
+    sequence: int | None = option(
+        None, "Tokens a sequence of calibration text.", "512, or what the model takes"
+    )
     across: str | None = option(
-        None, "sequential: modules correct one another's errors; independent: they do not."
+        None,
+        "sequential: modules correct one another's errors; independent: they do not.",
+        "sequential, where the model allows it",
     )
-    batch: int | None = option(None, "Tokens a batch.")
+    batch: int | None = option(None, "Tokens a batch.", str(_BATCH))
     seed: int = option(0, "Seed of initialisations, batches and sampled text.")
     temperature: float = option(1.0, "Temperature of text sampled by --data self.")
     dtype: str = option("auto", "Of the checkpoint: auto (the source's), float32, bfloat16, float16.")
-    device: str | None = option(None, "cpu, cuda, cuda:1, ...; the best there is by default.")
+    device: str | None = option(None, "cpu, cuda, cuda:1, ...", "the best there is")
     max_memory: int | str | None = option(
-        None, "For activations, such as 4GiB.  [default: a quarter of the memory]"
+        None, "For activations, such as 4GiB.", "a quarter of the machine's memory"
     )
 
     @classmethod
-    def of(cls, choices: dict[str, Any]) -> "ConversionConfig":
+    def of(cls, choices: dict[str, Any]) -> ConversionConfig:
         """The choices by name. Raises DLRError on a name that there is not, with today's name of an old one."""
         check_names(choices, cls, RENAMED, GONE)
         return cls(**choices)
 
-    def resolved(self) -> "ConversionConfig":
+    def resolved(self) -> ConversionConfig:
         """The same with every None that depends on the machine filled in. Raises DLRError on bad values."""
+        from ..common.dtypes import DTYPES
+        from ..runtime.device import usable_device
+        from ..triton_kernels import ACTIVATIONS
+
         device = usable_device(self.device)
-        if self.effort not in EFFORTS:
-            raise DLRError(f"unknown effort {self.effort!r}; one of {', '.join(EFFORTS)}")
-        if self.across not in (None, *ACROSS):
-            raise DLRError(f"unknown way across the layers {self.across!r}; one of {', '.join(ACROSS)}")
-        effort = EFFORTS[self.effort].on(device)
-        if self.dtype != "auto" and self.dtype not in DTYPES:
-            raise DLRError(f"unknown dtype {self.dtype!r}; one of auto, {', '.join(DTYPES)}")
+        named: dict[str, Any] = {
+            "effort": known_name(self.effort, EFFORTS, "effort"),
+            "init": known_name(self.init, INITS, "init"),
+            "across": self.across and known_name(self.across, ACROSS, "way across the layers"),
+            "dtype": known_name(self.dtype, ("auto", *DTYPES), "dtype"),
+            "act": known_name(self.act, sorted(ACTIVATIONS), "activation"),
+            "layers": None if (layers := str(self.layers or "all").strip().lower()) == "all" else layers,
+            "data": "self" if str(self.data).lower() == "self" else self.data,
+        }
+        effort = EFFORTS[named["effort"]].on(device)
         for name in ("tokens", "heldout", "train_tokens", "batch", "lanes", "depth", "rank", "sequence"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -225,12 +261,13 @@ class ConversionConfig:
         tokens = self.tokens or effort.tokens
         chosen = replace(
             self,
+            **named,
             tokens=tokens,
             heldout=self.heldout or max(512, min(10_240, tokens // 8)),
             train_tokens=self.train_tokens or effort.train_tokens,
             end_to_end=effort.end_to_end if self.end_to_end is None else self.end_to_end,
             redistill=effort.redistill if self.redistill is None else self.redistill,
-            batch=self.batch or 512,
+            batch=self.batch or _BATCH,
             device=str(device),
             max_memory=memory_bytes(self.max_memory),
         )
@@ -243,6 +280,8 @@ class ConversionConfig:
 
     def spec_for(self, hidden_size: int, params: int) -> DLRSpec:
         """The chain for an MLP of so many parameters. Raises DLRError where the choices make none."""
+        from ..runtime import DLRSpec
+
         return DLRSpec.of_params(
             hidden_size,
             round(params * self.params),

@@ -160,15 +160,21 @@ def poor_text(tokens: Tensor) -> str | None:
 
 
 def read_text(
-    source: str | Path, tokenizer: PreTrainedTokenizerBase | None, *, tokens: int, sequence_length: int
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    tokens: int,
+    sequence_length: int,
+    skip: int = 0,
 ) -> Tensor:
-    """The beginning of a text, to measure a model on.
+    """The beginning of a text, or of what follows its first tokens, to measure a model on.
 
     Args:
         source: A file or a dataset as for `load_text`.
         tokenizer: The model's.
         tokens: How many tokens of the text are taken, at most.
         sequence_length: Tokens of a sequence; fewer where the text is shorter.
+        skip: How many tokens are left out before.
 
     Returns:
         [S, n] int64.
@@ -180,7 +186,9 @@ def read_text(
         raise DLRError("the model comes without a tokenizer, so text cannot be turned into tokens")
     if tokens < 2:
         raise DLRError(f"{tokens} tokens are too few to predict anything")
-    if str(source) == "self":
+    if skip < 0:
+        raise DLRError(f"--skip must not be negative, not {skip}")
+    if str(source).lower() == "self":
         raise DLRError("'self' is no text to measure a model on: give a file or a dataset")
     documents, label = open_text(str(source))
     prefix, suffix = _frame(tokenizer)
@@ -188,10 +196,13 @@ def read_text(
     for document in documents:
         for piece in document:
             ids.extend(_encode(tokenizer, piece))
-            if len(ids) >= tokens:
+            if len(ids) >= skip + tokens:
                 break
-        if len(ids) >= tokens:
+        if len(ids) >= skip + tokens:
             break
+    if skip and len(ids) <= skip:
+        raise DLRError(f"{label} has {len(ids):,} tokens: nothing is left behind the {skip:,} to skip")
+    ids = ids[skip:]
     body = min(sequence_length - len(prefix) - len(suffix), len(ids), tokens)
     if body < 1 or body + len(prefix) + len(suffix) < 2:
         raise DLRError(f"{label} has no text to predict")

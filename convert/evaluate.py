@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +123,30 @@ class Evaluation:
     def to_dict(self) -> dict[str, float | int | None]:
         """The fields by name, fit for JSON (a perplexity beyond every float becomes None)."""
         return {key: None if value == math.inf else value for key, value in asdict(self).items()}
+
+
+def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Several texts' figures as one: means over all of their tokens. All with an original, or none."""
+    tokens = sum(e.tokens for e in evaluations)
+
+    def mean(name: str) -> float | None:
+        values = [getattr(e, name) for e in evaluations]
+        if any(value is None for value in values):
+            return None
+        return sum(value * e.tokens for value, e in zip(values, evaluations, strict=True)) / tokens
+
+    loss, original = mean("loss"), mean("original_loss")
+    assert loss is not None
+    return Evaluation(
+        loss=loss,
+        perplexity=_perplexity(loss),
+        tokens=tokens,
+        original_loss=original,
+        original_perplexity=None if original is None else _perplexity(original),
+        loss_gap=mean("loss_gap"),
+        kl=mean("kl"),
+        flips=mean("flips"),
+    )
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """Using any model, locked or original: what `eval` and `generate` stand on."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,64 +43,67 @@ def opened(
     yield source.model, source.tokenizer
 
 
-def evaluate_checkpoint(
+def evaluate_texts(
     checkpoint: str | Path,
-    text: str | Path,
+    texts: Sequence[str | Path],
     *,
     original: str | Path | None = None,
     tokens: int = 10_240,
+    skip: int = 0,
     device: torch.device | str | None = None,
     progress: Progress = no_progress,
-) -> Evaluation:
-    """Loss of a model on a text, and its distance to the original where one is given.
+) -> list[Evaluation]:
+    """Loss of a model on texts, and its distance to the original where one is given.
 
     Args:
         checkpoint: Any model, locked or not, see `opened`.
-        text: As `load_text` takes it, but for 'self'.
+        texts: Each as `read_text` takes it.
         original: What it is compared with, None for nothing.
-        tokens: How many tokens of the text are taken, at most.
+        tokens: How many tokens of each text are taken, at most.
+        skip: How many tokens of each are left out before, such as those that a conversion was trained on.
         device: Where the models run, None for the best there is.
         progress: Called with (what is being done, done, total).
+
+    Returns:
+        One for each text.
 
     Raises:
         DLRError: On what cannot be read or compared.
     """
+    with ExitStack() as stack:
+        model, tokenizer = stack.enter_context(opened(checkpoint, device=device))
+        length = sequence_length(model)
+        read = [
+            read_text(text, tokenizer, tokens=tokens, sequence_length=length, skip=skip) for text in texts
+        ]
+        other = None if original is None else stack.enter_context(opened(original, device=device))[0]
+        for sequences in read:
+            for one in (model, other):
+                if one is not None:
+                    check_vocabulary(sequences, one, tokenizer)
+        found = []
+        for text, sequences in zip(texts, read, strict=True):
+            what = "measuring" if len(texts) == 1 else f"measuring on {Path(text).name}"
+            found.append(evaluate(model, sequences, original=other, progress=partial(progress, what)))
+        return found
 
-    def measuring(done: int, total: int) -> None:
-        progress("measuring", done, total)
 
-    with opened(checkpoint, device=device) as (model, tokenizer):
-        sequences = read_text(text, tokenizer, tokens=tokens, sequence_length=sequence_length(model))
-        check_vocabulary(sequences, model, tokenizer)
-        if original is None:
-            return evaluate(model, sequences, progress=measuring)
-        with opened(original, device=device) as (other, _):
-            check_vocabulary(sequences, other, tokenizer)
-            return evaluate(model, sequences, original=other, progress=measuring)
+def evaluate_checkpoint(checkpoint: str | Path, text: str | Path, **choices: Any) -> Evaluation:
+    """`evaluate_texts` of one text, with the same choices."""
+    return evaluate_texts(checkpoint, [text], **choices)[0]
 
 
 def complete(
-    model: str | Path,
-    prompt: str,
-    *,
-    emit: Callable[[str], None] = lambda text: None,
-    device: torch.device | str | None = None,
-    max_new_tokens: int = 100,
-    temperature: float = 0.0,
-    seed: int = 0,
-    chat: bool = False,
+    model: str | Path, prompt: str, *, device: torch.device | str | None = None, **choices: Any
 ) -> str:
-    """The completion of `prompt` by a model, locked or not; see `runtime.generation.generate`."""
+    """The completion of `prompt` by a model, locked or not, see `opened`.
+
+    The choices are those of `runtime.generation.generate`.
+
+    Raises:
+        DLRError: Where the model cannot be loaded, and as `generate` does.
+    """
     with opened(model, device=device) as (loaded, tokenizer):
         if tokenizer is None:
             raise DLRError(f"{model} has no tokenizer, so it cannot complete a text")
-        return generate(
-            loaded,
-            tokenizer,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            chat=chat,
-            emit=emit,
-        )
+        return generate(loaded, tokenizer, prompt, **choices)

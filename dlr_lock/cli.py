@@ -1,4 +1,7 @@
-"""The command line: parses arguments, shows progress and results, and words errors. No logic of its own."""
+"""The command line: parses arguments, shows progress and results, and words errors. No logic of its own.
+
+What takes torch is imported by the commands themselves: a page of help takes neither it nor transformers.
+"""
 
 import json
 import os
@@ -10,17 +13,17 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from transformers.utils.logging import disable_progress_bar
 
 from .audit.config import AuditConfig
 from .common.options import flag, old_name
+from .common.version import __version__
 from .convert.config import GONE, RENAMED, ConversionConfig
-from .options import options_of
+from .options import choice, options_of
 from .progress import Steps
 from .reporting import Section, print_sections
 
 app = typer.Typer(
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Publish the weights of language models so that they can be run, and are expensive to fine-tune.",
@@ -30,14 +33,30 @@ _screen = Console(stderr=True, highlight=False)  # progress and words; standard 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the best there is by default.")]
+Device = Annotated[str | None, choice("cpu, cuda, cuda:1, ...", "the best there is")]
+_MODELS_OWN = "as the model's generation config says"
 Locked = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A locked checkpoint's directory.")]
+
+
+@app.callback()
+def _start(
+    context: typer.Context,
+    version: Annotated[bool, choice("Print the version and stop.", None, "--version")] = False,
+) -> None:
+    if version:
+        print(f"dlr-lock {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit
 
 
 @app.command()
 def demo(
-    layers: Annotated[str | None, typer.Option(help="Layers to lock; a few on a CPU, all on a GPU.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Keep the locked checkpoint here.")] = None,
+    layers: Annotated[
+        str | None, choice("Layers to lock, such as last-4.", "a few on a CPU, all on a GPU")
+    ] = None,
+    out: Annotated[Path | None, choice("Keep the locked checkpoint here.", "it is thrown away")] = None,
     device: Device = None,
 ) -> None:
     """Fetch a small real model, lock some of its layers, measure, and complete a sentence with both."""
@@ -104,35 +123,41 @@ def verify(checkpoint: Locked, as_json: Json = False) -> None:
 def evaluate(
     checkpoint: Locked,
     text: Annotated[
-        str, typer.Option(help="Text to evaluate on: .txt, .jsonl, .parquet or a datasets name.")
+        list[str],
+        choice("Text to evaluate on: .txt, .jsonl, .parquet or a datasets name; several times for several."),
     ],
-    original: Annotated[str | None, typer.Option(help="The original model, for KL and flips.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of the text to use, at most.")] = 10_240,
+    original: Annotated[str | None, choice("The original model, for KL and flips.", "none")] = None,
+    tokens: Annotated[int, choice("Tokens of each text to use, at most.")] = 10_240,
+    skip: Annotated[
+        int, choice("Tokens of each text to leave out before, such as those that the model was converted on.")
+    ] = 0,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Measure loss and perplexity on a text, and KL and flips against the original."""
-    from .convert import evaluate_checkpoint
-    from .convert.report import evaluation_section
+    """Measure loss and perplexity on texts, and KL and flips against the original."""
+    from .convert.evaluate import pooled
+    from .convert.report import evaluation_section, texts_section
+    from .convert.use import evaluate_texts
 
     with Steps(_screen) as steps:
-        evaluation = evaluate_checkpoint(
-            checkpoint, text, original=original, tokens=tokens, device=device, progress=steps
+        found = evaluate_texts(
+            checkpoint, text, original=original, tokens=tokens, skip=skip, device=device, progress=steps
         )
+    together = pooled(found)
     if as_json:
-        _print_json(evaluation.to_dict())
+        each = [{"text": name, **e.to_dict()} for name, e in zip(text, found, strict=True)]
+        _print_json(together.to_dict() | {"skipped": skip, "texts": each})
     else:
-        _print([evaluation_section(evaluation)])
+        several = [texts_section(dict(zip(text, found, strict=True)))] if len(found) > 1 else []
+        _print([*several, evaluation_section(together)])
 
 
 @app.command()
 @options_of(AuditConfig)
 def audit(
     checkpoint: Locked,
-    original: Annotated[str, typer.Option(help="The model that was locked.")],
-    out: Annotated[
-        Path | None, typer.Option(help=r"Folder for audit.json and audit.html.  \[default: CHECKPOINT-audit]")
-    ] = None,
+    original: Annotated[str, choice("The model that was locked.")],
+    out: Annotated[Path | None, choice("Folder for audit.json and audit.html.", "CHECKPOINT-audit")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an audit.")] = False,
     as_json: Json = False,
     **config: Any,
@@ -155,11 +180,23 @@ def audit(
 def generate(
     checkpoint: Locked,
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
-    compare: Annotated[str | None, typer.Option(help="Also complete with this original model.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 100,
-    temperature: Annotated[float, typer.Option(help="0 for the likeliest token every time.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    compare: Annotated[str | None, choice("Also complete with this original model.", "none")] = None,
+    max_new_tokens: Annotated[int, choice("Tokens to generate at most.")] = 100,
+    temperature: Annotated[float, choice("0 for the likeliest token every time.")] = 0.0,
+    top_p: Annotated[
+        float | None, choice("Sample among the likeliest tokens with this share of the chances.", _MODELS_OWN)
+    ] = None,
+    top_k: Annotated[
+        int | None, choice("Sample among so many of the likeliest tokens; 0 for all.", _MODELS_OWN)
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, choice("Above 1, tokens that are there already are less likely.", _MODELS_OWN)
+    ] = None,
+    seed: Annotated[int, choice("Seed of the sampling.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
+    system: Annotated[
+        str | None, choice("A system prompt, through the chat template with the prompt.", "none")
+    ] = None,
     device: Device = None,
 ) -> None:
     """Complete a text with a locked model, as it is being generated."""
@@ -169,30 +206,35 @@ def generate(
         print(piece, end="", flush=True)
 
     settings: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "chat": chat, "device": device,
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k,
+        "repetition_penalty": repetition_penalty, "seed": seed, "chat": chat, "system": system, "device": device,
+        "emit": emit,
     }  # fmt: skip
     if compare:
         print("--- locked")
-    complete(checkpoint, prompt, emit=emit, **settings)
+    complete(checkpoint, prompt, **settings)
     print()
     if compare:
         print("--- original")
-        complete(compare, prompt, emit=emit, **settings)
+        complete(compare, prompt, **settings)
         print()
 
 
 @app.command()
 def bench(
-    hidden: Annotated[int, typer.Option(help="Features of the model, d.")] = 576,
-    intermediate: Annotated[int, typer.Option(help="Hidden units of the gated MLP to compare with.")] = 1536,
-    lanes: Annotated[int, typer.Option(help="Chains side by side.")] = 1,
+    hidden: Annotated[int, choice("Features of the model, d.")] = 576,
+    intermediate: Annotated[int, choice("Hidden units of the gated MLP to compare with.")] = 1536,
+    lanes: Annotated[int, choice("Chains side by side.")] = 1,
     depth: Annotated[
-        int | None, typer.Option(help="Steps of a chain, near to this at equal parameters.")
+        int | None,
+        choice("Steps of a chain, near to this at equal parameters.", "by size, as a conversion chooses"),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of a step, a multiple of 16.")] = None,
-    tokens: Annotated[str, typer.Option(help="Token counts, such as 1,16,512.")] = "1,16,512",
+    rank: Annotated[
+        int | None, choice("Rank of a step, a multiple of 16.", "what equal parameters leave")
+    ] = None,
+    tokens: Annotated[str, choice("Token counts, such as 1,16,512.")] = "1,16,512",
     dtype: Annotated[
-        str, typer.Option(help="auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16.")
+        str, choice("auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16.")
     ] = "auto",
     device: Device = None,
     explain: Annotated[
@@ -223,7 +265,7 @@ def bench(
 def main() -> None:
     """Runs the command line. Exit status 2, and one line on standard error, for all that the user can correct."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    disable_progress_bar()  # transformers' own, beside ours
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own, beside ours
     for name in ("SIGTERM", "SIGHUP"):  # a stopped job cleans up like one that is interrupted
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _interrupt)

@@ -9,6 +9,19 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from rich.markup import escape
 
+from .common.options import with_default
+
+
+def choice(help: str, shown: str | None = None, *names: str) -> Any:
+    """An option of a command.
+
+    Args:
+        help: What it is; brackets in it are no markup.
+        shown: What the default comes to, where it is no value that typer shows by itself.
+        names: How it is written, where not as its parameter.
+    """
+    return typer.Option(*names, help=escape(with_default(help, shown)))
+
 
 def options_of(config: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A decorator: the command takes an option for each field of the dataclass `config`, as keyword arguments.
@@ -25,7 +38,7 @@ def options_of(config: type) -> Callable[[Callable[..., None]], Callable[..., No
                 f.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=f.default,
-                annotation=Annotated[_type(hints[f.name]), typer.Option(help=escape(f.metadata["help"]))],
+                annotation=Annotated[_type(hints[f.name]), choice(f.metadata["help"], f.metadata["shown"])],
             )
             for f in fields(config)
         ]

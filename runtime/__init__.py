@@ -1,15 +1,33 @@
-"""Running locked models: the DLR-Net module, locked checkpoints, and the transformers plugin.
+"""Running locked models: the DLR-Net module, locked checkpoints, and the transformers plugin."""
 
-Importing this package registers the checkpoints' quantization method with transformers.
-"""
+from typing import TYPE_CHECKING
 
-from ..common.errors import DLRError
-from .checkpoint import inspect, load, verify
-from .config import DLRConfig
-from .device import best_device
-from .module import DLRNet
-from .quantizer import lock, locked_modules
-from .spec import DLRSpec
+from ..common.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from ..common.errors import DLRError
+    from .checkpoint import inspect, load, verify
+    from .config import DLRConfig
+    from .device import best_device
+    from .module import DLRNet
+    from .quantizer import lock, locked_modules
+    from .spec import DLRSpec
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "DLRConfig": ".config",
+        "DLRError": "..common.errors",
+        "DLRNet": ".module",
+        "DLRSpec": ".spec",
+        "best_device": ".device",
+        "inspect": ".checkpoint",
+        "load": ".checkpoint",
+        "lock": ".quantizer",
+        "locked_modules": ".quantizer",
+        "verify": ".checkpoint",
+    },
+)
 
 __all__ = [
     "DLRConfig",

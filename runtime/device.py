@@ -18,7 +18,7 @@ def usable_device(name: torch.device | str | None) -> torch.device:
         DLRError: Where it cannot be used, or not by the backend that the user asks for: before long work.
     """
     try:
-        device = best_device() if name is None else torch.device(name)
+        device = best_device() if name is None else torch.device(str(name).strip().lower())
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise DLRError(f"device {str(name)!r} cannot be used: {first_line(error)}") from error

@@ -1,12 +1,13 @@
 """Text from a model, piece by piece."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from ..common.errors import DLRError
+from ..common.errors import DLRError, first_line
 
 
 class _Pieces(TextStreamer):
@@ -46,8 +47,12 @@ def generate(
     *,
     max_new_tokens: int = 100,
     temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    repetition_penalty: float | None = None,
     seed: int = 0,
     chat: bool = False,
+    system: str | None = None,
     emit: Callable[[str], None] = lambda text: None,
 ) -> str:
     """The completion of a prompt, handed over as it grows.
@@ -58,8 +63,13 @@ def generate(
         prompt: The text to go on from.
         max_new_tokens: Tokens to generate at most.
         temperature: Of the sampling; 0 for the likeliest token every time.
+        top_p: Only the likeliest tokens that have this share of the chances together are sampled; None as the model's
+            generation config says, here and below.
+        top_k: Only so many of the likeliest tokens are sampled; 0 for all.
+        repetition_penalty: What chances of tokens that are there already are divided by, above 1 for fewer.
         seed: Of the sampling.
         chat: Whether the prompt goes through the tokenizer's chat template as a user's message.
+        system: A system's message before it, which goes through the template, too.
         emit: Called with each piece of the text.
 
     Returns:
@@ -73,17 +83,9 @@ def generate(
         raise DLRError(f"a {type(model).__name__} cannot generate text")
     if max_new_tokens < 1:
         raise DLRError(f"at least one new token is needed, not {max_new_tokens}")
-    if not (temperature == 0 or 1e-3 <= temperature <= 1e3):
-        raise DLRError(f"the temperature must be 0 or from 0.001 to 1000, not {temperature:g}")
-    if not 0 <= seed < 2**62:
-        raise DLRError(f"the seed must be from 0 to {2**62 - 1}, not {seed}")
-    if chat:
-        if not tokenizer.chat_template:
-            raise DLRError("this tokenizer has no chat template; leave --chat out")
-        message = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+    _check_sampling(temperature, top_p, top_k, repetition_penalty, seed)
+    if chat or system is not None:
+        inputs = _templated(tokenizer, prompt, system)
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[1] == 0:
@@ -92,7 +94,10 @@ def generate(
     limit, wanted = positions(model), inputs["input_ids"].shape[1] + max_new_tokens
     if limit is not None and wanted > limit:
         raise DLRError(f"prompt and new tokens make {wanted} tokens, the model takes {limit}: ask for fewer")
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    sampling["repetition_penalty"] = repetition_penalty
     ids = inputs["input_ids"].to(model.device)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
@@ -104,6 +109,38 @@ def generate(
             pad_token_id=tokenizer.pad_token_id
             if tokenizer.pad_token_id is not None
             else tokenizer.eos_token_id,
-            **sampling,
+            **{name: value for name, value in sampling.items() if value is not None},
         )
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def _check_sampling(
+    temperature: float, top_p: float | None, top_k: int | None, penalty: float | None, seed: int
+) -> None:
+    if not (temperature == 0 or 1e-3 <= temperature <= 1e3):
+        raise DLRError(f"the temperature must be 0 or from 0.001 to 1000, not {temperature:g}")
+    if temperature == 0 and not (top_p is None and top_k is None):
+        raise DLRError("top-p and top-k choose among sampled tokens: give a temperature above 0, too")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise DLRError(f"top-p must be above 0 and at most 1, not {top_p:g}")
+    if top_k is not None and top_k < 0:
+        raise DLRError(f"top-k must be 0 (all tokens) or more, not {top_k}")
+    if penalty is not None and not 1e-3 <= penalty <= 1e3:
+        raise DLRError(f"the repetition penalty must be from 0.001 to 1000 (1 for none), not {penalty:g}")
+    if not 0 <= seed < 2**62:
+        raise DLRError(f"the seed must be from 0 to {2**62 - 1}, not {seed}")
+
+
+def _templated(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None) -> BatchEncoding:
+    if not tokenizer.chat_template:
+        raise DLRError("this tokenizer has no chat template; leave --chat and --system out")
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": prompt})
+    try:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    except Exception as error:  # a template is a program of its author's, with errors of its own
+        raise DLRError(
+            f"the model's chat template does not take these messages: {first_line(error)}"
+        ) from error

@@ -1,6 +1,7 @@
 """The command line as a user meets it: with its exit status and its last line, at first in a process of its own."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -13,9 +14,11 @@ from tiny import save_tiny
 from typer.testing import CliRunner
 
 from dlr_lock import DLRError, convert_model
-from dlr_lock.audit.config import AuditConfig
+from dlr_lock.audit.attacks import TRAINING_ATTACKS
+from dlr_lock.audit.config import ATTACKS, BUDGETS, AuditConfig
 from dlr_lock.cli import app, main
-from dlr_lock.convert.config import ConversionConfig
+from dlr_lock.common.version import __version__
+from dlr_lock.convert.config import EFFORTS, ConversionConfig
 from dlr_lock.convert.data import english_topics
 
 
@@ -62,6 +65,10 @@ def test_inspect_verify_eval_generate(converted: dict, folder: Path) -> None:
     both = json.loads(run(*arguments, "--original", folder / "source", "--json").stdout)
     assert alone["kl"] is None and both["kl"] > 0 and both["loss"] == pytest.approx(alone["loss"])
     assert "likeliest token flipped" in run(*arguments, "--original", folder / "source").stdout
+    several = json.loads(run(*arguments, "--text", folder / "topics.txt", "--skip", 1024, "--json").stdout)
+    first, second = several["texts"]
+    assert first["loss"] == second["loss"] == pytest.approx(several["loss"]) != alone["loss"]
+    assert several["skipped"] == 1024 and several["tokens"] == 2 * first["tokens"]
     words = run(
         "generate", folder / "out", "The river", "--max-new-tokens", 5, "--compare", folder / "source"
     )
@@ -111,6 +118,13 @@ def test_an_altered_file_is_named(converted: dict, folder: Path) -> None:
         (("generate", "{}/out", ""), "empty"),
         (("generate", "{}/out", "x", "--device", "cuda:77"), "cuda:77"),
         (("generate", "{}/out", "x", "--temperature", "nan"), "temperature"),
+        (("generate", "{}/out", "x", "--top-p", "0.9"), "give a temperature above 0"),
+        (("generate", "{}/out", "x", "--temperature", "1", "--top-p", "nan"), "top-p must be"),
+        (("generate", "{}/out", "x", "--temperature", "1", "--top-k", "-1"), "top-k must be"),
+        (("generate", "{}/out", "x", "--repetition-penalty", "0"), "repetition penalty"),
+        (("generate", "{}/out", "x", "--system", "Be brief."), "no chat template"),
+        (("eval", "{}/out", "--text", "{}/topics.txt", "--skip", "-1"), "--skip must not be negative"),
+        (("eval", "{}/out", "--text", "{}/topics.txt", "--skip", "9999999"), "nothing is left"),
         (("frobnicate",), "frobnicate"),
     ],
 )
@@ -140,12 +154,62 @@ def test_every_choice_is_an_option_with_its_default_and_help(command: str, confi
     for field in fields(config):
         option = offered[field.name]
         assert option.opts == [f"--{field.name.replace('_', '-')}"]
-        assert option.default == field.default and option.help == escape(field.metadata["help"])
+        assert option.default == field.default and option.help.startswith(escape(field.metadata["help"]))
 
 
-def test_help_shows_the_defaults_that_depend_on_the_machine() -> None:
-    shown = " ".join(CliRunner().invoke(app, ["convert", "--help"], env={"COLUMNS": "200"}).output.split())
-    assert "[default: all]" in shown and "[default: a quarter of the memory]" in shown
+COMMANDS = sorted(typer.main.get_command(app).commands)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_every_default(command: str) -> None:
+    """Also those that an effort, a budget or the machine chooses; a switch is off, and what is required has none."""
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "400"}).output
+    lines = [line for line in shown.splitlines() if re.search(r" --[a-z]", line) and "<bool>" not in line]
+    assert [line for line in lines if "[default: " not in line and "[required]" not in line] == []
+
+
+def test_help_shows_what_an_effort_and_a_budget_choose() -> None:
+    def words(command: str) -> str:
+        return " ".join(CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "400"}).output.split())
+
+    assert f"standard {EFFORTS['standard'].train_tokens:,}" in words("convert")
+    assert f"full {BUDGETS['full'].tuning:,}" in words("audit")
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("--help",), ("--version",), *((name, "--help") for name in COMMANDS)]
+)
+def test_help_takes_neither_torch_nor_transformers(arguments: tuple[str, ...]) -> None:
+    code = (
+        "import sys; from dlr_lock.cli import main\n"
+        f"sys.argv = ['dlr-lock', *{arguments!r}]\n"
+        "try: main()\n"
+        "except SystemExit as end: status = end.code\n"
+        "print(status, [n for n in ('torch', 'transformers', 'numpy', 'triton') if n in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    *shown, last = result.stdout.splitlines()
+    assert last == "0 []" and len(shown) >= 1, result.stderr
+    assert (shown == [f"dlr-lock {__version__}"]) is (arguments == ("--version",))
+
+
+def test_the_help_names_the_attacks_that_there_are() -> None:
+    assert tuple(TRAINING_ATTACKS) == ATTACKS
+
+
+def test_names_are_taken_in_any_case() -> None:
+    audit = AuditConfig(attacks="Full, LORA,mezo", budget="QUICK", task="Invented", device="CPU").resolved()
+    assert audit.chosen_attacks == ["full", "LoRA", "MeZO"] and (audit.budget, audit.task) == (
+        "quick",
+        "invented",
+    )
+    given = {"effort": "Quick", "init": "RANDOM", "dtype": "BFloat16", "across": "Independent", "act": "SiLU"}
+    convert = ConversionConfig(**given, data="SELF", layers="Last-2").resolved().to_dict()
+    assert {name: convert[name] for name in given} == {name: value.lower() for name, value in given.items()}
+    assert (convert["data"], convert["layers"]) == ("self", "last-2")
+    assert ConversionConfig(layers="All").resolved().layers is None
+    with pytest.raises(DLRError, match="unknown attack 'prompts'; one of full, LoRA"):
+        AuditConfig(attacks="full,prompts").resolved()
 
 
 def test_a_choice_by_its_old_name_is_refused_with_the_new_one(folder: Path) -> None:

@@ -47,6 +47,6 @@ def current_backend() -> str:
 
 
 def _known(name: str, where: str) -> str:
-    if name not in BACKENDS:
+    if (known := name.strip().lower()) not in BACKENDS:
         raise ValueError(f"{where} {name!r} is unknown; one of {', '.join(BACKENDS)}")
-    return name
+    return known

@@ -7,9 +7,41 @@ from typing import Any
 from .errors import DLRError
 
 
-def option(default: Any, help: str) -> Any:
-    """A field of a configuration that the command line offers, with this help."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, shown: str | None = None) -> Any:
+    """A field of a configuration that the command line offers.
+
+    Args:
+        default: The field's.
+        help: What it is, in a sentence.
+        shown: What the default comes to, in words, where it is None.
+    """
+    return field(default=default, metadata={"help": help, "shown": shown})
+
+
+def with_default(help: str, shown: str | None) -> str:
+    """A help that ends with the default; the command line writes those that are values itself."""
+    return help if shown is None else f"{help}  [default: {shown}]"
+
+
+def by_name(choices: Mapping[str, Any], name: str) -> str:
+    """What each of several named choices has in a field, "quick 4; full 6"; once where that is the same."""
+    values = {key: getattr(choice, name) for key, choice in choices.items()}
+    words = {key: value if isinstance(value, str) else f"{value:,}" for key, value in values.items()}
+    one = set(words.values())
+    return one.pop() if len(one) == 1 else "; ".join(f"{key} {value}" for key, value in words.items())
+
+
+def known_name(given: str, names: Iterable[str], what: str) -> str:
+    """The one of `names` that a user wrote, in whatever case.
+
+    Raises:
+        DLRError: Where it is none of them.
+    """
+    names = list(names)
+    same = {name.casefold(): name for name in names}
+    if (found := same.get(str(given).strip().casefold())) is None:
+        raise DLRError(f"unknown {what} {given!r}; one of {', '.join(names)}")
+    return found
 
 
 def flag(name: str) -> str:

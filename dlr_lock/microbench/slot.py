@@ -15,6 +15,7 @@ from torch.nn.functional import linear, silu
 
 from ..common.dtypes import DTYPES
 from ..common.errors import DLRError
+from ..common.options import known_name
 from ..runtime.spec import DLRSpec
 from ..triton_kernels import (
     ChainWeights,
@@ -77,10 +78,9 @@ def ours(**call: Any) -> Tensor:
 
 def dtype_of(name: str, *, gpu: bool) -> torch.dtype:
     """The dtype of that name; "auto" is bfloat16 on a GPU and float32 on a CPU. Raises DLRError on another name."""
+    name = known_name(name, ("auto", *DTYPES), "dtype")
     if name == "auto":
         return torch.bfloat16 if gpu else torch.float32
-    if name not in DTYPES:
-        raise DLRError(f"unknown dtype {name!r}; one of auto, {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
