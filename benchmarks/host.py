@@ -1,35 +1,34 @@
-"""What launching costs the host, without a GPU: python -m benchmarks.host
+"""What launching costs the host, without a GPU: python -m benchmarks.host [--out FOLDER] [--note WORDS]
 
 Kernels are compiled for an H100, and launched by a driver that does nothing: what is left is Python's part. Calls of
-functions are counted, which no busy machine changes; the time beside them is this machine's. Prints JSON.
+functions are counted, which no busy machine changes; the time beside them is this machine's. Writes JSON.
 """
 
-import json
+import argparse
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from dlr_lock.common.machine import machine
 from dlr_lock.triton_kernels import ChainWeights, gram_blocks
 from dlr_lock.triton_kernels.cost import H200
 from dlr_lock.triton_kernels.decode import DecodePlan, decode, workspace
 from dlr_lock.triton_kernels.launch import Launch
 from dlr_lock.triton_kernels.prefill import prefill
 
+from .gpu.rows import HostRow
+from .output import target, write_json
+
 CHAIN = (1, 12, 192, 576)  # lanes, steps, rank, features: the default in the place of an MLP of 576 x 1536
 TOKENS = 512
 ROUNDS = 200
-
-
-class Counted(NamedTuple):
-    """Of one call: functions called, of Python and of C; microseconds, the least of some rounds."""
-
-    calls: int
-    us: float
 
 
 class _Utils:
@@ -61,7 +60,7 @@ class IdleDriver:
         return 0
 
 
-def counted(call: Callable[[], object]) -> Counted:
+def counted(what: str, launches: int, call: Callable[[], object]) -> HostRow:
     """What `call()` costs, once it has run."""
     call()
     seen = [0]
@@ -79,10 +78,10 @@ def counted(call: Callable[[], object]) -> Counted:
         began = time.perf_counter()
         call()
         times.append(time.perf_counter() - began)
-    return Counted(seen[0], round(1e6 * min(times), 1))
+    return HostRow(what, launches, seen[0], round(1e6 * min(times), 1))
 
 
-def measure() -> dict[str, Any]:
+def measure() -> list[HostRow]:
     """A decode call; a prefill call, and one of its launches by `Launch` and by Triton's own launcher."""
     triton.runtime.driver.set_active(IdleDriver())
     A, B = (torch.zeros(CHAIN, dtype=torch.bfloat16) for _ in range(2))
@@ -98,26 +97,42 @@ def measure() -> dict[str, Any]:
 
     prefill(x, chain, gram, H200)  # compiles
     Launch.__call__ = kept  # type: ignore[method-assign]
-    prefill(x, chain, gram, H200)
-    Launch.__call__ = original  # type: ignore[method-assign]
+    try:
+        prefill(x, chain, gram, H200)
+    finally:
+        Launch.__call__ = original  # type: ignore[method-assign]
     launch, (grid, *arguments) = launched[0]
-    whole = counted(lambda: prefill(x, chain, gram, H200))
     plan = DecodePlan.choose(
         lanes=1, depth=CHAIN[1], rank=CHAIN[2], hidden=CHAIN[3], tokens=1, sms=H200.sms, block_steps=2
     )
     memory = workspace(plan, "cpu")
-    decoding = counted(lambda: decode(x[:1], chain, gram, plan=plan, workspace=memory))
-    return {
-        "decode": decoding._asdict(),
-        "chain": CHAIN, "tokens": TOKENS, "launches": len(launched),
-        "launch": counted(lambda: launch(grid, *arguments))._asdict(),
-        "launch_by_triton": counted(
-            lambda: launch.kernel[grid](*arguments, **launch.constants, **launch.options)
-        )._asdict(),
-        "prefill": whole._asdict(), "prefill_calls_a_launch": round(whole.calls / len(launched), 1),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
-    }  # fmt: skip
+    return [
+        counted("decode", 1, lambda: decode(x[:1], chain, gram, plan=plan, workspace=memory)),
+        counted("prefill", len(launched), lambda: prefill(x, chain, gram, H200)),
+        counted("launch", 1, lambda: launch(grid, *arguments)),
+        counted(
+            "launch by Triton",
+            1,
+            lambda: launch.kernel[grid](*arguments, **launch.constants, **launch.options),
+        ),
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures, and writes a file among the results."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.host")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the file, instead of the processor's under results"
+    )
+    parser.add_argument("--note", help="what a reader should know of the machine")
+    options = parser.parse_args(arguments)
+    document = {"schema": 1, **machine(torch.device("cpu")), "stopped": None, "note": options.note}
+    document |= {"chain": CHAIN, "tokens": TOKENS, "rows": [asdict(row) for row in measure()]}
+    path = target(document, "host", options.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, document)
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(), indent=1))
+    main()

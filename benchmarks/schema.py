@@ -16,7 +16,7 @@ from dlr_lock import DLRError
 from dlr_lock.common.files import read_json
 from dlr_lock.microbench.bench import Row
 
-from .gpu.rows import ConversionRow, FactRow, ModelRow, ProfileRow, SuiteRow, TrainingRow
+from .gpu.rows import ConversionRow, FactRow, HostRow, ModelRow, ProfileRow, SuiteRow, TrainingRow
 
 SCHEMA = 1
 KINDS: dict[str, type] = {
@@ -28,6 +28,7 @@ KINDS: dict[str, type] = {
     "training": TrainingRow,
     "conversion": ConversionRow,
     "moretests": SuiteRow,
+    "host": HostRow,
 }
 HEAD: dict[str, Any] = {
     "schema": int,

@@ -23,7 +23,7 @@ TOKENS = (1, 16, 512, 4096)
 def head(document: Row, what: str, columns: str = "", rows: Sequence[Sequence[str]] = ()) -> list[str]:
     """What a table shows, when and with which versions it was measured; then the table, if there is one."""
     versions = ", ".join(f"{name} {value}" for name, value in document["versions"].items() if value)
-    threads = f" {document['cpu_threads']} threads;" if document["device"].startswith("CPU ") else ""
+    threads = f" {count_words(document['cpu_threads'], 'thread')};" if document["device"].startswith("CPU ") else ""
     driver = f" driver {document['driver']};" if document["driver"] else ""
     stopped = f" Stopped {document['stopped']}." if document["stopped"] else ""
     measured = (
@@ -146,6 +146,17 @@ def machine(document: Row) -> list[str]:
     return head(document, "; ".join(f"{r['fact']} {r['value']:,.4g} {r['unit']}" for r in rows))
 
 
+def host(document: Row) -> list[str]:
+    """A line a kind of call."""
+    lines = [
+        (row["what"], f"{row['launches']}", f"{row['calls']:,}", cell(row["us"] / row["launches"], ".1f"))
+        for row in document["rows"]
+    ]
+    note = f" ({document['note']})" if document.get("note") else ""
+    what = f"What launching costs the host, by a driver that launches nothing{note}"
+    return head(document, what, "call | launches | functions called | us a launch", lines)
+
+
 TABLES: dict[str, Callable[[Row], list[str]]] = {
     "machine": machine,
     "tests": tests,
@@ -154,6 +165,7 @@ TABLES: dict[str, Callable[[Row], list[str]]] = {
     "training": training,
     "conversion": conversion,
     "moretests": tests,
+    "host": host,
 }
 
 

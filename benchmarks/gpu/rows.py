@@ -13,6 +13,16 @@ class FactRow:
 
 
 @dataclass(slots=True)
+class HostRow:
+    """What a call costs the host: kernels launched; functions called, of Python and of C; the least time of some."""
+
+    what: str
+    launches: int
+    calls: int
+    us: float
+
+
+@dataclass(slots=True)
 class SuiteRow:
     """One file of tests, counted."""
 
