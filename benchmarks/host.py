@@ -18,8 +18,8 @@ from triton.backends.compiler import GPUTarget
 
 from dlr_lock.common.machine import machine
 from dlr_lock.triton_kernels import ChainWeights, gram_blocks
-from dlr_lock.triton_kernels.cost import H200
 from dlr_lock.triton_kernels.decode import DecodePlan, decode, workspace
+from dlr_lock.triton_kernels.gpu import H200
 from dlr_lock.triton_kernels.launch import Launch
 from dlr_lock.triton_kernels.prefill import prefill
 

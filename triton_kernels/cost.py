@@ -1,102 +1,27 @@
 """What a DLR-Net should cost: counted bytes, FLOPs and dependent steps, times a device's constants.
 
 The same counts give the floor (what no implementation can beat), the prediction for each path, and so the choice
-between them. Constants without a measurement of ours name their source; `dlr-lock bench --explain` prints all.
+between them. Constants without a measurement of ours name their source (`gpu.py`); `dlr-lock bench --explain` prints
+all.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
 
-import torch
 from torch import Tensor
 
 from .decode_plan import DecodePlan
+from .gpu import Device, device_constants
 from .lookahead import BLOCK, block_steps
+from .rounds import Part, Shape, chunk_tokens, class_tokens, rounds_of, solve_columns
+from .tiles import product_seconds, tile_for
 
 MAX_DECODE_TOKENS = 64
-SOLVE_WIDTH = 512  # columns of one solve: the most whose steps stay in registers
-SOLVE_STEPS = 16  # steps of one solve, which is unrolled: 120 small products
-_GRAM_SHARE = 1 / 8  # of the weights' memory, which Gram blocks wider than one solve may take
+_GRAM_SHARE = 1 / 8  # of the weights' memory, which Gram blocks wider than one step may take
 USUAL_TOKENS = 4096  # of a prefill, which the width of Gram blocks is chosen for
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """A GPU's constants. Rates are what a long copy and a large product reach, not the data sheet's."""
-
-    name: str
-    sms: int  # multiprocessors
-    bandwidth: float  # bytes a second, device memory
-    flops: float  # of 16-bit products, a second
-    sm_bandwidth: float = (
-        107e9  # bytes a second into one multiprocessor from L2: H100, kernel-task floors.json
-    )
-    launch: float = 1.0e-6  # seconds a node of a CUDA graph: 0.8 to 1.3 (MegaQwen, HazyResearch)
-    atomics: float = 2e12  # bytes a second of float32 additions in L2: an estimate, not measured yet
-    barrier: float = 1.0e-6  # seconds, all multiprocessors: H100, kernel-task floors.json
-    step: float = 0.35e-6  # seconds a step of a solve, one after another: an estimate, not measured yet
-    cooperative: bool = True  # whether a persistent grid can be launched
-
-
-# Copies at 4.3 TB/s and products of 8192 at 785 TFLOP/s were measured on an H200; the others are data sheets
-# times the same shares (0.9 and 0.79).
-_KNOWN = {
-    "H200": (4.3e12, 785e12),
-    "H100": (3.0e12, 785e12),
-    "B200": (7.2e12, 1780e12),
-    "A100": (1.8e12, 246e12),
-    "MI300X": (4.8e12, 1030e12),
-}
-H200 = Device("NVIDIA H200", 132, *_KNOWN["H200"])
-
-
-@cache
-def device_constants(index: int) -> Device:
-    """The constants of the CUDA or ROCm device `index`; one that is not known is taken for an H200 of its size."""
-    properties = torch.cuda.get_device_properties(index)
-    sms = properties.multi_processor_count
-    rates = next((r for key, r in _KNOWN.items() if key in properties.name), None)
-    if rates is None:
-        rates = (H200.bandwidth * sms / H200.sms, H200.flops * sms / H200.sms)
-    # Before compute capability 8 `tl.dot` has no matrix units for these tiles: 670 bytes of stack on sm_75.
-    cooperative = torch.version.hip is None and properties.major >= 8
-    return Device(properties.name, sms, *rates, cooperative=cooperative)
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A DLR-Net on a number of tokens: A and B are [lanes, depth, rank, hidden] of `itemsize` bytes an element."""
-
-    lanes: int
-    depth: int  # steps a lane
-    rank: int
-    hidden: int
-    tokens: int
-    itemsize: int = 2
-
-    @staticmethod
-    def of(A: Tensor, tokens: int) -> "Shape":
-        """The shape of a chain with weights like A [L, K, r, d]."""
-        lanes, depth, rank, hidden = A.shape
-        return Shape(lanes, depth, rank, hidden, tokens, A.itemsize)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of A and B."""
-        return 2 * self.lanes * self.depth * self.rank * self.hidden * self.itemsize
-
-    @property
-    def flops(self) -> int:
-        """FLOPs of the chain itself, two for a multiplication and addition."""
-        return 2 * self.tokens * self.weight_bytes // self.itemsize
-
-    def gram_bytes(self, width: int) -> int:
-        """Bytes of Gram blocks of `width` columns, as `gram_blocks` makes them."""
-        steps = block_steps(width, self.depth, self.rank)
-        blocks = ceil(self.depth / steps)
-        return 0 if steps == 1 else self.lanes * blocks * width**2 * self.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,73 +43,89 @@ def floor_seconds(shape: Shape, device: Device) -> float:
 
 
 def predict_decode(shape: Shape, plan: DecodePlan, device: Device) -> Prediction:
-    """What the decode kernel should take: a round streams its weights while the one before it waits and solves."""
-    floor = floor_seconds(shape, device)
-    busy = min(1.0, plan.lanes * plan.slices / device.sms)
-    stream = shape.weight_bytes / plan.rounds / (device.bandwidth * busy)
-    # What every CTA reads from L2 for its solve: the Gram tiles and P; before that, P was added by all of them.
+    """What the decode kernel should take: a round is the path from one barrier to the next, or its weights' stream."""
+    ctas = plan.lanes * plan.slices
+    # A CTA gets its share of the device's bandwidth, and no more than a multiprocessor does.
+    rate = min(device.sm_bandwidth, device.bandwidth / ctas)
+    stream = shape.weight_bytes / plan.rounds / ctas / rate
     grams = plan.steps * (plan.steps - 1) // 2 * plan.rank**2 * shape.itemsize
     p = 4 * shape.tokens * plan.steps * plan.rank
-    adds = plan.lanes * plan.slices * p / device.atomics if plan.slices > 1 else 0.0
-    barrier = device.barrier if plan.slices > 1 else 0.0
-    # The Gram tiles are requested before the wait, P only after it.
-    wait = (
-        adds + max(barrier, grams / device.sm_bandwidth) + p / device.sm_bandwidth + plan.steps * device.step
-    )
-    # A slice of one tile has its weights requested before the wait; a wider one streams them after it.
-    each = max(stream, wait) if plan.chunks == 1 else stream + wait
-    return Prediction("decode", device.launch + plan.rounds * each, floor, 1, plan.rounds)
+    adds = ctas * p / device.atomics
+    # P out, the barrier, P in; some 30 times warps wait for one another; and the products that wait for one another,
+    # 16 of the rank each: of the update, and of a solve of several steps.
+    exchange = adds + device.barrier + 2 * device.latency + p / device.sm_bandwidth
+    products = (2 * plan.steps - 1) * ceil(plan.rank / 16) * device.mma
+    serial = exchange + 30 * device.sync + products + grams / device.sm_bandwidth
+    # From the projection to the arrival no weights are on their way; a slice of several tiles has none until the end.
+    idle = adds + device.barrier + device.latency
+    each = max(serial, stream + idle) if plan.chunks == 1 else stream + serial
+    # the launch, and that which zeroes its memory
+    seconds = 2 * device.launch + device.latency + plan.rounds * each
+    return Prediction("decode", seconds, floor_seconds(shape, device), 2, plan.rounds)
 
 
 def predict_prefill(shape: Shape, width: int, device: Device) -> Prediction:
-    """What prefill should take with Gram blocks of `width` columns: each launch at the rate of its bytes or FLOPs."""
-    rounds = ceil(shape.depth / block_steps(width, shape.depth, shape.rank))
-    part = solve_columns(width, shape.rank)
-    parts = ceil(width / part)
-    rows = shape.lanes * shape.tokens
-    # u read and written, z written, x read: once a round but the last, where y is written instead
-    state = (rounds - 1) * rows * shape.hidden * (8 + 2 * shape.itemsize)
-    moved = shape.weight_bytes + state + 2 * shape.tokens * shape.hidden * shape.itemsize
-    products = max(shape.flops / device.flops, moved / device.bandwidth)
-    # Two products a round: there is nothing to solve, and P is never in memory.
-    if width == shape.rank:
-        written = 2 * rows * shape.depth * shape.rank * shape.itemsize / device.bandwidth
-        seconds = 2 * rounds * device.launch + products + written
-        return Prediction("prefill", seconds, floor_seconds(shape, device), 2 * rounds, rounds)
-    # The solves: P written and read, H written and read; small products at a third of the rate; or their steps,
-    # one after another, in programs of 64 tokens of which a multiprocessor holds two.
-    columns = rows * shape.depth * shape.rank
-    waves = ceil(ceil(shape.tokens / 64) * shape.lanes / (2 * device.sms))
-    solves = max(
-        columns * (8 + 2 * shape.itemsize) / device.bandwidth,
-        columns * part / (device.flops / 3),
-        waves * shape.depth * device.step,
-    )
-    # What the parts of a block add to the P of its later ones: 8 bytes an element read and written each time
-    between = (parts - 1) / 2 * columns * max(2 * part / device.flops, 8 / device.bandwidth)
-    # A part of one step has no solve: its product ends with the activation.
-    launches = rounds * (parts + 1 if part == shape.rank else 2 * parts + 1)
-    seconds = launches * device.launch + products + solves + between
+    """What prefill should take with Gram blocks of `width` columns: the sum of its launches."""
+    block = block_steps(width, shape.depth, shape.rank)
+    chunk = chunk_tokens(shape, width)
+    whole, left = divmod(shape.tokens, chunk)
+    tiled = min(class_tokens(shape.tokens), chunk)
+    seconds, launches = 0.0, 0
+    for tokens, times in ((chunk, whole), (left, 1)):
+        if tokens and times:
+            of_chunk, count = _chunk_seconds(replace(shape, tokens=tokens), tiled, block, device)
+            seconds, launches = seconds + times * of_chunk, launches + times * count
+    rounds = ceil(shape.depth / block)
     return Prediction("prefill", seconds, floor_seconds(shape, device), launches, rounds)
 
 
+def _chunk_seconds(shape: Shape, tiled: int, block: int, device: Device) -> tuple[float, int]:
+    """Seconds and launches of one chunk, with the tiles for `tiled` tokens."""
+    seconds, launches, split = 0.0, 0, False
+    rounds = list(rounds_of(shape, block))
+    for one, times in Counter(rounds).items():
+        for work in one.works():
+            tile = tile_for(replace(work, tokens=tiled), device)
+            seconds, launches = seconds + times * product_seconds(work, tile, device), launches + times
+            split |= tile.split > 1
+        for part in one.parts:
+            if part.solved:
+                seconds, launches = seconds + times * _solve_seconds(shape, part, device), launches + times
+    if split:  # their counters are zeroed
+        seconds, launches = seconds + device.launch, launches + 1
+    if not rounds[-1].finishes:  # the lanes are summed by torch, in four
+        moved = 4 * shape.tokens * shape.hidden * (shape.lanes + 6)
+        seconds, launches = seconds + 4 * device.launch + moved / device.bandwidth, launches + 4
+    return seconds, launches
+
+
+def _solve_seconds(shape: Shape, part: Part, device: Device) -> float:
+    """A program of 64 tokens does its steps one after another, and a multiprocessor two programs at a time."""
+    programs = ceil(shape.tokens / 64) * shape.lanes
+    columns = part.steps * shape.rank
+    grams = part.steps * (part.steps - 1) // 2 * shape.rank**2 * shape.itemsize
+    moved = min(64, shape.tokens) * columns * (4 + shape.itemsize) + grams
+    most, waves = ceil(programs / device.sms), ceil(programs / (2 * device.sms))
+    seconds = max(most * moved / device.sm_bandwidth, waves * part.steps * device.step)
+    return device.launch + 2 * device.latency + seconds
+
+
 def predict_dense(shape: Shape, width: int, device: Device) -> Prediction:
-    """What a gated MLP of `width` hidden units in the chain's place should take, in three launches."""
+    """What a gated MLP of `width` hidden units in the chain's place should take, in the five launches of torch: gate,
+    up, activation, product, down. Its products are taken to reach the device's rates at any size."""
     elements = 3 * shape.hidden * width
-    seconds = max(elements * shape.itemsize / device.bandwidth, 2 * shape.tokens * elements / device.flops)
-    return Prediction("dense", 3 * device.launch + seconds, seconds, 3, 3)
+    memory, flops = elements * shape.itemsize / device.bandwidth, 2 * shape.tokens * elements / device.flops
+    hidden = 5 * shape.tokens * width * shape.itemsize  # the activation reads one and writes one, the product 2 and 1
+    between = hidden / (device.bandwidth if hidden > device.l2 else device.sms * device.sm_bandwidth)
+    seconds = 5 * (device.launch + 2 * device.latency) + max(memory, flops) + between
+    return Prediction("dense", seconds, max(memory, flops), 5, 5)
 
 
-def solve_columns(width: int, rank: int) -> int:
-    """Columns of a block of `width` columns that one solve takes: whole steps, as many as its registers hold.
-
-    A step of more than 128 columns is not solved with others: a solve has a program for 64 tokens, 8 for 512 where a
-    device has 132 multiprocessors, and what one such step adds for the next is a product large enough to fill it.
-    """
-    if rank > 128:
-        return rank
-    most = min(SOLVE_WIDTH, SOLVE_STEPS * rank)
-    return min(width, max(rank, most // rank * rank))
+def gram_bytes(shape: Shape, width: int) -> int:
+    """Bytes of Gram blocks of `width` columns, as `gram_blocks` makes them."""
+    steps = block_steps(width, shape.depth, shape.rank)
+    blocks = ceil(shape.depth / steps)
+    return 0 if steps == 1 else shape.lanes * blocks * width**2 * shape.itemsize
 
 
 def gram_width(A: Tensor) -> int:
@@ -219,7 +160,7 @@ def best_width(shape: Shape, device: Device) -> int:
     part = solve_columns(lane, shape.rank)
     even = shape.rank << (part // shape.rank).bit_length() - 1
     widths = sorted({min(lane, size * n) for size in (part, even) for n in (1, 2, 4, 8)})
-    fitting = [w for w in widths if w <= part or shape.gram_bytes(w) <= _GRAM_SHARE * shape.weight_bytes]
+    fitting = [w for w in widths if w <= part or gram_bytes(shape, w) <= _GRAM_SHARE * shape.weight_bytes]
     usual = (replace(shape, tokens=1), shape)
     return min(fitting, key=lambda w: math.prod(_over_floor(s, w, device) for s in usual))
 

@@ -8,10 +8,12 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from .chain import ChainWeights
-from .cost import MAX_DECODE_TOKENS, Device, Shape, choose, device_constants
+from .cost import MAX_DECODE_TOKENS, choose
 from .decode import Workspace, decode, workspace
 from .decode_plan import DecodePlan
+from .gpu import Device, device_constants
 from .prefill import prefill
+from .rounds import Shape
 from .tuning import tune, tuned, wanted
 
 

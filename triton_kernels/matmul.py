@@ -8,8 +8,7 @@ A product too small to fill the device is split along what it sums over. The par
 arrives last adds them, in their order: the same bits every time.
 """
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,29 +19,7 @@ from torch import Tensor
 from .activations import triton_form
 from .device import EXACT
 from .launch import Launch
-
-FILLED = 0.68  # of the multiprocessors, which a product should give a program: 90 of 132
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """How a product is divided among programs."""
-
-    rows: int  # tokens of a tile
-    columns: int
-    inner: int  # what is summed at a time
-    split: int = 1  # programs that share the sum of a tile
-    warps: int = 4
-    stages: int = 3
-
-    def programs(self, tokens: int, columns: int, lanes: int) -> int:
-        """Programs of a product of `tokens` rows, in all lanes."""
-        return self.tiles(tokens, columns) * self.split * lanes
-
-    def tiles(self, tokens: int, columns: int) -> int:
-        """Tiles of one lane's product."""
-        return -(-tokens // self.rows) * -(-columns // self.columns)
-
+from .tiles import Tile
 
 @dataclass(frozen=True, slots=True)
 class View:
@@ -127,32 +104,6 @@ class Product:
         """
         grid = (self.tile.tiles(tokens, self.columns), self.tile.split, self.lanes)
         self._launch(grid, a, w, total, out, hidden, x, z, scale, bias, parts, turns, tokens, block)
-
-
-def tile_for(
-    tokens: int, columns: int, inner: int, lanes: int, dtype: torch.dtype, multiprocessors: int
-) -> Tile:
-    """A tile that does not spill on sm_80, sm_90, sm_100 and gfx942, and gives most multiprocessors a program.
-
-    Large tiles read least. Where they are too few for the device, tiles of 64 by 64 come first, then parts of the sum,
-    each of which costs a pass over float32 memory, then narrow tiles.
-    """
-    # 128 by 256 would read less, but spills 700 bytes a thread where u is added and z written.
-    rows = min(128, max(16, 1 << (tokens - 1).bit_length()))
-    if dtype == torch.float32:  # no matrix units: small tiles
-        return Tile(min(rows, 64), 64, 32, stages=2)
-    wide = min(128, max(16, 1 << (columns - 1).bit_length()))
-    wanted = math.ceil(FILLED * multiprocessors)
-    chunks = math.ceil(inner / 64)
-    low = min(rows, 64)
-    for BM, BN in ((rows, wide), (low, min(wide, 64)), (low, min(wide, 32)), (low, 16)):
-        tile = Tile(BM, BN, 64, warps=8 if BM == 128 else 4)
-        short = math.ceil(wanted / tile.programs(tokens, columns, lanes))
-        if short > 1 and BM * BN <= 4096:  # as few parts as fill the device, each of whole chunks
-            tile = replace(tile, split=math.ceil(chunks / max(1, chunks // short)))
-        if tile.programs(tokens, columns, lanes) >= wanted:
-            break
-    return tile
 
 
 def matmul_memory(products: list[Product], tokens: int, device: torch.device) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ z = x + u rounded to the weights' dtype, which the second product writes on its 
 by side, so that no stride depends on the number of tokens.
 """
 
+from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any
 
@@ -16,12 +17,12 @@ import torch
 from torch import Tensor
 
 from .chain import ChainWeights
-from .cost import Device, Shape, solve_columns
-from .matmul import Product, View, matmul_memory, tile_for
+from .gpu import Device
+from .matmul import Product, View, matmul_memory
+from .rounds import SCRATCH, Round, Shape, chunk_tokens, class_tokens, rounds_of
 from .solve import Solve
+from .tiles import Work, tile_for
 
-MOST_TOKENS = 8192  # from which on more tokens change nothing about tiles
-SCRATCH = 256 * 2**20  # bytes at most: longer inputs go in chunks, 128 tokens at least
 
 
 def prefill(
@@ -41,10 +42,8 @@ def prefill(
         y, [T, d], in x's dtype.
     """
     A = chain.A
-    # Tiles are chosen for the power of two below: all its programs are there for every T up to the next.
-    tokens = min(MOST_TOKENS, 1 << len(x).bit_length() - 1)
     steps = gram.shape[-2] // A.shape[2]
-    made = _made(Shape.of(A, tokens), steps, A.dtype, chain.act, device, scratch, x.dtype, x.device)
+    made = _made(Shape.of(A, class_tokens(len(x))), steps, A.dtype, chain.act, device, scratch, x.dtype, x.device)
     return made(x, chain, gram)
 
 
@@ -80,7 +79,13 @@ class Prefill:
         self._shape, self._steps = shape, steps
         self._width = steps * shape.rank
         self._chunk = chunk_tokens(shape, self._width, scratch=scratch)
-        self._rounds = _rounds(shape, steps, dtype, act, device, min(shape.tokens, self._chunk))
+        shape = replace(shape, tokens=min(shape.tokens, self._chunk))
+
+        @cache  # those in the middle are one
+        def made(one: Round) -> _Round:
+            return _Round(shape, steps, one, dtype, act, device)
+
+        self._rounds = [made(one) for one in rounds_of(shape, steps)]
         self._products = list({p: None for r in self._rounds for p in r.products()})
 
     def __call__(self, x: Tensor, chain: ChainWeights, gram: Tensor) -> Tensor:
@@ -122,95 +127,57 @@ class Prefill:
 
 
 class _Round:
-    """The launches of one round: of a block of `steps` steps in every lane, the last of the chain or another."""
+    """The launches of one round."""
 
     def __init__(
-        self,
-        shape: Shape,
-        block: int,
-        steps: int,
-        dtype: torch.dtype,
-        act: str,
-        device: Device,
-        tokens: int,
-        *,
-        first: bool,
-        last: bool,
+        self, shape: Shape, block: int, one: Round, dtype: torch.dtype, act: str, device: Device
     ) -> None:
         lanes, rank, hidden = shape.lanes, shape.rank, shape.hidden
         width, blocks = block * rank, -(-shape.depth // block)
-        size = solve_columns(width, rank) // rank  # steps of a part
-        one_round = first and last
-        self.finishes = last and (lanes == 1 or one_round)
+        self.finishes = one.finishes
         token = View(lanes * width, lane=width)  # of P and H
         state = View(lanes * hidden, lane=hidden)  # of u and z
         whole = shape.depth * rank * hidden  # elements of a lane's A
         gram_lane, gram_block = blocks * width**2, width**2
 
-        def product(columns: int, inner: int, lanes: int = lanes, **views: Any) -> Product:
-            tile = tile_for(tokens, columns, inner, lanes, dtype, device.sms)
-            return Product(lanes=lanes, columns=columns, inner=inner, tile=tile, act=act, **views)
+        def product(work: Work, **views: Any) -> Product:
+            return Product(
+                lanes=work.lanes, columns=work.columns, inner=work.inner, tile=tile_for(work, device), act=act, **views
+            )
 
         # A token's x is read by every lane.
         self.project = product(
-            steps * rank, hidden, a=View(hidden) if first else state,
+            one.project, a=View(hidden) if one.first else state,
             w=View(1, column=hidden, lane=whole, block=width * hidden), out=token,
-            active=rank if size == 1 else 0,
+            active=0 if one.parts[0].solved else rank,
         )  # fmt: skip
         self.parts: list[tuple[Product | None, Solve | None]] = []
-        for start in range(0, steps, size):
-            count = min(size, steps - start)
-            between = solve = None
-            if start:
+        for part in one.parts:
+            start, between, solve = part.start, None, None
+            if part.between is not None:
                 between = product(
-                    count * rank, start * rank, a=token,
+                    part.between, a=token,
                     w=View(width, start=start * rank, lane=gram_lane, block=gram_block),
                     out=View(token.row, lane=width, start=start * rank), total=True,
-                    active=rank if size == 1 else 0,
+                    active=0 if part.solved else rank,
                 )  # fmt: skip
-            if size > 1:
+            if part.solved:
                 solve = Solve(
-                    lanes=lanes, steps=count, rank=rank, first=start, block=block, blocks=blocks, tokens=tokens,
-                    dtype=dtype, act=act,
+                    lanes=lanes, steps=part.steps, rank=rank, first=start, block=block, blocks=blocks,
+                    tokens=shape.tokens, dtype=dtype, act=act,
                 )  # fmt: skip
             self.parts.append((between, solve))
-        written = View(hidden, lane=whole, block=width * hidden)
-        if one_round:  # the sum over lanes is one product of L m columns
+        if one.first and one.last:  # the sum over lanes is one product of L m columns
             self.update = product(
-                hidden, lanes * width, lanes=1, a=View(lanes * width), w=View(hidden), out=View(hidden), finish=True
-            )  # fmt: skip
+                one.update, a=View(lanes * width), w=View(hidden), out=View(hidden), finish=True
+            )
         else:
             self.update = product(
-                hidden, steps * rank, a=token, w=written, out=View(hidden) if self.finishes else state,
-                z=None if last else state, total=not first, finish=self.finishes,
+                one.update, a=token, w=View(hidden, lane=whole, block=width * hidden),
+                out=View(hidden) if self.finishes else state,
+                z=None if one.last else state, total=not one.first, finish=self.finishes,
             )  # fmt: skip
 
     def products(self) -> list[Product]:
         """All but the solves."""
         return [self.project, self.update, *(between for between, _ in self.parts if between)]
-
-
-def _rounds(
-    shape: Shape, block: int, dtype: torch.dtype, act: str, device: Device, tokens: int
-) -> list[_Round]:
-    """The rounds of a chain; those in the middle are one."""
-    count = -(-shape.depth // block)
-    left = shape.depth - (count - 1) * block
-
-    @cache
-    def one(steps: int, first: bool, last: bool) -> _Round:
-        return _Round(shape, block, steps, dtype, act, device, tokens, first=first, last=last)
-
-    return [one(left if n == count - 1 else block, n == 0, n == count - 1) for n in range(count)]
-
-
-def chunk_tokens(shape: Shape, width: int, *, scratch: int = SCRATCH) -> int:
-    """Tokens of a chunk whose state, P and H take at most `scratch` bytes: a multiple of 128, and at least 128.
-
-    Args:
-        shape: The chain.
-        width: Columns of a Gram block.
-        scratch: Bytes of temporary memory.
-    """
-    each = shape.lanes * (shape.hidden + width) * (4 + shape.itemsize)
-    return max(128, scratch // each // 128 * 128)

@@ -15,8 +15,10 @@ import torch
 import triton
 
 from ..common.cache import read_table, write_table
-from .cost import Device, Shape, choose, decode_plan
+from .cost import choose, decode_plan
 from .decode_plan import MAX_STEPS, DecodePlan
+from .gpu import Device
+from .rounds import Shape
 
 VARIABLE = "DLR_LOCK_TUNE"
 _FORMAT = 3

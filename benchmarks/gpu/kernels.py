@@ -13,7 +13,7 @@ from dlr_lock.microbench.bench import COLD_BYTES, ROUNDS, Row, cases_of, numbers
 from dlr_lock.microbench.bench import measure as measured
 from dlr_lock.microbench.slot import CPU_PROVIDERS, PROVIDERS, Case, Slot, dtype_of
 from dlr_lock.microbench.timing import measured_rates
-from dlr_lock.triton_kernels import cost
+from dlr_lock.triton_kernels.gpu import device_constants
 
 from ..kernels import CHAINS, SHAPES, SMOKE, TOKENS
 from .stage import Record, capture_error, check_device
@@ -32,7 +32,7 @@ def measure(record: Record) -> None:
     rates = measured_rates(record.device, dtype)
     record.document |= {
         "measured_rates": {"copy_gb_per_s": rates.copy / 1e9, "matmul_tflop_per_s": rates.matmul / 1e12},
-        "constants": asdict(cost.device_constants(record.device.index)) if gpu else None,
+        "constants": asdict(device_constants(record.device.index)) if gpu else None,
     }
     record.document["settings"] |= {"rounds": rounds, "cold_bytes": cold_bytes, "dtype": dtype_name(dtype)}
 

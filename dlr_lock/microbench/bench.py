@@ -25,6 +25,7 @@ from ..common.errors import DLRError, capture_error, typed_line
 from ..common.machine import machine
 from ..runtime.spec import DLRSpec
 from ..triton_kernels import chain_reference, cost
+from ..triton_kernels.gpu import device_constants
 from .slot import CPU_PROVIDERS, PROVIDERS, Case, DenseWeights, Slot, dense_mlp, dtype_of
 from .timing import Rates, Runner, measured_rates, set_times, take_turns
 
@@ -282,7 +283,7 @@ def _predict(row: Row, slot: Slot) -> None:
     """Writes the cost model's path, time and floor into the row of a GPU."""
     if slot.device.type != "cuda":
         return
-    device, shape = cost.device_constants(slot.device.index), slot.case.shape(slot.dtype)
+    device, shape = device_constants(slot.device.index), slot.case.shape(slot.dtype)
     row.floor_us = 1e6 * cost.floor_seconds(shape, device)
     width = slot.gram[0].shape[-2]
     family = row.provider.split("-")[0]
@@ -342,4 +343,4 @@ def _indexed(device: torch.device) -> torch.device:
 
 
 def _constants(device: torch.device) -> dict[str, Any] | None:
-    return asdict(cost.device_constants(device.index)) if device.type == "cuda" else None
+    return asdict(device_constants(device.index)) if device.type == "cuda" else None

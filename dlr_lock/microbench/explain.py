@@ -10,6 +10,7 @@ from ..common.dtypes import dtype_name
 from ..common.errors import DLRError
 from ..triton_kernels import cost
 from ..triton_kernels.cost import Prediction
+from ..triton_kernels.gpu import H200, Device, device_constants
 from ..triton_kernels.lookahead import block_steps
 from .slot import Case, dtype_of
 
@@ -30,9 +31,9 @@ def explain(cases: Sequence[Case], *, device: torch.device, dtype: str = "auto")
     """
     weights = dtype_of(dtype, gpu=True)
     gpu = device.type == "cuda"
-    constants = cost.H200
+    constants = H200
     if gpu:
-        constants = cost.device_constants(
+        constants = device_constants(
             torch.cuda.current_device() if device.index is None else device.index
         )
     spec = cases[0].spec
@@ -48,13 +49,13 @@ def explain(cases: Sequence[Case], *, device: torch.device, dtype: str = "auto")
         "assumed": not gpu,
         "chain": spec.to_dict() | {"intermediate": cases[0].intermediate, "params": spec.params},
         "dtype": dtype_name(weights),
-        "gram": {"m": width, "S": width // spec.rank, "bytes": usual.gram_bytes(width)},
+        "gram": {"m": width, "S": width // spec.rank, "bytes": cost.gram_bytes(usual, width)},
         "solve_columns": cost.solve_columns(width, spec.rank),
         "rows": rows,
     }
 
 
-def _explained(case: Case, width: int, device: cost.Device, dtype: torch.dtype) -> dict[str, Any]:
+def _explained(case: Case, width: int, device: Device, dtype: torch.dtype) -> dict[str, Any]:
     """The prediction of each path for one case, `decode` None where it cannot run, and which one is chosen."""
     shape = case.shape(dtype)
     steps = width // shape.rank

@@ -27,7 +27,8 @@ from ..triton_kernels import (
     gram_width,
     lookahead,
 )
-from ..triton_kernels.cost import Shape
+from ..triton_kernels.gpu import device_constants
+from ..triton_kernels.rounds import Shape
 from .timing import Call
 
 # Each family in the forms that it is timed in; "ours" is the op, as the cost model steers it, "prefill" and
@@ -132,14 +133,14 @@ class Slot:
         # One of the two paths of the kernels, past the cost model, where it has both to choose from.
         shape = self.case.shape(self.dtype)
         steps = self.gram[0].shape[-2] // shape.rank
-        plan = cost.decode_plan(shape, cost.device_constants(self.device.index), steps)
+        plan = cost.decode_plan(shape, device_constants(self.device.index), steps)
         if plan is None:
             return None
         from ..triton_kernels.decode import decode, workspace
         from ..triton_kernels.prefill import prefill
 
         if family == "prefill":
-            return prefill, [of | {"device": cost.device_constants(self.device.index)} for of in with_gram]
+            return prefill, [of | {"device": device_constants(self.device.index)} for of in with_gram]
         fixed = {"plan": plan, "workspace": workspace(plan, self.device)}
         return decode, [of | fixed for of in with_gram]
 

@@ -21,7 +21,7 @@ from dlr_lock.microbench.explain import explain
 from dlr_lock.microbench.slot import CPU_PROVIDERS, PROVIDERS
 from dlr_lock.microbench.timing import Rates
 from dlr_lock.triton_kernels import lookahead
-from dlr_lock.triton_kernels.cost import H200
+from dlr_lock.triton_kernels.gpu import H200
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from dlr_lock.runtime.spec import DLRSpec
 from dlr_lock.triton_kernels import ChainWeights, chain_reference, gram_blocks
-from dlr_lock.triton_kernels.cost import H200, Shape, best_width
-from dlr_lock.triton_kernels.matmul import Product, Tile, View, matmul_memory, tile_for
-from dlr_lock.triton_kernels.prefill import Prefill, chunk_tokens, prefill
+from dlr_lock.triton_kernels.cost import best_width
+from dlr_lock.triton_kernels.gpu import H200
+from dlr_lock.triton_kernels.matmul import Product, View, matmul_memory
+from dlr_lock.triton_kernels.prefill import Prefill, prefill
+from dlr_lock.triton_kernels.rounds import Shape, chunk_tokens
+from dlr_lock.triton_kernels.tiles import Tile, Work, tile_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Execute = Callable[..., Any]
@@ -101,7 +104,7 @@ def product_request(target: str, form: str, tokens: int) -> dict[str, Any]:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def product(columns: int, inner: int, **views: Any) -> Product:
-        tile = tile_for(tokens, columns, inner, 1, torch.bfloat16, H200.sms)
+        tile = tile_for(Work(tokens, columns, inner), H200)
         views = {"a": View(inner), "w": View(columns), "out": View(columns)} | views
         return Product(lanes=1, columns=columns, inner=inner, tile=tile, act="silu", **views)
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from dlr_lock.triton_kernels import tuning
-from dlr_lock.triton_kernels.cost import H200, Shape, choose, decode_plan
+from dlr_lock.triton_kernels.cost import choose, decode_plan
 from dlr_lock.triton_kernels.decode_plan import DecodePlan
+from dlr_lock.triton_kernels.gpu import H200
+from dlr_lock.triton_kernels.rounds import Shape
 
 SHAPE = Shape(lanes=1, depth=64, rank=32, hidden=1024, tokens=1)
 ARGS = (SHAPE, H200, 16, False)

@@ -1,0 +1,136 @@
+"""What a round of prefill consists of: products and solves, which `prefill.py` launches and `cost.py` counts."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from math import ceil
+
+from torch import Tensor
+
+from .tiles import Work
+
+SOLVE_WIDTH = 512  # columns of one solve: the most whose steps stay in registers
+SOLVE_STEPS = 16  # steps of one solve, which is unrolled: 120 small products
+MOST_TOKENS = 8192  # from which on more tokens change nothing about tiles
+SCRATCH = 256 * 2**20  # bytes at most: longer inputs go in chunks, 128 tokens at least
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A DLR-Net on a number of tokens: A and B are [lanes, depth, rank, hidden] of `itemsize` bytes an element."""
+
+    lanes: int
+    depth: int  # steps a lane
+    rank: int
+    hidden: int
+    tokens: int
+    itemsize: int = 2
+
+    @staticmethod
+    def of(A: Tensor, tokens: int) -> "Shape":
+        """The shape of a chain with weights like A [L, K, r, d]."""
+        lanes, depth, rank, hidden = A.shape
+        return Shape(lanes, depth, rank, hidden, tokens, A.itemsize)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of A and B."""
+        return 2 * self.lanes * self.depth * self.rank * self.hidden * self.itemsize
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the chain itself, two for a multiplication and addition."""
+        return 2 * self.tokens * self.weight_bytes // self.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some steps of a block: the product of what earlier ones add to their P, if there are any, and their solve."""
+
+    start: int  # the first step, within the block
+    steps: int
+    between: Work | None
+    solved: bool  # else the activation ends the product, of the one step
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One block of steps of every lane."""
+
+    steps: int
+    first: bool
+    last: bool
+    finishes: bool  # whether the last product writes y; else the lanes are still to be summed
+    project: Work
+    parts: tuple[Part, ...]
+    update: Work
+
+    def works(self) -> list[Work]:
+        """Its products."""
+        return [self.project, self.update, *(part.between for part in self.parts if part.between)]
+
+
+@cache
+def round_of(shape: Shape, steps: int, first: bool, last: bool) -> Round:
+    """The round of a block of `steps` steps."""
+    lanes, rank, hidden, size = shape.lanes, shape.rank, shape.hidden, shape.itemsize
+    tokens, columns = shape.tokens, steps * rank
+    each = solve_columns(columns, rank) // rank  # steps of a part
+    parts = []
+    for start in range(0, steps, each):
+        count = min(each, steps - start)
+        between = Work(tokens, count * rank, start * rank, lanes, 4 + (size if each == 1 else 4), size)
+        parts.append(Part(start, count, between if start else None, each > 1))
+    active = rank if each == 1 else 0
+    written = ceil((active * size + (columns - active) * 4) / columns)
+    project = Work(tokens, columns, hidden, lanes, written, size)
+    total = 0 if first else 4
+    finishes = last and (lanes == 1 or first)
+    if finishes and first:  # the sum over lanes is one product
+        update = Work(tokens, hidden, lanes * columns, 1, size, size)
+    else:
+        ends = total + (size if finishes else 4 if last else 4 + 2 * size)
+        update = Work(tokens, hidden, columns, lanes, ends, size)
+    return Round(steps, first, last, finishes, project, tuple(parts), update)
+
+
+def rounds_of(shape: Shape, block: int) -> Iterator[Round]:
+    """The rounds of a chain whose Gram blocks have `block` steps."""
+    count = ceil(shape.depth / block)
+    for n in range(count):
+        steps = block if n < count - 1 else shape.depth - n * block
+        yield round_of(shape, steps, n == 0, n == count - 1)
+
+
+def solve_columns(width: int, rank: int) -> int:
+    """Columns of a block of `width` columns that one solve takes: whole steps, as many as its registers hold.
+
+    A step of more than 128 columns is not solved with others: a solve has a program for 64 tokens, 8 for 512 where a
+    device has 132 multiprocessors, and what one such step adds for the next is a product large enough to fill it.
+    """
+    if rank > 128:
+        return rank
+    most = min(SOLVE_WIDTH, SOLVE_STEPS * rank)
+    return min(width, max(rank, most // rank * rank))
+
+
+def class_tokens(tokens: int) -> int:
+    """The number of tokens for which the tiles of a call of `tokens` are chosen, so that launches are made once.
+
+    The most of those that have as many tiles: in sixteens up to 256, in sixteenths of a power of two beyond.
+    """
+    tokens = min(tokens, MOST_TOKENS)
+    step = max(16, (1 << (tokens - 1).bit_length()) // 16)
+    return -(-tokens // step) * step
+
+
+def chunk_tokens(shape: Shape, width: int, *, scratch: int = SCRATCH) -> int:
+    """Tokens of a chunk whose state, P and H take at most `scratch` bytes: a multiple of 128, and at least 128.
+
+    Args:
+        shape: The chain.
+        width: Columns of a Gram block.
+        scratch: Bytes of temporary memory.
+    """
+    each = shape.lanes * (shape.hidden + width) * (4 + shape.itemsize)
+    return max(128, scratch // each // 128 * 128)
