@@ -115,7 +115,9 @@ def predict_dense(shape: Shape, width: int, device: Device) -> Prediction:
     up, activation, product, down. Its products are taken to reach the device's rates at any size."""
     elements = 3 * shape.hidden * width
     memory, flops = elements * shape.itemsize / device.bandwidth, 2 * shape.tokens * elements / device.flops
-    hidden = 5 * shape.tokens * width * shape.itemsize  # the activation reads one and writes one, the product 2 and 1
+    hidden = (
+        5 * shape.tokens * width * shape.itemsize
+    )  # the activation reads one and writes one, the product 2 and 1
     between = hidden / (device.bandwidth if hidden > device.l2 else device.sms * device.sm_bandwidth)
     seconds = 5 * (device.launch + 2 * device.latency) + max(memory, flops) + between
     return Prediction("dense", seconds, max(memory, flops), 5, 5)

@@ -27,9 +27,13 @@ class Device:
     atomics: float = 2e12
     launch: float = 1.0e-6  # seconds a node of a CUDA graph: 0.8 to 1.3 (MegaQwen, HazyResearch)
     barrier: float = 1.0e-6  # seconds, all multiprocessors
-    latency: float = 0.3e-6  # seconds of a load or an addition out to memory: 414 to 479 cycles (arXiv 2402.13499)
+    latency: float = (
+        0.3e-6  # seconds of a load or an addition out to memory: 414 to 479 cycles (arXiv 2402.13499)
+    )
     sync: float = 25e-9  # seconds that warps wait for one another: an estimate
-    mma: float = 17e-9  # seconds of a product of 16 by 8 by 16 that another one waits for: 0.8 us for 48 of them
+    mma: float = (
+        17e-9  # seconds of a product of 16 by 8 by 16 that another one waits for: 0.8 us for 48 of them
+    )
     step: float = 0.35e-6  # seconds a step of prefill's solve, one after another: an estimate
     cooperative: bool = True  # whether a persistent grid can be launched
 

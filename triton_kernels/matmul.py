@@ -21,6 +21,7 @@ from .device import EXACT
 from .launch import Launch
 from .tiles import Tile
 
+
 @dataclass(frozen=True, slots=True)
 class View:
     """Where an operand's elements lie, in elements: token, feature or row times `row`, and so on.

@@ -24,7 +24,6 @@ from .solve import Solve
 from .tiles import Work, tile_for
 
 
-
 def prefill(
     x: Tensor, chain: ChainWeights, gram: Tensor, device: Device, *, scratch: int = SCRATCH
 ) -> Tensor:
@@ -43,11 +42,13 @@ def prefill(
     """
     A = chain.A
     steps = gram.shape[-2] // A.shape[2]
-    made = _made(Shape.of(A, class_tokens(len(x))), steps, A.dtype, chain.act, device, scratch, x.dtype, x.device)
+    made = _made(
+        Shape.of(A, class_tokens(len(x))), steps, A.dtype, chain.act, device, scratch, x.dtype, x.device
+    )
     return made(x, chain, gram)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)  # 140 for a chain that sees every number of tokens
 def _made(
     shape: Shape, steps: int, dtype: torch.dtype, act: str, device: Device, scratch: int, *_: object
 ) -> "Prefill":
@@ -142,7 +143,12 @@ class _Round:
 
         def product(work: Work, **views: Any) -> Product:
             return Product(
-                lanes=work.lanes, columns=work.columns, inner=work.inner, tile=tile_for(work, device), act=act, **views
+                lanes=work.lanes,
+                columns=work.columns,
+                inner=work.inner,
+                tile=tile_for(work, device),
+                act=act,
+                **views,
             )
 
         # A token's x is read by every lane.

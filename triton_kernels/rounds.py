@@ -117,10 +117,10 @@ def solve_columns(width: int, rank: int) -> int:
 def class_tokens(tokens: int) -> int:
     """The number of tokens for which the tiles of a call of `tokens` are chosen, so that launches are made once.
 
-    The most of those that have as many tiles: in sixteens up to 256, in sixteenths of a power of two beyond.
+    The most of those that have as many tiles of 16 or, beyond 256 tokens, of 64 rows.
     """
     tokens = min(tokens, MOST_TOKENS)
-    step = max(16, (1 << (tokens - 1).bit_length()) // 16)
+    step = 16 if tokens <= 256 else 64
     return -(-tokens // step) * step
 
 

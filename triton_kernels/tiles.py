@@ -94,7 +94,9 @@ def product_seconds(work: Work, tile: Tile, device: Device) -> float:
     read = span * (rows + tile.columns) * work.itemsize
     ends = rows * tile.columns * work.ends
     parts = 0.0
-    if tile.split > 1:  # a part is written by each, and all are read by the last, after their additions to a counter
+    if (
+        tile.split > 1
+    ):  # a part is written by each, and all are read by the last, after their additions to a counter
         ends += rows * tile.columns * 4 * (1 + tile.split)
         parts = 3 * device.latency
     # Tiles of 64 columns read an operand from shared memory as often as half of the matrix units' rate allows.

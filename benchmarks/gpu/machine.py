@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dlr_lock.microbench.timing import Runner, measured_rates
+from dlr_lock.triton_kernels.gpu import device_constants
 
 from .rows import FactRow
 from .stage import Record
@@ -25,17 +26,24 @@ def measure(record: Record) -> None:
         ("copy, read and written", rates.copy / 1e9, "GB/s"),
         (f"product in {str(dtype).removeprefix('torch.')}", rates.matmul / 1e12, "TFLOP/s"),
     ]
+    probed: list[FactRow] = []
     if gpu:
+        from . import probes  # of Triton, which is for Linux alone
+
+        assumed = device_constants(device.index)
+        facts = [(*facts[0], 1e-9 * assumed.bandwidth), (*facts[1], 1e-12 * assumed.flops)]
+        if assumed.cooperative:
+            probed = probes.facts(device, assumed)
         properties = torch.cuda.get_device_properties(device)
         facts += [
             ("multiprocessors", properties.multi_processor_count),
             ("compute capability", f"{properties.major}.{properties.minor}"),
             ("L2 cache", getattr(properties, "L2_cache_size", 0) / 1e6, "MB"),
             ("CUDA or HIP", torch.version.cuda or torch.version.hip),
-            ("node of a CUDA graph", 1e6 * node_seconds(device), "us"),
+            ("node of a CUDA graph", 1e6 * node_seconds(device), "us", 1e6 * assumed.launch),
         ]
     record.document["rows"] = []
-    record.add(*(FactRow(*fact) for fact in [*facts, *_settings(gpu)]))
+    record.add(*(FactRow(*fact) for fact in [*facts, *_settings(gpu)]), *probed)
 
 
 def node_seconds(device: torch.device) -> float:

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class FactRow:
-    """One fact of a machine."""
+    """One fact of a machine. assumed: by the cost model, in the same unit."""
 
     fact: str
     value: float | str | None
     unit: str = ""
+    assumed: float | None = None
 
 
 @dataclass(slots=True)

@@ -33,9 +33,7 @@ def explain(cases: Sequence[Case], *, device: torch.device, dtype: str = "auto")
     gpu = device.type == "cuda"
     constants = H200
     if gpu:
-        constants = device_constants(
-            torch.cuda.current_device() if device.index is None else device.index
-        )
+        constants = device_constants(torch.cuda.current_device() if device.index is None else device.index)
     spec = cases[0].spec
     usual = Case(spec, cases[0].intermediate, cost.USUAL_TOKENS).shape(weights)
     width = spec.rank * block_steps(cost.best_width(usual, constants), spec.depth, spec.rank)

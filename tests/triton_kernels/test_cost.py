@@ -7,7 +7,7 @@ import pytest
 from dlr_lock.runtime.spec import DLRSpec
 from dlr_lock.triton_kernels import cost
 from dlr_lock.triton_kernels.gpu import H200
-from dlr_lock.triton_kernels.rounds import Shape, chunk_tokens, class_tokens
+from dlr_lock.triton_kernels.rounds import Shape, chunk_tokens, class_tokens, rounds_of
 from dlr_lock.triton_kernels.tiles import Tile, Work, product_seconds, tile_for
 
 # Of models of 135M to 70B parameters: what a conversion makes of them.
@@ -43,3 +43,52 @@ def test_no_path_is_chosen_that_another_beats_by_a_fifth(mlp: tuple[int, int]) -
             if prefill > 1.2 * own:
                 slow.append((tokens, prefill, own))
     assert not slow, f"{len(slow)}, such as {slow[:5]}"
+
+
+@pytest.mark.parametrize("mlp", MLPS, ids=str)
+def test_products_fill_the_device_from_sixteen_tokens_on(mlp: tuple[int, int]) -> None:
+    """With the tiles that a call of any number of tokens gets."""
+    usual, steps = chain(*mlp)
+    for tokens in COUNTS[15:]:
+        tiled = class_tokens(tokens)
+        for one in rounds_of(replace(usual, tokens=tiled), steps):
+            for work in (one.project, one.update):
+                tile = tile_for(work, H200)
+                assert tile.programs(tokens, work.columns, work.lanes) >= 90, (tokens, work, tile)
+
+
+@pytest.mark.parametrize("mlp", MLPS, ids=str)
+def test_nothing_is_predicted_below_its_floor_or_the_time_of_its_launches(mlp: tuple[int, int]) -> None:
+    usual, steps = chain(*mlp)
+    for tokens in (1, 16, 64, 512, 4096):
+        shape = replace(usual, tokens=tokens)
+        found = [
+            cost.predict_prefill(shape, steps * shape.rank, H200),
+            cost.predict_dense(shape, mlp[1], H200),
+        ]
+        if plan := cost.decode_plan(shape, H200, steps):
+            found.append(cost.predict_decode(shape, plan, H200))
+        for prediction in found:
+            assert prediction.seconds > prediction.floor + prediction.launches * H200.launch
+
+
+def test_a_product_costs_what_its_busiest_multiprocessor_reads_or_multiplies() -> None:
+    work, tile = Work(512, 768, 2048), Tile(64, 64, 64)
+    fixed = H200.launch + 2 * H200.latency
+    bytes_read = 2048 * (64 + 64) * 2 + 64 * 64 * 4
+    assert product_seconds(work, tile, H200) == pytest.approx(fixed + bytes_read / H200.sm_bandwidth)
+    # One row of tiles more: 108 programs, still one each; then 144, and some have two.
+    assert product_seconds(replace(work, tokens=576), tile, H200) == product_seconds(work, tile, H200)
+    two = product_seconds(replace(work, tokens=768), tile, H200) - fixed
+    assert two == pytest.approx(2 * (product_seconds(work, tile, H200) - fixed))
+    # Where L2 is no limit the matrix units are, at half their rate in tiles of 64 columns.
+    fast = replace(H200, sm_bandwidth=1e15, bandwidth=1e18)
+    units = 2 * 64 * 64 * 2048 / (H200.flops / H200.sms / 2)
+    assert product_seconds(work, tile, fast) == pytest.approx(fixed + units)
+
+
+def test_the_mlp_is_five_launches() -> None:
+    """A 135M model's at one token, where launching is nearly all: 8 to 9 us were expected by hand."""
+    shape, _ = chain(576, 1536)
+    dense = cost.predict_dense(replace(shape, tokens=1), 1536, H200)
+    assert dense.launches == 5 and 8e-6 < dense.seconds < 10e-6

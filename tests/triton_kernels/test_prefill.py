@@ -8,12 +8,10 @@ import torch
 from aot import compile_requests, launch_request
 from torch import Tensor
 
-from dlr_lock.runtime.spec import DLRSpec
 from dlr_lock.triton_kernels import ChainWeights, chain_reference, gram_blocks
-from dlr_lock.triton_kernels.cost import best_width
 from dlr_lock.triton_kernels.gpu import H200
 from dlr_lock.triton_kernels.matmul import Product, View, matmul_memory
-from dlr_lock.triton_kernels.prefill import Prefill, prefill
+from dlr_lock.triton_kernels.prefill import prefill
 from dlr_lock.triton_kernels.rounds import Shape, chunk_tokens
 from dlr_lock.triton_kernels.tiles import Tile, Work, tile_for
 
@@ -141,23 +139,6 @@ def test_products_compile_for_every_target_without_spills() -> None:
         assert got["matrix"] and (tokens < 64 or got["matrix"] == [TARGETS[target]])
         if (target, tokens) == ("sm_90", 4096):  # two programs of 256 threads a multiprocessor
             assert got["registers"] <= 128, f"{form}: {got}"
-
-
-MLPS = [(576, 1536), (1024, 3072), (1536, 8960), (2048, 8192), (2560, 9728), (3072, 8192), (4096, 14336),
-        (5120, 25600), (8192, 28672)]  # fmt: skip
-
-
-@pytest.mark.parametrize(("hidden", "intermediate"), MLPS)
-@pytest.mark.parametrize("tokens", [16, 32, 64, 128, 256, 512, 1024, 4096, 8192])
-def test_products_with_the_state_fill_the_device(hidden: int, intermediate: int, tokens: int) -> None:
-    """At the power of two below any number of tokens; more of them only add programs."""
-    spec = DLRSpec.matching(hidden, intermediate, mlp_gated=True)
-    shape = Shape(*spec.weight_shape, tokens)
-    steps = best_width(Shape(*spec.weight_shape, 4096), H200) // spec.rank
-    made = Prefill(shape, steps, torch.bfloat16, "silu", H200)
-    for one in made._rounds:
-        for product in (one.project, one.update):
-            assert product.tile.programs(tokens, product.columns, 1) >= 90, (spec, product.tile)
 
 
 def one_product(a: Tensor, W: Tensor, total: Tensor, tile: Tile) -> list[Tensor]:
