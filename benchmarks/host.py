@@ -18,10 +18,12 @@ from triton.backends.compiler import GPUTarget
 
 from dlr_lock.common.machine import machine
 from dlr_lock.triton_kernels import ChainWeights, gram_blocks
-from dlr_lock.triton_kernels.decode import DecodePlan, decode, workspace
+from dlr_lock.triton_kernels.decode import decode
+from dlr_lock.triton_kernels.decode_plan import plan_decode
 from dlr_lock.triton_kernels.gpu import H200
 from dlr_lock.triton_kernels.launch import Launch
 from dlr_lock.triton_kernels.prefill import prefill
+from dlr_lock.triton_kernels.rounds import Shape
 
 from .gpu.rows import HostRow
 from .output import target, write_json
@@ -102,12 +104,11 @@ def measure() -> list[HostRow]:
     finally:
         Launch.__call__ = original  # type: ignore[method-assign]
     launch, (grid, *arguments) = launched[0]
-    plan = DecodePlan.choose(
-        lanes=1, depth=CHAIN[1], rank=CHAIN[2], hidden=CHAIN[3], tokens=1, sms=H200.sms, block_steps=2
-    )
-    memory = workspace(plan, "cpu")
+    plan = plan_decode(Shape.of(A, 1), H200)
+    assert plan is not None
+    token = x[:1]
     return [
-        counted("decode", 1, lambda: decode(x[:1], chain, gram, plan=plan, workspace=memory)),
+        counted("decode", 1, lambda: decode(token, chain, plan)),
         counted("prefill", len(launched), lambda: prefill(x, chain, gram, H200)),
         counted("launch", 1, lambda: launch(grid, *arguments)),
         counted(

@@ -13,13 +13,12 @@ from math import ceil
 
 from torch import Tensor
 
-from .decode_plan import DecodePlan
+from .decode_plan import DecodePlan, plan_decode
 from .gpu import Device, device_constants
 from .lookahead import BLOCK, block_steps
 from .rounds import Part, Shape, chunk_tokens, class_tokens, rounds_of, solve_columns
 from .tiles import product_seconds, tile_for
 
-MAX_DECODE_TOKENS = 64
 _GRAM_SHARE = 1 / 8  # of the weights' memory, which Gram blocks wider than one step may take
 USUAL_TOKENS = 4096  # of a prefill, which the width of Gram blocks is chosen for
 
@@ -43,25 +42,29 @@ def floor_seconds(shape: Shape, device: Device) -> float:
 
 
 def predict_decode(shape: Shape, plan: DecodePlan, device: Device) -> Prediction:
-    """What the decode kernel should take: a round is the path from one barrier to the next, or its weights' stream."""
-    ctas = plan.lanes * plan.slices
+    """What a decode kernel should take: a step is the path from one arrival to the next, or its weights' stream."""
     # A CTA gets its share of the device's bandwidth, and no more than a multiprocessor does.
-    rate = min(device.sm_bandwidth, device.bandwidth / ctas)
-    stream = shape.weight_bytes / plan.rounds / ctas / rate
-    grams = plan.steps * (plan.steps - 1) // 2 * plan.rank**2 * shape.itemsize
-    p = 4 * shape.tokens * plan.steps * plan.rank
-    adds = ctas * p / device.atomics
-    # P out, the barrier, P in; some 30 times warps wait for one another; and the products that wait for one another,
-    # 16 of the rank each: of the update, and of a solve of several steps.
-    exchange = adds + device.barrier + 2 * device.latency + p / device.sm_bandwidth
-    products = (2 * plan.steps - 1) * ceil(plan.rank / 16) * device.mma
-    serial = exchange + 30 * device.sync + products + grams / device.sm_bandwidth
-    # From the projection to the arrival no weights are on their way; a slice of several tiles has none until the end.
-    idle = adds + device.barrier + device.latency
-    each = max(serial, stream + idle) if plan.chunks == 1 else stream + serial
-    # the launch, and that which zeroes its memory
-    seconds = 2 * device.launch + device.latency + plan.rounds * each
-    return Prediction("decode", seconds, floor_seconds(shape, device), 2, plan.rounds)
+    rate = min(device.sm_bandwidth, device.bandwidth / plan.ctas)
+    stream = shape.weight_bytes / plan.depth / plan.ctas / rate
+    unread = stream * (1 - plan.held / plan.tiles)  # what is read only when it is wanted
+    p, u = 4 * shape.tokens * plan.rows, 4 * shape.tokens * plan.width
+    if plan.tokens == 1:
+        adds, read = 4 * plan.ctas * plan.rank / device.atomics, 4 * plan.rank
+        counted = plan.ctas  # that arrive at a counter
+        # Sums over columns and rows, by ordinary units and then among warps
+        work = 2 * plan.tiles * plan.rows * plan.columns / device.units + 10 * device.sync
+    else:
+        adds, read = plan.ctas * (p + u) / device.atomics, p + u
+        counted = (plan.parts + plan.groups) / 2
+        chain = plan.tiles * plan.columns + plan.rows  # what a sum, and then another, goes over
+        work = ceil(chain / 16) * device.mma + 20 * device.sync
+    exchange = device.latency + device.wait(counted) + device.latency
+    serial = adds + plan.barriers * exchange + read / device.sm_bandwidth + work
+    # From the last of its weights to the next arrival, and until what is asked for then comes, a CTA reads none.
+    idle = adds / plan.barriers + work / 2 + 2 * device.latency
+    # Its launch, and that which zeroes its memory
+    seconds = 2 * device.launch + 2 * device.latency + plan.depth * (max(serial, stream + idle) + unread)
+    return Prediction("decode", seconds, floor_seconds(shape, device), 2, plan.barriers * plan.depth)
 
 
 def predict_prefill(shape: Shape, width: int, device: Device) -> Prediction:
@@ -148,8 +151,7 @@ def gram_width(A: Tensor) -> int:
 def best_width(shape: Shape, device: Device) -> int:
     """The width of Gram blocks, in columns, at which a chain should be nearest to its floors.
 
-    Tried are whole solves, and solves of a power of two of steps, which decode's rounds divide in more ways; once
-    to eight times. Blocks wider than one solve may take an eighth of the weights' bytes.
+    Tried are one to eight whole solves. Blocks wider than one may take an eighth of the weights' bytes.
 
     Args:
         shape: The chain, with the number of tokens that counts beside one token.
@@ -160,8 +162,7 @@ def best_width(shape: Shape, device: Device) -> int:
     """
     lane = shape.depth * shape.rank
     part = solve_columns(lane, shape.rank)
-    even = shape.rank << (part // shape.rank).bit_length() - 1
-    widths = sorted({min(lane, size * n) for size in (part, even) for n in (1, 2, 4, 8)})
+    widths = sorted({min(lane, part * n) for n in (1, 2, 4, 8)})
     fitting = [w for w in widths if w <= part or gram_bytes(shape, w) <= _GRAM_SHARE * shape.weight_bytes]
     usual = (replace(shape, tokens=1), shape)
     return min(fitting, key=lambda w: math.prod(_over_floor(s, w, device) for s in usual))
@@ -170,47 +171,25 @@ def best_width(shape: Shape, device: Device) -> int:
 def _over_floor(shape: Shape, width: int, device: Device) -> float:
     """Predicted seconds of the faster path over the floor."""
     seconds = predict_prefill(shape, width, device).seconds
-    if plan := decode_plan(shape, device, width // shape.rank):
+    if plan := plan_decode(shape, device):
         seconds = min(seconds, predict_decode(shape, plan, device).seconds)
     return seconds / floor_seconds(shape, device)
 
 
 @cache
-def decode_plan(shape: Shape, device: Device, steps: int, deterministic: bool = False) -> DecodePlan | None:
-    """How the decode kernel runs a chain.
+def choose(shape: Shape, device: Device, steps: int, deterministic: bool = False) -> DecodePlan | None:
+    """Which path runs a chain.
 
     Args:
         shape: The chain, and the tokens of a call.
         device: The GPU.
         steps: Steps of a Gram block.
-        deterministic: Whether sums are taken in a fixed order.
+        deterministic: Whether the same bits are wanted every time. Decode adds in the order in which its CTAs come.
 
     Returns:
-        The plan; None where the kernel cannot run: on a device without cooperative launches, for more than
-        MAX_DECODE_TOKENS tokens, or for a chain of more lanes or longer lanes than it holds.
+        The plan of `plan_decode` where that path should be the faster one; else None: prefill.
     """
-    if not device.cooperative or not 0 < shape.tokens <= MAX_DECODE_TOKENS or shape.lanes > device.sms:
-        return None
-    try:
-        return DecodePlan.choose(
-            lanes=shape.lanes,
-            depth=shape.depth,
-            rank=shape.rank,
-            hidden=shape.hidden,
-            tokens=shape.tokens,
-            sms=device.sms,
-            itemsize=shape.itemsize,
-            block_steps=steps,
-            deterministic=deterministic,
-        )
-    except ValueError:  # a lane beyond the kernel's 32-bit offsets
-        return None
-
-
-@cache
-def choose(shape: Shape, device: Device, steps: int, deterministic: bool = False) -> DecodePlan | None:
-    """The plan of `decode_plan`, with its arguments, where that path should be the faster one; else None: prefill."""
-    plan = decode_plan(shape, device, steps, deterministic)
+    plan = None if deterministic else plan_decode(shape, device)
     if plan is None:
         return None
     prefill = predict_prefill(shape, steps * shape.rank, device)

@@ -11,7 +11,7 @@ class Device:
     """A GPU's constants. Rates are what a long copy and a large product reach, not the data sheet's.
 
     What has no other source was measured on an H100 by danila-permogorskii/kernel-task (`results/h100/floors.json`).
-    `make gpu FLAGS="--stage machine"` measures all but `mma`, `sync` and `step`.
+    `make gpu FLAGS="--stage machine"` measures all but `latency`, `units`, `mma`, `sync` and `step`.
     """
 
     name: str
@@ -26,16 +26,25 @@ class Device:
     # addition of 16 bytes a clock in each of 80 slices or so.
     atomics: float = 2e12
     launch: float = 1.0e-6  # seconds a node of a CUDA graph: 0.8 to 1.3 (MegaQwen, HazyResearch)
-    barrier: float = 1.0e-6  # seconds, all multiprocessors
+    barrier: float = (
+        1.0e-6  # seconds from the last arrival of all multiprocessors to their going on: see `wait`
+    )
     latency: float = (
         0.3e-6  # seconds of a load or an addition out to memory: 414 to 479 cycles (arXiv 2402.13499)
     )
+    # Elements of the weights that a multiprocessor multiplies and adds a second without matrix units: 128 a clock of
+    # 1.75 GHz, in three instructions: an estimate.
+    units: float = 75e9
     sync: float = 25e-9  # seconds that warps wait for one another: an estimate
     mma: float = (
         17e-9  # seconds of a product of 16 by 8 by 16 that another one waits for: 0.8 us for 48 of them
     )
     step: float = 0.35e-6  # seconds a step of prefill's solve, one after another: an estimate
     cooperative: bool = True  # whether a persistent grid can be launched
+
+    def wait(self, ctas: float) -> float:
+        """Seconds of a barrier among some CTAs: 132 took 1.00 us and 264 took 1.38, a line from 0.62 on."""
+        return self.barrier * (0.62 + 0.38 * ctas / self.sms)
 
 
 # Copies at 4.3 TB/s and products of 8192 at 785 TFLOP/s were measured on an H200; the others are data sheets

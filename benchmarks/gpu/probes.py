@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dlr_lock.microbench.timing import Runner
-from dlr_lock.triton_kernels.decode import _arrive, _wait
+from dlr_lock.triton_kernels.decode import arrive, wait
 from dlr_lock.triton_kernels.gpu import Device
 
 from .rows import FactRow
@@ -80,8 +80,8 @@ def nodes(counter: Tensor, programs: int, times: int) -> Tensor:
 @triton.jit
 def barrier_kernel(p_counter, TIMES: tl.constexpr):
     for n in range(TIMES):
-        _arrive(p_counter)
-        _wait(p_counter, (n + 1) * tl.num_programs(0))
+        arrive(p_counter)
+        wait(p_counter, (n + 1) * tl.num_programs(0))
 
 
 @triton.jit

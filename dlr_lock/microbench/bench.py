@@ -25,6 +25,7 @@ from ..common.errors import DLRError, capture_error, typed_line
 from ..common.machine import machine
 from ..runtime.spec import DLRSpec
 from ..triton_kernels import chain_reference, cost
+from ..triton_kernels.decode_plan import plan_decode
 from ..triton_kernels.gpu import device_constants
 from .slot import CPU_PROVIDERS, PROVIDERS, Case, DenseWeights, Slot, dense_mlp, dtype_of
 from .timing import Rates, Runner, measured_rates, set_times, take_turns
@@ -292,8 +293,8 @@ def _predict(row: Row, slot: Slot) -> None:
     elif family == "prefill":
         prediction = cost.predict_prefill(shape, width, device)
     elif family in ("ours", "decode"):
-        choose = cost.choose if family == "ours" else cost.decode_plan
-        plan = choose(shape, device, width // shape.rank)
+        decoding = family == "decode"
+        plan = plan_decode(shape, device) if decoding else cost.choose(shape, device, width // shape.rank)
         prediction = (
             cost.predict_decode(shape, plan, device) if plan else cost.predict_prefill(shape, width, device)
         )

@@ -10,6 +10,7 @@ from ..common.dtypes import dtype_name
 from ..common.errors import DLRError
 from ..triton_kernels import cost
 from ..triton_kernels.cost import Prediction
+from ..triton_kernels.decode_plan import plan_decode
 from ..triton_kernels.gpu import H200, Device, device_constants
 from ..triton_kernels.lookahead import block_steps
 from .slot import Case, dtype_of
@@ -57,11 +58,10 @@ def _explained(case: Case, width: int, device: Device, dtype: torch.dtype) -> di
     """The prediction of each path for one case, `decode` None where it cannot run, and which one is chosen."""
     shape = case.shape(dtype)
     steps = width // shape.rank
-    plan = cost.decode_plan(shape, device, steps)
+    plan = plan_decode(shape, device)
     decode = None
     if plan is not None:
-        launch = {"m": plan.steps * plan.rank, "S": plan.steps, "ctas_a_lane": plan.slices}
-        launch["num_warps"] = plan.num_warps
+        launch = {"ctas": plan.ctas, "num_warps": plan.num_warps}
         decode = _times(cost.predict_decode(shape, plan, device)) | launch
     return {
         "tokens": case.tokens,

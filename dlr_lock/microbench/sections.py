@@ -6,7 +6,7 @@ from ..reporting import Section, Table, grouped, headings
 from ..reporting.words import cell, chain_name, count_words
 
 _PATHS = ("dense", "decode", "prefill")
-_PLAN = ("rounds", "launches", "m", "S", "ctas_a_lane", "num_warps")
+_PLAN = ("rounds", "launches", "m", "S", "ctas", "num_warps")
 
 
 def benchmark_sections(document: dict[str, Any]) -> list[Section]:
@@ -70,9 +70,7 @@ def explanation_sections(facts: dict[str, Any]) -> list[Section]:
             times = (cell(f.get(name), ".1f") for name in ("predicted_us", "floor_us"))
             rest = (cell(f.get(name)) for name in _PLAN)
             rows.append((str(row["tokens"]), path, "yes" if path == row["choice"] else "", *times, *rest))
-    columns = headings(
-        "tokens | path | choice | us | floor us | rounds | launches | m | S | CTAs a lane | warps"
-    )
+    columns = headings("tokens | path | choice | us | floor us | rounds | launches | m | S | CTAs | warps")
     constants = (
         f"{device['name']}: {device['sms']} multiprocessors; memory {device['bandwidth'] / 1e9:,.0f} GB/s, products "
         f"{device['flops'] / 1e12:,.0f} TFLOP/s, L2 to a multiprocessor {device['sm_bandwidth'] / 1e9:.0f} GB/s, "

@@ -21,12 +21,12 @@ from ..triton_kernels import (
     ChainWeights,
     backend,
     chain_reference,
-    cost,
     dlr_net,
     gram_blocks,
     gram_width,
     lookahead,
 )
+from ..triton_kernels.decode_plan import plan_decode
 from ..triton_kernels.gpu import device_constants
 from ..triton_kernels.rounds import Shape
 from .timing import Call
@@ -131,18 +131,16 @@ class Slot:
         if family in ("lookahead", "ours"):
             return (lookahead if family == "lookahead" else ours), with_gram
         # One of the two paths of the kernels, past the cost model, where it has both to choose from.
-        shape = self.case.shape(self.dtype)
-        steps = self.gram[0].shape[-2] // shape.rank
-        plan = cost.decode_plan(shape, device_constants(self.device.index), steps)
+        device = device_constants(self.device.index)
+        plan = plan_decode(self.case.shape(self.dtype), device)
         if plan is None:
             return None
-        from ..triton_kernels.decode import decode, workspace
+        from ..triton_kernels.decode import decode
         from ..triton_kernels.prefill import prefill
 
         if family == "prefill":
-            return prefill, [of | {"device": device_constants(self.device.index)} for of in with_gram]
-        fixed = {"plan": plan, "workspace": workspace(plan, self.device)}
-        return decode, [of | fixed for of in with_gram]
+            return prefill, [of | {"device": device} for of in with_gram]
+        return decode, [of | {"plan": plan} for of in chains]
 
 
 def _copies(weights: dict[str, Tensor], wanted: float) -> list[dict[str, Tensor]]:

@@ -138,12 +138,12 @@ def test_the_explanation_is_consistent(sizes: tuple[int, int], lanes: int, depth
     for row in facts["rows"]:
         paths = {name: row[name] for name in ("decode", "prefill") if row[name]}
         assert row["choice"] == min(paths, key=lambda name: paths[name]["predicted_us"])
-        assert (row["decode"] is None) == (row["tokens"] > 64)
+        assert row["decode"] is None or (row["tokens"] <= 64 and lanes == 1)
+        assert row["decode"] is not None or row["tokens"] > 1 or lanes > 1
         for path in (*paths.values(), row["dense"]):
             assert path["predicted_us"] > path["floor_us"] > 0 and path["rounds"] > 0 and path["launches"] > 0
         if decode := row["decode"]:
-            assert decode["launches"] == 1 and lanes * decode["ctas_a_lane"] <= H200.sms
-            assert decode["m"] == decode["S"] * cases[0].spec.rank and facts["gram"]["S"] % decode["S"] == 0
+            assert decode["launches"] == 2 and decode["ctas"] <= H200.sms
 
 
 def command(*arguments: object) -> str:

@@ -6,6 +6,7 @@ import pytest
 
 from dlr_lock.runtime.spec import DLRSpec
 from dlr_lock.triton_kernels import cost
+from dlr_lock.triton_kernels.decode_plan import plan_decode
 from dlr_lock.triton_kernels.gpu import H200
 from dlr_lock.triton_kernels.rounds import Shape, chunk_tokens, class_tokens, rounds_of
 from dlr_lock.triton_kernels.tiles import Tile, Work, product_seconds, tile_for
@@ -33,7 +34,7 @@ def test_no_path_is_chosen_that_another_beats_by_a_fifth(mlp: tuple[int, int]) -
         plan = cost.choose(shape, H200, steps)
         prefill = cost.predict_prefill(shape, steps * shape.rank, H200).seconds
         paths = [prefill]
-        if decoding := cost.decode_plan(shape, H200, steps):
+        if decoding := plan_decode(shape, H200):
             paths.append(cost.predict_decode(shape, decoding, H200).seconds)
         taken = prefill if plan is None else cost.predict_decode(shape, plan, H200).seconds
         if taken > 1.2 * min(paths):
@@ -66,7 +67,7 @@ def test_nothing_is_predicted_below_its_floor_or_the_time_of_its_launches(mlp: t
             cost.predict_prefill(shape, steps * shape.rank, H200),
             cost.predict_dense(shape, mlp[1], H200),
         ]
-        if plan := cost.decode_plan(shape, H200, steps):
+        if plan := plan_decode(shape, H200):
             found.append(cost.predict_decode(shape, plan, H200))
         for prediction in found:
             assert prediction.seconds > prediction.floor + prediction.launches * H200.launch
