@@ -44,8 +44,8 @@ def floor_seconds(shape: Shape, device: Device) -> float:
 def predict_decode(shape: Shape, plan: DecodePlan, device: Device) -> Prediction:
     """What a decode kernel should take: a step is the path from one arrival to the next, or its weights' stream."""
     # A CTA gets its share of the device's bandwidth, and no more than a multiprocessor does.
-    rate = min(device.sm_bandwidth, device.bandwidth / plan.ctas)
-    stream = shape.weight_bytes / plan.depth / plan.ctas / rate
+    each = shape.weight_bytes / plan.depth / plan.ctas
+    stream = each / min(device.sm_bandwidth, device.bandwidth / plan.ctas)
     unread = stream * (1 - plan.held / plan.tiles)  # what is read only when it is wanted
     p, u = 4 * shape.tokens * plan.rows, 4 * shape.tokens * plan.width
     if plan.tokens == 1:
@@ -62,8 +62,12 @@ def predict_decode(shape: Shape, plan: DecodePlan, device: Device) -> Prediction
     serial = adds + plan.barriers * exchange + read / device.sm_bandwidth + work
     # From the last of its weights to the next arrival, and until what is asked for then comes, a CTA reads none.
     idle = adds / plan.barriers + work / 2 + 2 * device.latency
+    # Weights that were asked for a step ahead are in L2, and memory streams on meanwhile.
+    step = (
+        max(serial, stream, each / device.sm_bandwidth + idle) if plan.ahead else max(serial, stream + idle)
+    )
     # Its launch, and that which zeroes its memory
-    seconds = 2 * device.launch + 2 * device.latency + plan.depth * (max(serial, stream + idle) + unread)
+    seconds = 2 * device.launch + 2 * device.latency + plan.depth * (step + unread)
     return Prediction("decode", seconds, floor_seconds(shape, device), 2, plan.barriers * plan.depth)
 
 

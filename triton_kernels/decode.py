@@ -61,7 +61,7 @@ def _launch(plan: DecodePlan, act: str, *_: object) -> Launch:
     constants = {
         "K": plan.depth, "R": plan.rank, "D": plan.hidden, "ACT": triton_form(act),
         "RB": plan.rows, "DB": plan.columns, "WIDTH": plan.width, "TILES": plan.tiles, "HELD": plan.held,
-        "GROUPS": plan.groups,
+        "GROUPS": plan.groups, "CTAS": plan.ctas, "AHEAD": plan.ahead,
     }  # fmt: skip
     if plan.tokens == 1:
         kernel = one_token_kernel
@@ -138,11 +138,30 @@ def _along(p_w, start, rows, left, more, RB: tl.constexpr, DB: tl.constexpr, COU
     return tiles
 
 
+@triton.jit
+def _ask_ahead(p_a, p_b, k, CTAS: tl.constexpr, K: tl.constexpr, STEP: tl.constexpr):
+    """Asks for this CTA's share of B of step k + 1 and of A of step k + 2, whole cache lines, from memory into L2.
+
+    Memory then streams on while all CTAs wait. STEP: elements of a matrix of a step.
+    """
+    PER: tl.constexpr = 1024 // p_a.dtype.element_ty.primitive_bitwidth  # elements of a line of 128 bytes
+    SHARE: tl.constexpr = (STEP + CTAS * PER - 1) // (CTAS * PER)  # lines
+    o = tl.minimum(tl.arange(0, triton.next_power_of_2(SHARE)), SHARE - 1)
+    o = tl.minimum((tl.program_id(0) * SHARE + o) * PER, STEP - 1)
+    for i in tl.static_range(2):
+        p_w = p_b if i == 0 else p_a
+        line = (p_w + (tl.minimum(k + 1 + i, K - 1) * STEP + o)).to(tl.int64)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
 @triton.jit(do_not_specialize=["T"])
 def one_token_kernel(
     p_x, p_a, p_b, p_scale, p_bias, p_y, p_sums, p_counter, T,
     K: tl.constexpr, R: tl.constexpr, D: tl.constexpr, ACT: tl.constexpr, RB: tl.constexpr, DB: tl.constexpr,
     WIDTH: tl.constexpr, TILES: tl.constexpr, HELD: tl.constexpr, GROUPS: tl.constexpr,
+    CTAS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """p_sums: P [K, R] float32, zero; p_counter: one int32, zero. T is 1."""
     first = tl.program_id(0) * WIDTH
@@ -150,6 +169,7 @@ def one_token_kernel(
     o_r, o_c = tl.arange(0, RB), tl.arange(0, DB)
     m_c = o_c < left
     o_w = first + o_r[:, None] * D + o_c[None, :]
+    p_all_a, p_all_b = p_a, p_b
     p_a += o_w
     p_b += o_w
     x = tl.load(p_x + first + o_c, mask=m_c, other=0.0).to(tl.float32)
@@ -165,6 +185,8 @@ def one_token_kernel(
         # Requested after the arrival, whose release would wait for loads before it.
         bs = _down(p_b, o_k, left, True, R, D, RB, DB, HELD)
         ws = _down(p_a, o_k + R * D, left, k + 1 < K, R, D, RB, DB, HELD)
+        if AHEAD:
+            _ask_ahead(p_all_a, p_all_b, k, CTAS, K, R * D)
         wait(p_counter, (k + 1) * GROUPS)
         update = tl.zeros((RB, DB), tl.float32)
         for t in tl.static_range(TILES):
@@ -194,6 +216,7 @@ def tokens_kernel(
     p_x, p_a, p_b, p_scale, p_bias, p_y, p_sums, p_counters, T,
     K: tl.constexpr, R: tl.constexpr, D: tl.constexpr, ACT: tl.constexpr, RB: tl.constexpr, DB: tl.constexpr,
     WIDTH: tl.constexpr, TILES: tl.constexpr, HELD: tl.constexpr, GROUPS: tl.constexpr,
+    CTAS: tl.constexpr, AHEAD: tl.constexpr,
     BM: tl.constexpr, PARTS: tl.constexpr, RING: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """p_sums: of every part a ring of P [BM, RB], then of every group a ring of the update [BM, WIDTH], float32.
@@ -209,6 +232,7 @@ def tokens_kernel(
     m_t = o_t[:, None] < T
     rows, left = R - i * RB, D - first  # that exist, of a tile's rows and of the group's columns
     o_w = (i * RB + o_r[:, None]) * D + first + o_c[None, :]
+    p_all_a, p_all_b = p_a, p_b
     p_a += o_w
     p_b += o_w
     p_p = p_sums + i * (RING * P_SIZE)
@@ -237,6 +261,8 @@ def tokens_kernel(
         arrive(p_part)
         bs = _along(p_b, o_k, rows, left, True, RB, DB, HELD)
         ws = _along(p_a, o_k + R * D, rows, left, k + 1 < K, RB, DB, HELD)
+        if AHEAD:
+            _ask_ahead(p_all_a, p_all_b, k, CTAS, K, R * D)
         wait(p_part, (k + 1) * GROUPS)
         p = tl.load(p_now + o_p, mask=m_t, other=0.0, cache_modifier=".cg")
         # Nobody reads the buffer before this one any more, and nobody adds to it before the next arrival.

@@ -50,6 +50,9 @@ class DecodePlan:
     columns: int  # of a tile, a power of two
     width: int  # columns of the state that a CTA holds
     held: int  # tiles of A and of B that are on their way while a CTA waits; the others are read when they are wanted
+    ahead: bool = (
+        False  # whether a step more is asked for into L2: not where it has no room beside what is read
+    )
     num_warps: int = 8  # the room above is that of 256 threads
 
     @property
@@ -105,13 +108,14 @@ def plan_decode(shape: Shape, device: Device) -> DecodePlan | None:
     ):
         return None
     sizes = shape.depth, shape.rank, shape.hidden
+    ahead = 4 * shape.weight_bytes // shape.depth <= device.l2
     if shape.tokens == 1:
         # Slices of 8 columns are still read 16 bytes at a time: 3072 features give 128 CTAs, not 96.
         width = _up_to(ceil(shape.hidden / device.sms), 8)
         columns = _power_of_two(width, 8)
         rows = max(16, 2048 // columns)  # 16 bytes a thread of 256
         held = _held(ceil(shape.rank / rows), rows * columns * shape.itemsize, HELD[1])
-        return DecodePlan(*sizes, 1, rows, columns, width, held)
+        return DecodePlan(*sizes, 1, rows, columns, width, held, ahead)
     # Of tiles of 32 rows Triton has every warp hold the whole: 255 registers, and a stack.
     tokens = 16 if shape.tokens <= 16 else 64
     if shape.itemsize > 2:
@@ -125,7 +129,7 @@ def plan_decode(shape: Shape, device: Device) -> DecodePlan | None:
         few = parts * ceil(tiles / each) < FEW * device.sms
         if state < STATE and not (few and (rows, columns) != TILES[-1]):
             held = _held(each, rows * columns * shape.itemsize, HELD[tokens] - state)
-            return DecodePlan(*sizes, tokens, rows, columns, each * columns, held)
+            return DecodePlan(*sizes, tokens, rows, columns, each * columns, held, ahead)
     return None
 
 

@@ -14,11 +14,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
@@ -203,12 +202,11 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{', '.join(chosen(options.stage))} on {device_name(device)}", flush=True)
     names = chosen(options.stage)
     statuses = [0]
-    with _empty_cache():
-        for number, name in enumerate(names):
-            now = time.monotonic()
-            statuses.append(run(name, options, device, now + (ends - now) / (len(names) - number)))
-            if statuses[-1] == AGAIN:
-                return AGAIN
+    for number, name in enumerate(names):
+        now = time.monotonic()
+        statuses.append(run(name, options, device, now + (ends - now) / (len(names) - number)))
+        if statuses[-1] == AGAIN:
+            return AGAIN
     return max(statuses)
 
 
@@ -265,20 +263,6 @@ def run(name: str, options: argparse.Namespace, device: torch.device, ends: floa
 def _environment() -> dict[str, str]:
     """Our own variables that change what is measured."""
     return {k: v for k, v in sorted(os.environ.items()) if k.startswith("DLR_LOCK_") and k != _CACHE}
-
-
-@contextmanager
-def _empty_cache() -> Iterator[None]:
-    """Within the block the tuning results of earlier runs are not there."""
-    before = os.environ.get(_CACHE)
-    with TemporaryDirectory() as folder:
-        os.environ[_CACHE] = folder
-        try:
-            yield
-        finally:
-            del os.environ[_CACHE]
-            if before is not None:
-                os.environ[_CACHE] = before
 
 
 def die_with_parent() -> None:
