@@ -12,10 +12,9 @@ RANK_MULTIPLE = 16  # the narrowest tile of the matrix units
 # 2%, and cost as much to undo (docs/experiments/lock-strength.md): depth buys memory in training, and is paid for in
 # decoding.
 DEPTHS = (12, 36)  # the least and the most, where nothing else is wished for
-# Parameters that an H200 streams in 16 bits (4.3 TB/s) while the grid waits for a barrier (1 us) and the solve of one
-# step (0.35 us): steps as wide hide the wait, where every multiprocessor has a slice and holds it as one tile. The cost
-# model says 0.99 of the MLP's time at d = 2048 and 1.00 at 4096; 1.2 to 1.6 at 1536, 2560, 3072 and beyond 4224, where
-# they do not; and 2 to 3 below, where 12 steps are too many already.
+# Parameters that an H200 streams in 16 bits (4.3 TB/s) in 1.35 us, what a step was first taken to cost. The cost model
+# now says 2.4 us, which 5.2e6 would hide, and of the MLP's time 1.3 at d = 2048, 1.1 at 4096, 1.4 at 1536, 2560 and
+# 3072, 1.4 to 1.8 beyond 4224; and 2.2 to 2.6 below, where 12 steps are too many already.
 HIDING_STEP = 2.9e6
 PARITY = 0.01
 

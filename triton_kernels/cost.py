@@ -50,7 +50,7 @@ def predict_decode(shape: Shape, plan: DecodePlan, device: Device) -> Prediction
     p, u = 4 * shape.tokens * plan.rows, 4 * shape.tokens * plan.width
     if plan.tokens == 1:
         adds, read = 4 * plan.ctas * plan.rank / device.atomics, 4 * plan.rank
-        counted = plan.ctas  # that arrive at a counter
+        counted = float(plan.ctas)  # that arrive at a counter
         # Sums over columns and rows, by ordinary units and then among warps
         work = 2 * plan.tiles * plan.rows * plan.columns / device.units + 10 * device.sync
     else:
@@ -155,7 +155,8 @@ def gram_width(A: Tensor) -> int:
 def best_width(shape: Shape, device: Device) -> int:
     """The width of Gram blocks, in columns, at which a chain should be nearest to its floors.
 
-    Tried are one to eight whole solves. Blocks wider than one may take an eighth of the weights' bytes.
+    Tried are whole solves, and solves of a power of two of steps, whose columns tiles divide; once to eight times. Blocks
+    wider than one solve may take an eighth of the weights' bytes.
 
     Args:
         shape: The chain, with the number of tokens that counts beside one token.
@@ -166,7 +167,8 @@ def best_width(shape: Shape, device: Device) -> int:
     """
     lane = shape.depth * shape.rank
     part = solve_columns(lane, shape.rank)
-    widths = sorted({min(lane, part * n) for n in (1, 2, 4, 8)})
+    even = shape.rank << (part // shape.rank).bit_length() - 1
+    widths = sorted({min(lane, size * n) for size in (part, even) for n in (1, 2, 4, 8)})
     fitting = [w for w in widths if w <= part or gram_bytes(shape, w) <= _GRAM_SHARE * shape.weight_bytes]
     usual = (replace(shape, tokens=1), shape)
     return min(fitting, key=lambda w: math.prod(_over_floor(s, w, device) for s in usual))

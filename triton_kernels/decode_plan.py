@@ -113,7 +113,10 @@ def plan_decode(shape: Shape, device: Device) -> DecodePlan | None:
         # Slices of 8 columns are still read 16 bytes at a time: 3072 features give 128 CTAs, not 96.
         width = _up_to(ceil(shape.hidden / device.sms), 8)
         columns = _power_of_two(width, 8)
-        rows = max(16, 2048 // columns)  # 16 bytes a thread of 256
+        rows = max(
+            16, 2048 // columns
+        )  # 16 bytes a thread of 256; twice that where else 34 tiles took 20 s to compile
+        rows *= 2 if shape.rank > 16 * rows else 1
         held = _held(ceil(shape.rank / rows), rows * columns * shape.itemsize, HELD[1])
         return DecodePlan(*sizes, 1, rows, columns, width, held, ahead)
     # Of tiles of 32 rows Triton has every warp hold the whole: 255 registers, and a stack.

@@ -89,7 +89,10 @@ def test_streams_do_not_disturb_each_other() -> None:
 
 
 def test_deterministic_algorithms_give_the_same_bits() -> None:
-    net, x = filled(SPECS[2]), torch.randn(5, 640, device="cuda")
+    net, x = (
+        filled(SPECS[0]),
+        torch.randn(5, 576, device="cuda"),
+    )  # which decode adds up in the order of its CTAs
     torch.use_deterministic_algorithms(True)
     try:
         with torch.no_grad():
