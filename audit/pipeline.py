@@ -22,18 +22,20 @@ from ..common.machine import device_name, machine
 from ..common.progress import Phase, Progress, expect, no_progress, say
 from ..common.resume import ResumeStore, run_lock
 from ..common.version import __version__
+from ..convert.activations import SequentialCalibrator
 from ..convert.config import EFFORTS
 from ..convert.data import digest, sequence_length
 from ..convert.end_to_end import with_chains
 from ..convert.evaluate import compare, predicts_next
 from ..convert.mlp_discovery import find_mlps
 from ..convert.mlp_matching import MLP
+from ..convert.redistill import INITS
 from ..convert.source import load_tokenizer, open_source, public_name
 from ..runtime import DLRSpec, inspect, load, locked_modules
 from ..runtime.generation import positions
 from .asymmetry import Asymmetry, asymmetries
 from .attacks import TRAINING_ATTACKS
-from .attacks.redistillation import INITS, Students, redistillation_row, redistilled_modules
+from .attacks.redistillation import Students, redistillation_row, redistilled_modules
 from .attacks.structural import kept_row, structural_rows
 from .config import BUDGETS, AuditConfig
 from .context import AuditContext, ModelVariant
@@ -122,6 +124,7 @@ def _audited(
             task=task,
             config=config,
             scratch=Path(scratch),
+            across=conversion.get("across", "sequential"),
             conversion={
                 m["module"]: m.get("train_tokens", m.get("tokens")) for m in conversion.get("modules", [])
             },
@@ -203,11 +206,13 @@ def _expect(context: AuditContext, train_tokens: dict[str, int]) -> None:
             f"{len(context.mlps) - len(todo)} of {len(context.mlps)} modules among them: they are not done again",
         )
     fits = len(todo) * len(INITS)
+    passes = SequentialCalibrator.passes(context.mlps) if context.across == "sequential" else 1
     expect(
         context.progress,
         [
             Phase("measuring both models", 2.0 * layers * heldout),
-            Phase("activations of the", float(layers * (context.neutral.train.numel() + heldout)), 2),
+            Phase("activations of the locked", float(layers * (context.neutral.train.numel() + heldout))),
+            Phase("activations of the original", float(passes * heldout), passes),
             Phase("re-distilling", 3.0 * fits * sum(train_tokens.values()), fits * len(train_tokens)),
             Phase("timing steps", 100.0 * layers * context.task.train.shape[1]),
         ],

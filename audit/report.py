@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..convert.evaluate import Evaluation, StateEvaluation, distance_of
+from ..reporting.lock_verdict import UNDONE_RATIO
 from .asymmetry import Asymmetry
 
 SCHEMA = 2  # 1: of 0.1, with other names
@@ -38,10 +39,10 @@ class Student:
     """One module distilled back into an MLP of its size.
 
     Attributes:
-        init: What it started from: 'linear' or 'flat' (see `convert.redistill`), or 'random', a fresh SwiGLU MLP.
+        init: What it started from, see `convert.redistill`.
         train_tokens: Training tokens of the distillation.
         share: These over those of the module's conversion; None where the checkpoint does not say.
-        error: Relative error against the original MLP, on held-out tokens of the original's activations.
+        error: Relative error against what the chain was fitted to (`attacks.redistillation.chain_targets`), held out.
         student_error: Relative error against the chain, on held-out tokens of the locked model's activations.
         seconds: Of the distillation and of getting the activations.
     """
@@ -72,10 +73,18 @@ class ModuleStudents:
     gap: float
     students: list[Student]
 
-    def undone(self, tolerance: float) -> Student | None:
-        """The cheapest student whose error is at most `tolerance` times the chain's own; None where none is."""
-        good = [student for student in self.students if student.error <= tolerance * self.chain_error]
-        return min(good, key=lambda student: student.train_tokens, default=None)
+    def ratio(self, student: Student) -> float:
+        """A student's error over the chain's."""
+        return student.error / self.chain_error if self.chain_error else math.inf
+
+    @property
+    def deciding(self) -> Student | None:
+        """The student that the verdict is of: the cheapest one that is as good as the chain, or else the best one;
+        None where there is none."""
+        good = [student for student in self.students if self.ratio(student) <= UNDONE_RATIO]
+        if good:
+            return min(good, key=lambda student: (student.train_tokens, student.error))
+        return min(self.students, key=lambda student: student.error, default=None)
 
 
 @dataclass(frozen=True, slots=True)

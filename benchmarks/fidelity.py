@@ -129,15 +129,14 @@ def _fit(
                 net,
                 pairs,
                 context.train_rows,
-                fidelity.rel_error,
                 train_tokens=max(1, round(share * recipe.train_tokens)),
                 conversion=recipe.train_tokens,
                 name=mlp.module,
                 device=context.device,
-                init=init,
+                inits=[init],
                 progress=context.count(f"redistilling layer {mlp.layer} at {share:g}, {init} initialisation"),
             )
-            attacks.append({"init": init, **attack.to_dict()})
+            attacks.append(attack.to_dict())
     return {
         "layer": mlp.layer,
         "chain": str(spec),

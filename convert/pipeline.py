@@ -33,7 +33,7 @@ from .evaluate import compare
 from .layer_runner import Unrepeatable
 from .mlp_discovery import check_dense, find_mlps, select_layers
 from .mlp_matching import MLP, mixtures, teacher_weights
-from .redistill import attack_module
+from .redistill import INITS, attack_module
 from .report import ConversionReport, ModuleReport, Modules, model_card
 from .source import Source, compute_dtype, open_source, public_name, quiet, unplaced_tensors, weight_files
 
@@ -304,13 +304,12 @@ def _phases(
         float(v or 0) for v in (config.train_tokens, config.redistill, config.end_to_end)
     )
     layers = getattr(context.model.config.get_text_config(), "num_hidden_layers", None) or len(mlps)
-    # One by one, either model's state is led through every layer once, and once more through those that are locked.
-    passes = mlps[0].layer + 2 * (mlps[-1].layer - mlps[0].layer + 1 + len(mlps)) if one_by_one else layers
+    passes = SequentialCalibrator.passes(mlps) if one_by_one else layers
     looks = 1 + 2 * bool(together)
     return [
         Phase("activations", float(passes * context.tokens.numel()), passes if one_by_one else 1),
         Phase("distilling", 3 * fits * trained, fits),
-        Phase("redistilling", 3 * attacks * share * trained, attacks),
+        Phase("redistilling", 3 * attacks * len(INITS) * share * trained, attacks),
         Phase("end-to-end", 3 * together * layers, 1),
         Phase("writing", float(context.tokens.numel())),
         Phase("measuring", float(looks * 2 * layers * context.text.heldout.numel()), looks),
@@ -386,9 +385,7 @@ def _attacked(context: Context, module: _Module, pairs: Activations, title: str)
     """The module with the attack's outcome; without one, and a note, where the attack itself failed."""
     net, report = module
     try:
-        found = attack_module(
-            context, net, report, pairs, report.fidelity.rel_error, context.count(f"redistilling {title}")
-        )
+        found = attack_module(context, net, report, pairs, context.count(f"redistilling {title}"))
     except DLRError as error:
         # Not kept with the module: the attack is tried again where an interrupted conversion goes on.
         context.notes.append(f"the attack on {report.module} failed: {error}")

@@ -10,7 +10,7 @@ The attacker distils the chain into a student, on text, from one of three initia
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,10 +25,14 @@ from .activations import Activations
 from .config import Recipe
 from .context import Context
 from .distill import distill
-from .evaluate import measure
-from .report import ModuleReport, Redistillation
+from .evaluate import Redistillation, measure
+from .report import ModuleReport
 
-INITS = ("linear", "flat", "random")
+INITS = (
+    "linear",
+    "flat",
+    "random",
+)  # none is always the best: which is depends on the chain and on the tokens
 FIT_TOKENS = 40_000  # tokens for the linear maps J_k
 BATCH = 256  # smaller ones undo more: 128 undid a small chain at 0.05 of its training tokens that 512 did not
 _RATE = 0.012
@@ -36,23 +40,17 @@ _ROWS = 8192  # tokens at a time, where the chain is run
 
 
 def attack_module(
-    context: Context,
-    net: DLRNet,
-    report: ModuleReport,
-    pairs: Activations,
-    chain_error: float,
-    progress: Count,
+    context: Context, net: DLRNet, report: ModuleReport, pairs: Activations, progress: Count
 ) -> Redistillation:
     """The attack on a module's chain, for the share of its conversion's training tokens that the configuration says.
 
-    pairs, chain_error, errors: as for `redistill`.
+    pairs, errors: as for `redistill`.
     """
     assert context.config.redistill
     return redistill(
         copy.deepcopy(net).float(),
         pairs,
         context.train_rows,
-        chain_error,
         train_tokens=max(1, round(context.config.redistill * report.train_tokens)),
         conversion=report.train_tokens,
         name=report.module,
@@ -66,49 +64,58 @@ def redistill(
     net: DLRNet,
     activations: Activations,
     tokens: int,
-    chain_error: float,
     *,
     train_tokens: int,
     conversion: int,
     name: str,
     device: torch.device,
-    init: str = "linear",
+    inits: Sequence[str] = INITS,
     seed: int = 0,
     progress: Count = no_count,
 ) -> Redistillation:
-    """Distils a chain back into an MLP of its size, and measures the student.
+    """Distils a chain back into an MLP of its size, from each initialisation, and measures the best student.
+
+    The best is that of the lowest error against the chain, which an attacker can measure.
 
     Args:
         net: The chain.
-        activations: x and y = mlp(x) of the original MLP, [N, d] each.
+        activations: What the chain was fitted to: x, and the y that it should give, [N, d] each.
         tokens: How many of the rows, from the first, are the attacker's text.
-        chain_error: The chain's own relative error against the MLP.
-        train_tokens: The attacker's training tokens.
+        train_tokens: The attacker's training tokens for each student.
         conversion: Those that the chain cost.
-        name, device, init, seed, progress: As for `fit_student`.
+        name, device, seed, progress: As for `fit_student`.
+        inits: The initialisations.
 
     Raises:
-        DLRError: As `fit_student` does.
+        DLRError: As `fit_student` does, where no student comes about.
     """
     own = Activations(
         activations.x, _outputs(net, activations.x, device), activations.first, activations.mapped
     )
-    student = fit_student(
-        net,
-        own,
-        tokens,
-        train_tokens=train_tokens,
-        init=init,
-        seed=seed,
-        name=name,
-        device=device,
-        progress=progress,
-    )
     held = torch.arange(tokens, len(activations))
-    error, student_error = (
-        measure(student, *pairs.rows(held), device).rel_error for pairs in (activations, own)
-    )
-    return Redistillation(train_tokens, conversion, error, chain_error, student_error)
+    students: list[tuple[float, str, DLRNet]] = []
+    for number, init in enumerate(inits):
+        begun = number * train_tokens
+        try:
+            student = fit_student(
+                net,
+                own,
+                tokens,
+                train_tokens=train_tokens,
+                init=init,
+                seed=seed,
+                name=name,
+                device=device,
+                progress=lambda done, total, begun=begun: progress(begun + done, len(inits) * train_tokens),
+            )
+        except DLRError:
+            if number + 1 == len(inits) and not students:
+                raise
+            continue
+        students.append((measure(student, *own.rows(held), device).rel_error, init, student))
+    student_error, init, student = min(students, key=lambda one: one[0])
+    error, chain_error = (measure(one, *activations.rows(held), device).rel_error for one in (student, net))
+    return Redistillation(train_tokens, conversion, error, chain_error, student_error, init)
 
 
 def fit_student(

@@ -1,7 +1,7 @@
 """Redistillation: every chain of a locked model back into an MLP of its size, on the attacker's text.
 
 One module at a time, from activations of the locked model alone: the attacker has no original. The original serves
-to say how good the students are.
+to say how good the students are, as stand-ins for what each chain was fitted to.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...common.errors import DLRError
 from ...common.resume import ResumeStore
-from ...convert.activations import Activations, capture
+from ...convert.activations import Activations, SequentialCalibrator, capture
 from ...convert.end_to_end import with_chains
 from ...convert.evaluate import measure
+from ...convert.layer_runner import Unrepeatable
 from ...convert.mlp_matching import MLP
 from ...convert.muon import Muon
-from ...convert.redistill import BATCH, FIT_TOKENS, fit_student
+from ...convert.redistill import BATCH, FIT_TOKENS, INITS, fit_student
 from ...runtime import DLRNet, DLRSpec
 from ..context import AuditContext
 from ..meters import count
@@ -31,7 +32,6 @@ from .structural import evaluated
 Students = tuple[
     ModuleStudents, dict[int, DLRNet]
 ]  # a module's students, and the best one by training tokens
-INITS = ("linear", "random")  # that the students start from
 
 
 def redistilled_modules(
@@ -58,20 +58,16 @@ def redistilled_modules(
     todo = [mlp for mlp in mlps if before[mlp.module] is None]
     tokens = torch.cat([train, heldout])
     rows = len(tokens) + len(heldout)
-    own, wanted = (
-        capture(
-            model,
-            todo,
-            text,
-            max_memory=int(context.config.max_memory or 0) * len(text) // rows,
-            scratch=context.scratch,
-            progress=context.count(f"activations of the {name} model"),
-        )
-        for model, text, name in (
-            (context.locked, tokens, "locked"),
-            (context.original, heldout, "original"),
-        )
+    memory = int(context.config.max_memory or 0)
+    own = capture(
+        context.locked,
+        todo,
+        tokens,
+        max_memory=memory * len(tokens) // rows,
+        scratch=context.scratch,
+        progress=context.count("activations of the locked model"),
     )
+    wanted = chain_targets(context, todo, max_memory=memory * len(heldout) // rows)
     attempts = [(count, init) for count in sorted(train_tokens) for init in inits]
     for number, mlp in enumerate(mlps, 1):
         done = before[mlp.module]
@@ -82,13 +78,52 @@ def redistilled_modules(
             notes: list[str] = []
             title = f"re-distilling {mlp.module} ({number} of {len(mlps)})"
             figures, nets = _module_students(
-                context, mlp, pairs, next(wanted)[1], attempts, captured, title, notes.append
+                context, mlp, pairs, next(wanted), attempts, captured, title, notes.append
             )
             done = figures, nets, notes
             if context.resume is not None:
                 _keep(context.resume, mlp.module, *done)
         context.notes += done[2]
         yield done[:2]
+
+
+def chain_targets(context: AuditContext, todo: Sequence[MLP], *, max_memory: int) -> Iterator[Activations]:
+    """What each chain is there for, on the held-out neutral text: the x that it gets, and the y that it should give.
+
+    In a model converted in sequence a chain corrects what was locked before it, so that y is not the original MLP's
+    output: where layer 11 of SmolLM2 errs at the first token, layer 12's chain makes up for it, and was 233,000 times
+    |mlp|^2 from its MLP there.
+
+    Args:
+        context: The models and the text.
+        todo: Whose targets are wanted, in model order.
+        max_memory: Bytes for activations.
+
+    Yields:
+        x and y for each of `todo`: as `SequentialCalibrator.pairs` gives them, or, where the conversion was independent
+        or the model does not allow it, as the original's own MLP does.
+
+    Raises:
+        DLRError: As `capture` does.
+    """
+    heldout, room = context.neutral.heldout, {"max_memory": max_memory, "scratch": context.scratch}
+    progress = context.count("activations of the original model")
+    if context.across == "sequential":
+        try:
+            calibrator = SequentialCalibrator(
+                context.original, context.mlps, heldout, **room, progress=progress
+            )
+        except Unrepeatable:
+            pass
+        else:
+            last = max((context.mlps.index(mlp) for mlp in todo), default=-1)
+            for mlp in context.mlps[: last + 1]:
+                if mlp in todo:
+                    yield calibrator.pairs(mlp)
+                calibrator.put(mlp, context.locked.get_submodule(mlp.module))
+            return
+    for _, pairs in capture(context.original, todo, heldout, **room, progress=progress):
+        yield pairs
 
 
 def _module_students(
@@ -103,7 +138,8 @@ def _module_students(
 ) -> Students:
     """The students of one module.
 
-    own: of the chain in the locked model, the attacker's text first; wanted: of the original MLP, held out. attempts:
+    own: of the chain in the locked model, the attacker's text first; wanted: what the chain was fitted to, held out,
+    see `chain_targets`. attempts:
     training tokens and initialisation of each student. captured: seconds that getting `own` took.
     """
     chain, device, tokens = (

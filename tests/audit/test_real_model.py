@@ -28,7 +28,7 @@ def test_the_demo_locks_a_layer_of_massive_activations(
     assert str(module.spec) == "1x12x192 silu"
     # Layer 1 writes 469 where the median is below 1, on first tokens, which half as many training tokens leave at an
     # error of 0.3 and the chain unlocked.
-    assert module.fidelity.rel_error < 0.4 and module.fidelity.locked
+    assert module.fidelity.rel_error < 0.4 and not module.verdict.refuted
     assert module.fidelity.first_error is not None and module.fidelity.first_error < 0.15
     assert abs(result.report.params_locked / result.report.params_original - 1) < 0.01
     evaluation = result.report.evaluation

@@ -34,12 +34,11 @@ def attack(net: DLRNet, start: str, train_tokens: int):
         net,
         pairs(net),
         N,
-        0.0,
         train_tokens=train_tokens,
         conversion=4096,
         name="mlp",
         device=CPU,
-        init=start,
+        inits=[start],
     )
 
 
@@ -75,7 +74,7 @@ def test_a_strongly_coupled_chain_takes_work_and_more_work_undoes_more() -> None
     net = chain(0.5)
     little, more = (attack(net, "linear", train_tokens) for train_tokens in (512, 40_960))
     assert more.student_error < 0.7 * little.student_error
-    assert more.cost == 10 and more.chain_error == 0.0 and not more.undone
+    assert more.cost == 10 and more.chain_error < 1e-9 and not more.undone
 
 
 def test_a_random_start_is_a_fresh_swiglu_mlp_that_takes_nothing_but_outputs() -> None:
