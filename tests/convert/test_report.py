@@ -74,7 +74,7 @@ def test_terminal_card_and_inspect_show_the_same_figures(report: ConversionRepor
             "1x12x192 silu",
             "0.2000",
             "0.93",
-            "UNDONE, 0.99",
+            "UNDONE,",
             "NOT LOCKED, FLAT: model.layers.12.mlp",
         ):
             assert piece in shown

@@ -92,7 +92,7 @@ def test_an_mlp_in_the_guise_of_a_chain_is_found() -> None:
         assert errors["random", 12_288].student_error < 0.6 * errors["random", 256].student_error
         assert errors["linear", 12_288].student_error < 0.01
         assert errors["linear", 12_288].error == pytest.approx(module.chain_error, rel=0.1)
-        assert module.undone(1.1) is not None
+        assert module.deciding is not None and module.ratio(module.deciding) < 1.1
         assert best(module, 12_288) == errors["linear", 12_288]
         assert net[12_288].spec.weight_shape == (1, 1, 160, D)
 
@@ -108,9 +108,20 @@ def test_a_strong_lock_takes_work_and_more_work_undoes_more() -> None:
         assert more.student_error < 0.8 * little.student_error
 
 
-@pytest.mark.parametrize("arch", ["llama", "opt", "bert"])
-def test_what_is_measured_is_what_is_said(arch: str) -> None:
-    """Errors against the original on its own activations, against the chain on the locked model's; both by hand."""
+def bounded(y: Tensor, wanted: Tensor) -> float:
+    """The relative error as reports give it: a token counts for 1 at most."""
+    return relative_error(y, wanted).clamp(max=1).mean().item()
+
+
+@pytest.mark.parametrize(
+    ("arch", "across"),
+    [("opt", "independent"), ("opt", "sequential"), ("llama", "sequential"), ("bert", "independent")],
+)
+def test_what_is_measured_is_what_is_said(arch: str, across: str) -> None:
+    """Errors against what the chain was fitted to, and against the chain on the locked model's activations; by hand.
+
+    In sequence the target is what brings the layer's output to the original's.
+    """
     original, locked, mlps = models(arch, coupling=0.3)
     train, heldout = tokens(16), tokens(8)
     inputs: dict[tuple[int, str], Tensor] = {}
@@ -122,6 +133,17 @@ def test_what_is_measured_is_what_is_said(arch: str) -> None:
         for mlp in mlps
     ]
     outputs = {}
+    totals: dict[tuple[int, str], Tensor] = {}
+    hooks += [
+        model.get_submodule(mlp.module.rsplit(".", 1)[0] if arch == "llama" else mlp.module.removesuffix(".fc1"))
+        .register_forward_hook(
+            lambda m, args, out, at=(which, mlp.module): totals.__setitem__(
+                at, (out if isinstance(out, Tensor) else out[0]).reshape(-1, out[0].shape[-1])
+            )
+        )
+        for which, model in enumerate((original, locked))
+        for mlp in mlps
+    ]  # fmt: skip
     hooks += [
         original.get_submodule(mlp.output).register_forward_hook(
             lambda m, args, y, at=mlp.module: outputs.__setitem__(at, y.reshape(-1, D))
@@ -133,7 +155,7 @@ def test_what_is_measured_is_what_is_said(arch: str) -> None:
     for hook in hooks:
         hook.remove()
     conversion = {mlps[0].module: 2048, mlps[1].module: None}
-    found = list(run(original, locked, mlps, train, heldout, conversion=conversion))
+    found = list(run(original, locked, mlps, train, heldout, conversion=conversion, across=across))
     gaps = flatten_gaps(locked, {m.module: locked.get_submodule(m.module) for m in mlps}, heldout)
     for module, net in found:
         ((train_tokens, net),) = net.items()
@@ -144,13 +166,16 @@ def test_what_is_measured_is_what_is_said(arch: str) -> None:
 
         chain, y = locked.get_submodule(name), outputs[name]
         x, own = inputs[0, name], inputs[1, name]
+        if across == "sequential":
+            x, y = own, of(chain, own) + totals[0, name] - totals[1, name]
         by_hand = [
-            relative_error(of(chain, x), y),
-            relative_error(of(net, x), y),
-            relative_error(of(net, own), of(chain, own)),
+            bounded(of(chain, x), y),
+            bounded(of(net, x), y),
+            bounded(of(net, own), of(chain, own)),
         ]
         said = [module.chain_error, student.error, student.student_error]
-        assert said == pytest.approx([e.mean().item() for e in by_hand], rel=0.02)  # captured in bfloat16
+        assert arch != "opt" or max(by_hand) < 0.9  # of chains that are near their MLPs
+        assert said == pytest.approx(by_hand, rel=0.02)  # captured in bfloat16
         assert module.gap == pytest.approx(gaps[name], rel=0.02)
         assert module.chain == str(chain.spec)
         assert {c.share for c in module.students} == {0.25 if conversion[name] else None}
@@ -161,15 +186,15 @@ def test_what_is_measured_is_what_is_said(arch: str) -> None:
 def test_the_same_seed_gives_the_same_figures_in_any_order_and_the_models_stay() -> None:
     original, locked, mlps = models("opt")
     before = [copy.deepcopy(m.state_dict()) for m in (original, locked)]
-    text = tokens(), tokens(8)
+    text, across = (tokens(), tokens(8)), "independent"  # in sequence, a target depends on what is below
     original.train()
-    first = list(run(original, locked, mlps, *text))
-    assert figures(first) == figures(list(run(original, locked, mlps[::-1], *text)))
-    alone = list(run(original, locked, mlps[1:], *text))
+    first = list(run(original, locked, mlps, *text, across=across))
+    assert figures(first) == figures(list(run(original, locked, mlps[::-1], *text, across=across)))
+    alone = list(run(original, locked, mlps[1:], *text, across=across))
     assert figures(alone)[mlps[1].module] == figures(first)[mlps[1].module]
     (one,), (two,) = alone[0][1].values(), first[1][1].values()
     assert torch.equal(one.dlr_A, two.dlr_A)
-    assert figures(list(run(original, locked, mlps, *text, seed=1))) != figures(first)
+    assert figures(list(run(original, locked, mlps, *text, seed=1, across=across))) != figures(first)
     assert original.training
     for model, state in zip((original, locked), before, strict=True):
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -199,7 +224,7 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     fits = {what for what in said if "re-distilling" in what}
     assert fits == {
         f"re-distilling {mlps[1].module} (2 of 2), {init} init, 512 training tokens"
-        for init in ("linear", "random")
+        for init in INITS
     }
     nothing: list[str] = []
     list(run(original, locked, mlps, *text, resume=kept, progress=lambda what, *_: nothing.append(what)))
@@ -222,11 +247,11 @@ def test_a_student_that_diverges_is_left_out(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(redistillation, "fit_student", fragile)
     failing, notes = {"linear"}, []
     module, _ = next(run(original, locked, mlps, tokens(), tokens(8), notes=notes))
-    assert [c.init for c in module.students] == ["random"]
+    assert [c.init for c in module.students] == ["flat", "random"]
     assert notes == [
         f"a student of {mlps[0].module} is missing (linear init, 512 training tokens): it diverged"
     ]
-    failing = {"linear", "random"}
+    failing = set(INITS)
     with pytest.raises(DLRError, match="no student of"):
         next(run(original, locked, mlps, tokens(), tokens(8)))
 
