@@ -125,7 +125,9 @@ def measure(net: DLRNet, x: Tensor, y: Tensor, device: torch.device, first: Tens
 def mean_error(errors: Tensor) -> float:
     """The mean of tokens' relative errors [T], where none counts for more than 1, as nothing in the MLP's place would.
 
-    Without that bound one token in 512 can be the whole figure: FIGURE
+    Without that bound one token in 512 can be the whole figure: of layer 12 of SmolLM2 behind layer 11's chain,
+    measured against its MLP, the mean was 324, for the first tokens' 164,000 and 0.32 elsewhere. Where nothing of the
+    kind happens the bound changes little: one token in 10,000 is beyond 1, and 0.261 becomes 0.259.
     """
     return errors.clamp(max=1).mean().item()
 

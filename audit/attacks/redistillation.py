@@ -91,8 +91,8 @@ def chain_targets(context: AuditContext, todo: Sequence[MLP], *, max_memory: int
     """What each chain is there for, on the held-out neutral text: the x that it gets, and the y that it should give.
 
     In a model converted in sequence a chain corrects what was locked before it, so that y is not the original MLP's
-    output: where layer 11 of SmolLM2 errs at the first token, layer 12's chain makes up for it, and was 233,000 times
-    |mlp|^2 from its MLP there.
+    output: where layer 11 of SmolLM2 errs at the first token, layer 12's chain makes up for it, and was 164,000 times
+    |mlp|^2 from its MLP there. By that, a student of 27 times the chain's error passed for as good as the chain.
 
     Args:
         context: The models and the text.

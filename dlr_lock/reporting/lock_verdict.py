@@ -65,15 +65,14 @@ def attack_words(ratio: float, cost: float | None) -> str:
 
 
 def lock_words(verdict: LockVerdict, ratio: float | None, cost: float | None) -> str:
-    """A chain's verdict in a cell, with the attack's outcome where that decided it.
+    """A chain's verdict in a cell, with the attack's outcome where there was one.
 
     Args:
         verdict: The verdict.
         ratio: The best student's error over the chain's; None where there was no attack.
         cost: That student's training tokens over the conversion's; None where that is not known.
     """
-    decided = ratio is not None and verdict in (LockVerdict.UNDONE, LockVerdict.HELD)
-    return f"{verdict}, {attack_words(ratio, cost)}" if decided else verdict.value
+    return verdict.value if ratio is None else f"{verdict}, {attack_words(ratio, cost)}"
 
 
 def lock_status(verdicts: Mapping[str, LockVerdict]) -> str:

@@ -11,6 +11,7 @@ from attacked import context
 from tiny import HIDDEN as D
 from tiny import VOCABULARY, tiny_model
 from torch import Tensor
+from torch.nn import functional
 
 from dlr_lock.audit.attacks import redistillation
 from dlr_lock.audit.attacks.redistillation import (
@@ -23,6 +24,9 @@ from dlr_lock.audit.attacks.redistillation import (
 from dlr_lock.audit.report import ModuleStudents, Student
 from dlr_lock.common.errors import DLRError
 from dlr_lock.common.resume import ResumeStore
+from dlr_lock.convert.activations import capture
+from dlr_lock.convert.config import Recipe
+from dlr_lock.convert.distill import distill
 from dlr_lock.convert.end_to_end import flatten_gaps, with_chains
 from dlr_lock.convert.evaluate import compare, distance_of, relative_error
 from dlr_lock.convert.mlp_discovery import find_mlps
@@ -183,6 +187,58 @@ def test_what_is_measured_is_what_is_said(arch: str, across: str) -> None:
         assert net.spec.params in (fresh.params, chain.spec.params)
 
 
+BOS = 2
+
+
+def corrected_first_tokens() -> tuple[Any, Any, list[MLP]]:
+    """A Llama whose chain 0 is far off at the first token of each sequence and nowhere else, and whose chain 1 makes up
+    for it there, with an output hundreds of times its MLP's: as layers 11 and 12 of SmolLM2, distilled in sequence.
+
+    The first token has a direction of its own, which no other token and no MLP's output has a share of.
+    """
+    original = tiny_model("llama", layers=2)
+    mlps = find_mlps(original)
+    with torch.no_grad():
+        embedding = original.get_input_embeddings().weight
+        embedding[:, 0], embedding[BOS] = 0.0, 0.0
+        embedding[BOS, 0] = 50.0
+        for layer in original.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight[0] = 0.0
+    locked, text = copy.deepcopy(original), tokens()
+    chains, off, x = {}, 300.0, torch.zeros(1, D)
+    for mlp, pairs in capture(original, mlps, text, max_memory=2**30, scratch=Path("unused")):
+        net = DLRNet(DLRSpec(D, 1, 10, 48), dtype=torch.float32)
+        net.assign(distill(pairs, N, net.spec, Recipe(16_384, 256), name=mlp.module, device=CPU))
+        norm = original.get_submodule(mlp.module.replace("mlp", "post_attention_layernorm"))
+        with torch.no_grad():
+            for name in ("dlr_A", "dlr_B"):
+                net.get_parameter(name)[..., 0] = 0.0
+                net.get_parameter(name)[0, 0, 0] = 0.0
+            x[0, 0] = 50.0
+            reading = norm(x)[0, 0]
+            net.dlr_A[0, 0, 0, 0] = reading.sign()
+            net.dlr_B[0, 0, 0, 0] = off / (functional.silu(reading.abs()) * net.dlr_scale[0])
+        chains[mlp.module], off = net, -off
+    lock(locked, chains, [])
+    return original, locked, mlps
+
+
+def test_a_chain_that_corrects_one_token_is_measured_by_its_own_target_and_by_all_tokens() -> None:
+    torch.manual_seed(0)
+    original, locked, mlps = corrected_first_tokens()
+    train, heldout = tokens(), tokens(8)
+    train[:, 0] = heldout[:, 0] = BOS
+    first, second = (m for m, _ in run(original, locked, mlps, train, heldout, train_tokens=[256]))
+    chain = locked.get_submodule(second.module)
+    for _, pairs in capture(original, mlps[1:], heldout, max_memory=2**30, scratch=Path("unused")):
+        off = relative_error(chain_reference(pairs.x.float(), chain.chain), pairs.y.float())
+        assert off.mean() > 100 * off.median()  # what it is not measured by
+    for module in (first, second):
+        assert module.chain_error < 0.6
+        assert all(module.ratio(student) > 1.05 for student in module.students)  # a short fit undoes nothing
+
+
 def test_the_same_seed_gives_the_same_figures_in_any_order_and_the_models_stay() -> None:
     original, locked, mlps = models("opt")
     before = [copy.deepcopy(m.state_dict()) for m in (original, locked)]
@@ -223,8 +279,7 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
         )
     fits = {what for what in said if "re-distilling" in what}
     assert fits == {
-        f"re-distilling {mlps[1].module} (2 of 2), {init} init, 512 training tokens"
-        for init in INITS
+        f"re-distilling {mlps[1].module} (2 of 2), {init} init, 512 training tokens" for init in INITS
     }
     nothing: list[str] = []
     list(run(original, locked, mlps, *text, resume=kept, progress=lambda what, *_: nothing.append(what)))
