@@ -11,6 +11,7 @@ The attacker distils the chain into a student, on text, from one of three initia
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -95,7 +96,6 @@ def redistill(
     held = torch.arange(tokens, len(activations))
     students: list[tuple[float, str, DLRNet]] = []
     for number, init in enumerate(inits):
-        begun = number * train_tokens
         try:
             student = fit_student(
                 net,
@@ -106,7 +106,7 @@ def redistill(
                 seed=seed,
                 name=name,
                 device=device,
-                progress=lambda done, total, begun=begun: progress(begun + done, len(inits) * train_tokens),
+                progress=partial(_in_turn, progress, number, len(inits)),
             )
         except DLRError:
             if number + 1 == len(inits) and not students:
@@ -116,6 +116,11 @@ def redistill(
     student_error, init, student = min(students, key=lambda one: one[0])
     error, chain_error = (measure(one, *activations.rows(held), device).rel_error for one in (student, net))
     return Redistillation(train_tokens, conversion, error, chain_error, student_error, init)
+
+
+def _in_turn(progress: Count, number: int, count: int, done: int, total: int) -> None:
+    """The progress of fit `number` of `count` as part of all of them, which are equally long."""
+    progress(number * total + done, count * total)
 
 
 def fit_student(

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -106,13 +107,15 @@ def chain_targets(context: AuditContext, todo: Sequence[MLP], *, max_memory: int
     Raises:
         DLRError: As `capture` does.
     """
-    heldout, room = context.neutral.heldout, {"max_memory": max_memory, "scratch": context.scratch}
-    progress = context.count("activations of the original model")
+    heldout = context.neutral.heldout
+    room: dict[str, Any] = {
+        "max_memory": max_memory,
+        "scratch": context.scratch,
+        "progress": context.count("activations of the original model"),
+    }
     if context.across == "sequential":
         try:
-            calibrator = SequentialCalibrator(
-                context.original, context.mlps, heldout, **room, progress=progress
-            )
+            calibrator = SequentialCalibrator(context.original, context.mlps, heldout, **room)
         except Unrepeatable:
             pass
         else:
@@ -122,7 +125,7 @@ def chain_targets(context: AuditContext, todo: Sequence[MLP], *, max_memory: int
                     yield calibrator.pairs(mlp)
                 calibrator.put(mlp, context.locked.get_submodule(mlp.module))
             return
-    for _, pairs in capture(context.original, todo, heldout, **room, progress=progress):
+    for _, pairs in capture(context.original, todo, heldout, **room):
         yield pairs
 
 
