@@ -55,7 +55,7 @@ def test_an_audit_and_its_files(folder: Path) -> None:
     assert report.attacks.keys() == {"full", "LoRA", "attention"} and all(report.attacks.values())
     swap = next(row for row in report.structural if row.name == "swap")
     assert report.recovers(swap) < 1e-6 < report.recovers(report.structural[0])
-    assert [len(module.students) for module in report.modules] == [2, 2]
+    assert [len(module.students) for module in report.modules] == [3, 3]
     assert {round(c.share or 0, 2) for m in report.modules for c in m.students} == {0.5}
     done = {(run.variant, run.attack) for run in report.runs if run.best}
     variants = ("original", "locked", "re-distilled, 0.5")
