@@ -45,6 +45,8 @@ class Student:
         error: Relative error against what the chain was fitted to (`attacks.redistillation.chain_targets`), held out.
         student_error: Relative error against the chain, on held-out tokens of the locked model's activations.
         seconds: Of the distillation and of getting the activations.
+        distance: Of the locked model with this student alone in its chain's place to the locked model, see
+            `convert.evaluate.distance_of`, on held-out text.
     """
 
     init: str
@@ -53,6 +55,7 @@ class Student:
     error: float
     student_error: float
     seconds: float
+    distance: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -209,7 +209,7 @@ def _modules(report: AuditReport) -> Section:
     def every(m: ModuleStudents, c: Student) -> tuple[str, ...]:
         return (
             m.module, c.init, f"{c.train_tokens:,}", ratio_words(c.share), f"{c.error:.4f}", f"{c.student_error:.4f}",
-            ratio_words(m.ratio(c)), seconds_words(c.seconds),
+            ratio_words(m.ratio(c)), f"{c.distance:.4f}", seconds_words(c.seconds),
         )  # fmt: skip
 
     curves = [
@@ -222,11 +222,16 @@ def _modules(report: AuditReport) -> Section:
         [1], log=True,
     )  # fmt: skip
     best = "module | chain | relative error | flatten gap | verdict | initialisation | training tokens"
-    columns = "module | initialisation | training tokens | share | error | error against the chain | ratio | seconds"
+    columns = (
+        "module | initialisation | training tokens | share | error | error against the chain | ratio | "
+        "model's distance | seconds"
+    )
     return Section(
         "Redistillation, module by module",
         f"A chain counts as undone where the student's error is at most {UNDONE_RATIO} times the chain's own, both "
-        "against what the chain was fitted to. A row's verdict is of the cheapest such student, or else of the best.",
+        "against what the chain was fitted to. A row's verdict is of the cheapest such student, or else of the best. "
+        "Fine-tunes of the redistilled model take, for each chain, the student that alone in its place leaves the "
+        "model nearest to the locked one.",
         Table(headings(best), list(map(row, report.modules)), minor=_COST, empty=_NOT_RUN),
         plots=[plot] if curves else [],
         caption="A line is a module, its colour the student's initialisation; below the dashed level the student is "

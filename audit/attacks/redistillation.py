@@ -19,12 +19,13 @@ from ...common.errors import DLRError
 from ...common.resume import ResumeStore
 from ...convert.activations import Activations, SequentialCalibrator, capture
 from ...convert.end_to_end import with_chains
-from ...convert.evaluate import measure
+from ...convert.evaluate import compare, distance_of, measure
 from ...convert.layer_runner import Unrepeatable
 from ...convert.mlp_matching import MLP
 from ...convert.muon import Muon
 from ...convert.redistill import BATCH, FIT_TOKENS, INITS, fit_student
 from ...runtime import DLRNet, DLRSpec
+from ...triton_kernels import backend
 from ..context import AuditContext
 from ..meters import count
 from ..report import ModuleStudents, Structural, Student
@@ -33,6 +34,8 @@ from .structural import evaluated
 Students = tuple[
     ModuleStudents, dict[int, DLRNet]
 ]  # a module's students, and the best one by training tokens
+
+_SEQUENCES = 2  # of held-out text, by which the best student is chosen
 
 
 def redistilled_modules(
@@ -48,8 +51,10 @@ def redistilled_modules(
         inits: The initialisations, see `convert.redistill`.
 
     Yields:
-        For each module in the order of the model, the figures of its students and, by training tokens, the best one: of
-        the lowest error against the chain, float32 on the CPU.
+        For each module in the order of the model, the figures of its students and, by training tokens, the best one,
+        float32 on the CPU: that which alone in its chain's place leaves the model nearest to the locked one. An
+        attacker can measure that, and wants nothing else: a student may have the lowest error and miss the one token in
+        512 that carries the massive activations (layer 11 of SmolLM2, from a random start).
 
     Raises:
         DLRError: Where all students of a module with the same training tokens diverge, and as `capture` does.
@@ -170,23 +175,35 @@ def _module_students(
                 progress=context.count(f"{title}, {what}"),
                 note=note,
             )
+            seconds = captured + time.monotonic() - began
+            distance = _distance_left(context, mlp.module, net)
         except DLRError as reason:
             note(f"a student of {mlp.module} is missing ({what}): {reason}")
             continue
-        seconds = captured + time.monotonic() - began
         error, student_error = (
             measure(net, *pairs, device).rel_error for pairs in ((wanted.x, wanted.y), held)
         )
         share = train_tokens / conversion if conversion else None
-        students.append(Student(init, train_tokens, share, error, student_error, seconds))
-        if train_tokens not in best or student_error < best[train_tokens][0]:
-            best[train_tokens] = student_error, net
+        students.append(Student(init, train_tokens, share, error, student_error, seconds, distance))
+        if train_tokens not in best or distance < best[train_tokens][0]:
+            best[train_tokens] = distance, net
     if best.keys() != {train_tokens for train_tokens, _ in attempts}:
         raise DLRError(f"no student of {mlp.module} could be distilled: try another --seed")
     chain_error = measure(chain, wanted.x, wanted.y, device).rel_error
     gap = measure(chain, *held, device).flatten_gap
     nets = {train_tokens: net for train_tokens, (_, net) in best.items()}
     return ModuleStudents(mlp.module, str(chain.spec), chain_error, gap, students), nets
+
+
+def _distance_left(context: AuditContext, module: str, net: DLRNet) -> float:
+    """How far the locked model is from itself with a student in one chain's place, on a little held-out neutral text.
+
+    Raises:
+        DLRError: As `compare` does.
+    """
+    with backend("naive"):  # see `structural.evaluated`
+        attacked = with_chains(context.locked, {module: net}, [])
+        return distance_of(compare(attacked, context.locked, context.neutral.heldout[:_SEQUENCES]))
 
 
 def redistillation_flops(
@@ -241,7 +258,7 @@ def redistillation_row(
     nets = {figures.module: made[train_tokens] for figures, made in modules}
     best = {
         figures.module: min(
-            (c for c in figures.students if c.train_tokens == train_tokens), key=lambda c: c.student_error
+            (c for c in figures.students if c.train_tokens == train_tokens), key=lambda c: c.distance
         )
         for figures, _ in modules
     }

@@ -121,7 +121,7 @@ def report() -> AuditReport:
             f"model.layers.{layer}.mlp", "1x16x96 silu", 0.21 + 0.01 * layer, 0.94,
             [
                 Student(init, tokens, tokens / 409_600, (0.21 + 0.01 * layer) * (0.97 + 9_000 / tokens * worse),
-                        0.05 + 5_000 / tokens, tokens / 3_000)
+                        0.05 + 5_000 / tokens, tokens / 3_000, 0.01 + 2_000 / tokens)
                 for init, worse in (("linear", 1.0), ("flat", 1.6), ("random", 5.0))
                 for tokens in (25_600, 102_400, 409_600)
             ],
