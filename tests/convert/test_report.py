@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dlr_lock.audit.demo import DemoResult, ModelCost, demo_sections
+from dlr_lock.audit.demo import DemoResult, ModelCost, SlotTraining, demo_sections
+from dlr_lock.audit.meters import Counts, StepCounts, StepSeconds
+from dlr_lock.audit.strategies.slot import StrategyCost
 from dlr_lock.convert.config import ConversionConfig
 from dlr_lock.convert.evaluate import Evaluation, Fidelity, Redistillation, StateEvaluation
 from dlr_lock.convert.report import (
@@ -147,20 +149,38 @@ def test_a_report_of_a_module_survives_json(report: ConversionReport) -> None:
         assert ModuleReport.from_dict(module.to_dict()) == module
 
 
+def cost(strategy: str, held: int, seconds: float) -> StrategyCost:
+    nothing = Counts(0, 0, 0)
+    counts = StepCounts(nothing, nothing, held, held, held)
+    return StrategyCost(strategy, "weights", held, counts, StepSeconds(seconds, 0.0, 0.0))
+
+
 def test_the_demo_says_what_training_costs_and_what_both_models_write(report: ConversionReport) -> None:
-    locked, original = ModelCost(512, 0.2, 2.0, 900_000_000), ModelCost(512, 0.1, 0.5, 300_000_000)
-    result = DemoResult(
-        report, 30, locked, original, 40_000_000, 10_000_000, "Snow [is]", "white", "cold", None
+    locked, original = ModelCost(512, 0.3, 2.0, 900_000_000), ModelCost(512, 0.1, 0.5, 300_000_000)
+    slot = SlotTraining(
+        cost("plain", 65_500_000, 0.4), cost("inversion", 2_500_000, 0.3), cost("plain", 5_000_000, 0.2)
     )
-    text = printed(demo_sections(result))
+    result = DemoResult(
+        report, locked, original, slot, "Snow [is]", "white", "cold", Path("small.gguf"), None
+    )
+    text = " ".join(printed(demo_sections(result), width=100).split())
     for words in (
-        "training step, seconds",
+        "training step of all weights, seconds",
         "4.00",
         "900.0",
         "Snow [is]",
-        "locked:   white",
+        "locked: white",
         "original: cold",
+        "with 2 of its 30 MLPs locked its loss on text it has not seen is 3.520, where the",
+        "is 3.100 (+13.5%)",
+        "an inference pass takes 3.00 times as long",
+        "by standard tooling keeps 13 times the activations, for 2 times the seconds",
+        "the best strategy that we know (inversion) 0.5 times the activations, for 1.5 times the seconds",
+        "for 0.25 of the training tokens that the chain took, came to 0.99 times the chain's error",
+        "does not stop whoever has the original's weights",
+        "dlr-lock convert path-or-hub-id out --data text.txt --layers last-6",
+        "dlr-lock audit out --original path-or-hub-id",
     ):
         assert words in text
-    assert "2 of 30 MLPs are locked" in text
-    assert "The checkpoint is here." in printed(demo_sections(replace(result, kept=Path("here"))))
+    kept = printed(demo_sections(replace(result, kept=Path("here"))))
+    assert "dlr-lock audit here --original small.gguf" in kept
