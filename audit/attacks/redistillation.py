@@ -82,7 +82,7 @@ def redistilled_modules(
             pairs = next(own)[1]
             captured = time.monotonic() - began
             notes: list[str] = []
-            title = f"re-distilling {mlp.module} ({number} of {len(mlps)})"
+            title = f"redistilling {mlp.module} ({number} of {len(mlps)})"
             figures, nets = _module_students(
                 context, mlp, pairs, next(wanted), attempts, captured, title, notes.append
             )

@@ -16,7 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, save_tiny, tiny_model, tiny_tokenizer
 from torch.nn import functional
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertForMaskedLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 import dlr_lock
 from dlr_lock import DLRError, convert_model
@@ -273,6 +280,42 @@ def test_an_end_to_end_phase_that_makes_undoing_cheaper_is_dropped(
     )
     assert report.end_to_end is None
     assert any("easier to undo: a student's error was 0.0500, then 0.0400" in w for w in report.warnings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(PreTrainedTokenizerBase, "Tokenizer"), (PreTrainedConfig, "LlamaConfig")]
+)
+def test_what_cannot_be_saved_is_said_before_the_work(
+    kind: type, name: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some tokenizers cannot write their vocabulary, and some configs cannot be JSON."""
+    save_tiny("llama", tmp_path / "source")
+
+    def refused(*args: Any, **options: Any) -> None:
+        raise ValueError("this one cannot")
+
+    monkeypatch.setattr(kind, "save_pretrained", refused)
+    said: list[str] = []
+    with pytest.raises(DLRError, match=f"the .*{name}.* of .*source cannot be saved: this one cannot"):
+        convert_model(
+            tmp_path / "source",
+            tmp_path / "out",
+            data=str(text),
+            progress=lambda what, *_: said.append(what),
+            **QUICK,
+        )
+    assert set(said) == {"reading the model"} and not (tmp_path / "out").exists()
+
+
+def test_lost_first_tokens_are_said(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the fit has hardly begun, first tokens are as wrong as all others."""
+    save_tiny("llama", tmp_path / "source")
+    report = convert_model(
+        tmp_path / "source", tmp_path / "out", data=str(text), **QUICK | {"train_tokens": 256}
+    )
+    for module in report.modules:
+        assert (module.fidelity.first_error or 0) > 0.5
+        assert any(note.startswith(f"{module.module} misses the first tokens") for note in report.warnings)
 
 
 def test_modules_behind_a_norm_are_said_to_correct_nothing(text: Path, tmp_path: Path) -> None:

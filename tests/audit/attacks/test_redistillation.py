@@ -282,9 +282,9 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
             and net.spec == wanted.spec
             and all(map(torch.equal, net.parameters(), wanted.parameters()))
         )
-    fits = {what for what in said if "re-distilling" in what}
+    fits = {what for what in said if "redistilling" in what}
     assert fits == {
-        f"re-distilling {mlps[1].module} (2 of 2), {init} init, 512 training tokens" for init in INITS
+        f"redistilling {mlps[1].module} (2 of 2), {init} init, 512 training tokens" for init in INITS
     }
     nothing: list[str] = []
     list(run(original, locked, mlps, *text, resume=kept, progress=lambda what, *_: nothing.append(what)))
