@@ -267,7 +267,9 @@ def _step_costs(context: AuditContext, variants: Callable[[], Iterator[ModelVari
     shape, rows = context.step_shape, []
     for variant in variants():
         progress = context.count(f"counting a step of the {variant.name} model")
-        counting = partial(count_steps, variant, context.config.chosen_attacks, shape, progress)
+        counting = partial(
+            count_steps, variant, context.config.chosen_attacks, shape, progress, context.notes.append
+        )
         rows += part(f"steps {variant.name}", counting)
     timing = partial(time_steps, variants, rows, shape, context.count("timing steps"))
     return part("seconds", timing)  # one part: all in one session

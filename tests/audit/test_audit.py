@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import dlr_lock
-from dlr_lock import DLRError
+from dlr_lock import DLRError, convert_model
 from dlr_lock.audit import AuditReport, audit_model
 from dlr_lock.audit.texts import invented_lines
 from dlr_lock.cli import app
@@ -215,6 +215,26 @@ def test_a_locked_checkpoint_may_be_a_name_on_the_hub(
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "locked-audit" / "audit.json").read_text())
     assert found["locked"] == "owner/locked" and [m["chain_error"] for m in found["modules"]]
+
+
+def test_a_model_with_mixtures_in_other_layers_is_audited(folder: Path, tmp_path: Path) -> None:
+    """Its steps are counted without data, for which torch does not know every product of the experts."""
+    save_tiny("deepseek_v3", tmp_path / "source")
+    convert_model(
+        tmp_path / "source", tmp_path / "locked", data=str(folder / "text.txt"), layers="0", tokens=1024, heldout=256,
+        train_tokens=1024, batch=256, redistill=0.0, sequence=32, device="cpu", depth=4,
+    )  # fmt: skip
+    least = {"tuning": 32, "batch": 32, "seeds": 1, "rates": 1, "attacks": "full,MeZO"}
+    report = audit_model(
+        tmp_path / "locked",
+        tmp_path / "source",
+        tmp_path / "audit",
+        data=str(folder / "text.txt"),
+        **SMALL | least,
+    )
+    assert {(row.variant, row.attack) for row in report.steps} >= {("locked", "full"), ("original", "MeZO")}
+    assert all(row.flops > 0 for row in report.steps)
+    assert not any("has no cost" in note for note in report.notes)
 
 
 def test_a_tokenizer_of_another_model_is_a_line(folder: Path, tmp_path: Path) -> None:
