@@ -30,8 +30,8 @@ from .report import ModuleReport
 
 FIT_TOKENS = 40_000  # tokens for the linear maps J_k
 BATCH = 256  # smaller ones undo more: 128 undid a small chain at 0.05 of its training tokens that 512 did not
-# Muon's rate by initialisation. Of layer 12 of SmolLM2 at 1/4 of the training tokens the student's error over the chain's
-# is 1.21 at 0.012, 1.28 at 0.03, 1.19 at 0.06 from the flat start; 1.88, 1.77 and 1.94 from a random one.
+# Muon's rate by initialisation. Of layer 12 of SmolLM2 at 1/4 of the training tokens the student's error over the
+# chain's is 1.21 at 0.012, 1.28 at 0.03, 1.19 at 0.06 from the flat start; 1.88, 1.77 and 1.94 from a random one.
 _RATES = {"linear": 0.012, "flat": 0.06, "random": 0.03}
 INITS = tuple(_RATES)  # none is always the best: which is depends on the chain and on the tokens
 _ROWS = 8192  # tokens at a time, where the chain is run
@@ -162,7 +162,9 @@ def fit_student(
         flat = flattened(net, reads)
         spec, given = flat.spec, flat.state_dict()
     batch = min(BATCH, train_tokens)
-    recipe = Recipe(train_tokens, batch, "random", seed, rate=_RATES[init], lr_multiplier_b=1.0, weight_decay=0.0)
+    recipe = Recipe(
+        train_tokens, batch, "random", seed, rate=_RATES[init], lr_multiplier_b=1.0, weight_decay=0.0
+    )
     tensors = distill(
         activations,
         tokens,
