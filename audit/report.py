@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..convert.evaluate import Evaluation, StateEvaluation, distance_of
-from ..reporting.lock_verdict import UNDONE_RATIO
+from ..reporting.lock_verdict import UNDONE_RATIO, Undoing
 from .asymmetry import Asymmetry
 
 SCHEMA = 2  # 1: of 0.1, with other names
@@ -79,6 +79,20 @@ class ModuleStudents:
     def ratio(self, student: Student) -> float:
         """A student's error over the chain's."""
         return student.error / self.chain_error if self.chain_error else math.inf
+
+    def undoing(self, *, informed: bool) -> Undoing | None:
+        """What undoing the chain takes a student that starts from its weights, or one that knows its outputs alone."""
+        return Undoing.of(
+            (student.train_tokens, self.ratio(student))
+            for student in self.students
+            if (student.init != "random") == informed
+        )
+
+    @property
+    def conversion(self) -> Undoing | None:
+        """The training tokens of the chain itself; None where the checkpoint does not say."""
+        shares = [(s.train_tokens, s.share) for s in self.students if s.share]
+        return Undoing(shares[0][0] / shares[0][1], False) if shares else None
 
     @property
     def deciding(self) -> Student | None:

@@ -204,7 +204,9 @@ def _modules(report: AuditReport) -> Section:
         ratio, share = (None, None) if best is None else (m.ratio(best), best.share)
         made = ("-", "-") if best is None else (best.init, f"{best.train_tokens:,}")
         verdict = lock_words(LockVerdict.of(m.chain_error, m.gap, ratio), ratio, share)
-        return m.module, m.chain, f"{m.chain_error:.4f}", f"{m.gap:.2f}", verdict, *made
+        informed, fresh = (m.undoing(informed=known) for known in (True, False))
+        spent = ("-", "-") if informed is None else (informed.over(m.conversion), informed.over(fresh))
+        return m.module, m.chain, f"{m.chain_error:.4f}", f"{m.gap:.2f}", verdict, *made, *spent
 
     def every(m: ModuleStudents, c: Student) -> tuple[str, ...]:
         return (
@@ -221,7 +223,10 @@ def _modules(report: AuditReport) -> Section:
         "the students' errors against their training tokens", "training tokens", "student's error / chain's", curves,
         [1], log=True,
     )  # fmt: skip
-    best = "module | chain | relative error | flatten gap | verdict | initialisation | training tokens"
+    best = (
+        "module | chain | relative error | flatten gap | verdict | initialisation | training tokens | "
+        "undoing / conversion | undoing / fresh"
+    )
     columns = (
         "module | initialisation | training tokens | share | error | error against the chain | ratio | "
         "model's distance | seconds"
@@ -231,7 +236,10 @@ def _modules(report: AuditReport) -> Section:
         f"A chain counts as undone where the student's error is at most {UNDONE_RATIO} times the chain's own, both "
         "against what the chain was fitted to. A row's verdict is of the cheapest such student, or else of the best. "
         "Fine-tunes of the redistilled model take, for each chain, the student that alone in its place leaves the "
-        "model nearest to the locked one.",
+        "model nearest to the locked one. "
+        "Undoing: training tokens of a student that starts from the chain's weights, until it is as good as the "
+        "chain; over those of the conversion, and over those of a fresh MLP that knows the chain's outputs alone, "
+        "where 1 means that knowing the weights helps nothing.",
         Table(headings(best), list(map(row, report.modules)), minor=_COST, empty=_NOT_RUN),
         plots=[plot] if curves else [],
         caption="A line is a module, its colour the student's initialisation; below the dashed level the student is "

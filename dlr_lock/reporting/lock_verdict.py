@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 LOCKED_GAP = 0.5  # a chain whose flatten gap is below is not locked: flattening undoes it
 UNDONE_RATIO = 1.05  # a student is as good as the chain when its error is at most so many times the chain's
@@ -56,6 +59,49 @@ _REFUTED = {
     "nearly for free",
     LockVerdict.UNDONE: "an MLP fitted to the chain, for the share of its training tokens in the table, is as good",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Undoing:
+    """What undoing a chain takes, in training tokens of a student.
+
+    Attributes:
+        tokens: After which a student is as good as the chain; where none was, the most that were tried.
+        bound: Whether none was, so that it takes more.
+    """
+
+    tokens: float
+    bound: bool
+
+    @classmethod
+    def of(cls, students: Iterable[tuple[int, float]]) -> Undoing | None:
+        """Read off students, between two of them on the line that joins them on logarithmic axes.
+
+        Args:
+            students: (training tokens, error over the chain's) of each; of several with as many tokens the best counts.
+        """
+        best: dict[int, float] = {}
+        for tokens, ratio in students:
+            best[tokens] = min(ratio, best.get(tokens, math.inf))
+        line = sorted(best.items())
+        if not line:
+            return None
+        if line[0][1] <= UNDONE_RATIO:
+            return cls(line[0][0], False)
+        for (t0, a), (t1, b) in pairwise(line):
+            if b <= UNDONE_RATIO:
+                # What is above 1 of the ratio falls about as a power of the tokens.
+                level, before, after = (max(r - 1, 1e-3) for r in (UNDONE_RATIO, a, b))
+                way = math.log(before / level) / math.log(before / after) if math.isfinite(a) else 1.0
+                return cls(t0 * (t1 / t0) ** way, False)
+        return cls(line[-1][0], True)
+
+    def over(self, other: Undoing | None) -> str:
+        """This over the other's tokens, in a cell: '0.4', '> 1' or '< 1' where one is a bound, '-' where that says
+        nothing."""
+        if other is None or (self.bound and other.bound):
+            return "-"
+        return f"{'> ' if self.bound else '< ' if other.bound else ''}{self.tokens / other.tokens:.2g}"
 
 
 def attack_words(ratio: float, cost: float | None) -> str:
