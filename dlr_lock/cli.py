@@ -224,6 +224,27 @@ def generate(
 
 
 @app.command()
+def serve(
+    checkpoint: Annotated[str, typer.Argument(help="A locked checkpoint's directory or name on the hub.")],
+    flags: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- ENGINE FLAGS]", help="For the engine, as they are.")
+    ] = None,
+    engine: Annotated[
+        str | None, choice("vllm or transformers.", "vLLM where it is installed, else transformers' own server")
+    ] = None,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not compare the files with the manifest's hashes first.")
+    ] = False,
+) -> None:
+    """Serve a locked model over the OpenAI API, by vLLM or by transformers' own server."""
+    from .runtime.serving import prepare_server
+
+    server = prepare_server(checkpoint, engine=engine, hashes=not no_verify, flags=flags)
+    _screen.print(f"{checkpoint}: served by {server.engine} {server.version}", markup=False)
+    server.become()
+
+
+@app.command()
 def bench(
     hidden: Annotated[int, choice("Features of the model, d.")] = 576,
     intermediate: Annotated[int, choice("Hidden units of the gated MLP to compare with.")] = 1536,
