@@ -5,6 +5,7 @@ by the rest of the program, and nothing of vLLM before `register` is called.
 
 quantization.py   the quantization method `dlr`: which class is built, and that doomed linear maps get no weights
 models.py         for every model class of vLLM a subclass with chains in it, made when it is asked for
+lifetime.py       an engine ends with its server
 chains.py         the chains themselves: into the model, filled from the checkpoint, and checked
 """
 

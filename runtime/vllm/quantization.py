@@ -19,6 +19,7 @@ from vllm.model_executor.models.registry import ModelRegistry
 from ...common.version import __version__
 from ...triton_kernels import current_backend
 from ..config import METHOD, DLRConfig
+from .lifetime import end_with_server
 
 PREFIX = "DLR"  # before the name of a class of vLLM's: the subclass with chains in it
 _MODELS = f"{__package__}.models"
@@ -49,8 +50,8 @@ class DLRQuantizationConfig(QuantizationConfig):
         self.lock = DLRConfig(**values)
         self.replaced = [*self.lock.modules, *self.lock.identity]
 
-    def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
-        return type(self), (self.values,)
+    def __reduce__(self) -> tuple[Any, tuple[dict[str, Any]]]:
+        return _in_the_engine, (self.values,)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "DLRQuantizationConfig":
@@ -104,6 +105,12 @@ class DLRQuantizationConfig(QuantizationConfig):
     @staticmethod
     def get_config_filenames() -> list[str]:
         return []  # all is in config.json
+
+
+def _in_the_engine(values: dict[str, Any]) -> DLRQuantizationConfig:
+    """What pickle calls: an engine of a locked model has begun, if this is not a copy within one process."""
+    end_with_server()
+    return DLRQuantizationConfig(values)
 
 
 class NoWeights(LinearMethodBase):
