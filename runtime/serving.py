@@ -1,4 +1,4 @@
-"""Serving a locked checkpoint over the OpenAI API: everything is checked here, then an engine takes this process's place.
+"""Serving a locked checkpoint over the OpenAI API: all is checked here, then an engine takes this process's place.
 
 The engines are vLLM, through our plugin (`vllm/`), and transformers' own server. Replacing the process leaves signals,
 exit status and the health endpoint to the engine, and nothing of ours to clean up. What is wrong with a checkpoint or a
@@ -109,7 +109,9 @@ def check_tensors(folder: Path, lock: DLRConfig) -> None:
             with safe_open(file, framework="pt") as tensors:
                 shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise DLRError(f"{file} cannot be read: {first_line(error)}; fetch the checkpoint again") from error
+            raise DLRError(
+                f"{file} cannot be read: {first_line(error)}; fetch the checkpoint again"
+            ) from error
     for module, spec in lock.modules.items():
         for name, wanted in _tensors(spec).items():
             found = shapes.get(f"{module}.{name}")
@@ -132,10 +134,14 @@ def _engine(name: str | None) -> str:
         if not vllm:
             raise DLRError("vLLM is not installed: pip install vllm, or serve with --engine transformers")
         if not any(point.name == PLUGIN for point in entry_points(group=PLUGINS)):
-            raise DLRError("vLLM would not find dlr-lock's plugin: install dlr-lock itself, with pip, beside it")
+            raise DLRError(
+                "vLLM would not find dlr-lock's plugin: install dlr-lock itself, with pip, beside it"
+            )
         return "vllm"
     if not is_serve_available():
-        raise DLRError("no engine is installed: pip install vllm, or 'transformers[serving]' for transformers' own")
+        raise DLRError(
+            "no engine is installed: pip install vllm, or 'transformers[serving]' for transformers' own"
+        )
     return "transformers"
 
 

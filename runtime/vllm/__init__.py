@@ -1,7 +1,7 @@
 """The vLLM plugin: an unmodified vLLM serves a locked checkpoint as it serves the original.
 
-vLLM calls `register` in each of its processes, by the entry point group `vllm.general_plugins`. Nothing here is imported
-by the rest of the program, and nothing of vLLM before `register` is called.
+vLLM calls `register` in each of its processes, by the entry point group `vllm.general_plugins`. Nothing here is
+imported by the rest of the program, and nothing of vLLM before `register` is called.
 
 quantization.py   the quantization method `dlr`: which class is built, and that doomed linear maps get no weights
 models.py         for every model class of vLLM a subclass with chains in it, made when it is asked for

@@ -61,7 +61,9 @@ class Chains:
         filled: set[int] = set()
         loaded = load_others(self._others(weights, filled))
         if loaded is None:
-            _log.warning("vLLM's loader does not say what it loaded: of this model only the chains are checked")
+            _log.warning(
+                "vLLM's loader does not say what it loaded: of this model only the chains are checked"
+            )
         missing = []
         for name, parameter in self._model[0].named_parameters():
             if id(parameter) in here:

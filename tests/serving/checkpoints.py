@@ -1,4 +1,4 @@
-"""Locked checkpoints for a server: tiny ones of many architectures, and a small real model."""
+"""Tiny locked checkpoints of many architectures for a server, and what transformers generates from them."""
 
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ from dlr_lock.runtime.checkpoint import write_manifest
 CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 
 
-def lock_randomly(model: nn.Module, lanes: int = 1, scale: float = 8.0, layers: int | None = None) -> None:
-    """Puts random chains, strong enough to be seen in the logits, in the place of the last `layers` MLPs; all if None."""
+def lock_randomly(model: nn.Module, lanes: int) -> None:
+    """Puts random chains, strong enough to be seen in the logits, in the place of all MLPs."""
     generator = torch.Generator().manual_seed(1)
-    mlps = find_mlps(model)[-layers if layers else None :]
+    mlps = find_mlps(model)
     chains = {}
     for mlp in mlps:
         net = DLRNet(DLRSpec(mlp.hidden_size, lanes=lanes, depth=3, rank=16), dtype=model.dtype)
-        net.assign({n: torch.randn(p.shape, generator=generator) / scale for n, p in net.named_parameters()})
+        net.assign({n: torch.randn(p.shape, generator=generator) / 8 for n, p in net.named_parameters()})
         chains[mlp.module] = net
     lock(model, chains, [name for mlp in mlps for name in mlp.identity])
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 from checkpoints import greedy, save_locked
-from conftest import Served, answers, family, free_port, gone, post
 from openai import OpenAI
+from servers import Served, answers, family, free_port, gone, post
 from tiny import tiny_tokenizer
 
 PROMPT = "The river runs down to the sea, and the sea"

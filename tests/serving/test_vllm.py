@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from checkpoints import greedy, save_locked
-from conftest import ENVIRONMENT
 from safetensors.torch import load_file, save_file
+from servers import ENVIRONMENT
 
 PROMPTS = [[5, 6, 7], [100, 200, 30, 44, 51, 18], list(range(3, 60)), [9] * 20]
 NEW = 24
@@ -18,7 +18,9 @@ HEADS = {"num_attention_heads": 2}  # of 32 features: vLLM's CPU attention has n
 GROUPED = {**HEADS, "num_key_value_heads": 2, "head_dim": 32}
 
 
-def run(folder: Path, environment: dict[str, str] | None = None, **options: Any) -> subprocess.CompletedProcess:
+def run(
+    folder: Path, environment: dict[str, str] | None = None, **options: Any
+) -> subprocess.CompletedProcess:
     asked = {"model": str(folder), "prompts": PROMPTS, "new": NEW, "enforce_eager": True, **options}
     return subprocess.run(
         [sys.executable, str(Path(__file__).with_name("generate.py")), json.dumps(asked)],
