@@ -19,7 +19,10 @@ from .chains import Chains
 from .quantization import PREFIX
 
 
-class _Locked:
+_StockClass: Any = object  # it is known when a class is made
+
+
+class _Locked(_StockClass):
     """What both kinds have in common."""
 
     config: Any
@@ -27,7 +30,7 @@ class _Locked:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Fills the chains itself, as vLLM's own loaders know no such tensors, and checks that all weights came."""
-        return self.chains.load(weights, super().load_weights)  # type: ignore[misc]
+        return self.chains.load(weights, super().load_weights)
 
 
 class _Native(_Locked):
@@ -43,8 +46,8 @@ class _Backend(_Locked):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def recursive_replace(self) -> None:
-        self.chains = Chains(self, self.vllm_config.quant_config.lock)  # type: ignore[attr-defined]
-        super().recursive_replace()  # type: ignore[misc]
+        self.chains = Chains(self, self.vllm_config.quant_config.lock)
+        super().recursive_replace()
 
 
 @contextmanager
