@@ -1,6 +1,7 @@
 """The chains of a locked model in vLLM: put into the model, filled from the checkpoint, and checked."""
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class Chains:
         self._lock = lock
         self._nets: dict[str, DLRNet | None] = {}
         for name, spec in lock.modules.items():
-            self._nets[name] = self._put(name, lambda manner, spec=spec: ServedChain(spec, manner))
+            self._nets[name] = self._put(name, partial(ServedChain, spec))
         for name in lock.identity:
             self._put(name, ServedIdentity)
 

@@ -18,7 +18,6 @@ from vllm.model_executor.models.transformers.base import Base as TransformersBac
 from .chains import Chains
 from .quantization import PREFIX
 
-
 _StockClass: Any = object  # it is known when a class is made
 
 
