@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from transformers.utils.import_utils import is_serve_available
+from transformers.utils.import_utils import is_accelerate_available, is_serve_available
 
 from ..common.errors import DLRError, first_line
 from ..common.files import MANIFEST, check_readable, permission_is_an_error
@@ -142,6 +142,8 @@ def _engine(name: str | None) -> str:
         raise DLRError(
             "no engine is installed: pip install vllm, or 'transformers[serving]' for transformers' own"
         )
+    if not is_accelerate_available():
+        raise DLRError("transformers' server wants accelerate: pip install accelerate")
     return "transformers"
 
 
