@@ -29,6 +29,7 @@ lint: $(VENV)/ready
 	@# mypy wants one package tree, which the folder-to-import mapping of pyproject.toml gives only once installed.
 	rm -rf build/types && mkdir -p build/types/dlr_lock
 	for part in dlr_lock/[a-z_]* runtime triton_kernels convert audit; do ln -s ../../../$$part build/types/dlr_lock/; done
+	ln -s ../../dlr_lock_autoload.py build/types/
 	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p dlr_lock
 
 bench: $(VENV)/ready

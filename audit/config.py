@@ -46,7 +46,8 @@ BUDGETS = {
     "full": Budget(409_600, 10_240, "0.0625,0.25,1", 262_144, 2_048, 512, 8_192, 3, 6, timed=True),
 }
 
-ATTACKS = ("full", "LoRA", "attention", "MeZO")  # as they are registered, which takes torch; for the help alone
+# As they are registered, which takes torch: for the help alone.
+ATTACKS = ("full", "LoRA", "attention", "MeZO")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,9 +79,7 @@ class AuditConfig:
     tokens: int | None = option(
         None, "Tokens of neutral text to redistill chains on.", by_name(BUDGETS, "tokens")
     )
-    heldout: int | None = option(
-        None, "Tokens of neutral text to measure on.", by_name(BUDGETS, "heldout")
-    )
+    heldout: int | None = option(None, "Tokens of neutral text to measure on.", by_name(BUDGETS, "heldout"))
     seed: int = option(0, "Seed of runs and of the invented task.")
     device: str | None = option(None, "cpu, cuda, cuda:1, ...", "the best there is")
     max_memory: int | str | None = option(
@@ -108,8 +107,10 @@ class AuditConfig:
 
         name = known_name(self.budget, BUDGETS, "budget")
         budget = asdict(BUDGETS[name])
-        budget["attacks"] = ",".join(key for key, attack in TRAINING_ATTACKS.items() if name in attack.budgets)
-        texts = {
+        budget["attacks"] = ",".join(
+            key for key, attack in TRAINING_ATTACKS.items() if name in attack.budgets
+        )
+        texts: dict[str, Any] = {
             "task": INVENTED if str(self.task).lower() == INVENTED else self.task,
             "data": TOPICS if str(self.data).lower() == TOPICS else self.data,
         }
@@ -117,7 +118,9 @@ class AuditConfig:
             wanted = [known_name(part, TRAINING_ATTACKS, "attack") for part in self.chosen_attacks]
             texts["attacks"] = ",".join(wanted)
         chosen = replace(
-            replace(self, **texts, budget=name),
+            self,
+            budget=name,
+            **texts,
             **{k: v for k, v in budget.items() if k in self.__slots__ and getattr(self, k) is None},
             device=str(usable_device(self.device)),
             max_memory=memory_bytes(self.max_memory),

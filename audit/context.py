@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..common.progress import Count, Progress, no_progress
+from ..common.progress import Count, Phase, Progress, expect, no_progress
 from ..common.resume import ResumeStore
 from ..convert.mlp_matching import MLP
 from .texts import Text
@@ -57,6 +57,7 @@ class AuditContext:
         progress: Called with (what is being done, done, total).
         notes: What was not run, and what else the owner should know, a sentence each; parts add to it.
         runs_begun, runs_at_most: Fine-tuning runs so far, and how many there will be, for the progress.
+        runs_kept: Those of them that an interrupted audit made.
     """
 
     locked: PreTrainedModel
@@ -73,6 +74,7 @@ class AuditContext:
     notes: list[str] = field(default_factory=list)
     runs_begun: int = 0
     runs_at_most: int = 0
+    runs_kept: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -88,6 +90,16 @@ class AuditContext:
     def count(self, what: str) -> Count:
         """The progress of one thing."""
         return partial(self.progress, what)
+
+    def expect_runs(self) -> None:
+        """Tells the progress how many fine-tuning runs there will be at most, as is known now.
+
+        Work is in tokens that pass a layer; a training token counts as three.
+        """
+        plan, layers = self.config.plan, len(self.slots)
+        each = layers * (3 * plan.tokens + plan.looks * self.task.heldout.numel())
+        runs = max(0, self.runs_at_most - self.runs_kept)
+        expect(self.progress, [Phase("run ", float(runs * each), runs)])
 
     def part(self, name: str, make: Callable[[], Any]) -> Any:
         """A finished part of the audit.

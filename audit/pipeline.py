@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..common.errors import DLRError
 from ..common.files import full_disk_is_an_error, hash_files, writable_folder, write_whole
 from ..common.machine import device_name, machine
-from ..common.progress import Progress, no_progress
+from ..common.progress import Phase, Progress, expect, no_progress, say
 from ..common.resume import ResumeStore, run_lock
 from ..common.version import __version__
 from ..convert.config import EFFORTS
@@ -33,7 +33,7 @@ from ..runtime import DLRSpec, inspect, load, locked_modules
 from ..runtime.generation import positions
 from .asymmetry import Asymmetry, asymmetries
 from .attacks import TRAINING_ATTACKS
-from .attacks.redistillation import Students, redistillation_row, redistilled_modules
+from .attacks.redistillation import INITS, Students, redistillation_row, redistilled_modules
 from .attacks.structural import kept_row, structural_rows
 from .config import BUDGETS, AuditConfig
 from .context import AuditContext, ModelVariant
@@ -111,7 +111,7 @@ def _audited(
         "machine": [device_name(device), torch.get_num_threads()],
         "program": __version__,
     }
-    resume = ResumeStore(target, about)
+    resume = ResumeStore(target, about, began)
     with TemporaryDirectory() as scratch:
         context = AuditContext(
             locked=ours,
@@ -137,7 +137,7 @@ def _audited(
         options=config.to_dict() | {"task": task.source, "data": neutral.source},
         machine=machine(device),
         threat=THREAT,
-        seconds=time.monotonic() - began,
+        seconds=resume.seconds,
         notes=context.notes,
         **found,
     )
@@ -151,10 +151,11 @@ def _audited(
 
 def _attack(context: AuditContext) -> dict[str, Any]:
     """Runs every attack; the fields of `AuditReport` that are found out."""
+    train_tokens = _redistillations(context)
+    _expect(context, train_tokens)
     measuring = context.count("measuring both models")
     fidelity = compare(context.locked, context.original, context.neutral.heldout, measuring)
     rows = list(structural_rows(context))
-    train_tokens = _redistillations(context)
     students = list(redistilled_modules(context, sorted(set(train_tokens.values()))))
     undone = {
         name: kept_row(context, name, partial(redistillation_row, context, students, name, count))
@@ -165,7 +166,6 @@ def _attack(context: AuditContext) -> dict[str, Any]:
     attacks = context.config.chosen_attacks
     if predicts_next(context.original):
         variants = partial(_variants, context, train_tokens, students)
-        context.runs_at_most = (2 + len(train_tokens)) * len(attacks) * context.config.plan.runs
         for variant in variants():
             for attack in attacks:
                 runs += TRAINING_ATTACKS[attack].run(context, variant)
@@ -190,6 +190,33 @@ def _attack(context: AuditContext) -> dict[str, Any]:
         "verdicts": found,
         "attacks": {name: TRAINING_ATTACKS[name].about for name in attacks},
     }
+
+
+def _expect(context: AuditContext, train_tokens: dict[str, int]) -> None:
+    """Says what an interrupted audit left, and what there is to do; work as in `AuditContext.expect_runs`."""
+    resume, heldout, layers = context.resume, context.neutral.heldout.numel(), len(context.slots)
+    todo = [mlp for mlp in context.mlps if resume is None or not resume.has(mlp.module)]
+    if resume is not None and resume.count:
+        say(
+            context.progress,
+            f"{resume.folder} keeps {resume.count} finished parts of an interrupted audit, the students of "
+            f"{len(context.mlps) - len(todo)} of {len(context.mlps)} modules among them: they are not done again",
+        )
+    fits = len(todo) * len(INITS)
+    expect(
+        context.progress,
+        [
+            Phase("measuring both models", 2.0 * layers * heldout),
+            Phase("activations of the", float(layers * (context.neutral.train.numel() + heldout)), 2),
+            Phase("re-distilling", 3.0 * fits * sum(train_tokens.values()), fits * len(train_tokens)),
+            Phase("timing steps", 100.0 * layers * context.task.train.shape[1]),
+        ],
+    )
+    if predicts_next(context.original):
+        context.runs_at_most = (
+            (2 + len(train_tokens)) * len(context.config.chosen_attacks) * context.config.plan.runs
+        )
+        context.expect_runs()
 
 
 def _redistillations(context: AuditContext) -> dict[str, int]:

@@ -202,7 +202,7 @@ class AuditReport:
         attacks: The attacks on training that were chosen: name -> what it does, a sentence.
         slot: What the asymmetries are of.
         notes: What was not run, and why; what else the owner should know.
-        seconds: That the audit took.
+        seconds: That the audit took, earlier runs of an interrupted one up to their last finished parts.
     """
 
     locked: str

@@ -22,13 +22,9 @@ from .report import (
     Verdict,
     cheapest_step,
 )
-from .verdict import ORIGINAL
+from .verdict import MEASURES, ORIGINAL
+from .worth import collapses, worth_words
 
-MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
-    "flops": ("FLOPs", flops_words),
-    "seconds": ("seconds", seconds_words),
-    "peak": ("peak memory", bytes_words),
-}
 _STEP: dict[str, Callable[[float], str]] = {
     "flops": flops_words, "peak": bytes_words, "held": bytes_words, "launches": "{:,}".format,
     "dependent": "{:,}".format, "seconds": seconds_words,
@@ -63,7 +59,8 @@ def verdict_words(report: AuditReport) -> list[str]:
 
 def _head(report: AuditReport) -> Section:
     return Section(
-        f"Audit of {report.locked}, locked from {report.original}", "\n".join(verdict_words(report))
+        f"Audit of {report.locked}, locked from {report.original}",
+        "\n".join([worth_words(report), *verdict_words(report), *collapses(report.runs)]),
     )
 
 

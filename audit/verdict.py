@@ -5,13 +5,19 @@ the task as the tuned original is.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 
+from ..reporting.words import bytes_words, flops_words, seconds_words
 from .report import Price, Run, StepCost, Verdict, cheapest_step
 
 SHARES = (0.5, 0.9)
-MEASURES = ("flops", "seconds", "peak")
+# By what a report calls them: in a reader's words, and how a figure of it is written.
+MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "flops": ("FLOPs", flops_words),
+    "seconds": ("seconds", seconds_words),
+    "peak": ("peak memory", bytes_words),
+}
 TUNES = (1, 10, 100)
 ORIGINAL = "original"
 

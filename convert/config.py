@@ -49,7 +49,7 @@ class Recipe:
     """
 
     train_tokens: int
-    batch: int = 512
+    batch: int = _BATCH
     init: str = "mixed"
     seed: int = 0
     rate: float = 0.012
@@ -232,7 +232,7 @@ class ConversionConfig:
         from ..triton_kernels import ACTIVATIONS
 
         device = usable_device(self.device)
-        named = {
+        named: dict[str, Any] = {
             "effort": known_name(self.effort, EFFORTS, "effort"),
             "init": known_name(self.init, INITS, "init"),
             "across": self.across and known_name(self.across, ACROSS, "way across the layers"),
@@ -241,7 +241,7 @@ class ConversionConfig:
             "layers": None if (layers := str(self.layers or "all").strip().lower()) == "all" else layers,
             "data": "self" if str(self.data).lower() == "self" else self.data,
         }
-        effort = EFFORTS[str(named["effort"])].on(device)
+        effort = EFFORTS[named["effort"]].on(device)
         for name in ("tokens", "heldout", "train_tokens", "batch", "lanes", "depth", "rank", "sequence"):
             value = getattr(self, name)
             if value is not None and value < 1:

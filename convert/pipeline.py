@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from ..common.dtypes import DTYPES, dtype_name
 from ..common.errors import DLRError, first_line
 from ..common.files import check_space, check_target, permission_is_an_error, whole_directory
-from ..common.progress import Progress, no_progress
+from ..common.progress import Phase, Progress, expect, no_progress, say
 from ..common.resume import ResumeStore, run_lock
 from ..common.side_files import carry_over, licence
 from ..common.version import __version__
@@ -81,16 +81,23 @@ def convert_model(
         with run_lock(target):
             # It checks the target again, now that nobody else writes.
             with whole_directory(target, overwrite=overwrite) as work:
-                context, mlps = _prepared(source, target, work, config, progress)
-                report = _converted(context, mlps, work, str(out), started)
+                context, mlps = _prepared(source, target, work, config, progress, started)
+                report = _converted(context, mlps, work, str(out))
             context.resume.remove()
     return report
 
 
 def _prepared(
-    source: str | Path, target: Path, work: Path, config: ConversionConfig, progress: Progress
+    source: str | Path,
+    target: Path,
+    work: Path,
+    config: ConversionConfig,
+    progress: Progress,
+    started: float,
 ) -> tuple[Context, int]:
     """All that the work needs, and how many MLPs the model has; raises DLRError before any long work.
+
+    started: when the run began.
 
     What is carried over from the source is in `work` afterwards.
     """
@@ -113,6 +120,12 @@ def _prepared(
         notes.append(unplaced_tensors(original, replaced)[1])
         _write_words(original, work)
         check_space(target, original.model.num_parameters() * stored.itemsize)
+    if config.data == "self" and device.type == "cpu":
+        say(
+            progress,
+            f"--data self: {(config.tokens or 0) + (config.heldout or 0):,} tokens are sampled from the model first, "
+            "which on a CPU takes longer than everything else; --data with a text file is faster, and fits better",
+        )
     text = calibration_text(original, config, progress)
     # All that the modules of a conversion depend on; a module made with other facts is not reused.
     free = (
@@ -128,13 +141,13 @@ def _prepared(
         "dtype": dtype_name(stored),
         "program": __version__,
     }
-    resume = ResumeStore(target, facts)
+    resume = ResumeStore(target, facts, started)
     said = [note for note in notes if note]
     context = Context(original, mlps, text, config, stored, resume, scratch, progress, said)
     return context, len(every) + len(mixtures(original.model))
 
 
-def _converted(context: Context, mlps: int, work: Path, out: str, started: float) -> ConversionReport:
+def _converted(context: Context, mlps: int, work: Path, out: str) -> ConversionReport:
     """Writes the checkpoint into `work`, which will be `out`. mlps: how many the original has."""
     modules = distill_modules(context)
     end_to_end = run_end_to_end(context, modules)
@@ -158,7 +171,7 @@ def _converted(context: Context, mlps: int, work: Path, out: str, started: float
             context.text.heldout,
             context.count("measuring the locked model"),
         ),
-        seconds=time.monotonic() - started,
+        seconds=context.resume.seconds,
         across=modules.across,
         end_to_end=end_to_end,
         warnings=[note for note in (*context.notes, poor_text(context.text.train)) if note],
@@ -190,7 +203,8 @@ def _write(context: Context, chains: dict[str, DLRNet], work: Path) -> int:
     ):
         vars(config).pop("auto_map", None)
     lock(model, chains, context.identity, unplaced_tensors(original, [*chains, *context.identity])[0])
-    model.save_pretrained(work)
+    with quiet():  # its bar of shards stands in the way of ours
+        model.save_pretrained(work)
     return model.num_parameters()
 
 
@@ -228,6 +242,8 @@ def distill_modules(context: Context) -> Modules:
             context.notes.append(f"modules were distilled independently: {error}")
     before = {mlp.module: _restored(context, mlp) for mlp in mlps}
     todo = [mlp for mlp in mlps if not _finished(before[mlp.module], config)]
+    _say_what_is_kept(context, before, todo)
+    expect(context.progress, _phases(context, before, todo, one_by_one=calibrator is not None))
     independent = context.capture(todo if calibrator is None else [])
     for number, mlp in enumerate(mlps, 1):
         module = before[mlp.module]
@@ -259,6 +275,46 @@ def distill_modules(context: Context) -> Modules:
             "no errors before them, for a norm follows their MLPs"
         )
     return done
+
+
+def _say_what_is_kept(context: Context, before: dict[str, _Module | None], todo: list[MLP]) -> None:
+    """Of an interrupted run: what was found, and what is not done again."""
+    kept = [name for name, module in before.items() if module is not None]
+    if not kept:
+        return
+    again = [mlp.module for mlp in todo]
+    goes_on = f"going on with {again[0]}" if again else "all of them"
+    attacks = [name for name in again if before[name] is not None]
+    without = f" ({len(attacks)} of them without the attack, which is still to do)" if attacks else ""
+    say(
+        context.progress,
+        f"{context.resume.folder} keeps {len(kept)} of {len(before)} modules of an interrupted run{without}: they are "
+        f"not distilled again; {goes_on}",
+    )
+
+
+def _phases(
+    context: Context, before: dict[str, _Module | None], todo: list[MLP], *, one_by_one: bool
+) -> list[Phase]:
+    """What a conversion still has to do. Work is in tokens that pass a layer; a training token counts as three."""
+    config, mlps = context.config, context.mlps
+    fits = sum(before[mlp.module] is None for mlp in todo)
+    attacks = len(todo) if config.redistill else 0
+    trained, share, together = (
+        float(v or 0) for v in (config.train_tokens, config.redistill, config.end_to_end)
+    )
+    layers = getattr(context.model.config.get_text_config(), "num_hidden_layers", None) or len(mlps)
+    # One by one, either model's state is led through every layer once, and once more through those that are locked.
+    passes = mlps[0].layer + 2 * (mlps[-1].layer - mlps[0].layer + 1 + len(mlps)) if one_by_one else layers
+    looks = 1 + 2 * bool(together)
+    return [
+        Phase("activations", float(passes * context.tokens.numel()), passes if one_by_one else 1),
+        Phase("distilling", 3 * fits * trained, fits),
+        Phase("redistilling", 3 * attacks * share * trained, attacks),
+        Phase("end-to-end", 3 * together * layers, 1),
+        Phase("writing", float(context.tokens.numel())),
+        Phase("measuring", float(looks * 2 * layers * context.text.heldout.numel()), looks),
+    ]
 
 
 def _fit(context: Context, mlp: MLP, pairs: Activations, title: str) -> _Module:

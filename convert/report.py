@@ -146,7 +146,7 @@ class ConversionReport:
         mlps: How many MLPs the original has, locked or not, and mixtures of experts.
         params_original, params_locked: Of the whole models.
         evaluation: The locked model against the original on held-out text.
-        seconds: Of the whole conversion, an interrupted one's first part left out.
+        seconds: Of the whole conversion, earlier runs of an interrupted one up to their last finished parts.
         across: 'sequential' or 'independent', as it was done.
         end_to_end: The phase, where there was one.
         warnings: What the owner should know, a sentence each.
@@ -192,7 +192,6 @@ def _plain(report: ModuleReport | EndToEndReport | ConversionReport) -> dict[str
 
 
 _LOAD = """\
-import dlr_lock  # registers the format with transformers
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")"""
@@ -211,18 +210,17 @@ _TEMPLATE = """\
 
 # {title}, locked
 
-{locked} of the {mlps} MLPs of this model are DLR-Nets: deep chains of low-rank steps that run like an MLP and are
-expensive to train. Without the package dlr-lock it does not load; in that package's source tree:
-
 ```sh
-pip install .
+pip install dlr-lock  # or, in its source tree: pip install .
 ```
-
-Then:
 
 ```python
 {load}
 ```
+
+{locked} of the {mlps} MLPs of this model are DLR-Nets: deep chains of low-rank steps that run like an MLP and are
+expensive to train. Where the package dlr-lock is installed, every program that loads models with transformers loads
+this one; without it, loading stops at weights of another shape.
 
 {sections}
 
@@ -365,7 +363,10 @@ def evaluation_section(e: Evaluation | StateEvaluation) -> Section:
     """An evaluation as a table."""
     columns = ("", "locked", "original", "difference")
     rows = [(what, *cells) for what, _, *cells in _figures(e)]
-    return Section(f"Fidelity on {e.tokens:,} tokens of held-out text", table=Table(columns, rows).filled())
+    terms = [name for name in distances(e) if name != "loss gap"]  # which is the loss's difference here
+    terms += ["loss", "perplexity"] if isinstance(e, Evaluation) else []
+    title = f"Fidelity on {e.tokens:,} tokens of held-out text"
+    return Section(title, table=Table(columns, rows).filled(), terms=terms)
 
 
 def texts_section(evaluations: Mapping[str, Evaluation]) -> Section:

@@ -1,7 +1,7 @@
 """dlr-lock: publish the weights of language models so that they can be run, and are expensive to fine-tune.
 
 Importing this package registers locked checkpoints with transformers, so that
-`AutoModelForCausalLM.from_pretrained` loads them.
+`AutoModelForCausalLM.from_pretrained` loads them; an installed one has done so at `import torch`.
 """
 
 from pathlib import Path
@@ -13,7 +13,9 @@ _tree = Path(__file__).resolve().parents[1]
 if (_tree / "pyproject.toml").is_file() and (_tree / "triton_kernels").is_dir():
     __path__.append(str(_tree))
 
-from . import _registration, _threads  # noqa: F401
+import dlr_lock_autoload
+
+from . import _threads  # noqa: F401
 from .common.lazy import lazy_names
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ __getattr__, __dir__ = lazy_names(
         "convert_model": ".convert.pipeline",
         "load": ".runtime.checkpoint",
     },
-    modules=("audit", "convert", "runtime", "triton_kernels"),
+    modules=("audit", "common", "convert", "microbench", "reporting", "runtime", "triton_kernels"),
 )
 
 __all__ = [
@@ -50,3 +52,5 @@ __all__ = [
     "convert_model",
     "load",
 ]
+
+dlr_lock_autoload.install()

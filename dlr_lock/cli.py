@@ -56,9 +56,7 @@ def demo(
     layers: Annotated[
         str | None, choice("Layers to lock, such as last-4.", "a few on a CPU, all on a GPU")
     ] = None,
-    out: Annotated[
-        Path | None, choice("Keep the locked checkpoint here.", "it is thrown away")
-    ] = None,
+    out: Annotated[Path | None, choice("Keep the locked checkpoint here.", "it is thrown away")] = None,
     device: Device = None,
 ) -> None:
     """Fetch a small real model, lock some of its layers, measure, and complete a sentence with both."""
@@ -125,7 +123,8 @@ def verify(checkpoint: Locked, as_json: Json = False) -> None:
 def evaluate(
     checkpoint: Locked,
     text: Annotated[
-        list[str], choice("Text to evaluate on: .txt, .jsonl, .parquet or a datasets name; several times for several.")
+        list[str],
+        choice("Text to evaluate on: .txt, .jsonl, .parquet or a datasets name; several times for several."),
     ],
     original: Annotated[str | None, choice("The original model, for KL and flips.", "none")] = None,
     tokens: Annotated[int, choice("Tokens of each text to use, at most.")] = 10_240,
@@ -158,9 +157,7 @@ def evaluate(
 def audit(
     checkpoint: Locked,
     original: Annotated[str, choice("The model that was locked.")],
-    out: Annotated[
-        Path | None, choice("Folder for audit.json and audit.html.", "CHECKPOINT-audit")
-    ] = None,
+    out: Annotated[Path | None, choice("Folder for audit.json and audit.html.", "CHECKPOINT-audit")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an audit.")] = False,
     as_json: Json = False,
     **config: Any,
@@ -250,9 +247,12 @@ def bench(
     intermediate: Annotated[int, choice("Hidden units of the gated MLP to compare with.")] = 1536,
     lanes: Annotated[int, choice("Chains side by side.")] = 1,
     depth: Annotated[
-        int | None, choice("Steps of a chain, near to this at equal parameters.", "by size, as a conversion chooses")
+        int | None,
+        choice("Steps of a chain, near to this at equal parameters.", "by size, as a conversion chooses"),
     ] = None,
-    rank: Annotated[int | None, choice("Rank of a step, a multiple of 16.", "what equal parameters leave")] = None,
+    rank: Annotated[
+        int | None, choice("Rank of a step, a multiple of 16.", "what equal parameters leave")
+    ] = None,
     tokens: Annotated[str, choice("Token counts, such as 1,16,512.")] = "1,16,512",
     dtype: Annotated[
         str, choice("auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16.")

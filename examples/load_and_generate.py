@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=40)
     options = parser.parse_args()
 
-    # `import dlr_lock` has told transformers how a locked checkpoint loads; without it loading fails on a tripwire.
+    # An installed package has told transformers how a locked checkpoint loads; without it loading fails on a tripwire.
     # dlr_lock.load(checkpoint) is the same and moves the model to the best device.
     model = AutoModelForCausalLM.from_pretrained(options.checkpoint, dtype="auto").eval()
     tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)

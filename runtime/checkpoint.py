@@ -9,11 +9,13 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from dlr_lock_autoload import METHOD
+
 from ..common.errors import DLRError, first_line
 from ..common.files import MANIFEST, check_readable, hash_files, permission_is_an_error, read_json
 from ..common.hub import model_folder
 from ..common.version import __version__
-from .config import METHOD, DLRConfig
+from .config import DLRConfig
 from .device import usable_device
 from .quantizer import locked_modules
 

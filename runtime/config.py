@@ -5,10 +5,11 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from dlr_lock_autoload import METHOD
+
 from ..common.errors import DLRError
 from .spec import DLRSpec
 
-METHOD = "dlr"
 FORMAT = 1  # of the checkpoint; a reader refuses a newer one
 
 

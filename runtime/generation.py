@@ -141,4 +141,6 @@ def _templated(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | No
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     except Exception as error:  # a template is a program of its author's, with errors of its own
-        raise DLRError(f"the model's chat template does not take these messages: {first_line(error)}") from error
+        raise DLRError(
+            f"the model's chat template does not take these messages: {first_line(error)}"
+        ) from error

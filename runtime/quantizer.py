@@ -1,41 +1,85 @@
 """The transformers plugin: how a locked checkpoint loads through plain `from_pretrained`.
 
 Importing this module registers the quantization method `dlr`. transformers then hands every checkpoint whose
-config names that method to `DLRQuantizer`, which puts DLRNets in place before the weights are read.
+config names that method to `DLRQuantizer`, which puts DLRNets in place before the weights are read. Where the package
+is installed nobody needs to import it: `dlr_lock_autoload` has put stand-ins where these classes go.
 """
 
 import copy
 import re
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+
+from dlr_lock_autoload import METHOD, StandIn
 
 from ..common.errors import DLRError
-from .config import METHOD, DLRConfig
+from ..triton_kernels import current_backend
+from .config import DLRConfig
 from .module import DLRNet
 
-register_quantization_config(METHOD)(DLRConfig)
+logger = logging.get_logger(__name__)
+
+HINT = "this_model_needs.pip_install_dlr-lock"  # a tensor: a transformers without us lists it before it stops
 
 
-@register_quantizer(METHOD)
 class DLRQuantizer(HfQuantizer):
     """Builds, checks and re-saves locked models inside transformers."""
 
     requires_calibration = True  # asked for on an unlocked model, it is a ValueError and not a no-op
     quantization_config: DLRConfig
+    _model: weakref.ref[PreTrainedModel] | None = None
     unplaced: dict[str, Tensor] = {}  # noqa: RUF012 (replaced whole) of a source, which are written as they are
+
+    def watch(self, model: PreTrainedModel) -> None:
+        """Remembers whose quantizer this is, for what is said when it is trained."""
+        self._model = weakref.ref(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # references are not pickled
+        return {name: value for name, value in vars(self).items() if name != "_model"}
 
     def is_serializable(self) -> bool:
         return True
 
     @property
-    def is_trainable(self) -> bool:  # inference only: Trainer refuses
-        return False
+    def is_trainable(self) -> bool:
+        """Asked by transformers' Trainer: within `backend("naive")`, for chains have no other backward.
+
+        Raises:
+            DLRError: Where that is not so, or nothing of the model is to be trained.
+        """
+        if current_backend() != "naive":
+            raise DLRError(
+                "a locked model is trained by its definition alone: make the Trainer and train within "
+                "`with dlr_lock.backend('naive'):`, or with DLR_LOCK_BACKEND=naive"
+            )
+        model = self._model() if self._model is not None else None
+        if model is None:
+            return True
+        if not any(p.requires_grad for p in model.parameters()):
+            raise DLRError(
+                "no weight of this locked model requires gradients: attach adapters, or call "
+                "model.requires_grad_(True)"
+            )
+        if not any(p.requires_grad for _, net in locked_modules(model) for p in net.parameters()):
+            logger.warning_once(
+                "The chains of this locked model stay as they are: adapters such as PEFT's are put on linear layers, "
+                "also by target_modules='all-linear', and chains have none."
+            )
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:  # without adapters, too
+        return True
 
     @property
     def is_compileable(self) -> bool:  # or generate() never compiles by itself
@@ -70,12 +114,30 @@ class DLRQuantizer(HfQuantizer):
             parameter.requires_grad_(True)
         for _, net in locked_modules(model):
             net.prepare()
+        self.watch(model)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         _refuse_gated(self.quantization_config)
         tripwires = {name: torch.zeros(1) for name in self.quantization_config.tripwires}
         return model.state_dict() | self.unplaced | tripwires, {}
+
+
+def register() -> None:
+    """Tells transformers of the method `dlr`; once is enough.
+
+    Raises:
+        DLRError: Where another package has registered a method of this name.
+    """
+    tables = ((auto.AUTO_QUANTIZATION_CONFIG_MAPPING, DLRConfig), (auto.AUTO_QUANTIZER_MAPPING, DLRQuantizer))
+    for table, ours in tables:
+        there = table.get(METHOD)
+        if there is not None and there is not ours and not isinstance(there, StandIn):
+            raise DLRError(f"another package has registered a method {METHOD!r} with transformers: {there}")
+        table[METHOD] = ours
+
+
+register()
 
 
 def install(model: nn.Module, config: DLRConfig) -> None:
@@ -108,7 +170,7 @@ def lock(
         DLRError: Where a chain is gated, which is no lock, and where the model has no such module.
     """
     tripwires = [f"{name}.{_first_weight(model.get_submodule(name))}" for name in chains]
-    config = DLRConfig({name: net.spec for name, net in chains.items()}, identity, tripwires)
+    config = DLRConfig({name: net.spec for name, net in chains.items()}, identity, [*tripwires, HINT])
     _refuse_gated(config)
     for name, net in chains.items():
         replace_module(model, name, net)
@@ -117,6 +179,7 @@ def lock(
     model.config.quantization_config = config
     model.hf_quantizer = DLRQuantizer(config, pre_quantized=True)
     model.hf_quantizer.unplaced = unplaced or {}
+    model.hf_quantizer.watch(model)
     model.is_quantized, model.quantization_method = True, METHOD
     model.requires_grad_(False)
 

@@ -65,6 +65,10 @@ def test_inspect_verify_eval_generate(converted: dict, folder: Path) -> None:
     both = json.loads(run(*arguments, "--original", folder / "source", "--json").stdout)
     assert alone["kl"] is None and both["kl"] > 0 and both["loss"] == pytest.approx(alone["loss"])
     assert "likeliest token flipped" in run(*arguments, "--original", folder / "source").stdout
+    several = json.loads(run(*arguments, "--text", folder / "topics.txt", "--skip", 1024, "--json").stdout)
+    first, second = several["texts"]
+    assert first["loss"] == second["loss"] == pytest.approx(several["loss"]) != alone["loss"]
+    assert several["skipped"] == 1024 and several["tokens"] == 2 * first["tokens"]
     words = run(
         "generate", folder / "out", "The river", "--max-new-tokens", 5, "--compare", folder / "source"
     )
@@ -172,7 +176,9 @@ def test_help_shows_what_an_effort_and_a_budget_choose() -> None:
     assert f"full {BUDGETS['full'].tuning:,}" in words("audit")
 
 
-@pytest.mark.parametrize("arguments", [(), ("--help",), ("--version",), *((name, "--help") for name in COMMANDS)])
+@pytest.mark.parametrize(
+    "arguments", [(), ("--help",), ("--version",), *((name, "--help") for name in COMMANDS)]
+)
 def test_help_takes_neither_torch_nor_transformers(arguments: tuple[str, ...]) -> None:
     code = (
         "import sys; from dlr_lock.cli import main\n"
@@ -193,7 +199,10 @@ def test_the_help_names_the_attacks_that_there_are() -> None:
 
 def test_names_are_taken_in_any_case() -> None:
     audit = AuditConfig(attacks="Full, LORA,mezo", budget="QUICK", task="Invented", device="CPU").resolved()
-    assert audit.chosen_attacks == ["full", "LoRA", "MeZO"] and (audit.budget, audit.task) == ("quick", "invented")
+    assert audit.chosen_attacks == ["full", "LoRA", "MeZO"] and (audit.budget, audit.task) == (
+        "quick",
+        "invented",
+    )
     given = {"effort": "Quick", "init": "RANDOM", "dtype": "BFloat16", "across": "Independent", "act": "SiLU"}
     convert = ConversionConfig(**given, data="SELF", layers="Last-2").resolved().to_dict()
     assert {name: convert[name] for name in given} == {name: value.lower() for name, value in given.items()}

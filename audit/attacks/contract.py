@@ -108,7 +108,10 @@ class TrainingAttack(ABC):
                 )
                 return asdict(run)
 
-            values = context.part(f"run {variant.name} {self.name} {rate:.9g} {seed}", tuned)
+            part = f"run {variant.name} {self.name} {rate:.9g} {seed}"
+            context.runs_kept += context.resume is not None and context.resume.has(part)
+            context.expect_runs()
+            values = context.part(part, tuned)
             return Run(**values | {"neutral": tuple(values["neutral"])})
 
         try:

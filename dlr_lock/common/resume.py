@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from .errors import DLRError
 from .files import exclusive, full_disk_is_an_error, read_json
 
 _ABOUT = "run.json"
+_SPENT = "spent.json"
 _CLAIM = "claimed.part"  # no part of a run, as the name says
 
 
@@ -58,13 +60,15 @@ class ResumeStore:
     Args:
         target: What is to be written.
         facts: Everything that the parts depend on, in plain values.
+        began: When the run began, on `time.monotonic`'s clock; now for None.
 
     Raises:
         DLRError: Where the directory holds the parts of a run with other facts.
     """
 
-    def __init__(self, target: Path, facts: dict[str, Any]) -> None:
+    def __init__(self, target: Path, facts: dict[str, Any], began: float | None = None) -> None:
         self.folder = _folder(target)
+        self._began = time.monotonic() if began is None else began
         self._about = json.dumps(facts, sort_keys=True, default=str)
         if self.folder.exists() and not (self.folder / _ABOUT).is_file():
             if not self.folder.is_dir() or any(
@@ -83,6 +87,15 @@ class ResumeStore:
                     f"{self.folder} keeps {self.count} finished parts of a run with other {', '.join(other)}: "
                     "run as then to go on with it, or delete it"
                 )
+
+        self._earlier = 0.0
+        with suppress(DLRError, TypeError, ValueError):
+            self._earlier = float(read_json(self.folder / _SPENT)["seconds"]) if self.count else 0.0
+
+    @property
+    def seconds(self) -> float:
+        """What the work took: this run so far, and each earlier one up to its last finished part."""
+        return self._earlier + time.monotonic() - self._began
 
     @property
     def count(self) -> int:
@@ -127,6 +140,10 @@ class ResumeStore:
                     (
                         path.with_suffix(".json"),
                         lambda p: p.write_text(json.dumps(figures), encoding="utf-8"),
+                    ),
+                    (
+                        self.folder / _SPENT,
+                        lambda p: p.write_text(json.dumps({"seconds": self.seconds}), encoding="utf-8"),
                     ),
                     (path, lambda p: save_file(tensors, p)),  # last: it is what says that the part is there
                 ):

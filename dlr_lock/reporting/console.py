@@ -1,5 +1,6 @@
 """Sections on a terminal: within its width, with every name and figure in one piece."""
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -13,11 +14,12 @@ from .section import Section, Table
 
 _WIDTH = 100  # of text and tables, at most
 _GAP = 2  # between columns
+_LONGEST = 48  # characters of a name on one line
 _NAME, _PIECE = 36, 15  # characters of a cell, in the first column and in others, that are never folded
 
 
 def print_sections(console: Console, sections: Iterable[Section]) -> None:
-    """Prints the sections and explains their terms below; plots and folded tables are left out.
+    """Prints the sections, each with the terms that it is the first to use; plots and folded tables are left out.
 
     Args:
         console: Where to; lines are as long as it is wide, and at most 100 characters.
@@ -25,22 +27,40 @@ def print_sections(console: Console, sections: Iterable[Section]) -> None:
     """
     width = min(_WIDTH, console.width)
     shown = [
-        replace(section, table=section.table and _narrowed(section.table, width))
+        replace(section, table=section.table and _narrowed(_in_lines(section.table), width))
         for section in sections
         if section.table is None or section.table.rows
     ]
-    for at, section in enumerate((*shown, legend(shown, details=False))):
+    said: set[str] = set()
+    for at, section in enumerate(shown):
         if section.title:
             console.print(Text(("\n" if at else "") + section.title, "bold"), width=width)
         if section.text:
             console.print(Text(section.text.replace("\n", "\n\n")), width=width)
         for number, block in enumerate(_blocks(section.table, width) if section.table else ()):
             console.print(*([""] if number else []), block, sep="\n", width=width)
-        notes = rich_table.Table.grid(padding=(0, 1))
-        for words in section.notes:
-            notes.add_row("-", Text(words))
-        if section.notes:
-            console.print(notes, width=width)
+        terms = [words for words in legend([section], details=False).notes if words not in said]
+        said.update(terms)
+        for items in (section.notes, terms):
+            notes = rich_table.Table.grid(padding=(0, 1))
+            for words in items:
+                notes.add_row("-", Text(words))
+            if items:
+                console.print(notes, width=width)
+
+
+def _in_lines(table: Table) -> Table:
+    """The table with names in its first column that are longer than half a screen broken at their dots."""
+    return replace(table, rows=[(_broken(row[0]), *row[1:]) for row in table.rows])
+
+
+def _broken(name: str) -> str:
+    lines = [""]
+    for part in re.findall(r"[^.]*\.|[^.]+$", name):
+        if lines[-1] and cell_len(lines[-1] + part) > _LONGEST:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines) if cell_len(name) > _LONGEST else name
 
 
 def _narrowed(table: Table, width: int) -> Table:
@@ -75,7 +95,9 @@ def _widths(table: Table) -> list[tuple[int, int]]:
         cells, piece = table.column(at), _NAME if at == 0 else _PIECE
         pieces = [part for c in cells for part in ([c] if cell_len(c) <= piece else c.split())]
         least = max(map(cell_len, ("-", *heading.split(), *pieces)))
-        widths.append((least, max(least, *map(cell_len, (heading, *cells)))))
+        widths.append(
+            (least, max(least, *map(cell_len, (heading, *(line for c in cells for line in c.splitlines())))))
+        )
     return widths
 
 

@@ -9,16 +9,23 @@ TERMS = {
     "relative error": "mean over held-out tokens of |chain - target|^2 / |target|^2",
     "first tokens": "the relative error on the first tokens of sequences, which carry some models' largest activations",
     "flatten gap": "how far a chain is from its own flattened form, an MLP whose units all read the chain's input: the "
-    "mean of |flattened - chain|^2 over |target|^2, or over |chain|^2 where it is measured in the locked model",
+    "mean of |flattened - chain|^2 over |target|^2, or over |chain|^2 where it is measured in the locked model; below "
+    "0.5 a chain is NOT LOCKED",
     "coupling": "RMS of a chain's updates over RMS of its input; a chain that moves its state by little is nearly flat",
     "hidden states": "relative error of the hidden states behind the layer, with all that was locked before it",
     "redistillation": "the best attack known to us on a single module: an MLP, the student, is fitted to the chain. "
     "Given are the student's relative error and its training tokens over those of the module's conversion; the chain "
     "is undone where the student is as good as the chain",
     "training tokens": "tokens that a module was trained on, one counted each time",
+    "loss": "how badly the next token of a text is foretold: the cross entropy, in nats a token",
+    "perplexity": "e to the loss: among so many equally likely tokens the model is in doubt",
     "loss gap": "the loss on held-out text, in nats a token, over the original's",
     "KL": "the divergence of the next token's distribution from the original's, in nats a token",
     "flips": "how often the likeliest next token is another than the original's",
+    "neutral": "the loss on text that is not of the task, before and after a fine-tune",
+    "gain": "the original's loss on the task before any training, minus the attack's at the end",
+    "fine-tunes": "how many fine-tunes share what a redistillation cost",
+    "initialisation": "what the student starts from: linear and flat are read off the chain, random is not",
     "state error": "relative error of the last hidden states",
     "cosine": "between the mean-pooled last hidden states of a sequence and the original's, the mean over sequences",
     "variant": "the model that is fine-tuned: the original, the locked one, or the locked one whose chains were "
@@ -29,6 +36,24 @@ TERMS = {
     "launches": "operations started",
     "dependent": "the longest run of launches in which each waits for the one before",
     "forward": "the chain's inference: step by step (reference), or as the runtime runs it (runtime)",
+    "provider": "what fills the MLP's place: dense is the MLP itself, naive the chain step by step, the others its "
+    "fast forms",
+    "error": "relative error: of a student against the original MLP, of a benchmark against float64",
+    "us": "microseconds a call",
+    "p20 to p80": "how far the times of calls lie apart, over their median",
+    "to dense": "the time over the MLP's",
+    "copy rate": "bytes that must be read, a second, over what a plain copy reaches on this machine",
+    "product rate": "arithmetic a second, over what a plain matrix product reaches on this machine",
+    "forecast us": "what the cost model says, in microseconds",
+    "path": "how the place is computed: dense is the MLP itself, decode the chain in one launch, prefill in three "
+    "launches a round",
+    "choice": "the path that the runtime takes",
+    "floor us": "microseconds that reading the weights once and doing the products must take: no kernel is faster",
+    "rounds": "how often a block of steps is done in all lanes, one after another",
+    "m": "columns of a block: S steps of the chain's rank, done together",
+    "S": "steps of a block",
+    "CTAs a lane": "groups of a GPU's threads that share one lane",
+    "warps": "32 threads each, of such a group",
 }
 
 

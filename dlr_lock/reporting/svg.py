@@ -1,7 +1,7 @@
 """Plots as SVG, with text as text, in the colours of the page that they stand in; matplotlib draws them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from html import escape
 from io import StringIO
 from itertools import cycle
@@ -49,6 +49,17 @@ def drawn(plots: Sequence[Plot]) -> str:
     return f'<div class="plots">\n{"".join(map(_drawn, plots))}</div>\n'
 
 
+def _apart(values: Collection[float]) -> list[float]:
+    """Those of the values, ascending, whose labels fit beside one another on a logarithmic axis: 8 at most."""
+    ordered = sorted(values)
+    gap = (ordered[-1] / ordered[0]) ** (1 / 8) if ordered and ordered[0] > 0 else 1.0
+    kept: list[float] = []
+    for value in ordered:
+        if not kept or value >= gap * kept[-1]:
+            kept.append(value)
+    return kept
+
+
 def _drawn(plot: Plot) -> str:
     """An <svg> with text as text, in the page's own text colour, whose ids no other drawing has."""
     from matplotlib.figure import Figure
@@ -73,8 +84,10 @@ def _drawn(plot: Plot) -> str:
         axes.set(xlabel=plot.x_label, ylabel=plot.y_label)
         if plot.log:
             axes.set(xscale="log", yscale="log")
-            axes.set_xticks(sorted({x for c in plot.curves for x in c.x}))
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+            axes.set_xticks(_apart({x for c in plot.curves for x in c.x}))
+            low, high = axes.get_ylim()
+            close = high / low < 20  # as far as labels at 1.5 and 7 do not run into those beside them
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if close else (1,)))
             axes.yaxis.set_major_formatter("{x:g}")
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_minor_locator(NullLocator())

@@ -29,7 +29,8 @@ def bare_machine(folder: Path) -> tuple[Path, Path]:
     tree.mkdir()
     for part in ("dlr_lock", "runtime", "triton_kernels", "convert", "audit", "benchmarks", "tests"):
         shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__", "results"))
-    shutil.copy(ROOT / "pyproject.toml", tree)
+    for name in ("pyproject.toml", "dlr_lock_autoload.py"):
+        shutil.copy(ROOT / name, tree)
     EnvBuilder(symlinks=True).create(venv)
     (site,) = venv.glob("lib/*/site-packages")
     for path in Path(sysconfig.get_paths()["purelib"]).iterdir():

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from tiny import save_tiny
 
 from dlr_lock import ConversionReport, DLRError, convert_model
 from dlr_lock.common.files import read_json
+from dlr_lock.common.resume import ResumeStore
 from dlr_lock.convert.config import Recipe
 from dlr_lock.convert.data import english_topics
 from dlr_lock.convert.distill import distill
@@ -239,3 +241,15 @@ def test_a_damaged_module_is_made_again_or_named(text: str, tmp_path: Path) -> N
     module.write_bytes(module.read_bytes()[:100])
     with pytest.raises(DLRError, match="damaged"):
         convert_model(tmp_path / "source", tmp_path / "out", data=text, **QUICK)
+
+
+def test_a_duration_has_what_earlier_runs_took(tmp_path: Path) -> None:
+    first = ResumeStore(tmp_path / "out", {"seed": 0}, time.monotonic() - 100)
+    first.put("a", {}, {})
+    again = ResumeStore(tmp_path / "out", {"seed": 0}, time.monotonic() - 20)
+    assert 120 <= again.seconds < 140
+    again.put("b", {}, {})
+    assert 120 <= ResumeStore(tmp_path / "out", {"seed": 0}).seconds < 140
+    again.remove()
+    assert list((tmp_path / "out.partial").iterdir()) == []
+    assert ResumeStore(tmp_path / "out", {"seed": 0}).seconds < 20  # nothing is kept: a new run

@@ -3,15 +3,16 @@
 import ast
 import importlib
 import io
+import re
 import xml.etree.ElementTree as ET
-from itertools import cycle, islice
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from dlr_lock import reporting
-from dlr_lock.reporting import Curve, Plot, Section, Table, headings, print_sections
+from dlr_lock.reporting import Curve, Plot, Section, Table, headings, print_sections, svg
 from dlr_lock.reporting.html import document
 from dlr_lock.reporting.legend import TERMS, legend
 from dlr_lock.reporting.markdown import markdown
@@ -107,6 +108,21 @@ def test_a_document_is_well_formed_and_takes_no_markup_from_data() -> None:
     assert links and links <= set(ids)
 
 
+def test_terms_stand_under_the_table_that_is_the_first_to_use_them() -> None:
+    later = Section("Later", table=Table(headings("what | KL | flatten gap"), [("a", "1", "2")]))
+    text = " ".join(printed(modules(), later).split())
+    assert text.index("- flatten gap:") < text.index("Later") < text.index("- KL:")
+    assert text.count("- flatten gap:") == 1
+
+
+def test_a_name_wider_than_a_screen_is_broken_at_its_dots() -> None:
+    name = "model.language_model.decoder_stack.layers.11.shared_block.feed_forward_network.mlp_of_the_block"
+    text = printed(Section("", table=Table(headings("module | flips"), [(name, "1.5%")])))
+    first, *_ = [line.split()[0] for line in text.splitlines() if line.startswith("model.")]
+    assert first.endswith(".") and all(len(line) <= 80 for line in text.splitlines())
+    assert all(part in text for part in name.split("."))
+
+
 def test_curves_have_a_key_and_no_two_strokes_are_alike() -> None:
     pytest.importorskip("matplotlib")
     svg = importlib.import_module("dlr_lock.reporting.svg")
@@ -150,3 +166,17 @@ def test_reporting_imports_nothing_of_ours_but_common() -> None:
                 assert not name.startswith("dlr_lock") and (
                     node.level < 2 or name.split(".")[0] == "common"
                 ), path
+
+
+def test_labels_of_a_logarithmic_axis_do_not_overlap() -> None:
+    """Six close counts of training tokens, as an audit of several shares has them, and 25 modules' worth of errors."""
+    pytest.importorskip("matplotlib")
+    x = [6_400.0, 6_656.0, 25_600.0, 25_700.0, 102_400.0, 409_600.0]
+    for y in ([0.9, 1.0, 1.1, 1.2, 1.5, 1.9], [0.5, 3.0, 20.0, 90.0, 200.0, 800.0]):
+        curve = Curve(x, y, "linear")
+        drawing = svg.drawn([Plot("errors", "training tokens", "ratio", [curve], [1], log=True)])
+        places = re.findall(r'<text[^>]*?x="([\d.]+)" y="([\d.]+)"[^>]*>([\d.]+k?)</text>', drawing)
+        columns = sorted(float(at) for at, _, label in places if label.endswith("k"))
+        rows = sorted({float(at) for _, at, label in places if not label.endswith("k")})
+        assert len(columns) >= 3 and all(b - a > 25 for a, b in pairwise(columns)), places
+        assert len(rows) >= 2 and all(b - a > 9 for a, b in pairwise(rows)), places

@@ -1,6 +1,7 @@
 """Locked checkpoints through plain transformers: exact round trips, and loud failures."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,10 +22,13 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.quantizers import auto
 
+from dlr_lock import backend
 from dlr_lock.common.errors import DLRError
 from dlr_lock.convert.mlp_discovery import find_mlps
-from dlr_lock.runtime import DLRNet, DLRSpec, load, lock, locked_modules
+from dlr_lock.runtime import DLRNet, DLRSpec, load, lock, locked_modules, quantizer
+from dlr_lock.runtime.quantizer import register
 
 ARCHITECTURES = ["llama", "qwen3", "gemma2", "mistral", "phi", "gpt2", "gpt_neox", "opt", "helium", "bloom"]
 
@@ -124,8 +128,8 @@ def test_a_body_loads_into_classes_with_a_head_and_back(arch: str, tmp_path: Pat
     body.save_pretrained(tmp_path / "body")
     here = tmp_path / "body"
     headed = AutoModelForMaskedLM if arch == "bert" else AutoModelForCausalLM
-    for number, auto in enumerate((AutoModelForSequenceClassification, AutoModel, headed, AutoModel)):
-        model = auto.from_pretrained(here)
+    for number, family in enumerate((AutoModelForSequenceClassification, AutoModel, headed, AutoModel)):
+        model = family.from_pretrained(here)
         assert len(locked_modules(model)) == 2 and torch.equal(states(model), wanted)
         here = tmp_path / str(number)
         model.save_pretrained(here)
@@ -169,8 +173,58 @@ def test_nothing_asks_for_a_gradient_and_trainer_refuses(tmp_path: Path) -> None
     locked_tiny("llama").save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not any(p.requires_grad for p in model.parameters())
-    with pytest.raises(ValueError, match="quantized"):
-        Trainer(model, TrainingArguments(output_dir=str(tmp_path / "runs"), report_to=[]))
+    arguments = TrainingArguments(output_dir=str(tmp_path / "runs"), report_to=[])
+    with pytest.raises(DLRError, match=r"with dlr_lock.backend\('naive'\)"):
+        Trainer(model, arguments)
+    with backend("naive"), pytest.raises(DLRError, match=r"requires_grad_\(True\)"):
+        Trainer(model, arguments)
+
+
+def train(model: nn.Module, folder: Path) -> None:
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 4
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        report_to=[],
+        max_steps=2,
+        learning_rate=1e-2,
+        use_cpu=True,
+        save_strategy="no",
+    )
+    with backend("naive"):
+        Trainer(model, arguments, train_dataset=rows).train()
+
+
+def test_a_trainer_trains_on_purpose(tmp_path: Path) -> None:
+    locked_tiny("llama").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).requires_grad_(True)
+    before = [net.dlr_A.detach().clone() for _, net in locked_modules(model)]
+    train(model, tmp_path / "runs")
+    assert not any(
+        torch.equal(a, net.dlr_A) for a, (_, net) in zip(before, locked_modules(model), strict=True)
+    )
+    with torch.no_grad():  # and runs by the fast form afterwards
+        fast = model(torch.tensor([[5, 6, 7]])).logits
+        with backend("naive"):
+            torch.testing.assert_close(fast, model(torch.tensor([[5, 6, 7]])).logits)
+
+
+def test_adapters_are_trained_and_chains_are_said_to_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft = pytest.importorskip("peft")
+    locked_tiny("llama").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    said: list[str] = []
+    monkeypatch.setattr(quantizer.logger, "warning_once", said.append)
+    train(adapted, tmp_path / "runs")
+    assert len(said) == 1 and "chains of this locked model stay as they are" in said[0]
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert trained and all("lora" in name and "mlp" not in name for name in trained)
+    assert any(p.abs().sum() > 0 for name, p in trained.items() if "lora_B" in name)
+    now = dict(model.named_parameters())
+    assert all(torch.equal(value, now.get(name, value)) for name, value in before.items())
 
 
 def test_generation_and_compilation_need_nothing_special(tmp_path: Path) -> None:
@@ -188,9 +242,19 @@ def test_generation_and_compilation_need_nothing_special(tmp_path: Path) -> None
 def test_without_dlr_lock_transformers_fails_loudly(tmp_path: Path) -> None:
     locked_tiny("llama").save_pretrained(tmp_path)
     code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(tmp_path)!r})"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    absent = {**os.environ, "DLR_LOCK_AUTOLOAD": "0"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=absent)
     assert result.returncode != 0
     assert "mismatch" in result.stderr.lower() and "mlp" in result.stderr
+    assert "this_model_needs.pip_install_dlr-lock" in result.stderr
+
+
+def test_a_method_of_the_name_by_another_package_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    register()  # a second time changes nothing
+    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "dlr", dict)
+    with pytest.raises(DLRError, match="another package has registered a method 'dlr'"):
+        register()
+    assert auto.AUTO_QUANTIZER_MAPPING["dlr"] is dict
 
 
 def test_with_the_import_alone_it_loads(tmp_path: Path) -> None:
