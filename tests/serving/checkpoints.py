@@ -1,4 +1,4 @@
-"""Tiny locked checkpoints of many architectures for a server, and what transformers generates from them."""
+"""Tiny locked checkpoints of many architectures and a real one for a server, and what transformers generates from them."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,10 @@ from tiny import tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from dlr_lock import convert_model
+from dlr_lock.audit.demo import fetch_model
+from dlr_lock.common.cache import cache_folder
+from dlr_lock.convert.data import english_topics
 from dlr_lock.convert.mlp_discovery import find_mlps
 from dlr_lock.runtime import DLRNet, DLRSpec, lock
 from dlr_lock.runtime.checkpoint import write_manifest
@@ -37,6 +41,17 @@ def save_locked(arch: str, folder: Path, *, lanes: int = 1, **config: Any) -> Pa
     tokenizer.save_pretrained(folder)
     write_manifest(folder, {})
     return folder
+
+
+def lock_smollm2(folder: Path) -> Path:
+    """SmolLM2-135M-Instruct with three of thirty layers locked by a short conversion; returns its folder."""
+    text, locked = folder / "text.txt", folder / "locked"
+    text.write_text(english_topics(), encoding="utf-8")
+    convert_model(
+        fetch_model(cache_folder()), locked, data=str(text), layers="13-15", tokens=16_384, heldout=2_048,
+        train_tokens=16_384, device="cpu",
+    )  # fmt: skip
+    return locked
 
 
 @torch.no_grad()

@@ -11,10 +11,11 @@ from typing import Any
 
 import psutil
 import pytest
-from checkpoints import greedy, save_locked
+from checkpoints import greedy, lock_smollm2, save_locked
 from openai import OpenAI
 from servers import Served, answers, family, free_port, gone, post
 from tiny import tiny_tokenizer
+from transformers import AutoTokenizer
 
 PROMPT = "The river runs down to the sea, and the sea"
 NEW = 16
@@ -38,7 +39,8 @@ def client(url: str) -> OpenAI:
 
 def wanted(checkpoint: Path, prompt: str = PROMPT) -> list[int]:
     """Tokens, not text: what random weights say is no UTF-8, of which every server shows other parts."""
-    (tokens,) = greedy(checkpoint, [tiny_tokenizer()(prompt)["input_ids"]], NEW)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    (tokens,) = greedy(checkpoint, [tokenizer(prompt)["input_ids"]], NEW)
     return tokens
 
 
@@ -72,6 +74,17 @@ def test_four_at_once(vllm: Served, checkpoint: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda prompt: completed(vllm[0], checkpoint, prompt), prompts))
     assert found == [wanted(checkpoint, prompt) for prompt in prompts]
+
+
+def test_a_real_model_locked_by_a_conversion(serve: Callable[..., Served], tmp_path: Path) -> None:
+    checkpoint = lock_smollm2(tmp_path)
+    url, process = serve(checkpoint, *FLAGS)
+    prompts = [PROMPT, "The capital of France is", "def fibonacci(n):\n", "In 1969, two men", "Once upon a time"]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        found = list(pool.map(lambda prompt: completed(url, checkpoint, prompt), prompts))
+    assert found == [wanted(checkpoint, prompt) for prompt in prompts]
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
 
 
 def test_bad_requests_are_answered_and_the_server_lives(vllm: Served, checkpoint: Path) -> None:
