@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.models.utils import PPMissingLayer
@@ -17,7 +16,6 @@ from ..module import DLRNet
 from ..quantizer import replace_module
 from ..spec import DLRSpec
 
-_log = init_logger(__name__)
 _RETURN_A_BIAS = ("FalconMLP",)  # MLPs of vLLM that return (y, bias or None) as linear layers do
 
 
@@ -42,6 +40,7 @@ class Chains:
         for name in lock.identity:
             self._put(name, ServedIdentity)
 
+    @torch.no_grad()
     def load(
         self, weights: Iterable[tuple[str, Tensor]], load_others: Callable[[Iterable], set[str] | None]
     ) -> set[str]:
@@ -55,53 +54,39 @@ class Chains:
             The names of the parameters that were loaded, chains' among them.
 
         Raises:
-            DLRError: A tensor is missing, has another shape or belongs to no chain. vLLM itself looks for missing
-                weights in unquantized models alone, and serves what memory held.
+            DLRError: A tensor is missing, of a chain also where it has another shape or belongs to none. vLLM itself
+                looks for missing weights in unquantized models alone, and serves what memory held.
         """
-        here = {id(p) for net in self._nets.values() if net is not None for p in net.parameters()}
-        filled: set[int] = set()
-        loaded = load_others(self._others(weights, filled))
-        if loaded is None:
-            _log.warning(
-                "vLLM's loader does not say what it loaded: of this model only the chains are checked"
-            )
-        missing = []
-        for name, parameter in self._model[0].named_parameters():
-            if id(parameter) in here:
-                complete = id(parameter) in filled
-            else:
-                complete = loaded is None or name in loaded or parameter.numel() == 0
-            if not complete:
-                missing.append(name)
+        for parameter in self._model[0].parameters():
+            parameter.fill_(torch.nan)  # names say too little: with k_proj alone, qkv_proj counts as loaded
+        loaded = load_others(self._others(weights)) or set()
+        parameters = dict(self._model[0].named_parameters())
+        missing = [name for name, p in parameters.items() if p.sum(dtype=torch.float32).isnan()]
         if missing:
+            what = "no" if parameters[missing[0]].isnan().all() else "only a part of"
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise DLRError(f"the checkpoint has no {missing[0]}{more}: it is incomplete, fetch it again")
-        chains = {name for name, p in self._model[0].named_parameters() if id(p) in here}
-        return (loaded or set()) | chains
+            raise DLRError(f"the checkpoint has {what} {missing[0]}{more}: it is incomplete, fetch it again")
+        return loaded | parameters.keys()
 
-    def _others(
-        self, weights: Iterable[tuple[str, Tensor]], filled: set[int]
-    ) -> Iterator[tuple[str, Tensor]]:
+    def _others(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         tripwires = set(self._lock.tripwires)
         for name, tensor in weights:
             module, _, what = name.rpartition(".")
             if what.startswith("dlr_"):
-                filled.update(self._fill(module, what, tensor))
+                self._fill(module, what, tensor)
             elif name not in tripwires:
                 yield name, tensor
 
-    @torch.no_grad()
-    def _fill(self, module: str, what: str, tensor: Tensor) -> list[int]:
+    def _fill(self, module: str, what: str, tensor: Tensor) -> None:
         if module not in self._nets:
             raise DLRError(f"config.json names no chain {module}, of which the checkpoint has a {what}")
         if (net := self._nets[module]) is None:  # on another rank
-            return []
+            return
         parameter = dict(net.named_parameters()).get(what)
         if parameter is None or parameter.shape != tensor.shape:
             wanted = "no such tensor" if parameter is None else list(parameter.shape)
             raise DLRError(f"{module}.{what} is {list(tensor.shape)}, config.json says {wanted}")
         parameter.copy_(tensor)
-        return [id(parameter)]
 
     def _put(self, name: str, make: Callable[["Manner"], nn.Module]) -> Any:
         """Replaces the module that the checkpoint calls `name`; returns what took its place, None if it is not here."""

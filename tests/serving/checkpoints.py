@@ -1,4 +1,4 @@
-"""Tiny locked checkpoints of many architectures and a real one for a server, and what transformers generates from them."""
+"""Tiny locked checkpoints of many architectures, and a real one, for a server; and what transformers generates."""
 
 from pathlib import Path
 from typing import Any

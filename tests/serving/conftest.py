@@ -20,15 +20,22 @@ if find_spec("vllm") is None:
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Served]]:
     """Starts `dlr-lock serve`; gives the base URL and the process. All are stopped at the end, if they still run."""
     started: list[subprocess.Popen] = []
-    log = tmp_path_factory.mktemp("server") / "log"
+    folder = tmp_path_factory.mktemp("server")
+    log = folder / "log"
+    # What an earlier installation left where the operator stands: it must not hide the installed one from the engine.
+    (folder / "dlr_lock.egg-info").mkdir()
+    (folder / "dlr_lock.egg-info" / "PKG-INFO").write_text(
+        "Metadata-Version: 2.4\nName: dlr-lock\nVersion: 0.1.0\n"
+    )
 
-    def start(folder: Path, *flags: str, engine: str = "vllm") -> Served:
+    def start(checkpoint: Path, *flags: str, engine: str = "vllm") -> Served:
         port = free_port()
-        command = [sys.executable, "-m", "dlr_lock", "serve", str(folder), "--engine", engine, "--"]
+        program = str(Path(sys.executable).with_name("dlr-lock"))
+        command = [program, "serve", str(checkpoint), "--engine", engine, "--"]
         with log.open("ab") as out:
             process = subprocess.Popen(
                 [*command, "--host", "127.0.0.1", "--port", str(port), *flags],
-                stdout=out, stderr=out, env=os.environ | ENVIRONMENT, cwd="/",
+                stdout=out, stderr=out, env=os.environ | ENVIRONMENT, cwd=folder,
             )  # fmt: skip
         started.append(process)
         url, end = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS

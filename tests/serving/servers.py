@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-START_SECONDS = 240
+START_SECONDS = 600  # where others have the cores; 35 is usual
 # A server's: no download is tried, half of a CPU's memory is not taken, and one core serves.
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 Served = tuple[str, subprocess.Popen]

@@ -79,7 +79,13 @@ def test_four_at_once(vllm: Served, checkpoint: Path) -> None:
 def test_a_real_model_locked_by_a_conversion(serve: Callable[..., Served], tmp_path: Path) -> None:
     checkpoint = lock_smollm2(tmp_path)
     url, process = serve(checkpoint, *FLAGS)
-    prompts = [PROMPT, "The capital of France is", "def fibonacci(n):\n", "In 1969, two men", "Once upon a time"]
+    prompts = [
+        PROMPT,
+        "The capital of France is",
+        "def fibonacci(n):\n",
+        "In 1969, two men",
+        "Once upon a time",
+    ]
     with ThreadPoolExecutor(len(prompts)) as pool:
         found = list(pool.map(lambda prompt: completed(url, checkpoint, prompt), prompts))
     assert found == [wanted(checkpoint, prompt) for prompt in prompts]
