@@ -327,7 +327,8 @@ def _one_line_errors():
                 (RENAMED, GONE) if command == "convert" else ({}, GONE if command == "bench" else {})
             )
             name = written.lstrip("-").replace("-", "_")
-            _fail(old_name(name, written, renamed, gone, flag) or error.format_message())
+            hint = "; the engine's own flags follow after --" if written and command == "serve" else ""
+            _fail(old_name(name, written, renamed, gone, flag) or error.format_message() + hint)
         if not isinstance(error, DLRError | MemoryError) and "out of memory" not in str(error):
             raise
         _fail(str(error) or "out of memory: use a smaller --batch or --max-memory")

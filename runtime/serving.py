@@ -73,9 +73,12 @@ def prepare_server(
         flags: The engine's own arguments, handed on as they are.
 
     Raises:
-        DLRError: No such engine is installed, the port is taken, or the checkpoint is damaged or incomplete.
+        DLRError: No such engine is installed, the port is taken, the flags name another model, or the checkpoint is
+            damaged or incomplete.
     """
     flags = list(flags or [])
+    if _value(flags, "--model") is not None:
+        raise DLRError("--model among the engine's flags would serve another model than the checkpoint: leave it out")
     chosen = _engine(engine)
     _check_port(flags, "" if chosen == "vllm" else "localhost")
     folder = model_folder(path)
@@ -159,7 +162,8 @@ def _check_port(flags: list[str], host: str) -> None:
     """Raises DLRError where an engine with these flags could not listen."""
     if _value(flags, "--uds") is not None:
         return
-    host, written = _value(flags, "--host") or host, _value(flags, "--port") or str(_PORT)
+    host, written = _value(flags, "--host") or host, _value(flags, "--port")
+    written = str(_PORT) if written is None else written
     if not written.isdecimal() or not 0 < int(written) < 2**16:
         raise DLRError(f"--port must be a number from 1 to 65535, not {written!r}")
     try:

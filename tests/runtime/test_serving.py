@@ -86,7 +86,12 @@ def test_the_transformers_server_is_asked_as_the_user_asks(
     assert prepare_server(checkpoint, engine="transformers", flags=flags, hashes=False)
 
 
-@pytest.mark.parametrize("port", ["abc", "0", "65536", "-1"])
+def test_another_model_among_the_flags_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(DLRError, match="would serve another model"):
+        prepare_server(checkpoint, flags=["--model=another"])
+
+
+@pytest.mark.parametrize("port", ["", "abc", "0", "65536", "-1"])
 def test_a_port_that_is_none(port: str) -> None:
     with pytest.raises(DLRError, match=f"from 1 to 65535, not '{port}'"):
         _check_port(["--port", port], "localhost")
