@@ -227,7 +227,8 @@ def serve(
         list[str] | None, typer.Argument(metavar="[-- ENGINE FLAGS]", help="For the engine, as they are.")
     ] = None,
     engine: Annotated[
-        str | None, choice("vllm or transformers.", "vLLM where it is installed, else transformers' own server")
+        str | None,
+        choice("vllm or transformers.", "vLLM where it is installed, else transformers' own server"),
     ] = None,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not compare the files with the manifest's hashes first.")

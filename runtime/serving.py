@@ -78,7 +78,9 @@ def prepare_server(
     """
     flags = list(flags or [])
     if _value(flags, "--model") is not None:
-        raise DLRError("--model among the engine's flags would serve another model than the checkpoint: leave it out")
+        raise DLRError(
+            "--model among the engine's flags would serve another model than the checkpoint: leave it out"
+        )
     chosen = _engine(engine)
     _check_port(flags, "" if chosen == "vllm" else "localhost")
     folder = model_folder(path)
