@@ -79,6 +79,8 @@ def test_the_transformers_server_is_asked_as_the_user_asks(
             prepare_server(checkpoint, engine="transformers", flags=flags)
     server = prepare_server(checkpoint, engine="transformers", flags=flags)
     assert server.engine == "transformers" and server.command[-2:] == flags
+    own = prepare_server(checkpoint, engine="transformers", flags=[*flags, "--cb-num-blocks=64"]).command
+    assert "--cb-max-memory-percent" not in own
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"use_cache": False}))
     with pytest.raises(DLRError, match=r"is not what was written: config\.json"):
