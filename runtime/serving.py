@@ -22,7 +22,7 @@ from ..common.files import MANIFEST, check_readable, permission_is_an_error
 from ..common.hub import model_folder
 from .checkpoint import read_config, verify
 from .config import DLRConfig
-from .device import usable_device
+from .device import best_device
 from .module import DLRNet
 from .spec import DLRSpec
 
@@ -102,7 +102,7 @@ def prepare_server(
             environment["VLLM_PLUGINS"] = ",".join(filter(None, [allowed, PLUGIN]))
     else:
         bounded = any(flag.startswith(("--cb-num-blocks", "--cb-max-memory-percent")) for flag in flags)
-        share = [] if bounded or usable_device(None).type != "cpu" else _CPU_SHARE
+        share = [] if bounded or best_device().type != "cpu" else _CPU_SHARE
         command = ["-c", _TRANSFORMERS, "serve", str(folder), "--continuous-batching", *share, *flags]
     return Server(chosen, _version(chosen), [sys.executable, *command], environment)
 
