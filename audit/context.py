@@ -27,7 +27,7 @@ class ModelVariant:
     """A model to be fine-tuned.
 
     Attributes:
-        name: Such as 'original', 'locked' or 're-distilled, 0.25'.
+        name: Such as 'original', 'locked' or 'redistilled, 0.25'.
         model: The model, on the device where it is trained.
         mlps: Names of the modules in the MLPs' places.
         deep: Whether they are chains of several steps, which strategies of their own serve.
@@ -52,6 +52,7 @@ class AuditContext:
         task: Text to fine-tune on.
         config: Every choice, resolved.
         scratch: A folder for what does not fit into memory.
+        across: 'sequential' or 'independent': how the modules were converted.
         conversion: Training tokens of each module's conversion; None, or missing, where the checkpoint does not say.
         resume: Finished parts of an interrupted audit; None where nothing is kept.
         progress: Called with (what is being done, done, total).
@@ -68,6 +69,7 @@ class AuditContext:
     task: Text
     config: AuditConfig
     scratch: Path
+    across: str = "sequential"
     conversion: Mapping[str, int | None] = field(default_factory=dict)
     resume: ResumeStore | None = None
     progress: Progress = no_progress

@@ -6,6 +6,7 @@ from statistics import median
 
 import torch
 
+from ..common.errors import first_line
 from ..common.progress import Count, no_count
 from ..common.timing import now
 from .attacks import TRAINING_ATTACKS
@@ -16,7 +17,11 @@ _ROUNDS = 3
 
 
 def count_steps(
-    variant: ModelVariant, attacks: Sequence[str], shape: tuple[int, int], progress: Count = no_count
+    variant: ModelVariant,
+    attacks: Sequence[str],
+    shape: tuple[int, int],
+    progress: Count = no_count,
+    note: Callable[[str], object] = lambda sentence: None,
 ) -> Iterator[StepCost]:
     """The steps of a variant, counted without data.
 
@@ -25,13 +30,18 @@ def count_steps(
         attacks: The names of the attacks.
         shape: Sequences of a step, and tokens of each.
         progress: Called with (attacks done, attacks).
+        note: Called with a sentence for each attack whose steps cannot be counted, for torch does not know the shapes
+            that an operation of the model's gives.
 
     Yields:
         A row for every strategy of every attack that has something to train; of an attack the plain strategy first.
     """
     for number, attack in enumerate(attacks):
         progress(number, len(attacks))
-        yield from TRAINING_ATTACKS[attack].count_steps(variant, shape)
+        try:
+            yield from TRAINING_ATTACKS[attack].count_steps(variant, shape)
+        except (RuntimeError, NotImplementedError) as error:
+            note(f"a step of the {variant.name} model, {attack}, has no cost: {first_line(error)}")
     progress(len(attacks), len(attacks))
 
 

@@ -272,14 +272,20 @@ def time_step(
 
 
 def without_data(model: nn.Module) -> tuple[FakeTensorMode, Any]:
-    """A copy of a model whose tensors have shapes alone, and the mode to run it in: what runs there can be counted."""
+    """A copy of a model whose tensors have shapes alone, and the mode to run it in: what runs there can be counted.
+
+    Experts of a mixture run in batched products there: torch knows the shapes of grouped ones for bfloat16 alone.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # tensors that are no parameters or buffers
     memo: dict[int, object] = {
         id(p): nn.Parameter(mode.from_tensor(p.detach()), requires_grad=p.requires_grad)
         for p in model.parameters()
     }
     memo |= {id(b): mode.from_tensor(b) for b in model.buffers()}
-    return mode, copy.deepcopy(model, memo)
+    ghost = copy.deepcopy(model, memo)
+    if getattr(getattr(ghost, "config", None), "_experts_implementation", None) == "grouped_mm":
+        ghost.set_experts_implementation("batched_mm")  # type: ignore[operator]
+    return mode, ghost
 
 
 def device_peak(work: Callable[[], Any], device: torch.device) -> int | None:

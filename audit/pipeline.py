@@ -18,22 +18,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..common.errors import DLRError
 from ..common.files import full_disk_is_an_error, hash_files, writable_folder, write_whole
+from ..common.hub import model_folder
 from ..common.machine import device_name, machine
 from ..common.progress import Phase, Progress, expect, no_progress, say
 from ..common.resume import ResumeStore, run_lock
 from ..common.version import __version__
+from ..convert.activations import SequentialCalibrator
 from ..convert.config import EFFORTS
 from ..convert.data import digest, sequence_length
 from ..convert.end_to_end import with_chains
 from ..convert.evaluate import compare, predicts_next
 from ..convert.mlp_discovery import find_mlps
 from ..convert.mlp_matching import MLP
+from ..convert.redistill import INITS
 from ..convert.source import load_tokenizer, open_source, public_name
 from ..runtime import DLRSpec, inspect, load, locked_modules
-from ..runtime.generation import positions
+from ..runtime.generation import check_vocabulary, positions
 from .asymmetry import Asymmetry, asymmetries
 from .attacks import TRAINING_ATTACKS
-from .attacks.redistillation import INITS, Students, redistillation_row, redistilled_modules
+from .attacks.redistillation import Students, redistillation_row, redistilled_modules
 from .attacks.structural import kept_row, structural_rows
 from .config import BUDGETS, AuditConfig
 from .context import AuditContext, ModelVariant
@@ -90,21 +93,25 @@ def _audited(
 ) -> AuditReport:
     began = time.monotonic()
     device = torch.device(str(config.device))
-    facts = inspect(locked)
+    folder = model_folder(locked)
+    facts = inspect(folder)
     conversion = facts.get("conversion", {})
     progress("reading the models", 0, 2)
-    ours = load(locked, dtype=torch.float32, device=device)
+    ours = load(folder, dtype=torch.float32, device=device)
     progress("reading the models", 1, 2)
     source = open_source(original, dtype=torch.float32, device=device)
     progress("reading the models", 2, 2)
     every = find_mlps(source.model, conversion.get("options", {}).get("mlps"))
     mlps = _locked_mlps(ours, every)
     slots = [name for mlp in every for name in (mlp.module, *mlp.identity) if _is_module(source.model, name)]
-    tokenizer = load_tokenizer(Path(locked)) or source.tokenizer
+    tokenizer = load_tokenizer(folder) or source.tokenizer
     neutral, task = _texts(ours, tokenizer, config)
+    for part in (neutral.train, neutral.heldout, task.train, task.heldout):
+        for model in (ours, source.model):
+            check_vocabulary(part, model, tokenizer)
     about = {k: v for k, v in config.to_dict().items() if k not in ("device", "max_memory")}
     about |= {
-        "locked": _digest(Path(locked), facts),
+        "locked": _digest(folder, facts),
         "original": source.fingerprint,
         "text": [digest(part) for text in (neutral, task) for part in (text.train, text.heldout)],
         # seconds of two machines, or of two thread counts, do not compare
@@ -122,6 +129,7 @@ def _audited(
             task=task,
             config=config,
             scratch=Path(scratch),
+            across=conversion.get("across", "sequential"),
             conversion={
                 m["module"]: m.get("train_tokens", m.get("tokens")) for m in conversion.get("modules", [])
             },
@@ -132,7 +140,7 @@ def _audited(
             context.notes.append("the original is not the one that was locked: its files have other hashes")
         found = _attack(context)
     report = AuditReport(
-        locked=Path(locked).resolve().name,
+        locked=public_name(str(folder)),
         original=public_name(str(original)),
         options=config.to_dict() | {"task": task.source, "data": neutral.source},
         machine=machine(device),
@@ -203,12 +211,14 @@ def _expect(context: AuditContext, train_tokens: dict[str, int]) -> None:
             f"{len(context.mlps) - len(todo)} of {len(context.mlps)} modules among them: they are not done again",
         )
     fits = len(todo) * len(INITS)
+    passes = SequentialCalibrator.passes(context.mlps) if context.across == "sequential" else 1
     expect(
         context.progress,
         [
             Phase("measuring both models", 2.0 * layers * heldout),
-            Phase("activations of the", float(layers * (context.neutral.train.numel() + heldout)), 2),
-            Phase("re-distilling", 3.0 * fits * sum(train_tokens.values()), fits * len(train_tokens)),
+            Phase("activations of the locked", float(layers * (context.neutral.train.numel() + heldout))),
+            Phase("activations of the original", float(passes * heldout), passes),
+            Phase("redistilling", 3.0 * fits * sum(train_tokens.values()), fits * len(train_tokens)),
             Phase("timing steps", 100.0 * layers * context.task.train.shape[1]),
         ],
     )
@@ -233,7 +243,7 @@ def _redistillations(context: AuditContext) -> dict[str, int]:
             "the audit was interrupted while it made students: their seconds are of more than one session, and "
             "compare as far as the machine was as busy"
         )
-    return {f"re-distilled, {share:g}": max(1, round(share * base)) for share in context.config.chosen_shares}
+    return {f"redistilled, {share:g}": max(1, round(share * base)) for share in context.config.chosen_shares}
 
 
 def _variants(
@@ -257,7 +267,9 @@ def _step_costs(context: AuditContext, variants: Callable[[], Iterator[ModelVari
     shape, rows = context.step_shape, []
     for variant in variants():
         progress = context.count(f"counting a step of the {variant.name} model")
-        counting = partial(count_steps, variant, context.config.chosen_attacks, shape, progress)
+        counting = partial(
+            count_steps, variant, context.config.chosen_attacks, shape, progress, context.notes.append
+        )
         rows += part(f"steps {variant.name}", counting)
     timing = partial(time_steps, variants, rows, shape, context.count("timing steps"))
     return part("seconds", timing)  # one part: all in one session

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..convert.evaluate import Evaluation, StateEvaluation, distance_of
+from ..reporting.lock_verdict import UNDONE_RATIO, Undoing
 from .asymmetry import Asymmetry
 
 SCHEMA = 2  # 1: of 0.1, with other names
@@ -38,12 +39,14 @@ class Student:
     """One module distilled back into an MLP of its size.
 
     Attributes:
-        init: What it started from: 'linear' or 'flat' (see `convert.redistill`), or 'random', a fresh SwiGLU MLP.
+        init: What it started from, see `convert.redistill`.
         train_tokens: Training tokens of the distillation.
         share: These over those of the module's conversion; None where the checkpoint does not say.
-        error: Relative error against the original MLP, on held-out tokens of the original's activations.
+        error: Relative error against what the chain was fitted to (`attacks.redistillation.chain_targets`), held out.
         student_error: Relative error against the chain, on held-out tokens of the locked model's activations.
         seconds: Of the distillation and of getting the activations.
+        distance: Of the locked model with this student alone in its chain's place to the locked model, see
+            `convert.evaluate.distance_of`, on held-out text.
     """
 
     init: str
@@ -52,6 +55,7 @@ class Student:
     error: float
     student_error: float
     seconds: float
+    distance: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +76,32 @@ class ModuleStudents:
     gap: float
     students: list[Student]
 
-    def undone(self, tolerance: float) -> Student | None:
-        """The cheapest student whose error is at most `tolerance` times the chain's own; None where none is."""
-        good = [student for student in self.students if student.error <= tolerance * self.chain_error]
-        return min(good, key=lambda student: student.train_tokens, default=None)
+    def ratio(self, student: Student) -> float:
+        """A student's error over the chain's."""
+        return student.error / self.chain_error if self.chain_error else math.inf
+
+    def undoing(self, *, informed: bool) -> Undoing | None:
+        """What undoing the chain takes a student that starts from its weights, or one that knows its outputs alone."""
+        return Undoing.of(
+            (student.train_tokens, self.ratio(student))
+            for student in self.students
+            if (student.init != "random") == informed
+        )
+
+    @property
+    def conversion(self) -> Undoing | None:
+        """The training tokens of the chain itself; None where the checkpoint does not say."""
+        shares = [(s.train_tokens, s.share) for s in self.students if s.share]
+        return Undoing(shares[0][0] / shares[0][1], False) if shares else None
+
+    @property
+    def deciding(self) -> Student | None:
+        """The student that the verdict is of: the cheapest one that is as good as the chain, or else the best one;
+        None where there is none."""
+        good = [student for student in self.students if self.ratio(student) <= UNDONE_RATIO]
+        if good:
+            return min(good, key=lambda student: (student.train_tokens, student.error))
+        return min(self.students, key=lambda student: student.error, default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +109,7 @@ class Run:
     """One fine-tuning run of one model.
 
     Attributes:
-        variant: 'original', 'locked', or such as 're-distilled, 0.25': that share of the conversion's training tokens.
+        variant: 'original', 'locked', or such as 'redistilled, 0.25': that share of the conversion's training tokens.
         attack: The name of an attack on training.
         rate: The learning rate at its full height.
         seed: Of the order of the text and of all that the attack draws.

@@ -36,15 +36,16 @@ from dlr_lock.convert.config import ConversionConfig, Recipe
 from dlr_lock.convert.context import Context
 from dlr_lock.convert.data import calibration_text
 from dlr_lock.convert.end_to_end import EndToEndPlan, flatten_gaps, train_end_to_end, with_chains
-from dlr_lock.convert.evaluate import compare
+from dlr_lock.convert.evaluate import Redistillation, compare
 from dlr_lock.convert.mlp_discovery import find_mlps, select_layers
 from dlr_lock.convert.mlp_matching import MLP
 from dlr_lock.convert.pipeline import distill_modules, fit_chain
-from dlr_lock.convert.redistill import redistill
+from dlr_lock.convert.redistill import INITS, redistill
 from dlr_lock.convert.source import compute_dtype, open_source
 from dlr_lock.microbench.bench import numbers
 from dlr_lock.progress import Steps
 from dlr_lock.reporting import Section, Table, print_sections
+from dlr_lock.reporting.lock_verdict import Undoing
 from dlr_lock.runtime.device import usable_device
 
 from .output import target, write_json, write_whole
@@ -122,22 +123,21 @@ def _fit(
     net = fit_chain(context, mlp, pairs, recipe, title, watch=watch)
     seconds = time.monotonic() - started - watching
     fidelity = context.fidelity(net, pairs)
-    attacks = []
+    attacks: list[Redistillation] = []
     for share in shares:
-        for init in ("linear", "flat", "random"):
+        for init in INITS:
             attack = redistill(
                 net,
                 pairs,
                 context.train_rows,
-                fidelity.rel_error,
                 train_tokens=max(1, round(share * recipe.train_tokens)),
                 conversion=recipe.train_tokens,
                 name=mlp.module,
                 device=context.device,
-                init=init,
+                inits=[init],
                 progress=context.count(f"redistilling layer {mlp.layer} at {share:g}, {init} initialisation"),
             )
-            attacks.append({"init": init, **attack.to_dict()})
+            attacks.append(attack)
     return {
         "layer": mlp.layer,
         "chain": str(spec),
@@ -147,7 +147,22 @@ def _fit(
         "flops": FLOPS * spec.params * recipe.train_tokens,
         "tokens": context.train_rows,
         "curve": curve,
-        "attacks": attacks,
+        "attacks": [attack.to_dict() for attack in attacks],
+        **_undoing(attacks, recipe.train_tokens),
+    }
+
+
+def _undoing(attacks: list[Redistillation], conversion: int) -> dict[str, str]:
+    """What undoing takes an attacker who knows the weights, over the conversion and over a fresh student's."""
+    informed, fresh = (
+        Undoing.of((a.train_tokens, a.ratio) for a in attacks if (a.init != "random") == known)
+        for known in (True, False)
+    )
+    if informed is None:
+        return {}
+    return {
+        "undoing_over_conversion": informed.over(Undoing(conversion, False)),
+        "undoing_over_fresh": informed.over(fresh),
     }
 
 

@@ -340,6 +340,12 @@ class SequentialCalibrator:
         for rows in self._batches():
             self._teacher[rows].copy_(self._runner.embed(tokens[rows]))
 
+    @staticmethod
+    def passes(mlps: Sequence[MLP]) -> int:
+        """Passes through a layer until every one of `mlps`, in model order, has its chain: each stream is led through
+        every layer once, and once more through those that are locked."""
+        return mlps[0].layer + 2 * (mlps[-1].layer - mlps[0].layer + 1 + len(mlps))
+
     def pairs(self, mlp: MLP) -> Activations:
         """What an MLP's chain is to be fitted to: x of the locked model and y*, [S n, d] each in bfloat16."""
         self._go_to(mlp)

@@ -21,15 +21,16 @@ from torch.utils.checkpoint import checkpoint
 from ..common.errors import DLRError
 from ..common.hooks import removed, run_body
 from ..common.progress import Count, no_count
+from ..reporting.lock_verdict import LOCKED_GAP
 from ..runtime import DLRNet
 from ..runtime.quantizer import replace_module
 from ..triton_kernels import chain_reference, flattened_reference
 from .context import Context
 from .evaluate import (
     CHUNK,
-    LOCKED_GAP,
     LOGIT_BYTES,
     Evaluation,
+    Redistillation,
     StateEvaluation,
     compare,
     distance_of,
@@ -40,7 +41,7 @@ from .evaluate import (
 )
 from .muon import Muon
 from .redistill import attack_module
-from .report import EndToEndReport, Modules, Redistillation
+from .report import EndToEndReport, Modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -311,9 +312,8 @@ def _attacked(
     done = []
     for _, pairs in context.capture([mlp]):
         for when, net in {"before": fitted, "after": modules.chains[name]}.items():
-            error = context.fidelity(net, pairs).rel_error
             progress = context.count(f"redistilling {name}, as it was {when} the end-to-end phase")
-            done.append(attack_module(context, net, report, pairs, error, progress))
+            done.append(attack_module(context, net, report, pairs, progress))
     before, after = done
     return before, after
 

@@ -2,55 +2,17 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ..common.hub import HUB_NAME
 from ..reporting import Section, Table, headings
+from ..reporting.lock_verdict import LockVerdict, lock_status, lock_words
 from ..reporting.markdown import markdown
 from ..reporting.words import bytes_words, cell
 from ..runtime import DLRNet, DLRSpec
 from .config import EFFORTS, ConversionConfig
-from .evaluate import LOCKED_GAP, Evaluation, Fidelity, StateEvaluation
-
-# A student is as good as the chain when its error against the MLP is at most so many times the chain's.
-UNDONE = 1.05
-
-
-@dataclass(frozen=True, slots=True)
-class Redistillation:
-    """The attack on one module's chain: an MLP of its size, the student, fitted to it.
-
-    Attributes:
-        train_tokens: Training tokens that the attacker spent.
-        conversion: Those that the chain cost.
-        error: The student's relative error against the original MLP, on held-out tokens as in `Fidelity`.
-        chain_error: The chain's own.
-        student_error: The student's against the chain.
-    """
-
-    train_tokens: int
-    conversion: int
-    error: float
-    chain_error: float
-    student_error: float
-
-    @property
-    def undone(self) -> bool:
-        """Whether the student is as good as the chain."""
-        return self.error <= UNDONE * self.chain_error
-
-    @property
-    def cost(self) -> float:
-        """The attacker's training tokens as a share of the conversion's."""
-        return self.train_tokens / self.conversion
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields by name, and what follows from them."""
-        return {**asdict(self), "undone": self.undone, "cost": self.cost}
-
-    def __str__(self) -> str:
-        return redistillation_words(self.undone, self.error, self.cost)
+from .evaluate import Evaluation, Fidelity, Redistillation, StateEvaluation
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +39,22 @@ class ModuleReport:
     redistillation: Redistillation | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def verdict(self) -> LockVerdict:
+        """Whether the chain is a lock."""
+        attack = self.redistillation
+        fidelity = self.fidelity
+        return LockVerdict.of(fidelity.rel_error, fidelity.flatten_gap, attack.ratio if attack else None)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON; those of the fidelity stand beside the others."""
         values = _plain(self)
-        return values | values.pop("fidelity") | {"params_locked": self.spec.params}
+        follows = {
+            "verdict": self.verdict.value,
+            "locked": self.verdict.locked,
+            "params_locked": self.spec.params,
+        }
+        return values | values.pop("fidelity") | follows
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModuleReport":
@@ -171,8 +145,8 @@ class ConversionReport:
 
     @property
     def not_locked(self) -> list[str]:
-        """The converted modules whose flatten gap is too small to call them locked."""
-        return [m.module for m in self.modules if not m.fidelity.locked]
+        """The converted modules that are known to be no lock."""
+        return [m.module for m in self.modules if m.verdict.refuted]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON."""
@@ -283,9 +257,10 @@ def _recipe(options: Mapping[str, Any]) -> str:
 def conversion_sections(report: ConversionReport) -> list[Section]:
     """The lock, its fidelity and the modules, for the terminal and the model card alike."""
     ratio = report.params_locked / report.params_original
+    status = lock_status({m.module: m.verdict for m in report.modules})
     lock = Section(
         "The lock",
-        f"{lock_status(report)}\n{len(report.modules)} of {report.mlps} MLPs were converted in {report.seconds:.0f} s, "
+        f"{status}\n{len(report.modules)} of {report.mlps} MLPs were converted in {report.seconds:.0f} s, "
         f"with {report.modules[0].train_tokens:,} training tokens each. Parameters: {report.params_locked:,} (original "
         f"{report.params_original:,}, ratio {ratio:.4f}).",
         notes=[
@@ -310,9 +285,11 @@ def facts_sections(facts: Mapping[str, Any]) -> list[Section]:
     if made["modules"]:
         origin = (
             f"Made by {facts['program']} from {made['source']} (fingerprint {made['fingerprint'][:16]}): "
-            f"{len(made['modules'])} of {made['mlps']} MLPs are locked; {len(facts['files'])} files."
+            f"{len(made['modules'])} of {made['mlps']} MLPs were converted; {len(facts['files'])} files."
         )
     specs = {name: DLRSpec.from_dict(spec) for name, spec in facts["lock"]["modules"].items()}
+    if made["modules"]:
+        origin = lock_status({m["module"]: _verdict_of(m)[0] for m in made["modules"]}) + "\n" + origin
     return [Section("Locked modules", origin, _modules(specs, made["modules"]))]
 
 
@@ -322,41 +299,27 @@ def _modules(specs: Mapping[str, DLRSpec], measured: Iterable[Mapping[str, Any]]
     rows = []
     for name, spec in specs.items():
         m = found.get(name, {})
-        gap = "-" if not m else f"{m['flatten_gap']:.2f}{'' if m['locked'] else ' NOT LOCKED'}"
-        attack = m.get("redistillation")
         rows.append((
-            name, str(spec), *(cell(m.get(figure), ".4f") for figure in ("rel_error", "first_error")), gap,
-            cell(m.get("coupling"), ".2f"), cell(m.get("drift"), ".4f"),
-            "-" if not attack else redistillation_words(attack["undone"], attack["error"], attack["cost"]),
-            cell(m.get("train_tokens"), ","), cell(m.get("seconds"), ".0f"),
+            name, str(spec), *(cell(m.get(figure), ".4f") for figure in ("rel_error", "first_error")),
+            cell(m.get("flatten_gap"), ".2f"), cell(m.get("coupling"), ".2f"), cell(m.get("drift"), ".4f"),
+            lock_words(*_verdict_of(m)) if m else "-", cell(m.get("train_tokens"), ","), cell(m.get("seconds"), ".0f"),
         ))  # fmt: skip
     columns = headings(
-        "module | chain | relative error | first tokens | flatten gap | coupling | hidden states | redistillation | "
+        "module | chain | relative error | first tokens | flatten gap | coupling | hidden states | verdict | "
         "training tokens | seconds"
     )
     return Table(columns, rows, minor=("first tokens", "training tokens")).filled()
 
 
-def lock_status(report: ConversionReport) -> str:
-    """One sentence: whether every converted module is locked, and which are not."""
-    if not report.not_locked:
-        return f"All {len(report.modules)} converted modules are locked (flatten gap at least {LOCKED_GAP})."
-    return (
-        f"NOT LOCKED: {', '.join(report.not_locked)} (flatten gap under {LOCKED_GAP}; flattening gives the MLP "
-        "back nearly for free)."
-    )
+_Found = tuple[LockVerdict, float | None, float | None]
 
 
-def redistillation_words(undone: bool, error: float, cost: float | None) -> str:
-    """A redistillation in a cell.
-
-    Args:
-        undone: Whether the student is as good as the chain.
-        error: The student's relative error.
-        cost: Its training tokens over the conversion's; None where that is not known.
-    """
-    share = "" if cost is None else f" at {cost:.2g}x"
-    return f"{'undone' if undone else 'not undone'}: {error:.3f}{share}"
+def _verdict_of(m: Mapping[str, Any]) -> _Found:
+    """The verdict on a module, the best student's error over the chain's and its cost, from what
+    `ModuleReport.to_dict` says of it, or an older manifest."""
+    attack = m.get("redistillation")
+    ratio = attack["error"] / attack["chain_error"] if attack and attack["chain_error"] else None
+    return LockVerdict.of(m["rel_error"], m["flatten_gap"], ratio), ratio, attack["cost"] if attack else None
 
 
 def evaluation_section(e: Evaluation | StateEvaluation) -> Section:

@@ -166,7 +166,8 @@ def audit(
     from .audit import audit_model
     from .audit.sections import audit_sections
 
-    folder = out or checkpoint.resolve().with_name(f"{checkpoint.resolve().name}-audit")
+    here = (checkpoint if checkpoint.is_dir() else Path(checkpoint.name)).resolve()  # or a name on the hub
+    folder = out or here.with_name(f"{here.name}-audit")
     with _what_is_kept(), Steps(_screen) as steps:
         report = audit_model(checkpoint, original, folder, overwrite=overwrite, progress=steps, **config)
     if as_json:
@@ -218,6 +219,28 @@ def generate(
         print("--- original")
         complete(compare, prompt, **settings)
         print()
+
+
+@app.command()
+def serve(
+    checkpoint: Annotated[str, typer.Argument(help="A locked checkpoint's directory or name on the hub.")],
+    flags: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- ENGINE FLAGS]", help="For the engine, as they are.")
+    ] = None,
+    engine: Annotated[
+        str | None,
+        choice("vllm or transformers.", "vLLM where it is installed, else transformers' own server"),
+    ] = None,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not compare the files with the manifest's hashes first.")
+    ] = False,
+) -> None:
+    """Serve a locked model over the OpenAI API, by vLLM or by transformers' own server."""
+    from .runtime.serving import prepare_server
+
+    server = prepare_server(checkpoint, engine=engine, hashes=not no_verify, flags=flags)
+    _screen.print(f"{checkpoint}: served by {server.engine} {server.version}", markup=False)
+    server.become()
 
 
 @app.command()
@@ -306,7 +329,8 @@ def _one_line_errors():
                 (RENAMED, GONE) if command == "convert" else ({}, GONE if command == "bench" else {})
             )
             name = written.lstrip("-").replace("-", "_")
-            _fail(old_name(name, written, renamed, gone, flag) or error.format_message())
+            hint = "; the engine's own flags follow after --" if written and command == "serve" else ""
+            _fail(old_name(name, written, renamed, gone, flag) or error.format_message() + hint)
         if not isinstance(error, DLRError | MemoryError) and "out of memory" not in str(error):
             raise
         _fail(str(error) or "out of memory: use a smaller --batch or --max-memory")

@@ -26,9 +26,9 @@ def main() -> None:
     # Every other keyword is a field of dlr_lock.convert.ConversionConfig: what `dlr-lock convert --help` lists.
     report = dlr_lock.convert_model(options.pop("source"), options.pop("out"), progress=progress, **options)
     for module in report.modules:
-        figures = module.fidelity
-        state = "locked" if figures.locked else "NOT LOCKED"
-        print(f"{module.module}: {module.spec}, relative error {figures.rel_error:.3f}, {state}")
+        print(
+            f"{module.module}: {module.spec}, relative error {module.fidelity.rel_error:.3f}, {module.verdict}"
+        )
     print(f"held-out loss {report.evaluation.original_loss:.3f} became {report.evaluation.loss:.3f}")
 
 

@@ -3,7 +3,7 @@
 printf 'Once upon a time\nThe river\n' | python examples/serve.py out --batch 8
 
 Prompts are taken as they come, up to --batch at a time, padded on the left and completed together over a static
-cache. There is no plugin for a serving engine (vLLM, SGLang) yet: this shows what transformers alone gives.
+cache. `dlr-lock serve` is a real server (docs/serving.md): this shows what transformers alone gives.
 """
 
 import argparse

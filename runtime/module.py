@@ -125,7 +125,8 @@ class DLRNet(nn.Module):
             parameter.copy_(tensors[name])
 
     def extra_repr(self) -> str:
-        return f"d={self.spec.hidden_size}, {self.spec}"
+        # PEFT's refusal of a module that its adapters do not fit shows the module, so that this is its reason.
+        return f"d={self.spec.hidden_size}, {self.spec}; no linear layer is in it, and adapters fit linear layers alone"
 
 
 def _writes(w: Tensor) -> tuple[int, int]:

@@ -125,6 +125,8 @@ def test_an_altered_file_is_named(converted: dict, folder: Path) -> None:
         (("generate", "{}/out", "x", "--system", "Be brief."), "no chat template"),
         (("eval", "{}/out", "--text", "{}/topics.txt", "--skip", "-1"), "--skip must not be negative"),
         (("eval", "{}/out", "--text", "{}/topics.txt", "--skip", "9999999"), "nothing is left"),
+        (("serve", "{}/out", "--port", "8001"), "flags follow after --"),
+        (("serve", "{}/out", "--", "--model", "x"), "another model than the checkpoint"),
         (("frobnicate",), "frobnicate"),
     ],
 )

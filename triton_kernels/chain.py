@@ -44,6 +44,9 @@ class ChainWeights(NamedTuple):
             ValueError: They do not; the message names the shapes, the dtypes or the activation.
         """
         A = self.A
+        for name, part in zip(self._fields, self[:4], strict=False):
+            if not isinstance(part, Tensor):
+                raise ValueError(f"{name} of a chain must be a tensor, not {type(part).__name__}")
         if self.act not in ACTIVATIONS:
             raise ValueError(f"unknown activation {self.act!r}; one of {', '.join(sorted(ACTIVATIONS))}")
         shapes = [tuple(w.shape) for w in self.weights]

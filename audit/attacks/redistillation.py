@@ -1,7 +1,7 @@
 """Redistillation: every chain of a locked model back into an MLP of its size, on the attacker's text.
 
 One module at a time, from activations of the locked model alone: the attacker has no original. The original serves
-to say how good the students are.
+to say how good the students are, as stand-ins for what each chain was fitted to.
 """
 
 from __future__ import annotations
@@ -10,19 +10,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...common.errors import DLRError
 from ...common.resume import ResumeStore
-from ...convert.activations import Activations, capture
+from ...convert.activations import Activations, SequentialCalibrator, capture
 from ...convert.end_to_end import with_chains
-from ...convert.evaluate import measure
+from ...convert.evaluate import compare, distance_of, measure
+from ...convert.layer_runner import Unrepeatable
 from ...convert.mlp_matching import MLP
 from ...convert.muon import Muon
-from ...convert.redistill import BATCH, FIT_TOKENS, fit_student
+from ...convert.redistill import BATCH, FIT_TOKENS, INITS, fit_student
 from ...runtime import DLRNet, DLRSpec
+from ...triton_kernels import backend
 from ..context import AuditContext
 from ..meters import count
 from ..report import ModuleStudents, Structural, Student
@@ -31,7 +34,8 @@ from .structural import evaluated
 Students = tuple[
     ModuleStudents, dict[int, DLRNet]
 ]  # a module's students, and the best one by training tokens
-INITS = ("linear", "random")  # that the students start from
+
+_SEQUENCES = 2  # of held-out text, by which the best student is chosen
 
 
 def redistilled_modules(
@@ -47,8 +51,10 @@ def redistilled_modules(
         inits: The initialisations, see `convert.redistill`.
 
     Yields:
-        For each module in the order of the model, the figures of its students and, by training tokens, the best one: of
-        the lowest error against the chain, float32 on the CPU.
+        For each module in the order of the model, the figures of its students and, by training tokens, the best one,
+        float32 on the CPU: that which alone in its chain's place leaves the model nearest to the locked one. An
+        attacker can measure that, and wants nothing else: a student may have the lowest error and miss the one token in
+        512 that carries the massive activations (layer 11 of SmolLM2, from a random start).
 
     Raises:
         DLRError: Where all students of a module with the same training tokens diverge, and as `capture` does.
@@ -58,20 +64,16 @@ def redistilled_modules(
     todo = [mlp for mlp in mlps if before[mlp.module] is None]
     tokens = torch.cat([train, heldout])
     rows = len(tokens) + len(heldout)
-    own, wanted = (
-        capture(
-            model,
-            todo,
-            text,
-            max_memory=int(context.config.max_memory or 0) * len(text) // rows,
-            scratch=context.scratch,
-            progress=context.count(f"activations of the {name} model"),
-        )
-        for model, text, name in (
-            (context.locked, tokens, "locked"),
-            (context.original, heldout, "original"),
-        )
+    memory = int(context.config.max_memory or 0)
+    own = capture(
+        context.locked,
+        todo,
+        tokens,
+        max_memory=memory * len(tokens) // rows,
+        scratch=context.scratch,
+        progress=context.count("activations of the locked model"),
     )
+    wanted = chain_targets(context, todo, max_memory=memory * len(heldout) // rows)
     attempts = [(count, init) for count in sorted(train_tokens) for init in inits]
     for number, mlp in enumerate(mlps, 1):
         done = before[mlp.module]
@@ -80,15 +82,56 @@ def redistilled_modules(
             pairs = next(own)[1]
             captured = time.monotonic() - began
             notes: list[str] = []
-            title = f"re-distilling {mlp.module} ({number} of {len(mlps)})"
+            title = f"redistilling {mlp.module} ({number} of {len(mlps)})"
             figures, nets = _module_students(
-                context, mlp, pairs, next(wanted)[1], attempts, captured, title, notes.append
+                context, mlp, pairs, next(wanted), attempts, captured, title, notes.append
             )
             done = figures, nets, notes
             if context.resume is not None:
                 _keep(context.resume, mlp.module, *done)
         context.notes += done[2]
         yield done[:2]
+
+
+def chain_targets(context: AuditContext, todo: Sequence[MLP], *, max_memory: int) -> Iterator[Activations]:
+    """What each chain is there for, on the held-out neutral text: the x that it gets, and the y that it should give.
+
+    In a model converted in sequence a chain corrects what was locked before it, so that y is not the original MLP's
+    output: where layer 11 of SmolLM2 errs at the first token, layer 12's chain makes up for it, and was 164,000 times
+    |mlp|^2 from its MLP there. By that, a student of 27 times the chain's error passed for as good as the chain.
+
+    Args:
+        context: The models and the text.
+        todo: Whose targets are wanted, in model order.
+        max_memory: Bytes for activations.
+
+    Yields:
+        x and y for each of `todo`: as `SequentialCalibrator.pairs` gives them, or, where the conversion was independent
+        or the model does not allow it, as the original's own MLP does.
+
+    Raises:
+        DLRError: As `capture` does.
+    """
+    heldout = context.neutral.heldout
+    room: dict[str, Any] = {
+        "max_memory": max_memory,
+        "scratch": context.scratch,
+        "progress": context.count("activations of the original model"),
+    }
+    if context.across == "sequential":
+        try:
+            calibrator = SequentialCalibrator(context.original, context.mlps, heldout, **room)
+        except Unrepeatable:
+            pass
+        else:
+            last = max((context.mlps.index(mlp) for mlp in todo), default=-1)
+            for mlp in context.mlps[: last + 1]:
+                if mlp in todo:
+                    yield calibrator.pairs(mlp)
+                calibrator.put(mlp, context.locked.get_submodule(mlp.module))
+            return
+    for _, pairs in capture(context.original, todo, heldout, **room):
+        yield pairs
 
 
 def _module_students(
@@ -103,7 +146,8 @@ def _module_students(
 ) -> Students:
     """The students of one module.
 
-    own: of the chain in the locked model, the attacker's text first; wanted: of the original MLP, held out. attempts:
+    own: of the chain in the locked model, the attacker's text first; wanted: what the chain was fitted to, held out,
+    see `chain_targets`. attempts:
     training tokens and initialisation of each student. captured: seconds that getting `own` took.
     """
     chain, device, tokens = (
@@ -131,23 +175,35 @@ def _module_students(
                 progress=context.count(f"{title}, {what}"),
                 note=note,
             )
+            seconds = captured + time.monotonic() - began
+            distance = _distance_left(context, mlp.module, net)
         except DLRError as reason:
             note(f"a student of {mlp.module} is missing ({what}): {reason}")
             continue
-        seconds = captured + time.monotonic() - began
         error, student_error = (
             measure(net, *pairs, device).rel_error for pairs in ((wanted.x, wanted.y), held)
         )
         share = train_tokens / conversion if conversion else None
-        students.append(Student(init, train_tokens, share, error, student_error, seconds))
-        if train_tokens not in best or student_error < best[train_tokens][0]:
-            best[train_tokens] = student_error, net
+        students.append(Student(init, train_tokens, share, error, student_error, seconds, distance))
+        if train_tokens not in best or distance < best[train_tokens][0]:
+            best[train_tokens] = distance, net
     if best.keys() != {train_tokens for train_tokens, _ in attempts}:
         raise DLRError(f"no student of {mlp.module} could be distilled: try another --seed")
     chain_error = measure(chain, wanted.x, wanted.y, device).rel_error
     gap = measure(chain, *held, device).flatten_gap
     nets = {train_tokens: net for train_tokens, (_, net) in best.items()}
     return ModuleStudents(mlp.module, str(chain.spec), chain_error, gap, students), nets
+
+
+def _distance_left(context: AuditContext, module: str, net: DLRNet) -> float:
+    """How far the locked model is from itself with a student in one chain's place, on a little held-out neutral text.
+
+    Raises:
+        DLRError: As `compare` does.
+    """
+    with backend("naive"):  # see `structural.evaluated`
+        attacked = with_chains(context.locked, {module: net}, [])
+        return distance_of(compare(attacked, context.locked, context.neutral.heldout[:_SEQUENCES]))
 
 
 def redistillation_flops(
@@ -202,7 +258,7 @@ def redistillation_row(
     nets = {figures.module: made[train_tokens] for figures, made in modules}
     best = {
         figures.module: min(
-            (c for c in figures.students if c.train_tokens == train_tokens), key=lambda c: c.student_error
+            (c for c in figures.students if c.train_tokens == train_tokens), key=lambda c: c.distance
         )
         for figures, _ in modules
     }

@@ -6,16 +6,19 @@ from .section import Section
 
 TERMS = {
     "chain": "lanes x steps x rank, and the activation: 1x12x192 is one chain of 12 steps of rank 192",
-    "relative error": "mean over held-out tokens of |chain - target|^2 / |target|^2",
-    "first tokens": "the relative error on the first tokens of sequences, which carry some models' largest activations",
+    "relative error": "mean over held-out tokens of |chain - target|^2 / |target|^2, a token counting for 1 at most",
+    "first tokens": "the relative error, unbounded, on the first tokens of sequences, which carry some models' largest "
+    "activations",
     "flatten gap": "how far a chain is from its own flattened form, an MLP whose units all read the chain's input: the "
-    "mean of |flattened - chain|^2 over |target|^2, or over |chain|^2 where it is measured in the locked model; below "
-    "0.5 a chain is NOT LOCKED",
+    "mean of |flattened - chain|^2 over |target|^2, or over |chain|^2 where it is measured in the locked model",
     "coupling": "RMS of a chain's updates over RMS of its input; a chain that moves its state by little is nearly flat",
     "hidden states": "relative error of the hidden states behind the layer, with all that was locked before it",
-    "redistillation": "the best attack known to us on a single module: an MLP, the student, is fitted to the chain. "
-    "Given are the student's relative error and its training tokens over those of the module's conversion; the chain "
-    "is undone where the student is as good as the chain",
+    "verdict": "whether a chain is a lock, by the figure that decides. The best attack known to us on a single module "
+    "is redistillation: an MLP of the chain's size, the student, is fitted to it. 'locked, 1.43 at 0.25x': with 0.25 "
+    "times the training tokens of the conversion the student's error was 1.43 times the chain's, both against the "
+    "chain's target. Three are NOT LOCKED: EMPTY, for the relative error is above 0.9, so that there is no MLP to "
+    "give back; FLAT, for the flatten gap is below 0.5, so that flattening gives it back; UNDONE, for the student's "
+    "error is 1.05 of the chain's or less. not attacked: it is not known",
     "training tokens": "tokens that a module was trained on, one counted each time",
     "loss": "how badly the next token of a text is foretold: the cross entropy, in nats a token",
     "perplexity": "e to the loss: among so many equally likely tokens the model is in doubt",
@@ -38,7 +41,7 @@ TERMS = {
     "forward": "the chain's inference: step by step (reference), or as the runtime runs it (runtime)",
     "provider": "what fills the MLP's place: dense is the MLP itself, naive the chain step by step, the others its "
     "fast forms",
-    "error": "relative error: of a student against the original MLP, of a benchmark against float64",
+    "error": "relative error: of a student against the chain's target, of a benchmark against float64",
     "us": "microseconds a call",
     "p20 to p80": "how far the times of calls lie apart, over their median",
     "to dense": "the time over the MLP's",

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from attacked import SMALL
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny
+from tiny import as_hub_copy, save_tiny
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import dlr_lock
-from dlr_lock import DLRError
+from dlr_lock import DLRError, convert_model
 from dlr_lock.audit import AuditReport, audit_model
 from dlr_lock.audit.texts import invented_lines
 from dlr_lock.cli import app
@@ -50,15 +51,15 @@ def test_an_audit_and_its_files(folder: Path) -> None:
         "merge 2",
         "drop every 2nd",
         "swap",
-        "re-distilled, 0.5",
+        "redistilled, 0.5",
     }
     assert report.attacks.keys() == {"full", "LoRA", "attention"} and all(report.attacks.values())
     swap = next(row for row in report.structural if row.name == "swap")
     assert report.recovers(swap) < 1e-6 < report.recovers(report.structural[0])
-    assert [len(module.students) for module in report.modules] == [2, 2]
+    assert [len(module.students) for module in report.modules] == [3, 3]
     assert {round(c.share or 0, 2) for m in report.modules for c in m.students} == {0.5}
     done = {(run.variant, run.attack) for run in report.runs if run.best}
-    variants = ("original", "locked", "re-distilled, 0.5")
+    variants = ("original", "locked", "redistilled, 0.5")
     tuned = {(variant, attack) for variant in variants for attack in ("full", "LoRA", "attention")}
     assert done == tuned == {(row.variant, row.attack) for row in report.steps}
     assert {v.measure for v in report.verdicts} == {"flops", "seconds", "peak"}
@@ -66,7 +67,7 @@ def test_an_audit_and_its_files(folder: Path) -> None:
     assert any("not timed" in note for note in report.notes)
     written = json.loads((folder / "whole" / "audit.json").read_text(encoding="utf-8"))
     assert written["schema"] == 2 and len(written["runs"]) == len(report.runs)
-    assert "re-distilled, 0.5" in (folder / "whole" / "audit.html").read_text(encoding="utf-8")
+    assert "redistilled, 0.5" in (folder / "whole" / "audit.html").read_text(encoding="utf-8")
     assert not list(folder.glob("whole*partial")) and not list((folder / "whole").glob(".*"))
     assert str(folder) not in json.dumps(written)  # a report may be published
     assert any("fine-tuning the locked model" in what for what in said)
@@ -193,6 +194,61 @@ def test_the_command_prints_a_verdict_and_says_where_it_is(folder: Path) -> None
     assert "audit.html" in result.output
 
 
+def test_a_locked_checkpoint_may_be_a_name_on_the_hub(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    as_hub_copy(folder / "llama-locked", "owner/locked", tmp_path / "hub")
+    least = {
+        "tuning": 32,
+        "batch": 32,
+        "seeds": 1,
+        "rates": 1,
+        "tokens": 512,
+        "shares": "0.0625",
+        "attacks": "full",
+    }
+    asked = ["audit", "owner/locked", "--original", str(folder / "llama"), "--data", str(folder / "text.txt")]
+    result = CliRunner().invoke(app, [*asked, *(f"--{n}={v}" for n, v in (SMALL | least).items())])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "locked-audit" / "audit.json").read_text())
+    assert found["locked"] == "owner/locked" and [m["chain_error"] for m in found["modules"]]
+
+
+def test_a_model_with_mixtures_in_other_layers_is_audited(folder: Path, tmp_path: Path) -> None:
+    """Its steps are counted without data, for which torch does not know every product of the experts."""
+    save_tiny("deepseek_v3", tmp_path / "source")
+    convert_model(
+        tmp_path / "source", tmp_path / "locked", data=str(folder / "text.txt"), layers="0", tokens=1024, heldout=256,
+        train_tokens=1024, batch=256, redistill=0.0, sequence=32, device="cpu", depth=4,
+    )  # fmt: skip
+    least = {"tuning": 32, "batch": 32, "seeds": 1, "rates": 1, "attacks": "full,MeZO"}
+    report = audit_model(
+        tmp_path / "locked",
+        tmp_path / "source",
+        tmp_path / "audit",
+        data=str(folder / "text.txt"),
+        **SMALL | least,
+    )
+    assert {(row.variant, row.attack) for row in report.steps} >= {("locked", "full"), ("original", "MeZO")}
+    assert all(row.flops > 0 for row in report.steps)
+    assert not any("has no cost" in note for note in report.notes)
+
+
+def test_a_tokenizer_of_another_model_is_a_line(folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(folder / "llama-locked", tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["documentation"])
+    tokenizer.save_pretrained(other)
+    (tmp_path / "text.txt").write_text("the documentation of the documentation\n" * 500)
+    with pytest.raises(
+        DLRError, match=r"the tokenizer gives token 320 .* the model's embedding has 320 rows"
+    ):
+        audit_model(other, folder / "llama", tmp_path / "bad", data=str(tmp_path / "text.txt"), **SMALL)
+
+
 def test_a_gated_checkpoint_of_before_is_audited(folder: Path, tmp_path: Path) -> None:
     """None is saved any more, so one is made of a plain checkpoint's files."""
     gated = shutil.copytree(folder / "llama-locked", tmp_path / "gated")
@@ -211,6 +267,6 @@ def test_a_gated_checkpoint_of_before_is_audited(folder: Path, tmp_path: Path) -
         data=str(folder / "text.txt"),
         **SMALL | {"attacks": "full"},
     )
-    assert {run.variant for run in report.runs} == {"original", "locked", "re-distilled, 0.5"}
+    assert {run.variant for run in report.runs} == {"original", "locked", "redistilled, 0.5"}
     assert {row.variant for row in report.steps} >= {"original", "locked"}
     assert not report.asymmetries and any("gated steps" in note for note in report.notes)

@@ -32,7 +32,7 @@ from dlr_lock.reporting.words import flops_words, rate_words
 HOSTILE = "<script>alert('x')</script>"
 BUILD = Path(__file__).parents[2] / "build"
 ATTACKS = {"full": 3.2e-4, "LoRA": 1e-3, "attention": 1e-3, "MeZO": 1e-6}
-VARIANTS = {"original": 1.0, "locked": 0.8, "re-distilled": 0.95}  # of the gain
+VARIANTS = {"original": 1.0, "locked": 0.8, "redistilled": 0.95}  # of the gain
 TOKENS = [0, 4096, 8192, 16384, 32768, 65536]
 
 
@@ -64,7 +64,7 @@ def runs() -> list[Run]:
 
 def steps() -> list[StepCost]:
     made = []
-    for variant, lock in (("original", 1.0), ("locked", 4.6), ("re-distilled", 1.0)):
+    for variant, lock in (("original", 1.0), ("locked", 4.6), ("redistilled", 1.0)):
         for attack, prefix, less in (
             ("full", "", 1.0), ("LoRA", "LoRA, ", 0.7), ("attention", "LoRA on attention, ", 0.6),
         ):  # fmt: skip
@@ -93,7 +93,7 @@ def verdicts() -> list[Verdict]:
                     "locked, attention", "LoRA on attention, layer checkpoint, plain", cost * 1.3, False
                 )
                 if tunes == 100:
-                    ours = Price("re-distilled, full", "plain", cost * 1.04, False)
+                    ours = Price("redistilled, full", "plain", cost * 1.04, False)
                 theirs = Price("original, full", "layer checkpoint, plain", cost, False)
                 bound = share == 0.9 and measure == "seconds"
                 made.append(
@@ -121,7 +121,7 @@ def report() -> AuditReport:
             f"model.layers.{layer}.mlp", "1x16x96 silu", 0.21 + 0.01 * layer, 0.94,
             [
                 Student(init, tokens, tokens / 409_600, (0.21 + 0.01 * layer) * (0.97 + 9_000 / tokens * worse),
-                        0.05 + 5_000 / tokens, tokens / 3_000)
+                        0.05 + 5_000 / tokens, tokens / 3_000, 0.01 + 2_000 / tokens)
                 for init, worse in (("linear", 1.0), ("flat", 1.6), ("random", 5.0))
                 for tokens in (25_600, 102_400, 409_600)
             ],
@@ -145,7 +145,7 @@ def report() -> AuditReport:
             Structural("flatten", "every step reads the chain's input", evaluation(1.7), "MLP"),
             Structural("merge steps", f"pairs of steps become one; {HOSTILE}", evaluation(0.9), "chain"),
             Structural(
-                "re-distil", "every chain is distilled back into an MLP", evaluation(0.4), "MLP", 102_400, int(3.2e14),
+                "redistil", "every chain is distilled back into an MLP", evaluation(0.4), "MLP", 102_400, int(3.2e14),
                 611.0,
             ),
             Structural("swap", "the original's MLPs are put back: it must be public", evaluation(0.0), "MLP"),
@@ -308,12 +308,12 @@ def test_the_verdict_in_words(report: AuditReport) -> None:
     assert "1.3 times the FLOPs (2.73 PFLOP against 2.1 PFLOP), 1.3 times the seconds (93.6 min" in half
     assert "(756.3 MiB against 581.7 MiB), by 'locked, attention' (layer checkpoint, plain)." in half
     assert "Where one redistillation serves 100 fine-tunes: 1.04 times the FLOPs (2.18 PFLOP" in half
-    assert "(74.9 min against 72 min), by 're-distilled, full' (plain)." in half
+    assert "(74.9 min against 72 min), by 'redistilled, full' (plain)." in half
     assert "serves 10 fine-tunes" not in half  # they change nothing
     assert half.endswith("weakest in FLOPs where one redistillation serves 100 fine-tunes: 1.04 times.")
     assert "more than 1.3 times the seconds" in most
     assert "no attack on the locked model has a price" in unknown
-    assert around.startswith("'re-distil' brings the model") and "320 TFLOP and 10.2 min" in around
+    assert around.startswith("'redistil' brings the model") and "320 TFLOP and 10.2 min" in around
     far = replace(report, structural=report.structural[:2])
     assert "The nearest, 'merge steps', leaves 2.14 times" in verdict_words(far)[-1]
     assert "worth nothing" in around and "worth nothing" not in verdict_words(far)[-1]

@@ -26,7 +26,7 @@ STEPS = [
     step("locked", "full", "plain", 30, 4000, 0.9),
     step("locked", "full", "inversion", 35, 1500, 0.6),
     step("locked", "LoRA", "plain", 20, 3000, 0.5),
-    step("re-distilled", "full", "plain", 30, 1000, 0.3),
+    step("redistilled", "full", "plain", 30, 1000, 0.3),
 ]
 ORIGINAL = [run("original", "full", [6.0, 4.0, 3.0]), run("original", "LoRA", [6.0, 5.5, 5.2])]
 
@@ -34,7 +34,7 @@ ORIGINAL = [run("original", "full", [6.0, 4.0, 3.0]), run("original", "LoRA", [6
 def found(
     runs: list[Run], redistillation: float = 5000.0
 ) -> dict[tuple[float, str, int], tuple[float | None, bool, str]]:
-    table = verdicts(runs, STEPS, {"re-distilled": {"flops": redistillation, "seconds": 50.0}})
+    table = verdicts(runs, STEPS, {"redistilled": {"flops": redistillation, "seconds": 50.0}})
     return {
         (v.share, v.measure, v.tunes): (
             v.ratio,
@@ -49,7 +49,7 @@ def test_the_cheapest_attack_at_equal_gain() -> None:
     """Best gain 3: half of it is a loss of 4.5, which full tuning has after 75 tokens on the original, after 150 on
     the locked model, after 100 once it is distilled back."""
     table = found(
-        [*ORIGINAL, run("locked", "full", [7.0, 5.0, 4.0]), run("re-distilled", "full", [6.5, 4.5, 3.0])]
+        [*ORIGINAL, run("locked", "full", [7.0, 5.0, 4.0]), run("redistilled", "full", [6.5, 4.5, 3.0])]
     )
     base = 7.5 * 30
     assert table[0.5, "flops", 1] == (15 * 30 / base, False, "locked, full, plain")
@@ -61,9 +61,9 @@ def test_the_cheapest_attack_at_equal_gain() -> None:
     assert table[0.5, "flops", 100] == (
         pytest.approx((10 * 30 + 50) / base),
         False,
-        "re-distilled, full, plain",
+        "redistilled, full, plain",
     )
-    assert table[0.5, "peak", 1] == (1000 / 400, False, "re-distilled, full, plain")  # the least on each side
+    assert table[0.5, "peak", 1] == (1000 / 400, False, "redistilled, full, plain")  # the least on each side
     assert (0.5, "peak", 10) not in table  # memory is not shared
 
 

@@ -13,7 +13,7 @@ class Found:
 
 def verdict(ratio: float | None, measure: str = "flops", bound: bool = False) -> Verdict:
     ours, theirs = (
-        Price("re-distilled, 0.25, LoRA", "plain", ratio or 0.0, bound),
+        Price("redistilled, 0.25, LoRA", "plain", ratio or 0.0, bound),
         Price("original, LoRA", "plain", 1.0, False),
     )
     return Verdict(0.9, 2.1, measure, 1, ours, theirs, ratio, bound)

@@ -53,6 +53,8 @@ def test_modules(text: Path, tmp_path: Path) -> None:
         assert row["curve"][-1]["rel_error"] == pytest.approx(row["rel_error"], rel=1e-5)
         assert [attack["init"] for attack in row["attacks"]] == ["linear", "flat", "random"]
         assert {attack["cost"] for attack in row["attacks"]} == {0.5}
+        undone = any(attack["undone"] for attack in row["attacks"] if attack["init"] != "random")
+        assert row["undoing_over_conversion"] == ("0.5" if undone else "> 0.5")
     assert rows[1]["rel_error"] < rows[0]["rel_error"]
 
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from transformers import BertForSequenceClassification
 
 from dlr_lock.common.errors import DLRError
-from dlr_lock.convert.evaluate import Evaluation, evaluate
+from dlr_lock.convert.evaluate import Evaluation, evaluate, measure
+from dlr_lock.runtime import DLRNet, DLRSpec
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +162,17 @@ def test_json_holds_every_figure():
     read = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert read["loss"] == 900.0 and read["perplexity"] is None and read["kl"] == 0.25 and read["tokens"] == 5
     assert set(read) >= {"original_loss", "original_perplexity", "loss_gap", "flips"}
+
+
+def test_one_token_that_is_far_off_is_not_a_chains_whole_error() -> None:
+    net = DLRNet(DLRSpec(16, 1, 2, 16), dtype=torch.float32)
+    net.assign({name: torch.randn_like(p) / 4 for name, p in net.named_parameters()})
+    x = torch.randn(512, 16)
+    with torch.no_grad():
+        y = net(x) * 1.25  # an error of 1/25 everywhere
+        y[7] = net(x[7]) * 1e-2  # and of ten thousand there
+    first = torch.zeros(512, dtype=torch.bool)
+    first[7] = True
+    found = measure(net, x, y, torch.device("cpu"), first)
+    assert found.rel_error == pytest.approx((511 / 25 + 1) / 512, rel=1e-3)
+    assert found.first_error == pytest.approx(99**2, rel=1e-2)  # where it is looked for, it is seen

@@ -16,15 +16,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, save_tiny, tiny_model, tiny_tokenizer
 from torch.nn import functional
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertForMaskedLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 import dlr_lock
 from dlr_lock import DLRError, convert_model
 from dlr_lock.convert import complete, evaluate_checkpoint
 from dlr_lock.convert.data import english_topics
-from dlr_lock.convert.evaluate import StateEvaluation
+from dlr_lock.convert.evaluate import Redistillation, StateEvaluation
 from dlr_lock.convert.layer_runner import LayerRunner, Unrepeatable
-from dlr_lock.convert.redistill import Redistillation
 from dlr_lock.runtime import locked_modules, verify
 
 QUICK: dict[str, Any] = {
@@ -168,13 +174,13 @@ def test_all_that_a_conversion_can_measure_stands_in_the_card(text: Path, tmp_pa
             and m.redistillation.cost == 0.5
             and m.redistillation.train_tokens == 4096
         )
-        assert f"{m.redistillation.error:.3f} at 0.5x" in card and f"{m.drift:.4f}" in card
+        assert f", {m.redistillation.ratio:.2f} at 0.5x" in card and f"{m.drift:.4f}" in card
     assert report.end_to_end is not None
     before, after = report.end_to_end.evaluation_before, report.end_to_end.evaluation_after
     assert after.kl is not None and after.kl < before.kl  # trained on just that
     assert after.kl == pytest.approx(report.evaluation.kl, rel=1e-3)
     attacks = report.end_to_end.redistillation_before, report.end_to_end.redistillation_after
-    assert all(a is not None and a.train_tokens == 4096 and f"{a.error:.3f} at 0.5x" in card for a in attacks)
+    assert all(a is not None and a.train_tokens == 4096 and str(a) in card for a in attacks)
     assert f"{before.loss:.4f}" in card and f"{report.end_to_end.smallest_gap_after:.2f}" in card
 
 
@@ -274,6 +280,42 @@ def test_an_end_to_end_phase_that_makes_undoing_cheaper_is_dropped(
     )
     assert report.end_to_end is None
     assert any("easier to undo: a student's error was 0.0500, then 0.0400" in w for w in report.warnings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(PreTrainedTokenizerBase, "Tokenizer"), (PreTrainedConfig, "LlamaConfig")]
+)
+def test_what_cannot_be_saved_is_said_before_the_work(
+    kind: type, name: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some tokenizers cannot write their vocabulary, and some configs cannot be JSON."""
+    save_tiny("llama", tmp_path / "source")
+
+    def refused(*args: Any, **options: Any) -> None:
+        raise ValueError("this one cannot")
+
+    monkeypatch.setattr(kind, "save_pretrained", refused)
+    said: list[str] = []
+    with pytest.raises(DLRError, match=f"the .*{name}.* of .*source cannot be saved: this one cannot"):
+        convert_model(
+            tmp_path / "source",
+            tmp_path / "out",
+            data=str(text),
+            progress=lambda what, *_: said.append(what),
+            **QUICK,
+        )
+    assert set(said) == {"reading the model"} and not (tmp_path / "out").exists()
+
+
+def test_lost_first_tokens_are_said(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the fit has hardly begun, first tokens are as wrong as all others."""
+    save_tiny("llama", tmp_path / "source")
+    report = convert_model(
+        tmp_path / "source", tmp_path / "out", data=str(text), **QUICK | {"train_tokens": 256}
+    )
+    for module in report.modules:
+        assert (module.fidelity.first_error or 0) > 0.5
+        assert any(note.startswith(f"{module.module} misses the first tokens") for note in report.warnings)
 
 
 def test_modules_behind_a_norm_are_said_to_correct_nothing(text: Path, tmp_path: Path) -> None:

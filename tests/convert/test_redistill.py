@@ -34,12 +34,11 @@ def attack(net: DLRNet, start: str, train_tokens: int):
         net,
         pairs(net),
         N,
-        0.0,
         train_tokens=train_tokens,
         conversion=4096,
         name="mlp",
         device=CPU,
-        init=start,
+        inits=[start],
     )
 
 
@@ -70,12 +69,27 @@ def test_the_linear_start_sees_through_a_state_that_is_linear_in_x(lanes: int) -
     assert seen < 1e-2 < 0.1 < blind
 
 
+def test_the_linear_start_is_not_thrown_off_by_tokens_that_move_far() -> None:
+    """One token in a hundred moves the state far and out of line: that must not hide how the others move it."""
+    net = chain(0.5)
+    x = torch.randn(N, D)
+    x[:, 0] = torch.where(torch.arange(N) % 100 == 0, 1.0, -1.0)
+    with torch.no_grad():
+        net.dlr_A *= 1e-2  # silu(p) is nearly p / 2 there
+        net.dlr_B *= 1e2
+        net.dlr_A[0, 0, 0] = 30 * torch.eye(D)[0]  # a unit that only the rare tokens wake
+        net.dlr_B[0, 0, 0] = 30 * torch.randn(D)
+        usual = x[x[:, 0] < 0]
+        error = (flattened(net, linear_reads(net, x))(usual) - net(usual)).norm() / net(usual).norm()
+    assert error < 0.1
+
+
 def test_a_strongly_coupled_chain_takes_work_and_more_work_undoes_more() -> None:
     torch.manual_seed(0)
     net = chain(0.5)
     little, more = (attack(net, "linear", train_tokens) for train_tokens in (512, 40_960))
     assert more.student_error < 0.7 * little.student_error
-    assert more.cost == 10 and more.chain_error == 0.0 and not more.undone
+    assert more.cost == 10 and more.chain_error < 1e-9 and not more.undone
 
 
 def test_a_random_start_is_a_fresh_swiglu_mlp_that_takes_nothing_but_outputs() -> None:

@@ -7,23 +7,24 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dlr_lock.audit.demo import DemoResult, ModelCost, demo_sections
+from dlr_lock.audit.demo import DemoResult, ModelCost, SlotTraining, demo_sections
+from dlr_lock.audit.meters import Counts, StepCounts, StepSeconds
+from dlr_lock.audit.strategies.slot import StrategyCost
 from dlr_lock.convert.config import ConversionConfig
-from dlr_lock.convert.evaluate import Evaluation, Fidelity, StateEvaluation
+from dlr_lock.convert.evaluate import Evaluation, Fidelity, Redistillation, StateEvaluation
 from dlr_lock.convert.report import (
     ConversionReport,
     EndToEndReport,
     ModuleReport,
-    Redistillation,
     choices,
     conversion_sections,
     evaluation_section,
     evaluation_words,
     facts_sections,
-    lock_status,
     model_card,
 )
 from dlr_lock.reporting import Section, print_sections
+from dlr_lock.reporting.lock_verdict import LockVerdict, lock_status
 from dlr_lock.runtime import DLRSpec
 
 BEFORE = Evaluation(3.52, 33.78, 8176, 3.1, 22.2, 0.42, 0.462, 0.21)
@@ -74,16 +75,50 @@ def test_terminal_card_and_inspect_show_the_same_figures(report: ConversionRepor
             "model.layers.11.mlp",
             "1x12x192 silu",
             "0.2000",
-            "0.41 NOT LOCKED",
-            "undone: 0.198 at 0.25x",
+            "0.93",
+            "UNDONE,",
+            "NOT LOCKED, FLAT: model.layers.12.mlp",
         ):
             assert piece in shown
     for shown in (" ".join(text.split()), card):
-        assert lock_status(report) in shown and "the text repeats itself." in shown
-        assert evaluation_words(BEFORE) in shown and "'not undone: 0.300 at 0.25x' now" in shown
+        assert (
+            lock_status({m.module: m.verdict for m in report.modules}) in shown
+            and "the text repeats itself." in shown
+        )
+        assert evaluation_words(BEFORE) in shown and "'not undone, 1.50 at 0.25x' now" in shown
         assert "2 of 30 MLPs were converted in 493 s" in shown and "0.3000" in shown
     assert all(len(line) <= 80 for line in text.splitlines())
     assert "parameters instead of" not in card
+
+
+@pytest.mark.parametrize(
+    ("error", "gap", "student", "verdict", "cell"),
+    [
+        (0.2, 0.93, 0.3, LockVerdict.HELD, "locked, 1.50 at 0.25x"),
+        (0.2, 0.93, 0.209, LockVerdict.UNDONE, "UNDONE, 1.04 at 0.25x"),
+        (0.2, 0.49, 0.3, LockVerdict.FLAT, "FLAT, 1.50 at 0.25x"),
+        (0.95, 0.1, 0.96, LockVerdict.EMPTY, "EMPTY, 1.01 at 0.25x"),
+        (0.2, 0.93, None, LockVerdict.UNTRIED, "not attacked"),
+    ],
+)
+def test_a_module_has_one_verdict_wherever_it_is_read(
+    report: ConversionReport, error: float, gap: float, student: float | None, verdict: LockVerdict, cell: str
+) -> None:
+    """In the status, the table, the card, `inspect`, JSON: from the figure that decides, and no other beside it."""
+    attack = Redistillation(102_400, 409_600, student, error, 0.04, "flat") if student else None
+    m = replace(report.modules[0], fidelity=Fidelity(error, gap, 0.97, 0.31), redistillation=attack)
+    report = replace(report, modules=[m], end_to_end=None)
+    assert m.verdict == verdict and m.to_dict()["verdict"] == verdict.value
+    assert report.to_dict()["not_locked"] == ([m.module] if cell[:2].isupper() else [])
+    facts = {"program": "", "files": {}, "conversion": report.to_dict() | {"fingerprint": ""},
+             "lock": {"modules": {m.module: m.spec.to_dict()}}, "mlps": 30, "source": ""}  # fmt: skip
+    for text in (printed(conversion_sections(report)), model_card(report), printed(facts_sections(facts))):
+        shown, terms = " ".join(text.split()).split("whether a chain is a lock, by the figure that decides")
+        assert cell in shown and lock_status({m.module: verdict}) in shown and "UNDONE, for" in terms
+        assert ("NOT LOCKED" in shown) == verdict.refuted
+        assert ("nearly for free" in shown) == (verdict is LockVerdict.FLAT)
+        assert ("withstood" in shown) == (verdict is LockVerdict.HELD)
+        assert ("were not attacked" in shown) == (verdict is LockVerdict.UNTRIED)
 
 
 def test_a_checkpoint_without_a_manifest_shows_its_chains(report: ConversionReport) -> None:
@@ -114,20 +149,38 @@ def test_a_report_of_a_module_survives_json(report: ConversionReport) -> None:
         assert ModuleReport.from_dict(module.to_dict()) == module
 
 
+def cost(strategy: str, held: int, seconds: float) -> StrategyCost:
+    nothing = Counts(0, 0, 0)
+    counts = StepCounts(nothing, nothing, held, held, held)
+    return StrategyCost(strategy, "weights", held, counts, StepSeconds(seconds, 0.0, 0.0))
+
+
 def test_the_demo_says_what_training_costs_and_what_both_models_write(report: ConversionReport) -> None:
-    locked, original = ModelCost(512, 0.2, 2.0, 900_000_000), ModelCost(512, 0.1, 0.5, 300_000_000)
-    result = DemoResult(
-        report, 30, locked, original, 40_000_000, 10_000_000, "Snow [is]", "white", "cold", None
+    locked, original = ModelCost(512, 0.3, 2.0, 900_000_000), ModelCost(512, 0.1, 0.5, 300_000_000)
+    slot = SlotTraining(
+        cost("plain", 65_500_000, 0.4), cost("inversion", 2_500_000, 0.3), cost("plain", 5_000_000, 0.2)
     )
-    text = printed(demo_sections(result))
+    result = DemoResult(
+        report, locked, original, slot, "Snow [is]", "white", "cold", Path("small.gguf"), None
+    )
+    text = " ".join(printed(demo_sections(result), width=100).split())
     for words in (
-        "training step, seconds",
+        "training step of all weights, seconds",
         "4.00",
         "900.0",
         "Snow [is]",
-        "locked:   white",
+        "locked: white",
         "original: cold",
+        "with 2 of its 30 MLPs locked its loss on text it has not seen is 3.520, where the",
+        "is 3.100 (+13.5%)",
+        "an inference pass takes 3.00 times as long",
+        "by standard tooling keeps 13 times the activations, for 2 times the seconds",
+        "the best strategy that we know (inversion) 0.5 times the activations, for 1.5 times the seconds",
+        "for 0.25 of the training tokens that the chain took, came to 0.99 times the chain's error",
+        "does not stop whoever has the original's weights",
+        "dlr-lock convert path-or-hub-id out --data text.txt --layers last-6",
+        "dlr-lock audit out --original path-or-hub-id",
     ):
         assert words in text
-    assert "2 of 30 MLPs are locked" in text
-    assert "The checkpoint is here." in printed(demo_sections(replace(result, kept=Path("here"))))
+    kept = printed(demo_sections(replace(result, kept=Path("here"))))
+    assert "dlr-lock audit here --original small.gguf" in kept

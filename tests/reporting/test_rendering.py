@@ -29,13 +29,13 @@ from dlr_lock.reporting.words import (
 
 HOSTILE = "<b>[bold]a | b[/bold]</b>"
 NAME = "model.decoder.layers.{}.feed_forward"
-COLUMNS = headings("module | chain | flatten gap | first tokens | coupling | redistillation | seconds | note")
+COLUMNS = headings("module | chain | flatten gap | first tokens | coupling | verdict | seconds | note")
 
 
 def modules(layers: int = 3) -> Section:
     rows = [
         (
-            NAME.format(n), "1x12x192 silu", f"0.{n} NOT LOCKED", "0.1234", "0.97", "not undone: 0.123 at 0.25x",
+            NAME.format(n), "1x12x192 silu", f"0.{n}", "0.1234", "0.97", "UNDONE, 0.99 at 0.25x",
             "1,234.5", "a remark of several words",
         )
         for n in range(layers)
@@ -55,7 +55,7 @@ def test_a_terminal_shows_every_row_within_its_width_and_cuts_no_name(width: int
     assert all(len(line) <= min(100, width) for line in text.splitlines())
     for n in range(3):
         assert NAME.format(n) in text
-    for piece in ("1x12x192 silu", "not undone:", "1,234.5", "remark"):
+    for piece in ("1x12x192 silu", "UNDONE, ", "1,234.5", "remark"):
         assert piece in text
     assert ("0.1234" in text) == ("first tokens:" in text)  # a column that gives way is not explained either
     assert HOSTILE in text  # no markup, and in one piece

@@ -227,6 +227,22 @@ def test_adapters_are_trained_and_chains_are_said_to_stay(
     assert all(torch.equal(value, now.get(name, value)) for name, value in before.items())
 
 
+def test_adapters_on_a_chain_are_refused_with_the_reason_and_whole_chains_may_be_trained(
+    tmp_path: Path,
+) -> None:
+    peft = pytest.importorskip("peft")
+    locked_tiny("llama").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no linear layer is in it, and adapters fit linear layers alone"):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["mlp"], task_type="CAUSAL_LM"))
+    whole = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path), whole)
+    before = {name: p.detach().clone() for name, p in adapted.named_parameters() if p.requires_grad}
+    train(adapted, tmp_path / "runs")
+    now = dict(adapted.named_parameters())
+    assert [name for name, p in before.items() if name.endswith("dlr_A") and not torch.equal(p, now[name])]
+
+
 def test_generation_and_compilation_need_nothing_special(tmp_path: Path) -> None:
     locked_tiny("llama").save_pretrained(tmp_path)
     model = load(tmp_path)

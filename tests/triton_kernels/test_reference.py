@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dlr_lock.triton_kernels import ChainWeights, chain_reference, flattened_reference, lane_updates
+from dlr_lock.triton_kernels import ChainWeights, chain_reference, dlr_net, flattened_reference, lane_updates
 
 NUMPY_ACTS = {
     "silu": lambda p: p / (1 + np.exp(-p)),
@@ -132,3 +132,10 @@ def test_what_does_not_fit_is_named(function: Callable[..., Tensor]) -> None:
         function(x, chain._replace(act="siluu"))
     with pytest.raises(ValueError, match="scale and bias must be"):
         function(x, chain._replace(scale=chain.scale[:1]))
+
+
+@pytest.mark.parametrize("name", ["A", "B", "scale", "bias"])
+def test_a_chain_without_one_of_its_tensors_is_named(name: str) -> None:
+    x, chain = random_chain(1, 2, 16, 32, 4, gated=False)
+    with pytest.raises(ValueError, match=f"{name} of a chain must be a tensor, not NoneType"):
+        dlr_net(x, chain._replace(**{name: None}))

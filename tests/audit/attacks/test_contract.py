@@ -53,7 +53,7 @@ def test_a_registered_attack_is_in_the_json_the_page_and_the_terminal(
     written = json.loads((folder / "norms" / "audit.json").read_text(encoding="utf-8"))
     assert written["attacks"] == {"norms": norms.about}
     for rows in (written["runs"], written["steps"]):
-        assert {row["variant"] for row in rows} == {"original", "locked", "re-distilled, 0.5"}
+        assert {row["variant"] for row in rows} == {"original", "locked", "redistilled, 0.5"}
         assert {row["attack"] for row in rows} == {"norms"}
     page = (folder / "norms" / "audit.html").read_text(encoding="utf-8")
     terminal = " ".join(result.output.split())

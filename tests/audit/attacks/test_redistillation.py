@@ -11,6 +11,7 @@ from attacked import context
 from tiny import HIDDEN as D
 from tiny import VOCABULARY, tiny_model
 from torch import Tensor
+from torch.nn import functional
 
 from dlr_lock.audit.attacks import redistillation
 from dlr_lock.audit.attacks.redistillation import (
@@ -23,6 +24,9 @@ from dlr_lock.audit.attacks.redistillation import (
 from dlr_lock.audit.report import ModuleStudents, Student
 from dlr_lock.common.errors import DLRError
 from dlr_lock.common.resume import ResumeStore
+from dlr_lock.convert.activations import capture
+from dlr_lock.convert.config import Recipe
+from dlr_lock.convert.distill import distill
 from dlr_lock.convert.end_to_end import flatten_gaps, with_chains
 from dlr_lock.convert.evaluate import compare, distance_of, relative_error
 from dlr_lock.convert.mlp_discovery import find_mlps
@@ -81,7 +85,8 @@ def test_an_mlp_in_the_guise_of_a_chain_is_found() -> None:
     """The chain's own error comes from its weights; the student, fitted to the chain alone, comes down to it."""
     torch.manual_seed(0)
     original, locked, mlps = models("opt", coupling=1e-3, off=0.3)
-    found = list(run(original, locked, mlps, tokens(), tokens(8), train_tokens=[256, 12_288]))
+    heldout = tokens(8)
+    found = list(run(original, locked, mlps, tokens(), heldout, train_tokens=[256, 12_288]))
     for module, net in found:
         linear, random = (
             sorted(m.train_tokens for m in module.students if m.init == s) for s in ("linear", "random")
@@ -92,9 +97,13 @@ def test_an_mlp_in_the_guise_of_a_chain_is_found() -> None:
         assert errors["random", 12_288].student_error < 0.6 * errors["random", 256].student_error
         assert errors["linear", 12_288].student_error < 0.01
         assert errors["linear", 12_288].error == pytest.approx(module.chain_error, rel=0.1)
-        assert module.undone(1.1) is not None
-        assert best(module, 12_288) == errors["linear", 12_288]
+        assert module.deciding is not None and module.ratio(module.deciding) < 1.1
+        chosen = best(module, 12_288)
+        assert chosen in (errors["linear", 12_288], errors["flat", 12_288])  # which are the same MLP here
         assert net[12_288].spec.weight_shape == (1, 1, 160, D)
+        alone = with_chains(locked, {module.module: net[12_288]}, [])
+        left = distance_of(compare(alone, locked, heldout[:2]))
+        assert chosen.distance == pytest.approx(left, rel=0.1) and chosen.distance > 0
 
 
 def test_a_strong_lock_takes_work_and_more_work_undoes_more() -> None:
@@ -108,9 +117,20 @@ def test_a_strong_lock_takes_work_and_more_work_undoes_more() -> None:
         assert more.student_error < 0.8 * little.student_error
 
 
-@pytest.mark.parametrize("arch", ["llama", "opt", "bert"])
-def test_what_is_measured_is_what_is_said(arch: str) -> None:
-    """Errors against the original on its own activations, against the chain on the locked model's; both by hand."""
+def bounded(y: Tensor, wanted: Tensor) -> float:
+    """The relative error as reports give it: a token counts for 1 at most."""
+    return relative_error(y, wanted).clamp(max=1).mean().item()
+
+
+@pytest.mark.parametrize(
+    ("arch", "across"),
+    [("opt", "independent"), ("opt", "sequential"), ("llama", "sequential"), ("bert", "independent")],
+)
+def test_what_is_measured_is_what_is_said(arch: str, across: str) -> None:
+    """Errors against what the chain was fitted to, and against the chain on the locked model's activations; by hand.
+
+    In sequence the target is what brings the layer's output to the original's.
+    """
     original, locked, mlps = models(arch, coupling=0.3)
     train, heldout = tokens(16), tokens(8)
     inputs: dict[tuple[int, str], Tensor] = {}
@@ -122,6 +142,17 @@ def test_what_is_measured_is_what_is_said(arch: str) -> None:
         for mlp in mlps
     ]
     outputs = {}
+    totals: dict[tuple[int, str], Tensor] = {}
+    hooks += [
+        model.get_submodule(mlp.module.rsplit(".", 1)[0] if arch == "llama" else mlp.module.removesuffix(".fc1"))
+        .register_forward_hook(
+            lambda m, args, out, at=(which, mlp.module): totals.__setitem__(
+                at, (out if isinstance(out, Tensor) else out[0]).reshape(-1, out[0].shape[-1])
+            )
+        )
+        for which, model in enumerate((original, locked))
+        for mlp in mlps
+    ]  # fmt: skip
     hooks += [
         original.get_submodule(mlp.output).register_forward_hook(
             lambda m, args, y, at=mlp.module: outputs.__setitem__(at, y.reshape(-1, D))
@@ -133,7 +164,7 @@ def test_what_is_measured_is_what_is_said(arch: str) -> None:
     for hook in hooks:
         hook.remove()
     conversion = {mlps[0].module: 2048, mlps[1].module: None}
-    found = list(run(original, locked, mlps, train, heldout, conversion=conversion))
+    found = list(run(original, locked, mlps, train, heldout, conversion=conversion, across=across))
     gaps = flatten_gaps(locked, {m.module: locked.get_submodule(m.module) for m in mlps}, heldout)
     for module, net in found:
         ((train_tokens, net),) = net.items()
@@ -144,13 +175,16 @@ def test_what_is_measured_is_what_is_said(arch: str) -> None:
 
         chain, y = locked.get_submodule(name), outputs[name]
         x, own = inputs[0, name], inputs[1, name]
+        if across == "sequential":
+            x, y = own, of(chain, own) + totals[0, name] - totals[1, name]
         by_hand = [
-            relative_error(of(chain, x), y),
-            relative_error(of(net, x), y),
-            relative_error(of(net, own), of(chain, own)),
+            bounded(of(chain, x), y),
+            bounded(of(net, x), y),
+            bounded(of(net, own), of(chain, own)),
         ]
         said = [module.chain_error, student.error, student.student_error]
-        assert said == pytest.approx([e.mean().item() for e in by_hand], rel=0.02)  # captured in bfloat16
+        assert arch != "opt" or max(by_hand) < 0.9  # of chains that are near their MLPs
+        assert said == pytest.approx(by_hand, rel=0.02)  # captured in bfloat16
         assert module.gap == pytest.approx(gaps[name], rel=0.02)
         assert module.chain == str(chain.spec)
         assert {c.share for c in module.students} == {0.25 if conversion[name] else None}
@@ -158,18 +192,70 @@ def test_what_is_measured_is_what_is_said(arch: str) -> None:
         assert net.spec.params in (fresh.params, chain.spec.params)
 
 
+BOS = 2
+
+
+def corrected_first_tokens() -> tuple[Any, Any, list[MLP]]:
+    """A Llama whose chain 0 is far off at the first token of each sequence and nowhere else, and whose chain 1 makes up
+    for it there, with an output hundreds of times its MLP's: as layers 11 and 12 of SmolLM2, distilled in sequence.
+
+    The first token has a direction of its own, which no other token and no MLP's output has a share of.
+    """
+    original = tiny_model("llama", layers=2)
+    mlps = find_mlps(original)
+    with torch.no_grad():
+        embedding = original.get_input_embeddings().weight
+        embedding[:, 0], embedding[BOS] = 0.0, 0.0
+        embedding[BOS, 0] = 50.0
+        for layer in original.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight[0] = 0.0
+    locked, text = copy.deepcopy(original), tokens()
+    chains, off, x = {}, 300.0, torch.zeros(1, D)
+    for mlp, pairs in capture(original, mlps, text, max_memory=2**30, scratch=Path("unused")):
+        net = DLRNet(DLRSpec(D, 1, 10, 48), dtype=torch.float32)
+        net.assign(distill(pairs, N, net.spec, Recipe(16_384, 256), name=mlp.module, device=CPU))
+        norm = original.get_submodule(mlp.module.replace("mlp", "post_attention_layernorm"))
+        with torch.no_grad():
+            for name in ("dlr_A", "dlr_B"):
+                net.get_parameter(name)[..., 0] = 0.0
+                net.get_parameter(name)[0, 0, 0] = 0.0
+            x[0, 0] = 50.0
+            reading = norm(x)[0, 0]
+            net.dlr_A[0, 0, 0, 0] = reading.sign()
+            net.dlr_B[0, 0, 0, 0] = off / (functional.silu(reading.abs()) * net.dlr_scale[0])
+        chains[mlp.module], off = net, -off
+    lock(locked, chains, [])
+    return original, locked, mlps
+
+
+def test_a_chain_that_corrects_one_token_is_measured_by_its_own_target_and_by_all_tokens() -> None:
+    torch.manual_seed(0)
+    original, locked, mlps = corrected_first_tokens()
+    train, heldout = tokens(), tokens(8)
+    train[:, 0] = heldout[:, 0] = BOS
+    first, second = (m for m, _ in run(original, locked, mlps, train, heldout, train_tokens=[256]))
+    chain = locked.get_submodule(second.module)
+    for _, pairs in capture(original, mlps[1:], heldout, max_memory=2**30, scratch=Path("unused")):
+        off = relative_error(chain_reference(pairs.x.float(), chain.chain), pairs.y.float())
+        assert off.mean() > 100 * off.median()  # what it is not measured by
+    for module in (first, second):
+        assert module.chain_error < 0.6
+        assert all(module.ratio(student) > 1.05 for student in module.students)  # a short fit undoes nothing
+
+
 def test_the_same_seed_gives_the_same_figures_in_any_order_and_the_models_stay() -> None:
     original, locked, mlps = models("opt")
     before = [copy.deepcopy(m.state_dict()) for m in (original, locked)]
-    text = tokens(), tokens(8)
+    text, across = (tokens(), tokens(8)), "independent"  # in sequence, a target depends on what is below
     original.train()
-    first = list(run(original, locked, mlps, *text))
-    assert figures(first) == figures(list(run(original, locked, mlps[::-1], *text)))
-    alone = list(run(original, locked, mlps[1:], *text))
+    first = list(run(original, locked, mlps, *text, across=across))
+    assert figures(first) == figures(list(run(original, locked, mlps[::-1], *text, across=across)))
+    alone = list(run(original, locked, mlps[1:], *text, across=across))
     assert figures(alone)[mlps[1].module] == figures(first)[mlps[1].module]
     (one,), (two,) = alone[0][1].values(), first[1][1].values()
     assert torch.equal(one.dlr_A, two.dlr_A)
-    assert figures(list(run(original, locked, mlps, *text, seed=1))) != figures(first)
+    assert figures(list(run(original, locked, mlps, *text, seed=1, across=across))) != figures(first)
     assert original.training
     for model, state in zip((original, locked), before, strict=True):
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -196,10 +282,9 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
             and net.spec == wanted.spec
             and all(map(torch.equal, net.parameters(), wanted.parameters()))
         )
-    fits = {what for what in said if "re-distilling" in what}
+    fits = {what for what in said if "redistilling" in what}
     assert fits == {
-        f"re-distilling {mlps[1].module} (2 of 2), {init} init, 512 training tokens"
-        for init in ("linear", "random")
+        f"redistilling {mlps[1].module} (2 of 2), {init} init, 512 training tokens" for init in INITS
     }
     nothing: list[str] = []
     list(run(original, locked, mlps, *text, resume=kept, progress=lambda what, *_: nothing.append(what)))
@@ -222,11 +307,11 @@ def test_a_student_that_diverges_is_left_out(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(redistillation, "fit_student", fragile)
     failing, notes = {"linear"}, []
     module, _ = next(run(original, locked, mlps, tokens(), tokens(8), notes=notes))
-    assert [c.init for c in module.students] == ["random"]
+    assert [c.init for c in module.students] == ["flat", "random"]
     assert notes == [
         f"a student of {mlps[0].module} is missing (linear init, 512 training tokens): it diverged"
     ]
-    failing = {"linear", "random"}
+    failing = set(INITS)
     with pytest.raises(DLRError, match="no student of"):
         next(run(original, locked, mlps, tokens(), tokens(8)))
 
@@ -273,5 +358,5 @@ def test_a_step_of_the_optimizer_is_counted() -> None:
 def best(module: ModuleStudents, train_tokens: int) -> Student:
     return min(
         (student for student in module.students if student.train_tokens == train_tokens),
-        key=lambda student: student.student_error,
+        key=lambda student: student.distance,
     )
