@@ -155,8 +155,8 @@ def gram_width(A: Tensor) -> int:
 def best_width(shape: Shape, device: Device) -> int:
     """The width of Gram blocks, in columns, at which a chain should be nearest to its floors.
 
-    Tried are whole solves, and solves of a power of two of steps, whose columns tiles divide; once to eight times. Blocks
-    wider than one solve may take an eighth of the weights' bytes.
+    Tried are whole solves, and solves of a power of two of steps, whose columns tiles divide; once to eight times.
+    Blocks wider than one solve may take an eighth of the weights' bytes.
 
     Args:
         shape: The chain, with the number of tokens that counts beside one token.
