@@ -8,7 +8,7 @@ all.
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from math import ceil
 
 from torch import Tensor
@@ -182,7 +182,7 @@ def _over_floor(shape: Shape, width: int, device: Device) -> float:
     return seconds / floor_seconds(shape, device)
 
 
-@cache
+@lru_cache(maxsize=4096)
 def choose(shape: Shape, device: Device, steps: int, deterministic: bool = False) -> DecodePlan | None:
     """Which path runs a chain.
 

@@ -16,7 +16,7 @@ So launches share nothing, on any stream, in any graph.
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from math import ceil
 
 from .gpu import Device
@@ -92,7 +92,7 @@ class DecodePlan:
         return RING * self.tokens * (self.parts * self.rows + self.groups * self.width)
 
 
-@cache
+@lru_cache(maxsize=4096)
 def plan_decode(shape: Shape, device: Device) -> DecodePlan | None:
     """The plan for a chain on a GPU.
 
