@@ -30,7 +30,7 @@ from ..triton_kernels.gpu import device_constants
 from .slot import CPU_PROVIDERS, PROVIDERS, Case, DenseWeights, Slot, dense_mlp, dtype_of
 from .timing import Rates, Runner, measured_rates, set_times, take_turns
 
-COLD_BYTES = 200e6  # of distinct weights that calls rotate over: four times the L2 cache of an H200, which else keeps some
+COLD_BYTES = 200e6  # of distinct weights that calls rotate over: four times the L2 cache of an H200
 ROUNDS = 20
 CHECKED_TOKENS = 64
 WIDEST = 2**18  # features or hidden units: past this, finding a chain of equal parameters takes seconds
