@@ -10,10 +10,20 @@ from dlr_lock.triton_kernels.decode_plan import DecodePlan
 
 
 def make_plan(
-    K: int, r: int, d: int, *, tokens: int, rows: int, columns: int, tiles: int = 1, held: int = 1
+    K: int,
+    r: int,
+    d: int,
+    *,
+    tokens: int,
+    rows: int,
+    columns: int,
+    tiles: int = 1,
+    held: int = 1,
+    width: int = 0,
 ) -> DecodePlan:
-    """A plan of exactly these numbers; tiles: of columns that a CTA has, for several tokens."""
-    return DecodePlan(K, r, d, tokens, rows, columns, columns * tiles, held)
+    """A plan of exactly these numbers; tiles: of columns that a CTA has, for several tokens; width: for one, not all
+    columns of a tile."""
+    return DecodePlan(K, r, d, tokens, rows, columns, width or columns * tiles, held)
 
 
 class Call(NamedTuple):

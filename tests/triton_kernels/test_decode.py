@@ -67,6 +67,7 @@ def interpreted_together() -> None:
         [
             (8, 16, 64, 1, {"tokens": 1, "rows": 16, "columns": 16}),
             (5, 48, 72, 1, {"tokens": 1, "rows": 32, "columns": 32, "held": 2}),
+            (3, 16, 40, 1, {"tokens": 1, "rows": 16, "columns": 32, "width": 24}),
             (8, 16, 64, 2, {"tokens": 16, "rows": 16, "columns": 16}),  # one part, four groups
             (6, 80, 30, 3, {"tokens": 16, "rows": 16, "columns": 32}),  # five parts, one group
             (7, 40, 80, 17, {"tokens": 64, "rows": 16, "columns": 16, "tiles": 2, "held": 1}),
