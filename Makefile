@@ -3,13 +3,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench gpu results clean
+.PHONY: demo test test-eval lint bench gpu results clean
 
 demo: $(VENV)/ready
 	$(BIN)/dlr-lock demo
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+# With lm-evaluation-harness, which brings 240 MB that nothing else here needs; without it these tests are skipped.
+test-eval: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[eval]'
+	$(BIN)/python -m pytest tests/compare/test_tasks.py tests/runtime/test_autoload.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
