@@ -82,9 +82,8 @@ def test_scores_errors_and_flips_are_those_by_hand(run, folder: Path) -> None:
     for name, right in (("", ours), ("original_", theirs)):
         assert row[f"{name}score"] == pytest.approx(sum(right) / n)
         assert row[f"{name}stderr"] == pytest.approx(statistics.stdev(map(float, right)) / math.sqrt(n))
-    lost, gained = (
-        sum(o is not t and o is way for o, t in zip(ours, theirs, strict=True)) / n for way in (False, True)
-    )
+    pairs = list(zip(ours, theirs, strict=True))
+    lost, gained = pairs.count((False, True)) / n, pairs.count((True, False)) / n
     assert lost > 0 and gained > 0, "the models differ too little to test flips"
     assert (row["lost"], row["gained"]) == pytest.approx((lost, gained))
     assert row["flips"] == pytest.approx(lost + gained)
