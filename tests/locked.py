@@ -1,5 +1,7 @@
 """Tiny locked models: random chains in the place of all MLPs, which no conversion has to fit."""
 
+from typing import Any
+
 import torch
 from tiny import tiny_model
 from torch import nn
@@ -21,7 +23,8 @@ def lock_randomly(model: nn.Module, gated: bool = False) -> dict[str, DLRNet]:
     return chains
 
 
-def locked_tiny(arch: str) -> nn.Module:
-    model = tiny_model(arch)
+def locked_tiny(arch: str, **overrides: Any) -> nn.Module:
+    """`tiny_model` with `overrides`, its MLPs random chains."""
+    model = tiny_model(arch, **overrides)
     lock_randomly(model)
     return model

@@ -34,7 +34,9 @@ class Installed:
             if not (name.startswith((without, "dlr_lock", "__editable__", "pip")) or entry.suffix == ".pth"):
                 (site / entry.name).symlink_to(entry)
         install = ["--python", self._python, "install", "--quiet", "--no-deps", "--no-index", wheel]
-        subprocess.run([sys.executable, "-m", "pip", *install], check=True, capture_output=True)
+        # Without the environment's paths: what a build has left in a tree there would count as installed.
+        pip = [sys.executable, "-m", "pip", *install]
+        subprocess.run(pip, check=True, capture_output=True, cwd="/", env=_environment())
 
     def run(
         self,
@@ -49,10 +51,14 @@ class Installed:
         done = subprocess.run(
             [self._python, *flags, "-c", f"import sys\n{code}", *map(str, arguments)],
             capture_output=True, text=True, cwd=str(cwd), timeout=timeout,
-            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | env,
+            env=_environment() | env,
         )  # fmt: skip
         assert done.returncode == status, done.stderr
         return done
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 def _entries() -> Iterator[Path]:
