@@ -270,8 +270,13 @@ def generate(
         print()
 
 
-@app.command()
+_bench = typer.Typer(invoke_without_command=True)
+app.add_typer(_bench, name="bench")
+
+
+@_bench.callback()
 def bench(
+    context: typer.Context,
     hidden: Annotated[int, choice("Features of the model, d.")] = 576,
     intermediate: Annotated[int, choice("Hidden units of the gated MLP to compare with.")] = 1536,
     lanes: Annotated[int, choice("Chains side by side.")] = 1,
@@ -293,7 +298,10 @@ def bench(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Time one MLP against the DLR-Net in its place, or explain which kernels would run it and why."""
+    """Time one MLP against the DLR-Net in its place, or explain which kernels would run it and why; `bench model`
+    times whole models."""
+    if context.invoked_subcommand is not None:
+        return
     from .microbench.bench import chain_cases, numbers, run
     from .microbench.explain import explain as explain_cases
     from .microbench.sections import benchmark_sections, explanation_sections
@@ -310,6 +318,39 @@ def bench(
         _print_json(facts)
     else:
         _print((explanation_sections if explain else benchmark_sections)(facts))
+
+
+@_bench.command("model")
+def bench_model(
+    checkpoint: Locked,
+    original: Annotated[str, choice("The model that was locked.")],
+    prompt: Annotated[int | None, choice("Tokens of a prompt.", "512 on a GPU, 64 on a CPU")] = None,
+    new_tokens: Annotated[
+        int | None, choice("Tokens to generate for each sequence.", "128 on a GPU, 16 on a CPU")
+    ] = None,
+    batches: Annotated[
+        str | None, choice("Sequences at a time, such as 1,8,64.", "1,8,64 on a GPU, 1,8 on a CPU")
+    ] = None,
+    repeats: Annotated[
+        int | None, choice("Runs of each model at each batch.", "10 on a GPU, 3 on a CPU")
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Time a locked model against its original: first token, prefill, decoding and memory, in turns."""
+    from .compare.bench import bench_model
+    from .compare.sections import speed_sections
+    from .microbench.bench import numbers
+
+    with Steps(_screen) as steps:
+        document = bench_model(
+            checkpoint, original, prompt=prompt, new_tokens=new_tokens, repeats=repeats, device=device,
+            batches=None if batches is None else numbers(batches), progress=steps,
+        )  # fmt: skip
+    if as_json:
+        _print_json(document)
+    else:
+        _print(speed_sections(document))
 
 
 def main() -> None:

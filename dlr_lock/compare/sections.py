@@ -1,9 +1,10 @@
 """Two models' scores and speeds as sections."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from ..reporting import Section, Table, headings
-from ..reporting.words import cell
+from ..reporting.words import bytes_words, cell, count_words
 from .tasks import TaskScore
 
 
@@ -43,3 +44,47 @@ def _difference(score: TaskScore) -> str:
     if score.score is None or score.original_score is None:
         return "-"
     return _score(score.score - score.original_score, score.difference_stderr)
+
+
+def speed_sections(document: dict[str, Any]) -> list[Section]:
+    """Both models' speeds, a row a batch and model: medians, and how far the runs lie apart."""
+    settings = document["settings"]
+    text = (
+        f"{document['device']}, {settings['dtype']}, by {document['engine']}; prompts of "
+        f"{count_words(settings['prompt'], 'token')}, {settings['new_tokens']} new ones each; medians of "
+        f"{count_words(settings['repeats'], 'run')} in turns."
+    )
+    columns = headings(
+        "batch | model | first token ms | prefill tokens/s | decode tokens/s | to original | peak memory"
+    )
+    rows = [
+        (
+            str(row["batch"]),
+            row["side"],
+            _median(row["first_token_s"], 1e3),
+            _median(row["prefill_tokens_per_s"]),
+            _median(row["decode_tokens_per_s"]),
+            _ratios(row),
+            cell(row["peak_bytes"], bytes_words),
+        )
+        for row in document["rows"]
+    ]
+    notes = [
+        f"batch {row['batch']}, {row['side']}: {row['error_message']}"
+        for row in document["rows"]
+        if row["error_message"]
+    ]
+    return [Section("", text, Table(columns, rows).filled(), notes)]
+
+
+def _median(figures: list[float] | None, scale: float = 1.0) -> str:
+    if figures is None:
+        return "-"
+    low, middle, high = figures
+    return f"{scale * middle:,.1f} ± {50 * (high - low) / middle:.0f}%"
+
+
+def _ratios(row: dict[str, Any]) -> str:
+    if row["side"] == "original" or row["decode_ratio"] is None:
+        return "-"
+    return f"prefill {row['prefill_ratio']:.2f}, decode {row['decode_ratio']:.2f}"
