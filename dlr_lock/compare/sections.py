@@ -52,10 +52,11 @@ def speed_sections(document: dict[str, Any]) -> list[Section]:
     text = (
         f"{document['device']}, {settings['dtype']}, by {document['engine']}; prompts of "
         f"{count_words(settings['prompt'], 'token')}, {settings['new_tokens']} new ones each; medians of "
-        f"{count_words(settings['repeats'], 'run')} in turns."
+        f"{count_words(settings['repeats'], 'run')} in turns, ± half of what lies between the 20th and the 80th "
+        "percentile; ratios of the locked model's to the original's; memory of the weights and a run."
     )
     columns = headings(
-        "batch | model | first token ms | prefill tokens/s | decode tokens/s | to original | peak memory"
+        "batch | model | first token ms | prefill tokens/s | ratio | decode tokens/s | ratio | memory"
     )
     rows = [
         (
@@ -63,8 +64,9 @@ def speed_sections(document: dict[str, Any]) -> list[Section]:
             row["side"],
             _median(row["first_token_s"], 1e3),
             _median(row["prefill_tokens_per_s"]),
+            _ratio(row, "prefill_ratio"),
             _median(row["decode_tokens_per_s"]),
-            _ratios(row),
+            _ratio(row, "decode_ratio"),
             cell(row["peak_bytes"], bytes_words),
         )
         for row in document["rows"]
@@ -84,7 +86,6 @@ def _median(figures: list[float] | None, scale: float = 1.0) -> str:
     return f"{scale * middle:,.1f} ± {50 * (high - low) / middle:.0f}%"
 
 
-def _ratios(row: dict[str, Any]) -> str:
-    if row["side"] == "original" or row["decode_ratio"] is None:
-        return "-"
-    return f"prefill {row['prefill_ratio']:.2f}, decode {row['decode_ratio']:.2f}"
+def _ratio(row: dict[str, Any], name: str) -> str:
+    """The locked model's figure over the original's."""
+    return cell(row[name] if row["side"] == "locked" else None, ".2f")
