@@ -73,8 +73,8 @@ def test_scores_errors_and_flips_are_those_by_hand(run, folder: Path) -> None:
 
     ours, theirs = answers(load(folder / "out")), answers(tiny_model("llama", initializer_range=0.3))
     arguments = ("eval", "{}/out", "--tasks", "rivers", "--include-path", "{}/given", "--device", "cpu")
-    status, out, _ = run(*arguments, "--original", "{}/source", "--json")
-    assert status == 0
+    status, out, err = run(*arguments, "--original", "{}/source", "--json")
+    assert status == 0, err
     (row,) = json.loads(out)["tasks"]
     n = len(QUESTIONS)
     assert (row["task"], row["metric"], row["filter"], row["questions"]) == ("rivers", "acc", "none", n)
