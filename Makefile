@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-serving lint bench gpu results clean
+.PHONY: demo test test-serving test-eval lint bench gpu results clean
 
 demo: $(VENV)/ready
 	$(BIN)/dlr-lock demo
@@ -22,6 +22,11 @@ $(VENV)-serving/ready: pyproject.toml tests/serving/requirements.txt
 	$(VENV)-serving/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VENV)-serving/bin/python -m pip install --quiet --editable '.[gguf]'
 	touch $@
+
+# With lm-evaluation-harness, which brings 357 MB that nothing else here needs; without it these tests are skipped.
+test-eval: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[eval]'
+	$(BIN)/python -m pytest tests/compare/test_tasks.py tests/runtime/test_autoload.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -121,35 +121,85 @@ def verify(checkpoint: Locked, as_json: Json = False) -> None:
 
 @app.command("eval")
 def evaluate(
+    context: typer.Context,
     checkpoint: Locked,
     text: Annotated[
-        list[str],
-        choice("Text to evaluate on: .txt, .jsonl, .parquet or a datasets name; several times for several."),
-    ],
+        list[str] | None,
+        choice(
+            "Text to evaluate on: .txt, .jsonl, .parquet or a datasets name; several times for several.",
+            "none",
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        choice("Instead of a text: tasks of lm-evaluation-harness, such as arc_easy,hellaswag.", "none"),
+    ] = None,
     original: Annotated[str | None, choice("The original model, for KL and flips.", "none")] = None,
     tokens: Annotated[int, choice("Tokens of each text to use, at most.")] = 10_240,
     skip: Annotated[
         int, choice("Tokens of each text to leave out before, such as those that the model was converted on.")
     ] = 0,
+    include_path: Annotated[Path | None, choice("A folder with more tasks, .yaml files.", "none")] = None,
+    limit: Annotated[int | None, choice("Questions of each task to ask, at most.", "all")] = None,
+    shots: Annotated[int | None, choice("Worked examples before each question.", "as the task says")] = None,
+    batch: Annotated[int, choice("Sequences of a task in a pass.")] = 8,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Measure loss and perplexity on texts, and KL and flips against the original."""
+    """Measure loss and perplexity on texts, or scores on tasks; with an original, KL, flips and its own scores."""
+    _one_of(context, {"text": ("tokens", "skip"), "tasks": ("include_path", "limit", "shots", "batch")})
+    if tasks is not None:
+        _evaluate_tasks(
+            checkpoint, tasks, as_json, original=original, include_path=include_path, limit=limit, shots=shots,
+            batch=batch, device=device,
+        )  # fmt: skip
+        return
     from .convert.evaluate import pooled
     from .convert.report import evaluation_section, texts_section
     from .convert.use import evaluate_texts
 
+    names = text or []
     with Steps(_screen) as steps:
         found = evaluate_texts(
-            checkpoint, text, original=original, tokens=tokens, skip=skip, device=device, progress=steps
+            checkpoint, names, original=original, tokens=tokens, skip=skip, device=device, progress=steps
         )
     together = pooled(found)
     if as_json:
-        each = [{"text": name, **e.to_dict()} for name, e in zip(text, found, strict=True)]
+        each = [{"text": name, **e.to_dict()} for name, e in zip(names, found, strict=True)]
         _print_json(together.to_dict() | {"skipped": skip, "texts": each})
     else:
-        several = [texts_section(dict(zip(text, found, strict=True)))] if len(found) > 1 else []
+        several = [texts_section(dict(zip(names, found, strict=True)))] if len(found) > 1 else []
         _print([*several, evaluation_section(together)])
+
+
+def _evaluate_tasks(checkpoint: Path, tasks: str, as_json: bool, **choices: Any) -> None:
+    from .compare.sections import tasks_sections
+    from .compare.tasks import evaluate_tasks
+
+    with Steps(_screen) as steps:
+        scores = evaluate_tasks(
+            checkpoint, [name.strip() for name in tasks.split(",")], progress=steps, **choices
+        )
+    if as_json:
+        _print_json({"tasks": [score.to_dict() for score in scores]})
+    else:
+        _print(tasks_sections(scores))
+
+
+def _one_of(context: typer.Context, ways: dict[str, tuple[str, ...]]) -> None:
+    """Raises DLRError unless one of the options was given, and with it none that belongs to another."""
+    from .common.errors import DLRError
+
+    def given(name: str) -> bool:
+        return getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+
+    chosen = [name for name in ways if given(name)]
+    if len(chosen) != 1:
+        raise DLRError(f"give either {' or '.join(flag(name) for name in ways)}")
+    for way, own in ways.items():
+        for name in own:
+            if way != chosen[0] and given(name):
+                raise DLRError(f"{flag(name)} belongs to {flag(way)}, not to {flag(chosen[0])}")
 
 
 @app.command()
@@ -243,8 +293,13 @@ def serve(
     server.become()
 
 
-@app.command()
+_bench = typer.Typer(invoke_without_command=True)
+app.add_typer(_bench, name="bench")
+
+
+@_bench.callback()
 def bench(
+    context: typer.Context,
     hidden: Annotated[int, choice("Features of the model, d.")] = 576,
     intermediate: Annotated[int, choice("Hidden units of the gated MLP to compare with.")] = 1536,
     lanes: Annotated[int, choice("Chains side by side.")] = 1,
@@ -266,7 +321,10 @@ def bench(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Time one MLP against the DLR-Net in its place, or explain which kernels would run it and why."""
+    """Time one MLP against the DLR-Net in its place, or explain which kernels would run it and why; `bench model`
+    times whole models."""
+    if context.invoked_subcommand is not None:
+        return
     from .microbench.bench import chain_cases, numbers, run
     from .microbench.explain import explain as explain_cases
     from .microbench.sections import benchmark_sections, explanation_sections
@@ -283,6 +341,39 @@ def bench(
         _print_json(facts)
     else:
         _print((explanation_sections if explain else benchmark_sections)(facts))
+
+
+@_bench.command("model")
+def bench_model(
+    checkpoint: Locked,
+    original: Annotated[str, choice("The model that was locked.")],
+    prompt: Annotated[int | None, choice("Tokens of a prompt.", "512 on a GPU, 64 on a CPU")] = None,
+    new_tokens: Annotated[
+        int | None, choice("Tokens to generate for each sequence.", "128 on a GPU, 16 on a CPU")
+    ] = None,
+    batches: Annotated[
+        str | None, choice("Sequences at a time, such as 1,8,64.", "1,8,64 on a GPU, 1,8 on a CPU")
+    ] = None,
+    repeats: Annotated[
+        int | None, choice("Runs of each model at each batch.", "10 on a GPU, 3 on a CPU")
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Time a locked model against its original: first token, prefill, decoding and memory, in turns."""
+    from .compare.bench import bench_model
+    from .compare.sections import speed_sections
+    from .microbench.bench import numbers
+
+    with Steps(_screen) as steps:
+        document = bench_model(
+            checkpoint, original, prompt=prompt, new_tokens=new_tokens, repeats=repeats, device=device,
+            batches=None if batches is None else numbers(batches), progress=steps,
+        )  # fmt: skip
+    if as_json:
+        _print_json(document)
+    else:
+        _print(speed_sections(document))
 
 
 def main() -> None:

@@ -27,7 +27,9 @@ _WORDS = ["config.json", MANIFEST]  # all that a repository is asked for before 
 def load(
     path: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str | None = None
 ) -> PreTrainedModel:
-    """A locked checkpoint as a transformers model in eval mode, its MLPs DLRNets.
+    """A locked checkpoint as a transformers model in eval mode, its MLPs DLRNets, ready to serve.
+
+    On a CPU the weights stay in the mapped files until they are read, so that loading takes no second copy of them.
 
     Args:
         path: The checkpoint's directory, or its name on the Hugging Face hub.
@@ -55,7 +57,9 @@ def load(
         raise DLRError(f"{folder} does not load: {first_line(error)}{hint}") from error
     if not locked_modules(model):
         raise DLRError(f"{folder} holds no DLR-Net")
-    return model.to(place).eval()
+    if model.device != place:  # a move makes the Gram blocks anew
+        model.to(place)
+    return model.eval()
 
 
 def read_config(folder: Path) -> DLRConfig:

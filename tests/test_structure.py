@@ -15,6 +15,11 @@ ROOT = Path(__file__).parents[1]
 # Folder, its name below dlr_lock, and what it may import of ours; the face of the package and its command line may all.
 RULES = (
     ("audit", "audit", {"convert", "microbench", "runtime", "triton_kernels", "reporting", "common"}),
+    (
+        "dlr_lock/compare",
+        "compare",
+        {"convert", "microbench", "runtime", "triton_kernels", "reporting", "common"},
+    ),
     ("convert", "convert", {"runtime", "triton_kernels", "reporting", "common"}),
     ("dlr_lock/microbench", "microbench", {"runtime", "triton_kernels", "reporting", "common"}),
     ("runtime", "runtime", {"triton_kernels", "common"}),

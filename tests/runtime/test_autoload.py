@@ -1,6 +1,8 @@
 """What an installation does unasked: locked checkpoints load in programs that never heard of us, and nothing else
 changes. Every test is a process of a virtual environment in which the wheel is installed."""
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_plugin import locked_tiny
+from local_task import write_task
+from locked import locked_tiny
+from tiny import tiny_tokenizer
 
 LOAD = "from transformers import AutoModelForCausalLM as A; net = A.from_pretrained(sys.argv[1]).model.layers[1].mlp"
 SHOW = "print(type(net).__name__, type(net).__module__)"
@@ -30,7 +34,9 @@ class Installed:
             if not (name.startswith((without, "dlr_lock", "__editable__", "pip")) or entry.suffix == ".pth"):
                 (site / entry.name).symlink_to(entry)
         install = ["--python", self._python, "install", "--quiet", "--no-deps", "--no-index", wheel]
-        subprocess.run([sys.executable, "-m", "pip", *install], check=True, capture_output=True)
+        # Without the environment's paths: what a build has left in a tree there would count as installed.
+        pip = [sys.executable, "-m", "pip", *install]
+        subprocess.run(pip, check=True, capture_output=True, cwd="/", env=_environment())
 
     def run(
         self,
@@ -39,15 +45,20 @@ class Installed:
         cwd: object = "/",
         status: int = 0,
         flags: tuple[str, ...] = (),
+        timeout: float = 300,
         **env: str,
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [self._python, *flags, "-c", f"import sys\n{code}", *map(str, arguments)],
-            capture_output=True, text=True, cwd=str(cwd), timeout=300,
-            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | env,
+            capture_output=True, text=True, cwd=str(cwd), timeout=timeout,
+            env=_environment() | env,
         )  # fmt: skip
         assert done.returncode == status, done.stderr
         return done
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 def _entries() -> Iterator[Path]:
@@ -168,3 +179,33 @@ print(auto.AUTO_QUANTIZER_MAPPING["dlr"].__name__)
 """
     for place in (0, 1):
         assert installed.run(code, checkpoint, place).stdout.splitlines() == [LOADED, "DLRQuantizer"]
+
+
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("lm_eval", "accelerate")),
+    reason="needs lm_eval and accelerate: pip install 'dlr-lock[eval]'",
+)
+def test_lm_eval_as_everyone_types_it_takes_a_locked_checkpoint(
+    installed: Installed, checkpoint: Path, tmp_path: Path
+) -> None:
+    from dlr_lock.compare.tasks import evaluate_tasks
+
+    tiny_tokenizer().save_pretrained(checkpoint)
+    given = write_task(tmp_path / "given")
+    code = "import runpy; sys.argv[0] = 'lm_eval'; runpy.run_module('lm_eval', run_name='__main__')"
+    arguments = [
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={checkpoint}",
+        "--tasks",
+        "rivers",
+        "--device",
+        "cpu",
+    ]
+    arguments += ["--include_path", str(given), "--output_path", str(tmp_path / "results")]
+    installed.run(code, *arguments, HF_HUB_OFFLINE="1", timeout=900)  # it reads its 14,000 tasks first
+    (results,) = (tmp_path / "results").rglob("results_*.json")
+    theirs = json.loads(results.read_text())["results"]["rivers"]
+    (ours,) = evaluate_tasks(checkpoint, ["rivers"], include_path=given, device="cpu")
+    assert (theirs["acc,none"], theirs["acc_stderr,none"]) == pytest.approx((ours.score, ours.stderr))

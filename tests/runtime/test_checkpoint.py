@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_plugin import locked_tiny, logits
+from locked import locked_tiny
+from test_plugin import logits
 from tiny import as_hub_copy, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 

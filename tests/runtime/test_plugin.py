@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from locked import lock_randomly, locked_tiny
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model
 from torch import nn
@@ -26,30 +27,10 @@ from transformers.quantizers import auto
 
 from dlr_lock import backend
 from dlr_lock.common.errors import DLRError
-from dlr_lock.convert.mlp_discovery import find_mlps
-from dlr_lock.runtime import DLRNet, DLRSpec, load, lock, locked_modules, quantizer
+from dlr_lock.runtime import DLRSpec, load, locked_modules, quantizer
 from dlr_lock.runtime.quantizer import register
 
 ARCHITECTURES = ["llama", "qwen3", "gemma2", "mistral", "phi", "gpt2", "gpt_neox", "opt", "helium", "bloom"]
-
-
-def lock_randomly(model: nn.Module, gated: bool = False) -> dict[str, DLRNet]:
-    """Puts random chains of some strength in the place of all MLPs; returns them."""
-    mlps = find_mlps(model)
-    chains = {}
-    for mlp in mlps:
-        spec = DLRSpec(hidden_size=mlp.hidden_size, lanes=2, depth=3, rank=16, gated=gated)
-        net = DLRNet(spec, dtype=model.dtype)
-        net.assign({name: torch.randn_like(p) / 8 for name, p in net.named_parameters()})
-        chains[mlp.module] = net
-    lock(model, chains, [name for mlp in mlps for name in mlp.identity])
-    return chains
-
-
-def locked_tiny(arch: str) -> nn.Module:
-    model = tiny_model(arch)
-    lock_randomly(model)
-    return model
 
 
 def test_gated_chains_load_and_are_not_saved(tmp_path: Path) -> None:
