@@ -119,6 +119,13 @@ def test_a_plan_holds_all_once_and_fits_the_device(mlp: tuple[int, int], tokens:
         assert plan.ctas >= 88  # 80 or so take all of the memory's bandwidth
 
 
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_a_plan_of_any_width_fits_the_device(tokens: int) -> None:
+    for hidden in range(16, 4400, 8):
+        plan = plan_decode(Shape(1, 12, 192, hidden, tokens), H200)
+        assert plan is not None and plan.ctas <= H200.sms and plan.groups * plan.width >= hidden
+
+
 def test_what_has_no_plan() -> None:
     shape = Shape(1, 12, 192, 576, 1)
     assert plan_decode(shape, H200) is not None
