@@ -93,3 +93,13 @@ def test_the_mlp_is_five_launches() -> None:
     shape, _ = chain(576, 1536)
     dense = cost.predict_dense(replace(shape, tokens=1), 1536, H200)
     assert dense.launches == 5 and 8e-6 < dense.seconds < 10e-6
+
+
+def test_launches_are_counted() -> None:
+    """Two a step of a wide rank, and one that zeroes counters where sums are split: of few tokens."""
+    usual, steps = chain(2048, 8192)
+    launches = [
+        cost.predict_prefill(replace(usual, tokens=tokens), steps * usual.rank, H200).launches
+        for tokens in (16, 512)
+    ]
+    assert launches == [2 * usual.depth + 1, 2 * usual.depth]
