@@ -17,6 +17,7 @@ from dlr_lock import DLRError
 compare = importlib.import_module("benchmarks.compare")
 render = importlib.import_module("benchmarks.render")
 schema = importlib.import_module("benchmarks.schema")
+tables = importlib.import_module("benchmarks.tables")
 RESULTS = render.RESULTS
 MODEL = {
     "model": "1B", "hidden": 2048, "intermediate": 8192, "layers": 16, "lanes": 8, "depth": 48, "rank": 32,
@@ -358,3 +359,13 @@ def test_without_matplotlib_tables_are_written_and_no_plot_is_linked(
     text = page.read_text(encoding="utf-8")
     assert "| 576 x 1536 |" in text and ".svg" not in text
     assert render.main(["--check", *where]) == 0
+
+
+def test_what_the_cost_model_misses_by_a_third_is_marked() -> None:
+    facts = [
+        {"fact": "barrier", "value": 1.4, "unit": "us", "assumed": 1.0},
+        {"fact": "node", "value": 1.1, "unit": "us", "assumed": 1.0},
+        {"fact": "L2", "value": 24.0, "unit": "GB/s", "assumed": 48.0},
+    ]
+    text = tables.machine(HEAD | {"rows": facts})[0]
+    assert "barrier 1.4 us (**1.40** of 1); node 1.1 us; L2 24 GB/s (**0.50** of 48)" in text
