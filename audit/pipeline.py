@@ -40,8 +40,9 @@ from .attacks.structural import kept_row, structural_rows
 from .config import BUDGETS, AuditConfig
 from .context import AuditContext, ModelVariant
 from .costs import count_steps, time_steps
+from .gradients import model_gradients, module_gradients
 from .price import owners_price
-from .report import AuditReport, Run, StepCost
+from .report import AuditReport, GradientError, Run, StepCost
 from .sections import page
 from .strategies.slot import slot_variants
 from .texts import Text, read_split
@@ -191,6 +192,7 @@ def _attack(context: AuditContext) -> dict[str, Any]:
         "runs": runs,
         "steps": steps,
         "asymmetries": _asymmetries(context, spec),
+        "gradients": _gradients(context),
         "depths": _depths(context, spec),
         "slot": f"{context.mlps[0].module} ({spec}), {_SLOT_TOKENS:,} tokens, random weights in float32",
         "verdicts": found,
@@ -298,6 +300,16 @@ def _asymmetries(context: AuditContext, spec: DLRSpec) -> list[Asymmetry]:
     context.progress("the asymmetry of a slot", 0, 1)
     found = [Asymmetry(**values) for values in context.part("asymmetry", count)]
     context.progress("the asymmetry of a slot", 1, 1)
+    return found
+
+
+def _gradients(context: AuditContext) -> list[GradientError]:
+    def part(name: str, make: Callable[[AuditContext], Iterable[GradientError]]) -> list[GradientError]:
+        return [GradientError(**row) for row in context.part(name, lambda: list(map(asdict, make(context))))]
+
+    found = part("gradients of chains", module_gradients)
+    if predicts_next(context.original):
+        found += part("gradients of weights", model_gradients)
     return found
 
 

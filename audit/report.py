@@ -56,6 +56,25 @@ class Student:
 
 
 @dataclass(frozen=True, slots=True)
+class GradientError:
+    """How far a gradient through locked layers is from the original's.
+
+    Attributes:
+        name: Of a module whose chain and MLP are compared by their products with random cotangents, or of weights.
+        error: |ours - theirs|^2 / |theirs|^2, of a module the mean over tokens, where one counts for 1 at most.
+        cosine: Between the two, of a module the mean over tokens.
+        tokens: Of held-out neutral text.
+        value_error: The chain's relative error against the MLP there, of a module; None of weights.
+    """
+
+    name: str
+    error: float
+    cosine: float
+    tokens: int
+    value_error: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ModuleStudents:
     """All students of one module.
 
@@ -263,6 +282,7 @@ class AuditReport:
         asymmetries: Backward over forward of one slot, locked over original.
         verdicts: What is read off the rows.
         price: The same in an owner's words; None where the original gained nothing, or nothing was fine-tuned.
+        gradients: How wrong gradients through the chains are: of each module, of all other weights, and by layer.
         depths: What plain autograd takes in one slot, by the chain's depth.
         attacks: The attacks on training that were chosen: name -> what it does, a sentence.
         slot: What the asymmetries are of.
@@ -283,6 +303,7 @@ class AuditReport:
     asymmetries: list[Asymmetry]
     verdicts: list[Verdict]
     price: OwnersPrice | None = None
+    gradients: list[GradientError] = field(default_factory=list)
     depths: list[DepthCost] = field(default_factory=list)
     attacks: dict[str, str] = field(default_factory=dict)
     slot: str = ""

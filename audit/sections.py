@@ -12,6 +12,7 @@ from ..reporting import Curve, Plot, Section, Table, grouped, headings
 from ..reporting.html import document
 from ..reporting.lock_verdict import UNDONE_RATIO, LockVerdict, lock_words
 from ..reporting.words import bytes_words, cell, flops_words, rate_words, ratio_words, seconds_words
+from .gradients import gradient_section
 from .price_sections import depth_section, price_section
 from .report import (
     AttackerCost,
@@ -49,8 +50,8 @@ def audit_sections(report: AuditReport) -> list[Section]:
     """The price and the verdicts in words, and then every part of an audit in the order of reading; those not run are
     there too."""
     parts = (
-        _head, _price, _attacked, _verdicts, _structural, _modules, _learning, _steps, _asymmetry, depth_section,
-        _notes, _how,
+        _head, _price, _attacked, _verdicts, _structural, _modules, _learning, gradient_section, _steps, _asymmetry,
+        depth_section, _notes, _how,
     )  # fmt: skip
     return [part(report) for part in parts]
 
