@@ -133,7 +133,8 @@ def model_gradients(context: AuditContext) -> Iterator[GradientError]:
     sequences, length = context.step_shape
     rows = context.neutral.heldout
     length = min(length, rows.shape[1])
-    ids = rows[: max(1, TOKENS // length), :length]
+    # pieces as long as a fine-tune's sequences, for the memory of its step
+    ids = rows[:, : rows.shape[1] // length * length].reshape(-1, length)[: max(1, TOKENS // length)]
     theirs = dict(context.original.named_parameters())
     names = [
         name

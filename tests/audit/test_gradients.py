@@ -69,6 +69,7 @@ def test_a_module_is_compared_by_its_jacobians() -> None:
 def test_the_same_model_has_the_same_gradients() -> None:
     work = ready(locked_llama())
     rows = list(model_gradients(replace(work, locked=tiny_model("llama"))))
+    assert {row.tokens for row in rows} == {3 * 24}
     assert [row.name for row in rows][:1] == [WHOLE] and len(rows) == 4  # two layers, and what is in none
     assert all(row.error < 1e-10 and row.cosine == pytest.approx(1) for row in rows)
     assert not any(p.requires_grad and p.grad is not None for p in work.original.parameters())
@@ -125,3 +126,9 @@ def test_the_words_say_what_it_means() -> None:
         and "Training through the chains follows" in section.notes[0]
     )
     assert gradient_section(report()).table.rows == []  # type: ignore[union-attr]
+
+
+def test_long_held_out_sequences_are_taken_in_pieces_of_a_step() -> None:
+    work = ready(locked_llama())
+    short = replace(work.task, train=work.task.train[:, :8])
+    assert {row.tokens for row in model_gradients(replace(work, task=short))} == {3 * 24}
