@@ -12,17 +12,22 @@ original MLP's. Where a strategy's own forward pass takes more than inference, a
 does not show it; `strategies.compare` compares whole steps.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from ..common.timing import median_seconds
+from ..runtime import DLRSpec
 from .strategies.compare import Objective, best_cost
 from .strategies.compiled import compiled
-from .strategies.slot import SlotVariant, StrategyCost, slot_costs
+from .strategies.slot import SlotVariant, StrategyCost, slot_cost, slot_costs, slot_variants
 
 MODES = {"eager": "plain", "compiled": "compiled", "checkpointed": "checkpoint", "best": None}
 MEASURES = ("flops", "launches", "dependent", "seconds")
+DEPTHS = (8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,65 @@ class Asymmetry:
     value: float
     locked: str
     original: str
+
+
+@dataclass(frozen=True, slots=True)
+class DepthCost:
+    """What plain autograd takes in a slot with a chain, and with the SwiGLU MLP of as many parameters.
+
+    Attributes:
+        chain: The chain's form, in words.
+        depth: Its steps.
+        saved, original_saved: Bytes that autograd saves for the backward pass.
+        backward, original_backward: By each of 'flops', 'launches' and 'dependent', the backward pass over the
+            inference pass, which is the runtime's for the chain.
+    """
+
+    chain: str
+    depth: int
+    saved: int
+    original_saved: int
+    backward: dict[str, float]
+    original_backward: dict[str, float]
+
+
+def depth_costs(spec: DLRSpec, intermediate: int, *, tokens: int) -> Iterator[DepthCost]:
+    """The paper's two claims, of activations kept and of backward passes, for the tools that everyone has.
+
+    Counted in float32 on tensors without data.
+
+    Args:
+        spec: Of a chain; the others have its width and activation, one lane, and another depth: the nearest to each of
+            DEPTHS that keeps the MLP's parameters.
+        intermediate: Width of the SwiGLU MLP.
+        tokens: Of the step.
+
+    Yields:
+        A row for each depth, in ascending order.
+    """
+    chains = {
+        DLRSpec.matching(spec.hidden_size, intermediate, mlp_gated=True, depth=depth, act=spec.act)
+        for depth in DEPTHS
+    }
+    for chain in sorted(chains, key=lambda c: c.depth):
+        with FakeTensorMode():
+            sides = slot_variants(
+                chain, intermediate, tokens=tokens, dtype=torch.float32, device=torch.device("cpu")
+            )
+            (saved, backward), (original_saved, original_backward) = map(_plain, sides)
+        yield DepthCost(str(chain), chain.depth, saved, original_saved, backward, original_backward)
+
+
+def _plain(variant: SlotVariant) -> tuple[int, dict[str, float]]:
+    """Of the plain strategy: bytes saved, and backward over forward."""
+    row = slot_cost(variant, variant.strategy("plain"))
+    forward = "runtime" if "runtime" in variant.inference else "reference"
+    over = {
+        measure: _backward(row, measure) / _inference(variant, forward, "eager", measure, 0)
+        for measure in MEASURES
+        if measure != "seconds"
+    }
+    return row.saved or 0, over
 
 
 def asymmetries(locked: SlotVariant, original: SlotVariant, *, repeats: int = 0) -> list[Asymmetry]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from statistics import median
 
 import torch
@@ -53,10 +54,10 @@ def time_steps(
 ) -> list[StepCost]:
     """The counted steps of all variants, with the seconds of the promising ones on the models' device.
 
-    For each variant and attack these are the plain strategy and those of the fewest FLOPs and of the fewest launches in
-    a row. Seconds are of the step that a run takes, at a rate of 0: the median over rounds in which each steps once
-    after a warm-up. In rounds, because the slowest and the fastest hour of one machine differed by more (2.0) than the
-    variants do (1.6).
+    For each variant and attack these are the plain strategy and those of the fewest FLOPs, of the fewest launches in a
+    row and of the least memory. Seconds are of the step that a run takes, at a rate of 0: the median over rounds in
+    which each steps once after a warm-up. In rounds, because the slowest and the fastest hour of one machine differed
+    by more (2.0) than the variants do (1.6).
 
     Args:
         variants: Gives the variants anew for every round, so that one is in memory at a time.
@@ -71,7 +72,7 @@ def time_steps(
         row
         for group in groups.values()
         for row in dict.fromkeys(
-            (group[0], min(group, key=lambda r: r.flops), min(group, key=lambda r: r.dependent))
+            (group[0], *(min(group, key=attrgetter(of)) for of in ("flops", "dependent", "peak")))
         )
     ]
     laps: dict[StepCost, list[float]] = {row: [] for row in chosen}

@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,18 +34,20 @@ from ..convert.redistill import INITS
 from ..convert.source import load_tokenizer, open_source, public_name
 from ..runtime import DLRSpec, inspect, load, locked_modules
 from ..runtime.generation import check_vocabulary, positions
-from .asymmetry import Asymmetry, asymmetries
+from .asymmetry import Asymmetry, DepthCost, asymmetries, depth_costs
 from .attacks import TRAINING_ATTACKS
 from .attacks.redistillation import Students, redistillation_row, redistilled_modules
 from .attacks.structural import kept_row, structural_rows
 from .config import BUDGETS, AuditConfig
 from .context import AuditContext, ModelVariant
 from .costs import count_steps, time_steps
-from .report import AuditReport, Run, StepCost
+from .gradients import model_gradients, module_gradients
+from .price import owners_price
+from .report import AuditReport, GradientError, Run, StepCost
 from .sections import page
 from .strategies.slot import slot_variants
 from .texts import Text, read_split
-from .verdict import ORIGINAL, verdicts
+from .verdict import LOCKED, ORIGINAL, verdicts
 
 THREAT = (
     "The attacker has the locked weights, this program and text of their own, but not the original's weights, and "
@@ -149,6 +151,7 @@ def _audited(
         notes=context.notes,
         **found,
     )
+    report = replace(report, price=owners_price(report))
     with full_disk_is_an_error(target):
         text = json.dumps(report.to_dict(), indent=1, allow_nan=False)
         write_whole(target / _JSON, lambda path: path.write_text(text + "\n", encoding="utf-8"))
@@ -194,6 +197,8 @@ def _attack(context: AuditContext) -> dict[str, Any]:
         "runs": runs,
         "steps": steps,
         "asymmetries": _asymmetries(context, spec),
+        "gradients": _gradients(context),
+        "depths": _depths(context, spec),
         "slot": f"{context.mlps[0].module} ({spec}), {_SLOT_TOKENS:,} tokens, random weights in float32",
         "verdicts": found,
         "attacks": {name: TRAINING_ATTACKS[name].about for name in attacks},
@@ -254,7 +259,7 @@ def _variants(
     # Gated chains, of checkpoints of 0.1, are trained by their definition alone.
     deep = any(spec.depth > 1 for spec in specs) and not any(spec.gated for spec in specs)
     yield ModelVariant(ORIGINAL, context.original, context.slots)
-    yield ModelVariant("locked", context.locked, context.slots, deep)
+    yield ModelVariant(LOCKED, context.locked, context.slots, deep)
     for name, count in train_tokens.items():
         nets = {figures.module: made[count] for figures, made in students}
         yield ModelVariant(name, with_chains(context.locked, nets, []), context.slots)
@@ -303,6 +308,28 @@ def _asymmetries(context: AuditContext, spec: DLRSpec) -> list[Asymmetry]:
     found = [Asymmetry(**values) for values in context.part("asymmetry", count)]
     context.progress("the asymmetry of a slot", 1, 1)
     return found
+
+
+def _gradients(context: AuditContext) -> list[GradientError]:
+    def part(name: str, make: Callable[[AuditContext], Iterable[GradientError]]) -> list[GradientError]:
+        return [GradientError(**row) for row in context.part(name, lambda: list(map(asdict, make(context))))]
+
+    found = part("gradients of chains", module_gradients)
+    if predicts_next(context.original):
+        found += part("gradients of weights", model_gradients)
+    return found
+
+
+def _depths(context: AuditContext, spec: DLRSpec) -> list[DepthCost]:
+    """What plain autograd takes in the slot of the asymmetry, by depth; none where there is no asymmetry."""
+    mlp = context.mlps[0]
+    if not mlp.gated or spec.gated:
+        return []
+
+    def count() -> list[dict[str, Any]]:
+        return [asdict(row) for row in depth_costs(spec, mlp.intermediate_size, tokens=_SLOT_TOKENS)]
+
+    return [DepthCost(**values) for values in context.part("depths", count)]
 
 
 def _locked_mlps(locked: PreTrainedModel, every: list[MLP]) -> list[MLP]:

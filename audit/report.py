@@ -7,7 +7,7 @@ from typing import Any
 
 from ..convert.evaluate import Evaluation, StateEvaluation, distance_of
 from ..reporting.lock_verdict import UNDONE_RATIO, Undoing
-from .asymmetry import Asymmetry
+from .asymmetry import Asymmetry, DepthCost
 
 SCHEMA = 2  # 1: of 0.1, with other names
 
@@ -56,6 +56,25 @@ class Student:
     student_error: float
     seconds: float
     distance: float
+
+
+@dataclass(frozen=True, slots=True)
+class GradientError:
+    """How far a gradient through locked layers is from the original's.
+
+    Attributes:
+        name: Of a module whose chain and MLP are compared by their products with random cotangents, or of weights.
+        error: |ours - theirs|^2 / |theirs|^2, of a module the mean over tokens, where one counts for 1 at most.
+        cosine: Between the two, of a module the mean over tokens.
+        tokens: Of held-out neutral text.
+        value_error: The chain's relative error against the MLP there, of a module; None of weights.
+    """
+
+    name: str
+    error: float
+    cosine: float
+    tokens: int
+    value_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +229,60 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class AttackerCost:
+    """What fine-tunes of equal gain cost one kind of attacker, who does something once and then fine-tunes.
+
+    Attributes:
+        who: One of `price.ATTACKERS`.
+        measure: 'flops' or 'seconds'.
+        attack: "variant, attack".
+        strategy: How the steps are trained.
+        tokens: Training tokens of a fine-tune.
+        first: Cost before the first fine-tune: of undoing the lock; 0 where nothing is undone.
+        each: Cost of a fine-tune.
+        peak: Bytes of activations and gradients of a step, at the peak.
+        bound: Whether the gain was not reached: `tokens` and `each` are the whole budget's, and it takes more.
+    """
+
+    who: str
+    measure: str
+    attack: str
+    strategy: str
+    tokens: float
+    first: float
+    each: float
+    peak: int
+    bound: bool
+
+    def total(self, tunes: int) -> float:
+        """The cost of so many fine-tunes."""
+        return self.first + tunes * self.each
+
+
+@dataclass(frozen=True, slots=True)
+class OwnersPrice:
+    """The lock in its owner's words.
+
+    Attributes:
+        words: What a fine-tune costs, what undoing the lock costs, and when that pays: a sentence or two each.
+        share: Of the original's best gain, that every fine-tune here reaches.
+        ratio: FLOPs of one fine-tune by the cheapest attack, undoing included where it undoes, over the original's.
+        bound: Whether the ratio is more than that.
+        break_even: By measure, the number of fine-tunes from which undoing the lock first is the cheapest; None where
+            it never is, as far as was measured.
+        attackers: What fine-tunes cost whom, in each measure. The expert may undo the lock more or less thoroughly,
+            and takes what is cheapest for the number of fine-tunes.
+    """
+
+    words: list[str]
+    share: float
+    ratio: float
+    bound: bool
+    break_even: dict[str, int | None]
+    attackers: list[AttackerCost]
+
+
+@dataclass(frozen=True, slots=True)
 class AuditReport:
     """One audit of a locked model against its original.
 
@@ -225,6 +298,9 @@ class AuditReport:
         steps: What a training step costs, by every strategy.
         asymmetries: Backward over forward of one slot, locked over original.
         verdicts: What is read off the rows.
+        price: The same in an owner's words; None where the original gained nothing, or nothing was fine-tuned.
+        gradients: How wrong gradients through the chains are: of each module, of all other weights, and by layer.
+        depths: What plain autograd takes in one slot, by the chain's depth.
         attacks: The attacks on training that were chosen: name -> what it does, a sentence.
         slot: What the asymmetries are of.
         notes: What was not run, and why; what else the owner should know.
@@ -243,6 +319,9 @@ class AuditReport:
     steps: list[StepCost]
     asymmetries: list[Asymmetry]
     verdicts: list[Verdict]
+    price: OwnersPrice | None = None
+    gradients: list[GradientError] = field(default_factory=list)
+    depths: list[DepthCost] = field(default_factory=list)
     attacks: dict[str, str] = field(default_factory=dict)
     slot: str = ""
     notes: list[str] = field(default_factory=list)
@@ -255,8 +334,8 @@ class AuditReport:
         return distance_of(row.evaluation) / own if own else float("inf")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, fit for JSON."""
-        return {"schema": SCHEMA} | _finite(asdict(self))
+        """Plain values, fit for JSON; the price comes first, as in every form of the report."""
+        return {"schema": SCHEMA, "price": None} | _finite(asdict(self))
 
 
 def structural_from(values: dict[str, Any]) -> Structural:

@@ -12,7 +12,10 @@ from ..reporting import Curve, Plot, Section, Table, grouped, headings
 from ..reporting.html import document
 from ..reporting.lock_verdict import UNDONE_RATIO, LockVerdict, lock_words
 from ..reporting.words import bytes_words, cell, flops_words, rate_words, ratio_words, seconds_words
+from .gradients import gradient_section
+from .price_sections import depth_section, price_section
 from .report import (
+    AttackerCost,
     AuditReport,
     ModuleStudents,
     Price,
@@ -44,8 +47,12 @@ def page(report: AuditReport) -> str:
 
 
 def audit_sections(report: AuditReport) -> list[Section]:
-    """The verdict in words, and then every part of an audit in the order of reading; those not run are there too."""
-    parts = (_head, _attacked, _verdicts, _structural, _modules, _learning, _steps, _asymmetry, _notes, _how)
+    """The price and the verdicts in words, and then every part of an audit in the order of reading; those not run are
+    there too."""
+    parts = (
+        _head, _price, _attacked, _verdicts, _structural, _modules, _learning, gradient_section, _steps, _asymmetry,
+        depth_section, _notes, _how,
+    )  # fmt: skip
     return [part(report) for part in parts]
 
 
@@ -59,10 +66,15 @@ def verdict_words(report: AuditReport) -> list[str]:
 
 
 def _head(report: AuditReport) -> Section:
+    price = report.price.words if report.price else []
     return Section(
         f"Audit of {report.locked}, locked from {report.original}",
-        "\n".join([worth_words(report), *verdict_words(report), *collapses(report.runs)]),
+        "\n".join([*price, worth_words(report), *verdict_words(report), *collapses(report.runs)]),
     )
+
+
+def _price(report: AuditReport) -> Section:
+    return price_section(report, _strategy_words(report))
 
 
 def _attacked(report: AuditReport) -> Section:
@@ -419,7 +431,7 @@ def _plain(value: Any) -> str:
     return cell(value, "," if whole else str)
 
 
-def _strategy_words(report: AuditReport) -> Callable[[StepCost | Price], str]:
+def _strategy_words(report: AuditReport) -> Callable[[StepCost | Price | AttackerCost], str]:
     """Words a strategy without what all of its attack's begin with: that says what the attack beside them says."""
     prefixes = {}
     for attack, steps in grouped(report.steps, lambda s: s.attack).items():
@@ -429,7 +441,7 @@ def _strategy_words(report: AuditReport) -> Callable[[StepCost | Price], str]:
             shared += 1
         prefixes[attack] = "".join(f"{part}, " for part in parts[0][:shared])
 
-    def words(trained: StepCost | Price) -> str:
+    def words(trained: StepCost | Price | AttackerCost) -> str:
         attack = trained.attack.rpartition(", ")[2]  # a price's begins with the variant
         return trained.strategy.removeprefix(prefixes.get(attack, ""))
 

@@ -19,7 +19,7 @@ MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "peak": ("peak memory", bytes_words),
 }
 TUNES = (1, 10, 100)
-ORIGINAL = "original"
+ORIGINAL, LOCKED = "original", "locked"  # variants' names; the others were redistilled
 
 
 def verdicts(
@@ -37,18 +37,8 @@ def verdicts(
         cost of redistillation; none where the original's gain is not beyond what its seeds differ by.
     """
     curves = mean_curves(runs)
-    of_original = {key: min(losses) for key, (_, losses) in curves.items() if key[0] == ORIGINAL}
-    if not of_original:
-        return []
-    key = min(of_original, key=lambda k: of_original[k])
-    start = curves[key][1][0]
-    best = start - of_original[key]
-    seeds = [min(run.losses) for run in runs if run.best and (run.variant, run.attack) == key]
-    if best <= max(seeds) - min(seeds):
-        return []
     table = []
-    for share in SHARES:
-        loss = start - share * best
+    for share, loss in target_losses(runs, curves).items():
         for measure in MEASURES:
             theirs = _cheapest(_prices(curves, steps, {}, loss, measure, 1, original=True))
             before: Price | None = None
@@ -66,6 +56,21 @@ def verdicts(
 
 
 Curve = tuple[list[int], list[float]]  # training tokens, held-out losses
+
+
+def target_losses(runs: Sequence[Run], curves: Mapping[tuple[str, str], Curve]) -> dict[float, float]:
+    """The held-out loss, in nats a token, at each of SHARES of the original's best gain; none where that gain is not
+    beyond what its seeds differ by. curves: `mean_curves` of the runs."""
+    of_original = {key: min(losses) for key, (_, losses) in curves.items() if key[0] == ORIGINAL}
+    if not of_original:
+        return {}
+    key = min(of_original, key=lambda k: of_original[k])
+    start = curves[key][1][0]
+    best = start - of_original[key]
+    seeds = [min(run.losses) for run in runs if run.best and (run.variant, run.attack) == key]
+    if best <= max(seeds) - min(seeds):
+        return {}
+    return {share: start - share * best for share in SHARES}
 
 
 def mean_curves(runs: Iterable[Run]) -> dict[tuple[str, str], Curve]:
@@ -97,6 +102,24 @@ def tokens_to(curve: Curve, loss: float) -> float | None:
     return None
 
 
+def tune_cost(curve: Curve, row: StepCost, measure: str, loss: float) -> tuple[float, float, bool]:
+    """What a fine-tune takes until its held-out loss is `loss`, by the steps of one strategy.
+
+    Args:
+        curve: Of the attack.
+        row: One of its steps.
+        measure: 'flops' or 'seconds', which the step must have.
+        loss: In nats a token.
+
+    Returns:
+        The cost, the training tokens, and whether the loss was not reached: both are of the whole budget then, and it
+        takes more.
+    """
+    reached = tokens_to(curve, loss)
+    tokens = float(curve[0][-1]) if reached is None else reached
+    return getattr(row, measure) * tokens / row.tokens, tokens, reached is None
+
+
 def _prices(
     curves: Mapping[tuple[str, str], Curve],
     steps: Sequence[StepCost],
@@ -114,14 +137,14 @@ def _prices(
         row = cheapest_step(steps, variant, attack, measure)
         if row is None:
             continue
-        reached = tokens_to(curve, loss)
-        if measure == "peak" and reached is None:
-            continue  # memory does not grow with the tokens that were spent: nothing is known
-        cost = float(getattr(row, measure))
-        if measure != "peak":
-            cost *= (curve[0][-1] if reached is None else reached) / row.tokens
+        if measure == "peak":
+            if tokens_to(curve, loss) is None:
+                continue  # memory does not grow with the tokens that were spent: nothing is known
+            cost, bound = float(row.peak), False
+        else:
+            cost, _, bound = tune_cost(curve, row, measure, loss)
             cost += redistillation.get(variant, {}).get(measure, 0.0) / tunes
-        prices.append(Price(f"{variant}, {attack}", row.strategy, cost, reached is None))
+        prices.append(Price(f"{variant}, {attack}", row.strategy, cost, bound))
     return prices
 
 

@@ -29,6 +29,10 @@ TERMS = {
     "lost": "questions that only the original answers rightly",
     "gained": "questions that only the locked model answers rightly",
     "neutral": "the loss on text that is not of the task, before and after a fine-tune",
+    "gradient's error": "|gradient - the original's|^2 over |the original's|^2; of a module the mean over tokens, "
+    "a token counting for 1 at most",
+    "gradient's cosine": "between the gradient and the original's, of a module the mean over tokens",
+    "value's error": "the relative error of what the chain gives, against the original's MLP at the same input",
     "gain": "the original's loss on the task before any training, minus the attack's at the end",
     "fine-tunes": "how many fine-tunes share what a redistillation cost",
     "initialisation": "what the student starts from: linear and flat are read off the chain, random is not",

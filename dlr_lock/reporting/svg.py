@@ -88,7 +88,7 @@ def _drawn(plot: Plot) -> str:
             low, high = axes.get_ylim()
             close = high / low < 20  # as far as labels at 1.5 and 7 do not run into those beside them
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if close else (1,)))
-            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_major_formatter(EngFormatter(sep="") if low >= 1 and high >= 1000 else "{x:g}")
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))

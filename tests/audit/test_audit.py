@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 import dlr_lock
 from dlr_lock import DLRError, convert_model
 from dlr_lock.audit import AuditReport, audit_model
+from dlr_lock.audit.price import ATTACKERS
+from dlr_lock.audit.sections import audit_sections
 from dlr_lock.audit.texts import invented_lines
 from dlr_lock.cli import app
 
@@ -36,7 +38,7 @@ def figures(report: AuditReport) -> object:
             return {
                 k: timeless(v)
                 for k, v in value.items()
-                if k not in ("seconds", "machine", "asymmetries", "verdicts", "notes")
+                if k not in ("seconds", "machine", "asymmetries", "verdicts", "price", "notes")
             }
         return [timeless(v) for v in value] if isinstance(value, list) else value
 
@@ -65,7 +67,13 @@ def test_an_audit_and_its_files(folder: Path) -> None:
     assert {v.measure for v in report.verdicts} == {"flops", "seconds", "peak"}
     assert {a.mode for a in report.asymmetries} == {"eager", "checkpointed", "best"}
     assert any("not timed" in note for note in report.notes)
+    assert report.price and set(report.price.words) <= set(audit_sections(report)[0].text.splitlines())
+    assert {a.who for a in report.price.attackers if a.measure == "seconds"} == set(ATTACKERS)
+    assert len({d.depth for d in report.depths}) == len(report.depths) >= 2
+    weakest = next(v for v in report.verdicts if (v.share, v.measure, v.tunes) == (0.9, "flops", 1))
+    assert (report.price.ratio, report.price.bound) == (weakest.ratio, weakest.bound)
     written = json.loads((folder / "whole" / "audit.json").read_text(encoding="utf-8"))
+    assert written["price"]["words"] == report.price.words
     assert written["schema"] == 2 and len(written["runs"]) == len(report.runs)
     assert "redistilled, 0.5" in (folder / "whole" / "audit.html").read_text(encoding="utf-8")
     assert not list(folder.glob("whole*partial")) and not list((folder / "whole").glob(".*"))
