@@ -33,7 +33,7 @@ from .evaluate import compare
 from .layer_runner import Unrepeatable
 from .mlp_discovery import check_dense, find_mlps, select_layers
 from .mlp_matching import MLP, mixtures, teacher_weights
-from .redistill import INITS, attack_module
+from .redistill import INITS, attack_module, attack_tokens
 from .report import ConversionReport, ModuleReport, Modules, model_card
 from .source import (
     Source,
@@ -298,7 +298,7 @@ def _say_what_is_kept(context: Context, before: dict[str, _Module | None], todo:
     again = [mlp.module for mlp in todo]
     goes_on = f"going on with {again[0]}" if again else "all of them"
     attacks = [name for name in again if before[name] is not None]
-    without = f" ({len(attacks)} of them without the attack, which is still to do)" if attacks else ""
+    without = f" ({len(attacks)} of them without this attack, which is still to do)" if attacks else ""
     say(
         context.progress,
         f"{context.resume.folder} keeps {len(kept)} of {len(before)} modules of an interrupted run{without}: they are "
@@ -433,7 +433,10 @@ def _restored(context: Context, mlp: MLP) -> _Module | None:
 
 
 def _finished(module: _Module | None, config: ConversionConfig) -> bool:
-    return module is not None and (module[1].redistillation is not None or not config.redistill)
+    if module is None or not config.redistill:
+        return module is not None
+    found = module[1].redistillation  # one of another share is not the attack that is asked for
+    return found is not None and found.train_tokens == attack_tokens(config.redistill, module[1].train_tokens)
 
 
 @contextmanager

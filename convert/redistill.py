@@ -49,13 +49,18 @@ def attack_module(
         copy.deepcopy(net).float(),
         pairs,
         context.train_rows,
-        train_tokens=max(1, round(context.config.redistill * report.train_tokens)),
+        train_tokens=attack_tokens(context.config.redistill, report.train_tokens),
         conversion=report.train_tokens,
         name=report.module,
         device=context.device,
         seed=context.config.seed + report.layer,
         progress=progress,
     )
+
+
+def attack_tokens(share: float, conversion: int) -> int:
+    """The attacker's training tokens: a share of the conversion's of a module, and at least one."""
+    return max(1, round(share * conversion))
 
 
 def redistill(

@@ -33,14 +33,30 @@ def opened(
     """
     place = usable_device(device)
     dtype = compute_dtype(place)
-    with permission_is_an_error():
-        file = Path(model).expanduser().is_file()
-        locked = not file and is_locked(model_folder(model, only=["config.json"], files=" or .gguf file"))
-    if locked:
+    if _is_locked(model):
         yield load(model, dtype=dtype, device=place), load_tokenizer(model_folder(model))
         return
     source = open_source(model, dtype=dtype, device=place)
     yield source.model, source.tokenizer
+
+
+def _is_locked(model: str | Path) -> bool:
+    """Whether a model is a locked checkpoint; raises DLRError where there is no model of that name."""
+    with permission_is_an_error():
+        if (file := Path(model).expanduser()).is_file():
+            if file.suffix.lower() != ".gguf":
+                raise DLRError(f"{model} is a file, but neither a model's directory nor a .gguf file")
+            return False
+        folder = model_folder(model, only=["config.json"], files=" or .gguf file")
+        if not (folder / "config.json").is_file():
+            raise DLRError(f"{folder} has no config.json: give a directory that save_pretrained wrote")
+        return is_locked(folder)
+
+
+def check_models(*models: str | Path) -> None:
+    """Raises DLRError, before any work, where one of several is no model by its name and config."""
+    for model in models:
+        _is_locked(model)
 
 
 def evaluate_texts(
@@ -70,6 +86,7 @@ def evaluate_texts(
     Raises:
         DLRError: On what cannot be read or compared.
     """
+    check_models(checkpoint, *([] if original is None else [original]))
     with ExitStack() as stack:
         model, tokenizer = stack.enter_context(opened(checkpoint, device=device))
         length = sequence_length(model)

@@ -252,6 +252,7 @@ def generate(
 ) -> None:
     """Complete a text with a locked model, as it is being generated."""
     from .convert import complete
+    from .convert.use import check_models
 
     def emit(piece: str) -> None:
         print(piece, end="", flush=True)
@@ -261,11 +262,12 @@ def generate(
         "repetition_penalty": repetition_penalty, "seed": seed, "chat": chat, "system": system, "device": device,
         "emit": emit,
     }  # fmt: skip
-    if compare:
+    if compare is not None:
+        check_models(compare)  # before the first completion, not after it
         print("--- locked")
     complete(checkpoint, prompt, **settings)
     print()
-    if compare:
+    if compare is not None:
         print("--- original")
         complete(compare, prompt, **settings)
         print()

@@ -170,8 +170,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         isinstance(e, dict) and isinstance(e.get("size"), int) and isinstance(e.get("sha256"), str)
         for e in files.values()
     )
-    if not sound:
-        raise DLRError(f"{folder / MANIFEST} lists no files: it is damaged")
+    if not sound or "config.json" not in files or not any(_is_weights(name) for name in files):
+        raise DLRError(f"{folder / MANIFEST} does not list the checkpoint's files: it is damaged")
     outside = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]
     if outside:
         raise DLRError(f"{folder / MANIFEST} names a file outside the checkpoint: {outside[0]}")

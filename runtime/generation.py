@@ -76,14 +76,18 @@ def generate(
         The whole completion.
 
     Raises:
-        DLRError: On an empty prompt, a chat template that is not there, numbers that make no sense, and a model that
-            cannot generate.
+        DLRError: On an empty prompt or one that is no text, a chat template that is not there, numbers that make no
+            sense, and a model that cannot generate.
     """
     if not model.can_generate():
         raise DLRError(f"a {type(model).__name__} cannot generate text")
     if max_new_tokens < 1:
         raise DLRError(f"at least one new token is needed, not {max_new_tokens}")
     _check_sampling(temperature, top_p, top_k, repetition_penalty, seed)
+    try:
+        f"{prompt}{system or ''}".encode()
+    except UnicodeEncodeError as error:  # an argument's undecodable bytes are lone surrogates here
+        raise DLRError("the prompt is not UTF-8 text: convert it, for example with iconv -t UTF-8") from error
     if chat or system is not None:
         inputs = _templated(tokenizer, prompt, system)
     else:

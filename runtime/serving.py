@@ -20,6 +20,7 @@ from transformers.utils.import_utils import is_accelerate_available, is_serve_av
 from ..common.errors import DLRError, first_line
 from ..common.files import MANIFEST, check_readable, permission_is_an_error
 from ..common.hub import model_folder
+from ..common.options import known_name
 from .checkpoint import read_config, verify
 from .config import DLRConfig
 from .device import best_device
@@ -137,8 +138,8 @@ def _tensors(spec: DLRSpec) -> dict[str, list[int]]:
 
 
 def _engine(name: str | None) -> str:
-    if name is not None and name not in ENGINES:
-        raise DLRError(f"unknown engine {name!r}; one of {', '.join(ENGINES)}")
+    if name is not None:
+        name = known_name(name, ENGINES, "engine")
     vllm = find_spec("vllm") is not None
     if name == "vllm" or (name is None and vllm):
         if not vllm:

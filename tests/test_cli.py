@@ -84,6 +84,14 @@ def test_a_backend_that_cannot_run_is_said_before_any_work(
         assert says in result.stderr and "distilling" not in result.stderr
 
 
+@pytest.mark.parametrize("original", ["no/such/model", "", "topics.txt"])
+def test_a_wrong_original_is_said_before_the_first_completion(
+    original: str, converted: dict, folder: Path
+) -> None:
+    named = folder / original if original else ""
+    assert run("generate", folder / "out", "The river", "--compare", named, status=2).stdout == ""
+
+
 def test_an_altered_file_is_named(converted: dict, folder: Path) -> None:
     path = folder / "out" / "generation_config.json"
     sound = path.read_text()

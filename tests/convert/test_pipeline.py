@@ -489,3 +489,20 @@ def test_the_manifest_carries_the_report(text: Path, tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "out" / "dlr_manifest.json").read_text())["conversion"]
     assert facts["modules"] == [m.to_dict() for m in report.modules]
     assert len(facts["fingerprint"]) == 64
+
+
+def test_going_on_with_another_share_makes_that_attack(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny("llama", tmp_path / "source")
+
+    def stopped(*args: Any) -> int:
+        raise KeyboardInterrupt
+
+    choices = QUICK | {"data": str(text), "layers": "0", "train_tokens": 1024}
+    with monkeypatch.context() as patched:
+        patched.setitem(convert_model.__globals__, "_write", stopped)
+        with pytest.raises(KeyboardInterrupt, match="1 finished part"):
+            convert_model(tmp_path / "source", tmp_path / "out", redistill=0.25, **choices)
+    report = convert_model(tmp_path / "source", tmp_path / "out", redistill=0.5, **choices)
+    assert [m.redistillation and m.redistillation.train_tokens for m in report.modules] == [512]

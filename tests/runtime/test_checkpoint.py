@@ -91,7 +91,9 @@ def test_newer_formats_are_refused(checkpoint: Path) -> None:
             reader(checkpoint)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "", '{"format": 1}', '{"format": 1, "files": {"a": 3}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "", '{"format": 1}', '{"format": 1, "files": {"a": 3}}', '{"format": 1, "files": {}}']
+)
 def test_a_damaged_manifest_is_named(text: str, checkpoint: Path) -> None:
     (checkpoint / MANIFEST).write_text(text)
     for reader in (verify, load, inspect):

@@ -37,3 +37,11 @@ def test_a_system_prompt_changes_the_completion_and_needs_a_template() -> None:
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(DLRError, match="System role not supported"):
         generate(model, tokenizer, "Hi", system="Be brief.")
+
+
+@pytest.mark.parametrize("words", [{"prompt": "caf\udce9"}, {"prompt": "Hi", "system": "caf\udce9"}])
+def test_bytes_that_are_no_text_are_refused(words: dict[str, str]) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    with pytest.raises(DLRError, match="not UTF-8"):
+        generate(tiny_model("llama"), tokenizer, **words)

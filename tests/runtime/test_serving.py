@@ -66,7 +66,7 @@ def test_no_engine_and_an_unknown_one(checkpoint: Path, monkeypatch: pytest.Monk
     with pytest.raises(DLRError, match="no engine is installed"):
         prepare_server(checkpoint)
     with pytest.raises(DLRError, match="vLLM is not installed"):
-        prepare_server(checkpoint, engine="vllm")
+        prepare_server(checkpoint, engine="vLLM")
 
 
 def test_the_transformers_server_is_asked_as_the_user_asks(
