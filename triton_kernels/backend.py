@@ -1,6 +1,6 @@
 """Which form of the chain runs: chosen by DLR_LOCK_BACKEND, or for a while by `backend(...)`.
 
-auto        the fused kernels on a CUDA or ROCm device, look-ahead elsewhere; inference only
+auto        the fused kernels on a CUDA or ROCm device, plain torch elsewhere; inference only
 triton      the fused kernels, an error where they cannot run
 lookahead   plain torch, in rounds; inference only
 naive       the definition, step by step: what is trained
