@@ -15,6 +15,7 @@ from .backend import current_backend
 from .chain import ChainWeights
 from .cost import gram_width
 from .lookahead import check_gram, gram_blocks, run_blocks, without_autocast
+from .native import MOST_TOKENS, native_reason, run_native
 from .plain import run_plain
 from .reference import chain_reference, run_steps
 
@@ -40,7 +41,8 @@ def dlr_net(x: Tensor, chain: ChainWeights, gram: Tensor | None = None) -> Tenso
         y, of x's shape and dtype.
 
     Raises:
-        ValueError: The weights do not form a chain, x or `gram` does not fit it, or the backend 'triton' cannot run it.
+        ValueError: The weights do not form a chain, x or `gram` does not fit it, or the backend 'triton' or 'native' cannot
+            run it.
         RuntimeError: A gradient would be wanted.
     """
     backend = current_backend()
@@ -52,7 +54,8 @@ def dlr_net(x: Tensor, chain: ChainWeights, gram: Tensor | None = None) -> Tenso
 
 def wants_gram(x: Tensor) -> bool:
     """Whether a chain of plain steps on x's device reads Gram blocks by the current backend."""
-    return current_backend() == "lookahead" or (x.is_cuda and current_backend() != "naive")
+    backend = current_backend()
+    return backend == "lookahead" or (x.is_cuda and backend in ("auto", "triton"))
 
 
 def unsupported_reason(x: Tensor, chain: ChainWeights) -> str | None:
@@ -77,12 +80,19 @@ def _run(
     reason = unsupported_reason(x, chain)
     if reason and backend == "triton":
         raise ValueError(f"backend 'triton' {reason}")
+    few = x.device.type == "cpu" and 0 < x.numel() <= MOST_TOKENS * x.shape[-1]
+    native = backend == "native" or (few and backend == "auto")
+    lacking = native_reason(x, chain) if native else None
+    if lacking and backend == "native":
+        raise ValueError(f"backend 'native' {lacking}")
     # Triton launches on the current device, whatever the tensors'.
     device = torch.cuda.device(x.device) if x.is_cuda else nullcontext()
     with device, without_autocast(x.device.type):
         if G is not None:
             return run_steps(x, chain)
-        if not x.is_cuda and backend == "auto":
+        if native and not lacking:
+            return run_native(x, chain)
+        if backend == "plain" or (backend == "auto" and not x.is_cuda):
             return run_plain(x, chain)
         if gram is None:
             gram = gram_blocks(A, B, block=gram_width(A))
