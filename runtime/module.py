@@ -66,8 +66,8 @@ class DLRNet(nn.Module):
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Computes the Gram blocks that look-ahead wants, for the weights and the device as they now are. There are none
-        for gated steps, which run by their definition, nor on a CPU, but for the backend 'lookahead'.
+        """Computes the Gram blocks that look-ahead wants, for the weights and the device as they now are. Gated steps,
+        which run by their definition, have none, nor has a CPU, but for the backend 'lookahead'.
 
         The first forward does it where nobody did, and does it again where the weights were replaced, loaded,
         moved or trained. What goes past torch, such as writing through `.data`, it cannot see: call this then.

@@ -1,9 +1,9 @@
 """Activations between the two products of a step, under the names that transformers uses: one table of all forms.
 
 To add one, write an entry of `TABLE`: its torch function, of a float tensor of any shape and dtype; and, for the
-kernels to run it too, the same function of a float32 tile in Triton's language, and as an expression in C++, without
-which its chains run in plain torch. The two that carry parameters in transformers (`prelu`, `xielu`) stand here at their initial values, since a
-chain has no place for more.
+kernels to run it too, the same function of a float32 tile in Triton's language and as an expression in C++, without
+which its chains run in plain torch. The two that carry parameters in transformers (`prelu`, `xielu`) stand here at
+their initial values, since a chain has no place for more.
 
 Triton is Linux only and takes half a second to import: the tile functions are plain ones until `triton_form` is first
 called, which imports it.

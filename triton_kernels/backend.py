@@ -1,9 +1,9 @@
 """Which form of the chain runs: chosen by DLR_LOCK_BACKEND, or for a while by `backend(...)`.
 
-auto        the fused kernels on a CUDA or ROCm device; on a CPU the native function for few tokens, where there is a C++
-            compiler; plain torch for the rest; inference only
+auto        the fused kernels on a CUDA or ROCm device; on a CPU one function in C++ for few tokens, where there is a
+            compiler for it; plain torch for the rest; inference only
 triton      the fused kernels, an error where they cannot run
-native      one function in C++ on a CPU, an error where it cannot run; inference only
+native      the function in C++, an error where it cannot run; inference only
 plain       plain torch, step by step; inference only
 lookahead   plain torch, in rounds; inference only
 naive       the definition, step by step: what is trained

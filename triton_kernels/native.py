@@ -28,7 +28,7 @@ from .activations import NATIVE_ACTS
 from .chain import ChainWeights
 from .reference import chain_output
 
-MOST_TOKENS = 32  # of a call; torch's products are as fast from about 64 on
+MOST_TOKENS = 16  # of a call; torch's products are the faster ones from 32 on
 _STEP_BYTES = 32 << 10  # of a step, a thread's share at least: 4 us of reading, for a barrier of 1 us
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi")
 _VECTORS = {  # by what torch runs on this processor

@@ -41,8 +41,8 @@ def dlr_net(x: Tensor, chain: ChainWeights, gram: Tensor | None = None) -> Tenso
         y, of x's shape and dtype.
 
     Raises:
-        ValueError: The weights do not form a chain, x or `gram` does not fit it, or the backend 'triton' or 'native' cannot
-            run it.
+        ValueError: The weights do not form a chain, x or `gram` does not fit it, or the backend, 'triton' or 'native',
+            cannot run it.
         RuntimeError: A gradient would be wanted.
     """
     backend = current_backend()
