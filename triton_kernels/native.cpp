@@ -4,12 +4,15 @@
 // A thread has a share of each step's rows, the same of A and of B: it makes h of them and what they add to the state,
 // and so waits for the others once a step, not twice. Each then adds all threads' sums, in one order, to a state of its
 // own: the result depends on the number of threads, and on nothing else.
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
 #include <new>
 #include <type_traits>
 #include <omp.h>
+#include <sched.h>
 
 #ifdef __AVX512F__
 constexpr int W = 16;
@@ -131,30 +134,56 @@ static void add_share(const E* A, const E* B, const float* z, float* h, float* a
     }
 }
 
+// Waits for a team. OpenMP's own barrier spins for milliseconds, which on a busy machine keep the processor from the
+// very thread that is waited for: this one soon yields.
+struct Barrier {
+    std::atomic<Int> arrived{0}, passed{0};
+    void wait(Int team) {
+        const Int before = passed.load(std::memory_order_acquire);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == team) {
+            arrived.store(0, std::memory_order_relaxed);
+            passed.store(before + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; passed.load(std::memory_order_acquire) == before; spins++)
+            if (spins > 1000) sched_yield();
+    }
+};
+
+// Bytes that a thread's share of a step has at least, for up to 4 tokens, with fewer for more: some 50 us. Where threads
+// waited for one another after less, a call now and then took 6 to 50 times as long on a busy machine of two cores.
+constexpr Int SHARE = 512 << 10;
+
 // Floats that a thread needs: its sums, by turns, its state, widened rows, and h.
 static Int space_of(Int d, Int tokens) { return 3 * tokens * d + 2 * TILE * d + 16 * tokens + W; }
 
 // y [tokens, d]: the sum over lanes of what their steps add to x [tokens, d]; A and B [lanes, depth, rank, d]
+// The team is always torch's whole one, those that have no share in it waiting: for a smaller one OpenMP would end
+// threads, and start them again for torch's next product.
 template <typename E>
 static void run(const float* x, const E* A, const E* B, float* y, float* space, Int lanes, Int depth, Int rank, Int d,
                 Int tokens, int threads) {
     const Int n = tokens * d, own = space_of(d, tokens);
+    const Int work = 2 * rank * d * sizeof(E) * std::max<Int>(1, tokens / 4);
+    const Int most = std::max<Int>(1, std::min(rank / 16, work / SHARE));
     std::memset(y, 0, n * sizeof(float));
-#pragma omp parallel num_threads(threads)
+    omp_set_num_threads(threads);
+    Barrier barrier;
+#pragma omp parallel if (threads > 1 && most > 1)
     {
-        const Int me = omp_get_thread_num(), team = omp_get_num_threads();
+        const Int me = omp_get_thread_num(), team = std::min<Int>(omp_get_num_threads(), most);
         // Of the sums there are two, by turns: a thread may be a step ahead of one that still reads the last.
         float *z = space + me * own + 2 * n, *wide = z + n, *h = wide + 2 * TILE * d;
         const Int first = rank / 16 * me / team * 16, rows = rank / 16 * (me + 1) / team * 16 - first;
         Int turn = 0;
-        for (Int lane = 0; lane < lanes; lane++) {
+        for (Int lane = 0; me < team && lane < lanes; lane++) {
             std::memcpy(z, x, n * sizeof(float));
             for (Int k = 0; k < depth; k++, turn = n - turn) {
                 const Int at = ((lane * depth + k) * rank + first) * d;
                 float* added = space + me * own + turn;
                 std::memset(added, 0, n * sizeof(float));
                 add_share(A + at, B + at, z, h, added, wide, d, tokens, rows);
-#pragma omp barrier
+                barrier.wait(team);
                 for (Int other = 0; other < team; other++) {
                     const float* theirs = space + other * own + turn;
                     for (Int c = 0; c < n; c += W) store(z + c, load(z + c) + load(theirs + c));

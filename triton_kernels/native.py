@@ -29,7 +29,6 @@ from .chain import ChainWeights
 from .reference import chain_output
 
 MOST_TOKENS = 16  # of a call; torch's products are the faster ones from 32 on
-_STEP_BYTES = 32 << 10  # of a step, a thread's share at least: 4 us of reading, for a barrier of 1 us
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi")
 _VECTORS = {  # by what torch runs on this processor
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
@@ -61,8 +60,7 @@ def run_native(x: Tensor, chain: ChainWeights) -> Tensor:
     lanes, depth, rank, hidden = chain.A.shape
     start = x.reshape(-1, hidden).to(torch.float32).contiguous()
     update = torch.empty_like(start)
-    step = 2 * rank * hidden * chain.A.itemsize
-    threads = max(1, min(torch.get_num_threads(), rank // 16, step // _STEP_BYTES))
+    threads = torch.get_num_threads()
     for first in range(0, len(start), MOST_TOKENS):
         part, out = start[first : first + MOST_TOKENS], update[first : first + MOST_TOKENS]
         failed = function(

@@ -49,20 +49,20 @@ def test_is_the_chain(tokens: int, dtype: torch.dtype) -> None:
 
 
 @compiled
-@pytest.mark.parametrize("threads", [2, 3])
-def test_any_number_of_threads(threads: int) -> None:
-    chain, x = (
-        drawn(2, 9, 64, 256, torch.bfloat16),
-        torch.randn(5, 256),
-    )  # a step of 64 KiB: two threads' shares
+@pytest.mark.parametrize("threads", [2, 3])  # the third has no share of a step of 1 MiB
+def test_any_number_of_threads_which_are_those_of_torch(threads: int) -> None:
+    chain, x = drawn(2, 3, 256, 1024, torch.bfloat16), torch.randn(5, 1024)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
         y = by_native(x, chain)
         assert error(y, x, chain) < 1e-6
-        assert all(torch.equal(by_native(x, chain), y) for _ in range(200))
+        assert all(torch.equal(by_native(x, chain), y) for _ in range(50))
+        assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line}
+    assert len([path for path in loaded if Path(path).name.startswith(("libgomp", "libiomp", "libomp"))]) == 1
 
 
 @compiled
