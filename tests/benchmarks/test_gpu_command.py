@@ -17,7 +17,6 @@ import torch
 from tiny import tiny_model
 
 from dlr_lock.triton_kernels import op
-from dlr_lock.triton_kernels.plain import run_plain
 
 ROOT = Path(__file__).parents[2]
 command = importlib.import_module("benchmarks.gpu.__main__")
@@ -352,14 +351,20 @@ def test_a_strategy_whose_gradient_is_wrong_has_no_time() -> None:
         assert not kept["accurate"] and kept["step_s"] is None and "gradients" in kept["error_message"]
 
 
+def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes wrong what inference runs on a CPU, and the definition does not."""
+    for name in ("run_native", "run_plain"):
+        right = getattr(op, name)
+        monkeypatch.setattr(op, name, lambda x, chain, right=right: 1.01 * right(x, chain))
+
+
 def test_an_inference_pass_that_is_wrong_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     training = importlib.import_module("benchmarks.gpu.training")
     job = next(job for job in training.jobs(smoke=True) if job.side == "locked")
     model = training.build.locked(
         training.build.original(job.shape, torch.float32, torch.device("cpu")), job.shape, job.spec
     )
-    # What inference runs on a CPU, and the definition does not.
-    monkeypatch.setattr(op, "run_plain", lambda x, chain: 1.01 * run_plain(x, chain))
+    spoil(monkeypatch)
     row = training.TrainingRow(**job.key(), tokens=16, dtype="float32")
     training._infer(row, model, torch.arange(16)[None], repeats=1)
     assert not row.accurate and row.error > row.error_limit and row.step_s is None
@@ -442,7 +447,7 @@ def test_a_locked_model_that_is_wrong_has_an_error_and_no_time(monkeypatch: pyte
     theirs = build.original(job.shape, torch.float32, torch.device("cpu"))
     ours = build.locked(theirs, job.shape, job.spec)
     assert all(row.accurate and row.median_us for row in models.compared(job, ours, theirs, rounds=1))
-    monkeypatch.setattr(op, "run_plain", lambda x, chain: 1.01 * run_plain(x, chain))
+    spoil(monkeypatch)
     (original, locked) = models.compared(job, ours, theirs, rounds=1)
     assert original.accurate and original.median_us
     assert not locked.accurate and locked.error > locked.error_limit > locked.naive_error
