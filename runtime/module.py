@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..triton_kernels import ChainWeights, current_backend, dlr_net, gram_blocks, gram_width
+from ..triton_kernels import ChainWeights, current_backend, dlr_net, gram_blocks, gram_width, wants_gram
 from .spec import DLRSpec
 
 
@@ -66,8 +66,8 @@ class DLRNet(nn.Module):
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Computes the Gram blocks that look-ahead wants, for the weights and the device as they now are; gated steps,
-        which run by their definition, have none.
+        """Computes the Gram blocks that look-ahead wants, for the weights and the device as they now are. Gated steps,
+        which run by their definition, have none, nor has a CPU, but for the backend 'lookahead'.
 
         The first forward does it where nobody did, and does it again where the weights were replaced, loaded,
         moved or trained. What goes past torch, such as writing through `.data`, it cannot see: call this then.
@@ -75,11 +75,12 @@ class DLRNet(nn.Module):
         self.dlr_gram = None
         if self.dlr_A.is_meta or self.spec.gated:
             return
-        self.dlr_gram = gram_blocks(self.dlr_A, self.dlr_B, block=gram_width(self.dlr_A))
+        if wants_gram(self.dlr_A):
+            self.dlr_gram = gram_blocks(self.dlr_A, self.dlr_B, block=gram_width(self.dlr_A))
         self._prepared = [(weakref.ref(w), _writes(w)) for w in self.chain.weights]
 
     def _current_gram(self, weights: tuple[Tensor, ...]) -> Tensor | None:
-        if self.spec.gated:
+        if self.spec.gated or not wants_gram(self.dlr_A):
             return None
         if torch.compiler.is_compiling():  # cannot be traced; what is compiled is inference
             return self.dlr_gram
@@ -95,7 +96,8 @@ class DLRNet(nn.Module):
         return self.dlr_gram
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DLRNet":
-        prepared, self.dlr_gram = self.dlr_gram is not None, None
+        # Prepared on a CPU, too, where that makes no blocks: what is compiled after a move computes none by itself.
+        prepared, self.dlr_gram = self.dlr_gram is not None or bool(self._prepared), None
         vectors = {name: getattr(self, name).data for name in ("dlr_scale", "dlr_bias")}
         super()._apply(fn, recurse)
         for name, vector in vectors.items():  # float32 whatever the rest becomes

@@ -5,7 +5,7 @@ from .backend import BACKENDS, backend, current_backend
 from .chain import ChainWeights
 from .cost import gram_width
 from .lookahead import gram_blocks, lookahead
-from .op import dlr_net
+from .op import dlr_net, wants_gram
 from .reference import chain_reference, flattened_reference, lane_updates
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "gram_width",
     "lane_updates",
     "lookahead",
+    "wants_gram",
 ]

@@ -1,9 +1,9 @@
 """Activations between the two products of a step, under the names that transformers uses: one table of all forms.
 
 To add one, write an entry of `TABLE`: its torch function, of a float tensor of any shape and dtype; and, for the
-kernels to run it too, the same function of a float32 tile in Triton's language, without which its chains run in plain
-torch. The two that carry parameters in transformers (`prelu`, `xielu`) stand here at their initial values, since a
-chain has no place for more.
+kernels to run it too, the same function of a float32 tile in Triton's language and as an expression in C++, without
+which its chains run in plain torch. The two that carry parameters in transformers (`prelu`, `xielu`) stand here at
+their initial values, since a chain has no place for more.
 
 Triton is Linux only and takes half a second to import: the tile functions are plain ones until `triton_form` is first
 called, which imports it.
@@ -32,12 +32,14 @@ class Activation(NamedTuple):
         names: What transformers calls it, the usual name first.
         torch_fn: A differentiable function of a float tensor of any shape and dtype, giving one of the same.
         triton_fn: The same function of a float32 tile, in Triton's language (`tl`); None where the kernels have none.
+        native: The same of a float32 vector p, an expression of C++ with what native.cpp defines; None as above.
         common: Whether it is tried on an MLP whose code does not name its activation.
     """
 
     names: tuple[str, ...]
     torch_fn: Callable[[Tensor], Tensor]
     triton_fn: Callable[[Any], Any] | None = None
+    native: str | None = None
     common: bool = False
 
 
@@ -88,21 +90,32 @@ def _tanh_tile(p):
 
 
 TABLE = (
-    Activation(("silu", "swish"), F.silu, _silu_tile, common=True),
-    Activation(("gelu", "gelu_python"), F.gelu, _gelu_tile, common=True),
+    Activation(("silu", "swish"), F.silu, _silu_tile, "p * sigmoid(p)", common=True),
+    Activation(
+        ("gelu", "gelu_python"), F.gelu, _gelu_tile, "0.5f * p * (1.f + erf(0.70710678f * p))", common=True
+    ),
     Activation(
         ("gelu_pytorch_tanh", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python_tanh"),
         _gelu_tanh,
         _gelu_tanh_tile,
+        "p * sigmoid(1.5957691216f * (p + 0.044715f * p * p * p))",
         common=True,
     ),
-    Activation(("relu",), F.relu, _relu_tile, common=True),
-    Activation(("relu2",), lambda p: F.relu(p).square(), _relu2_tile, common=True),
-    Activation(("quick_gelu",), lambda p: p * torch.sigmoid(1.702 * p), _quick_gelu_tile, common=True),
-    Activation(("sigmoid",), torch.sigmoid, _sigmoid_tile, common=True),
-    Activation(("tanh",), torch.tanh, _tanh_tile, common=True),
+    Activation(("relu",), F.relu, _relu_tile, "positive(p)", common=True),
+    Activation(
+        ("relu2",), lambda p: F.relu(p).square(), _relu2_tile, "positive(p) * positive(p)", common=True
+    ),
+    Activation(
+        ("quick_gelu",),
+        lambda p: p * torch.sigmoid(1.702 * p),
+        _quick_gelu_tile,
+        "p * sigmoid(1.702f * p)",
+        common=True,
+    ),
+    Activation(("sigmoid",), torch.sigmoid, _sigmoid_tile, "sigmoid(p)", common=True),
+    Activation(("tanh",), torch.tanh, _tanh_tile, "2.f * sigmoid(2.f * p) - 1.f", common=True),
     Activation(("mish",), F.mish, common=True),
-    Activation(("linear",), lambda p: p, _linear_tile),
+    Activation(("linear",), lambda p: p, _linear_tile, "p"),
     Activation(("gelu_10",), lambda p: F.gelu(p).clamp(-10, 10)),
     Activation(("hardswish",), F.hardswish),
     Activation(
@@ -117,6 +130,7 @@ TABLE = (
 
 ACTIVATIONS = {name: a.torch_fn for a in TABLE for name in a.names}
 KERNEL_ACTS = {name: a.triton_fn for a in TABLE if a.triton_fn for name in a.names}
+NATIVE_ACTS = {name: a.native for a in TABLE if a.native for name in a.names}
 COMMON_ACTS = tuple(a.names[0] for a in TABLE if a.common)
 
 

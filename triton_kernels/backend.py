@@ -1,7 +1,10 @@
 """Which form of the chain runs: chosen by DLR_LOCK_BACKEND, or for a while by `backend(...)`.
 
-auto        the fused kernels on a CUDA or ROCm device, look-ahead elsewhere; inference only
+auto        the fused kernels on a CUDA or ROCm device; on a CPU one function in C++ for few tokens, where there is a
+            compiler for it; plain torch for the rest; inference only
 triton      the fused kernels, an error where they cannot run
+native      the function in C++, an error where it cannot run; inference only
+plain       plain torch, step by step; inference only
 lookahead   plain torch, in rounds; inference only
 naive       the definition, step by step: what is trained
 """
@@ -10,7 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-BACKENDS = ("auto", "triton", "lookahead", "naive")
+BACKENDS = ("auto", "triton", "native", "plain", "lookahead", "naive")
 VARIABLE = "DLR_LOCK_BACKEND"
 
 _chosen: list[list[str]] = []  # the open `backend` blocks, in the order in which they were entered

@@ -8,7 +8,7 @@ Z + sum_{j<i} h_j B_j, so all of the block's products with the state can be done
     Z     += H B_blk                                    [T, d]   one product
 
 K dependent pairs of thin products become K / S pairs of wide ones and K small ones, for m / (4 d) more FLOPs and
-bytes. It is the oracle of the kernels' blocked arithmetic, and what runs on a CPU.
+bytes. It is the oracle of the kernels' blocked arithmetic, and runs by the backend 'lookahead'.
 """
 
 from collections.abc import Callable

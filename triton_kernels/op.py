@@ -15,11 +15,10 @@ from .backend import current_backend
 from .chain import ChainWeights
 from .cost import gram_width
 from .lookahead import check_gram, gram_blocks, run_blocks, without_autocast
+from .native import MOST_TOKENS, native_reason, run_native
+from .plain import run_plain
 from .reference import chain_reference, run_steps
 
-# Below, the plain chain is faster on a CPU: at one token 0.75 to 0.85 ms against 0.86 to 0.95 (1x36x64, d = 576, cached
-# weights), for look-ahead's Gram blocks are read too. 16-bit weights are summed in float32 by look-ahead alone.
-_FEW_TOKENS = 4
 _SCHEMA = (
     "dlr_net(Tensor x, Tensor A, Tensor B, Tensor scale, Tensor bias, Tensor? G, str act, Tensor? gram, "
     "str backend) -> Tensor"
@@ -35,13 +34,15 @@ def dlr_net(x: Tensor, chain: ChainWeights, gram: Tensor | None = None) -> Tenso
     Args:
         x: The tokens, [..., d], of any float dtype.
         chain: The weights.
-        gram: What `gram_blocks` gave for these weights; computed in every call if None, and None for a gated chain.
+        gram: What `gram_blocks` gave for these weights; where they are wanted (`wants_gram`) computed in every call if
+            None, and None for a gated chain.
 
     Returns:
         y, of x's shape and dtype.
 
     Raises:
-        ValueError: The weights do not form a chain, x or `gram` does not fit it, or the backend 'triton' cannot run it.
+        ValueError: The weights do not form a chain, x or `gram` does not fit it, or the backend, 'triton' or 'native',
+            cannot run it.
         RuntimeError: A gradient would be wanted.
     """
     backend = current_backend()
@@ -49,6 +50,12 @@ def dlr_net(x: Tensor, chain: ChainWeights, gram: Tensor | None = None) -> Tenso
         return chain_reference(x, chain)
     A, B, scale, bias, G, act = chain  # flat, as an op's schema is
     return torch.ops.dlr_lock.dlr_net(x, A, B, scale, bias, G, act, gram, backend)
+
+
+def wants_gram(x: Tensor) -> bool:
+    """Whether a chain of plain steps on x's device reads Gram blocks by the current backend."""
+    backend = current_backend()
+    return backend == "lookahead" or (x.is_cuda and backend in ("auto", "triton"))
 
 
 def unsupported_reason(x: Tensor, chain: ChainWeights) -> str | None:
@@ -73,12 +80,20 @@ def _run(
     reason = unsupported_reason(x, chain)
     if reason and backend == "triton":
         raise ValueError(f"backend 'triton' {reason}")
-    few = not x.is_cuda and x.numel() < _FEW_TOKENS * x.shape[-1] and A.itemsize >= 4
+    few = x.device.type == "cpu" and 0 < x.numel() <= MOST_TOKENS * x.shape[-1]
+    native = backend == "native" or (few and backend == "auto")
+    lacking = native_reason(x, chain) if native else None
+    if lacking and backend == "native":
+        raise ValueError(f"backend 'native' {lacking}")
     # Triton launches on the current device, whatever the tensors'.
     device = torch.cuda.device(x.device) if x.is_cuda else nullcontext()
     with device, without_autocast(x.device.type):
-        if G is not None or (few and backend == "auto"):
+        if G is not None:
             return run_steps(x, chain)
+        if native and not lacking:
+            return run_native(x, chain)
+        if backend == "plain" or (backend == "auto" and not x.is_cuda):
+            return run_plain(x, chain)
         if gram is None:
             gram = gram_blocks(A, B, block=gram_width(A))
         if reason or backend == "lookahead":
@@ -100,9 +115,9 @@ def _check(x: Tensor, chain: ChainWeights, gram: Tensor | None) -> None:
 
 
 def _check_devices(*tensors: Tensor | None) -> None:
-    devices = {str(t.device) for t in tensors if t is not None}
+    devices = {t.device for t in tensors if t is not None}
     if len(devices) > 1:
-        raise ValueError(f"a chain on several devices: {', '.join(sorted(devices))}")
+        raise ValueError(f"a chain on several devices: {', '.join(sorted(map(str, devices)))}")
 
 
 def _fake(

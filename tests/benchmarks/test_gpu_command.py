@@ -16,6 +16,8 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from dlr_lock.triton_kernels import op
+
 ROOT = Path(__file__).parents[2]
 command = importlib.import_module("benchmarks.gpu.__main__")
 plan = importlib.import_module("benchmarks.gpu.plan")
@@ -349,13 +351,20 @@ def test_a_strategy_whose_gradient_is_wrong_has_no_time() -> None:
         assert not kept["accurate"] and kept["step_s"] is None and "gradients" in kept["error_message"]
 
 
-def test_an_inference_pass_that_is_wrong_has_no_time() -> None:
+def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes wrong what inference runs on a CPU, and the definition does not."""
+    for name in ("run_native", "run_plain"):
+        right = getattr(op, name)
+        monkeypatch.setattr(op, name, lambda x, chain, right=right: 1.01 * right(x, chain))
+
+
+def test_an_inference_pass_that_is_wrong_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     training = importlib.import_module("benchmarks.gpu.training")
     job = next(job for job in training.jobs(smoke=True) if job.side == "locked")
     model = training.build.locked(
         training.build.original(job.shape, torch.float32, torch.device("cpu")), job.shape, job.spec
     )
-    model.get_submodule(job.shape.mlps[0]).dlr_gram.mul_(1.01)  # which look-ahead alone reads
+    spoil(monkeypatch)
     row = training.TrainingRow(**job.key(), tokens=16, dtype="float32")
     training._infer(row, model, torch.arange(16)[None], repeats=1)
     assert not row.accurate and row.error > row.error_limit and row.step_s is None
@@ -431,14 +440,14 @@ def test_a_step_waits_for_nothing() -> None:
             assert step.prefill_step(model, 80)().shape == (1, shape.vocabulary)
 
 
-def test_a_locked_model_that_is_wrong_has_an_error_and_no_time() -> None:
+def test_a_locked_model_that_is_wrong_has_an_error_and_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     build = importlib.import_module("benchmarks.gpu.build")
     models = importlib.import_module("benchmarks.gpu.models")
     job = models.jobs(smoke=True)[1]
     theirs = build.original(job.shape, torch.float32, torch.device("cpu"))
     ours = build.locked(theirs, job.shape, job.spec)
     assert all(row.accurate and row.median_us for row in models.compared(job, ours, theirs, rounds=1))
-    ours.get_submodule(job.shape.mlps[0]).dlr_gram.mul_(1.01)  # which look-ahead alone reads
+    spoil(monkeypatch)
     (original, locked) = models.compared(job, ours, theirs, rounds=1)
     assert original.accurate and original.median_us
     assert not locked.accurate and locked.error > locked.error_limit > locked.naive_error

@@ -129,6 +129,24 @@ def test_compiles_into_one_graph() -> None:
         assert_close(compiled(torch.cat([x, x]))[:5], wanted)  # another number of tokens is summed otherwise
 
 
+@pytest.fixture
+def by_lookahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend that has Gram blocks on a CPU, too."""
+    monkeypatch.setenv("DLR_LOCK_BACKEND", "lookahead")
+
+
+def test_a_cpu_makes_no_gram_blocks_unasked() -> None:
+    net, x = filled(), torch.randn(5, 48)
+    net.prepare()
+    with torch.no_grad():
+        net(x)
+        assert net.dlr_gram is None
+        with backend("lookahead"):
+            assert_close(net(x), reference(x, net.chain))
+        assert net.dlr_gram is not None
+
+
+@pytest.mark.usefixtures("by_lookahead")
 def test_weights_that_changed_get_new_gram_blocks() -> None:
     net, x = filled(), torch.randn(5, 48)
     with torch.no_grad():
@@ -141,13 +159,15 @@ def test_weights_that_changed_get_new_gram_blocks() -> None:
         assert half.dlr_gram is not None and half.dlr_gram.dtype == torch.bfloat16
 
 
+@pytest.mark.usefixtures("by_lookahead")
 def test_gram_blocks_are_not_part_of_a_checkpoint() -> None:
     net = filled()
     with torch.no_grad():
         net(torch.randn(5, 48))
-    assert "dlr_gram" not in net.state_dict()
+    assert net.dlr_gram is not None and "dlr_gram" not in net.state_dict()
 
 
+@pytest.mark.usefixtures("by_lookahead")
 def test_fused_training_between_two_inferences_is_seen() -> None:
     """Fused optimizers do not count their writes."""
     net, x = filled(), torch.randn(5, 48)
@@ -164,6 +184,7 @@ def test_fused_training_between_two_inferences_is_seen() -> None:
             assert_close(net.requires_grad_(trainable)(x), reference(x, net.chain))
 
 
+@pytest.mark.usefixtures("by_lookahead")
 @pytest.mark.parametrize("way", ["assign", "parameter", "data", "vector", "functional"])
 def test_weights_that_are_swapped_get_new_gram_blocks(way: str) -> None:
     net, x, chain = filled(), torch.randn(5, 48), drawn()
@@ -188,6 +209,7 @@ def test_weights_that_are_swapped_get_new_gram_blocks(way: str) -> None:
         assert_close(net(x), reference(x, chain))
 
 
+@pytest.mark.usefixtures("by_lookahead")
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
 def test_a_copy_runs_on_weights_of_its_own(copied: Callable[[DLRNet], DLRNet]) -> None:
     net, x = filled(), torch.randn(5, 48)
