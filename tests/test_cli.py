@@ -108,6 +108,7 @@ def test_an_altered_file_is_named(converted: dict, folder: Path) -> None:
         (("convert", "{}/out", "{}/new"), "already locked"),
         (("convert", "{}/source", "{}/new", "--data", "{}/topics.txt"), "wanted"),
         (("convert", "{}/source", "{}/new", "--layers", "9"), "out of range"),
+        (("convert", "{}/source", "{}/new", "--layers", ""), "is not a layer or a range"),
         (("convert", "{}/source", "{}/new", "--rank", "many"), "--rank"),
         (("convert", "{}/source", "{}/new", "--colour", "red"), "--colour"),
         (("convert", "{}/source", "{}/new", "--visits", "8192"), "--visits is now --train-tokens"),
