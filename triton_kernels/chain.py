@@ -1,8 +1,9 @@
 """The weights of a DLR-Net, which travel together."""
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, dtype
 
 from .activations import ACTIVATIONS
 
@@ -36,6 +37,28 @@ class ChainWeights(NamedTuple):
         A, B, scale, bias = (t.to(*args, **kwargs) for t in self[:4])
         G = None if self.G is None else self.G.to(*args, **kwargs)
         return ChainWeights(A, B, scale, bias, G, self.act)
+
+    def refused(
+        self, x: Tensor, place: str, there: bool, acts: Collection[str], dtypes: Collection[dtype]
+    ) -> str | None:
+        """Why a fast form of plain steps cannot run the chain on x, as the end of a sentence; None where it can.
+
+        Args:
+            x: The tokens.
+            place: Where that form wants its tensors, in words.
+            there: Whether x is there.
+            acts: The activations that it has.
+            dtypes: The dtypes of weights that it has.
+        """
+        if self.G is not None:
+            return "has no gated steps, which make no lock: 'auto' runs them in plain torch"
+        if not there:
+            return f"wants tensors on {place}, not on {x.device}"
+        if self.act not in acts:
+            return f"has no activation {self.act!r}; it has {', '.join(sorted(acts))}"
+        if self.A.dtype not in dtypes:
+            return f"has no weights of {self.A.dtype}"
+        return None
 
     def check(self, x: Tensor) -> None:
         """Checks that the weights form a chain, and that x [..., d] are tokens for it.

@@ -39,14 +39,9 @@ _VECTORS = {  # by what torch runs on this processor
 def native_reason(x: Tensor, chain: ChainWeights) -> str | None:
     """Why the function cannot run a chain on x, as the end of a sentence; None where it can."""
     _, _, rank, hidden = chain.A.shape
-    if chain.G is not None:
-        return "has no gated steps, which make no lock: 'auto' runs them in plain torch"
-    if x.device.type != "cpu":
-        return f"wants tensors on a CPU, not on {x.device}"
-    if chain.act not in NATIVE_ACTS:
-        return f"has no activation {chain.act!r}; it has {', '.join(sorted(NATIVE_ACTS))}"
-    if chain.A.dtype not in (torch.float32, torch.bfloat16):
-        return f"has no weights of {chain.A.dtype}"
+    cpu, dtypes = x.device.type == "cpu", (torch.float32, torch.bfloat16)
+    if reason := chain.refused(x, "a CPU", cpu, NATIVE_ACTS, dtypes):
+        return reason
     if hidden % 16 or rank % 16:
         return f"wants features and a rank in multiples of 16, not {hidden} and {rank}"
     if not (chain.A.is_contiguous() and chain.B.is_contiguous()):

@@ -60,15 +60,8 @@ def wants_gram(x: Tensor) -> bool:
 
 def unsupported_reason(x: Tensor, chain: ChainWeights) -> str | None:
     """Why the Triton kernels cannot run a chain on x's device, as the end of a sentence; None where they can."""
-    if chain.G is not None:
-        return "has no gated steps, which make no lock: 'auto' runs them in plain torch"
-    if not x.is_cuda:
-        return f"wants tensors on a CUDA or ROCm device, not on {x.device}"
-    if chain.act not in KERNEL_ACTS:
-        return f"has no activation {chain.act!r}; it has {', '.join(sorted(KERNEL_ACTS))}"
-    if chain.A.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"has no weights of {chain.A.dtype}"
-    return None
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    return chain.refused(x, "a CUDA or ROCm device", x.is_cuda, KERNEL_ACTS, dtypes)
 
 
 def _run(
@@ -77,7 +70,7 @@ def _run(
 ) -> Tensor:  # fmt: skip
     chain = ChainWeights(A, B, scale, bias, G, act)
     _check(x, chain, gram)
-    reason = unsupported_reason(x, chain)
+    reason = unsupported_reason(x, chain) if x.is_cuda or backend == "triton" else None
     if reason and backend == "triton":
         raise ValueError(f"backend 'triton' {reason}")
     few = x.device.type == "cpu" and 0 < x.numel() <= MOST_TOKENS * x.shape[-1]
