@@ -8,6 +8,8 @@ spin at all costs a chain's 100 products a wake-up each: 8.4 ms at 16 tokens ins
 import os
 import sys
 
+from .common.environment import SPIN, set_defaults
+
 # Where torch is there, OpenMP has read its environment: only children would hear of it.
 if "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    set_defaults(SPIN)

@@ -4,7 +4,6 @@ What takes torch is imported by the commands themselves: a page of help takes ne
 """
 
 import json
-import os
 import signal
 import sys
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import typer
 from rich.console import Console
 
 from .audit.config import AuditConfig
+from .common.environment import QUIET, set_defaults
 from .common.options import flag, old_name
 from .common.version import __version__
 from .convert.config import GONE, RENAMED, ConversionConfig
@@ -380,8 +380,7 @@ def bench_model(
 
 def main() -> None:
     """Runs the command line. Exit status 2, and one line on standard error, for all that the user can correct."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own, beside ours
+    set_defaults(QUIET)
     for name in ("SIGTERM", "SIGHUP"):  # a stopped job cleans up like one that is interrupted
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _interrupt)

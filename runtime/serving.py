@@ -17,6 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.utils.import_utils import is_accelerate_available, is_serve_available
 
+from ..common.environment import OURS
 from ..common.errors import DLRError, first_line
 from ..common.files import MANIFEST, check_readable, permission_is_an_error
 from ..common.hub import model_folder
@@ -25,17 +26,11 @@ from .checkpoint import read_config, verify
 from .config import DLRConfig
 from .device import best_device
 from .module import DLRNet
-from .spec import DLRSpec
 
 ENGINES = ("vllm", "transformers")
 PLUGINS = "vllm.general_plugins"  # the entry point group, in which ours is called
 PLUGIN = "dlr"
 _PORT = 8000  # of both engines, where no --port is given
-_OURS = {  # what this program sets for itself, and an engine is not to inherit
-    "GOMP_SPINCOUNT": "5000",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-}
 # On a CPU its cache is 0.9 of all memory by default: 18 of 24 GB, at which a tiny model's server was killed.
 _CPU_SHARE = ["--cb-max-memory-percent", "0.1"]
 _TRANSFORMERS = "import dlr_lock; from transformers.cli.transformers import app; app()"
@@ -93,7 +88,7 @@ def prepare_server(
     check_tensors(folder, lock)
     if hashes and (folder / MANIFEST).is_file() and (faults := verify(folder)):
         raise DLRError(f"{folder} is not what was written: {'; '.join(faults)}")
-    environment = {name: value for name, value in os.environ.items() if _OURS.get(name) != value}
+    environment = {name: value for name, value in os.environ.items() if OURS.get(name) != value}
     if chosen == "vllm":
         command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *flags]
         # An egg-info in the working directory would hide the installed entry point.
@@ -124,17 +119,12 @@ def check_tensors(folder: Path, lock: DLRConfig) -> None:
                 f"{file} cannot be read: {first_line(error)}; fetch the checkpoint again"
             ) from error
     for module, spec in lock.modules.items():
-        for name, wanted in _tensors(spec).items():
-            found = shapes.get(f"{module}.{name}")
+        for name, parameter in DLRNet(spec, device="meta").named_parameters():
+            found, wanted = shapes.get(f"{module}.{name}"), list(parameter.shape)
             if found is None:
                 raise DLRError(f"{folder} has no {module}.{name}: it is incomplete, fetch it again")
             if list(found) != wanted:
                 raise DLRError(f"{folder}: {module}.{name} is {list(found)}, config.json says {wanted}")
-
-
-def _tensors(spec: DLRSpec) -> dict[str, list[int]]:
-    vectors = {name: [spec.hidden_size] for name in ("dlr_scale", "dlr_bias")}
-    return {name: list(spec.weight_shape) for name in DLRNet.weight_names(spec)} | vectors
 
 
 def _engine(name: str | None) -> str:
