@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import combinations, pairwise
 
 import pytest
+from audit_rows import run, step
 from rich.console import Console
 
 from dlr_lock.audit.asymmetry import DepthCost, depth_costs
@@ -16,18 +17,6 @@ from dlr_lock.audit.sections import audit_sections, page
 from dlr_lock.convert import Evaluation
 from dlr_lock.reporting import print_sections
 from dlr_lock.runtime import DLRSpec
-
-
-def run(variant: str, attack: str, losses: list[float]) -> Run:
-    tokens = [100 * n for n in range(len(losses))]
-    return Run(variant, attack, 1e-3, 0, 10, tokens, losses, (2.0, 2.0), 0.1, best=True)
-
-
-def step(
-    variant: str, attack: str, strategy: str, flops: int, peak: int, seconds: float | None = None
-) -> StepCost:
-    return StepCost(variant, attack, strategy, 10, flops, peak, peak, 1, 1, seconds)
-
 
 STEPS = [
     step("original", "full", "plain", 30, 1000, 0.3),

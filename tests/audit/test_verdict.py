@@ -3,21 +3,10 @@
 import math
 
 import pytest
+from audit_rows import run, step
 
-from dlr_lock.audit.report import Run, StepCost
+from dlr_lock.audit.report import Run
 from dlr_lock.audit.verdict import mean_curves, tokens_to, verdicts
-
-
-def run(variant: str, attack: str, losses: list[float], *, seed: int = 0, best: bool = True) -> Run:
-    tokens = [100 * n for n in range(len(losses))]
-    return Run(variant, attack, 1e-3, seed, 10, tokens, losses, (2.0, 2.0), 0.1, False, best)
-
-
-def step(
-    variant: str, attack: str, strategy: str, flops: int, peak: int, seconds: float | None = None
-) -> StepCost:
-    return StepCost(variant, attack, strategy, 10, flops, peak, peak, 1, 1, seconds)
-
 
 STEPS = [
     step("original", "full", "plain", 30, 1000, 0.3),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_chains import drawn, error
 from torch import Tensor
 
 from dlr_lock.triton_kernels import ACTIVATIONS, ChainWeights, backend, chain_reference, dlr_net, native
@@ -18,23 +19,9 @@ COMPILER = sys.platform.startswith("linux") and (shutil.which("g++") or shutil.w
 compiled = pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
 
 
-def drawn(
-    lanes: int, depth: int, rank: int, hidden: int, dtype: torch.dtype, act: str = "silu"
-) -> ChainWeights:
-    shape = (lanes, depth, rank, hidden)
-    A, B = torch.randn(shape) / hidden**0.5, torch.randn(shape) / (depth * rank) ** 0.5
-    return ChainWeights(A.to(dtype), B.to(dtype), torch.rand(hidden), torch.randn(hidden), act=act)
-
-
 def by_native(x: Tensor, chain: ChainWeights) -> Tensor:
     with backend("native"), torch.no_grad():
         return dlr_net(x, chain)
-
-
-def error(y: Tensor, x: Tensor, chain: ChainWeights) -> float:
-    """RMS of the difference over RMS of the float64 chain."""
-    wanted = chain_reference(x.double(), chain.to(torch.float64))
-    return ((y.double() - wanted).square().mean() / wanted.square().mean()).sqrt().item()
 
 
 @compiled

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from aot import compile_requests, launch_request
+from random_chains import drawn, error
 from torch import Tensor
 
-from dlr_lock.triton_kernels import ChainWeights, chain_reference, gram_blocks
+from dlr_lock.triton_kernels import ChainWeights, gram_blocks
 from dlr_lock.triton_kernels.gpu import H200
 from dlr_lock.triton_kernels.matmul import Product, View, matmul_memory
 from dlr_lock.triton_kernels.prefill import prefill
@@ -19,12 +20,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Execute = Callable[..., Any]
 
 
-def drawn(lanes: int, depth: int, rank: int, hidden: int, act: str = "silu") -> ChainWeights:
-    shape = (lanes, depth, rank, hidden)
-    A, B = torch.randn(shape) / hidden**0.5, torch.randn(shape) / (depth * rank) ** 0.5
-    return ChainWeights(A, B, torch.rand(hidden), torch.randn(hidden), act=act)
-
-
 def run(x: Tensor, chain: ChainWeights, block: int, scratch: int, broken: bool = False) -> Tensor:
     x, chain = x.to(DEVICE), chain.to(DEVICE)
     gram = gram_blocks(chain.A, chain.B, block=block)
@@ -32,11 +27,6 @@ def run(x: Tensor, chain: ChainWeights, block: int, scratch: int, broken: bool =
         rank = chain.A.shape[2]
         gram[:, 0, :rank, -rank:] = 0  # what the block's last step reads of its first
     return prefill(x, chain, gram, H200, scratch=scratch).cpu()
-
-
-def error(y: Tensor, x: Tensor, chain: ChainWeights) -> float:
-    wanted = chain_reference(x.double(), chain.to(torch.float64))
-    return float((y - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize(
@@ -65,7 +55,7 @@ def test_is_the_chain(
     block: int,
     act: str,
 ) -> None:
-    chain, x = drawn(lanes, depth, rank, hidden, act), torch.randn(tokens, hidden)
+    chain, x = drawn(lanes, depth, rank, hidden, act=act), torch.randn(tokens, hidden)
     y = execute(run, x, chain, block, 1)  # no scratch: chunks of 128 tokens
     assert y.shape == x.shape and error(y, x, chain) < 1e-6
     if min(depth, block // rank) > 1:  # a block of one step has no Gram matrix to break
