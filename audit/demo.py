@@ -236,32 +236,19 @@ def slot_training(
 def demo_sections(result: DemoResult) -> list[Section]:
     """What was locked, what it does, what training now costs, and the demo's three sentences."""
     locked, original, slot = result.locked, result.original, result.slot
-    figures = {
-        "inference pass, seconds": (locked.forward, original.forward, ".3f"),
-        "training step of all weights, seconds": (locked.step, original.step, ".3f"),
-        "  activations kept for backward, MB": (locked.saved / 1e6, original.saved / 1e6, ".1f"),
-        "one locked MLP's place, by plain autograd, seconds": (
-            slot.seconds(slot.plain),
-            slot.seconds(slot.mlp),
-            ".4f",
-        ),
-        "  activations kept for backward, MB ": (
-            slot.held(slot.plain) / 1e6,
-            slot.held(slot.mlp) / 1e6,
-            ".1f",
-        ),
-        f"the same, by {slot.best.strategy}, seconds": (
-            slot.seconds(slot.best),
-            slot.seconds(slot.mlp),
-            ".4f",
-        ),
-        "  activations kept for backward, MB  ": (
-            slot.held(slot.best) / 1e6,
-            slot.held(slot.mlp) / 1e6,
-            ".1f",
-        ),
-    }
-    rows = [(what, f"{a:{form}}", f"{b:{form}}", f"{a / b:.2f}") for what, (a, b, form) in figures.items()]
+    kept = "  activations kept for backward, MB"
+    figures = [
+        ("inference pass, seconds", locked.forward, original.forward, ".3f"),
+        ("training step of all weights, seconds", locked.step, original.step, ".3f"),
+        (kept, locked.saved / 1e6, original.saved / 1e6, ".1f"),
+    ]
+    for what, cost in (
+        ("one locked MLP's place, by plain autograd", slot.plain),
+        (f"the same, by {slot.best.strategy}", slot.best),
+    ):
+        figures.append((f"{what}, seconds", slot.seconds(cost), slot.seconds(slot.mlp), ".4f"))
+        figures.append((kept, slot.held(cost) / 1e6, slot.held(slot.mlp) / 1e6, ".1f"))
+    rows = [(what, f"{a:{form}}", f"{b:{form}}", f"{a / b:.2f}") for what, a, b, form in figures]
     attacked = f"{result.kept} --original {result.model}" if result.kept else "out --original path-or-hub-id"
     ours, theirs = result.completion_locked.strip(), result.completion_original.strip()
     return [

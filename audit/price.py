@@ -4,12 +4,12 @@ Everything is read off the rows of a report: the curves of runs, the costs of st
 fine-tune here is one that reaches SHARE of the original's best gain.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import ceil
 
 from ..reporting.words import flops_words, seconds_words
-from .report import AttackerCost, AuditReport, OwnersPrice, Run, StepCost, Structural, cheapest_step
-from .verdict import LOCKED, ORIGINAL, SHARES, mean_curves, target_losses, tune_cost
+from .report import AttackerCost, AuditReport, OwnersPrice, StepCost, Structural, cheapest_step
+from .verdict import LOCKED, ORIGINAL, SHARES, Curve, mean_curves, target_losses, tune_cost
 
 SHARE = max(SHARES)
 STANDARD, CAREFUL, EXPERT, OWNER = "standard tooling", "careful engineer", "expert", "with the original"
@@ -18,6 +18,7 @@ TUNES = (1, 3, 10, 30, 100, 300, 1000)  # fine-tunes, of the table and the pictu
 PRICED = ("flops", "seconds")
 _ANY = "any way through the chains"
 
+Curves = Mapping[tuple[str, str], Curve]  # by variant and attack, see `mean_curves`
 Choice = Callable[[list[StepCost], str], StepCost | None]  # of one model and attack, by a measure
 
 
@@ -31,7 +32,7 @@ def owners_price(report: AuditReport) -> OwnersPrice | None:
     loss = target_losses(report.runs, curves).get(SHARE)
     if loss is None:
         return None
-    found = [a for measure in PRICED for a in _attackers(report, loss, measure)]
+    found = [a for measure in PRICED for a in _attackers(report, curves, loss, measure)]
     through, experts, owners = (_of(found, who) for who in (_ANY, EXPERT, OWNER))
     known = [m for m in PRICED if m in owners and (m in through or m in experts) and not owners[m][0].bound]
     if "flops" not in known:
@@ -67,7 +68,7 @@ def break_even(undone: AttackerCost, through: AttackerCost) -> int | None:
     return max(1, ceil(undone.first / saved)) if saved > 0 else None
 
 
-def _attackers(report: AuditReport, loss: float, measure: str) -> list[AttackerCost]:
+def _attackers(report: AuditReport, curves: Curves, loss: float, measure: str) -> list[AttackerCost]:
     """Each attacker's cheapest way in a measure, the expert's for every variant that was redistilled."""
     undone = {row.name: row for row in report.structural if getattr(row, measure)}
     ways: list[tuple[str, str, Choice]] = [
@@ -79,13 +80,13 @@ def _attackers(report: AuditReport, loss: float, measure: str) -> list[AttackerC
     ]
     found = []
     for who, variant, choice in ways:
-        costs = _costs(report.runs, report.steps, who, variant, choice, undone.get(variant), measure, loss)
+        costs = _costs(curves, report.steps, who, variant, choice, undone.get(variant), measure, loss)
         found += [cheapest(costs, 1)] if costs else []
     return found
 
 
 def _costs(
-    runs: Sequence[Run],
+    curves: Curves,
     steps: Sequence[StepCost],
     who: str,
     variant: str,
@@ -96,7 +97,7 @@ def _costs(
 ) -> list[AttackerCost]:
     """What a fine-tune of one model costs by each attack."""
     found = []
-    for (of, attack), curve in mean_curves(runs).items():
+    for (of, attack), curve in curves.items():
         row = choice([s for s in steps if (s.variant, s.attack) == (of, attack)], measure)
         if of != variant or row is None:
             continue

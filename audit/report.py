@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..convert.evaluate import Evaluation, StateEvaluation, distance_of
-from ..reporting.lock_verdict import UNDONE_RATIO, Undoing
+from ..reporting.lock_verdict import UNDONE_RATIO, Undoing, error_ratio
 from .asymmetry import Asymmetry, DepthCost
 
 SCHEMA = 2  # 1: of 0.1, with other names
@@ -97,15 +97,12 @@ class ModuleStudents:
 
     def ratio(self, student: Student) -> float:
         """A student's error over the chain's."""
-        return student.error / self.chain_error if self.chain_error else math.inf
+        return error_ratio(student.error, self.chain_error)
 
-    def undoing(self, *, informed: bool) -> Undoing | None:
-        """What undoing the chain takes a student that starts from its weights, or one that knows its outputs alone."""
-        return Undoing.of(
-            (student.train_tokens, self.ratio(student))
-            for student in self.students
-            if (student.init != "random") == informed
-        )
+    @property
+    def undoing(self) -> tuple[Undoing | None, Undoing | None]:
+        """What undoing the chain takes a student that starts from its weights, and one that knows its outputs alone."""
+        return Undoing.by_knowledge((s.init, s.train_tokens, self.ratio(s)) for s in self.students)
 
     @property
     def conversion(self) -> Undoing | None:

@@ -216,7 +216,7 @@ def _modules(report: AuditReport) -> Section:
         ratio, share = (None, None) if best is None else (m.ratio(best), best.share)
         made = ("-", "-") if best is None else (best.init, f"{best.train_tokens:,}")
         verdict = lock_words(LockVerdict.of(m.chain_error, m.gap, ratio), ratio, share)
-        informed, fresh = (m.undoing(informed=known) for known in (True, False))
+        informed, fresh = m.undoing
         spent = ("-", "-") if informed is None else (informed.over(m.conversion), informed.over(fresh))
         return m.module, m.chain, f"{m.chain_error:.4f}", f"{m.gap:.2f}", verdict, *made, *spent
 

@@ -154,10 +154,7 @@ def _fit(
 
 def _undoing(attacks: list[Redistillation], conversion: int) -> dict[str, str]:
     """What undoing takes an attacker who knows the weights, over the conversion and over a fresh student's."""
-    informed, fresh = (
-        Undoing.of((a.train_tokens, a.ratio) for a in attacks if (a.init != "random") == known)
-        for known in (True, False)
-    )
+    informed, fresh = Undoing.by_knowledge((a.init, a.train_tokens, a.ratio) for a in attacks)
     if informed is None:
         return {}
     return {

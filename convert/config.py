@@ -232,15 +232,14 @@ class ConversionConfig:
         from ..triton_kernels import ACTIVATIONS
 
         device = usable_device(self.device)
+        layers = "all" if self.layers is None else self.layers.strip().lower()
         named: dict[str, Any] = {
             "effort": known_name(self.effort, EFFORTS, "effort"),
             "init": known_name(self.init, INITS, "init"),
             "across": self.across and known_name(self.across, ACROSS, "way across the layers"),
             "dtype": known_name(self.dtype, ("auto", *DTYPES), "dtype"),
             "act": known_name(self.act, sorted(ACTIVATIONS), "activation"),
-            "layers": None
-            if (layers := ("all" if self.layers is None else self.layers).strip().lower()) == "all"
-            else layers,
+            "layers": None if layers == "all" else layers,
             "data": "self" if str(self.data).lower() == "self" else self.data,
         }
         effort = EFFORTS[named["effort"]].on(device)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..common.errors import DLRError
 from ..common.hooks import frozen, run_body
 from ..common.progress import Count, no_count
-from ..reporting.lock_verdict import UNDONE_RATIO, attack_words
+from ..reporting.lock_verdict import UNDONE_RATIO, attack_words, error_ratio
 from ..runtime import DLRNet
 from ..triton_kernels import chain_reference, flattened_reference, lane_updates
 
@@ -71,7 +71,7 @@ class Redistillation:
     @property
     def ratio(self) -> float:
         """The student's error over the chain's."""
-        return self.error / self.chain_error if self.chain_error else math.inf
+        return error_ratio(self.error, self.chain_error)
 
     @property
     def undone(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..common.hub import HUB_NAME
 from ..reporting import Section, Table, headings
-from ..reporting.lock_verdict import LockVerdict, lock_status, lock_words
+from ..reporting.lock_verdict import LockVerdict, error_ratio, lock_status, lock_words
 from ..reporting.markdown import markdown
 from ..reporting.words import bytes_words, cell
 from ..runtime import DLRNet, DLRSpec
@@ -318,7 +318,7 @@ def _verdict_of(m: Mapping[str, Any]) -> _Found:
     """The verdict on a module, the best student's error over the chain's and its cost, from what
     `ModuleReport.to_dict` says of it, or an older manifest."""
     attack = m.get("redistillation")
-    ratio = attack["error"] / attack["chain_error"] if attack and attack["chain_error"] else None
+    ratio = error_ratio(attack["error"], attack["chain_error"]) if attack and attack["chain_error"] else None
     return LockVerdict.of(m["rel_error"], m["flatten_gap"], ratio), ratio, attack["cost"] if attack else None
 
 

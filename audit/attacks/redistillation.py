@@ -147,8 +147,8 @@ def _module_students(
     """The students of one module.
 
     own: of the chain in the locked model, the attacker's text first; wanted: what the chain was fitted to, held out,
-    see `chain_targets`. attempts:
-    training tokens and initialisation of each student. captured: seconds that getting `own` took.
+    see `chain_targets`. attempts: training tokens and initialisation of each student. captured: seconds that getting
+    `own` took.
     """
     chain, device, tokens = (
         context.locked.get_submodule(mlp.module),

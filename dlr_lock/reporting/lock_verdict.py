@@ -61,6 +61,11 @@ _REFUTED = {
 }
 
 
+def error_ratio(error: float, chain_error: float) -> float:
+    """A student's error over the chain's, infinite where the chain has none."""
+    return error / chain_error if chain_error else math.inf
+
+
 @dataclass(frozen=True, slots=True)
 class Undoing:
     """What undoing a chain takes, in training tokens of a student.
@@ -95,6 +100,21 @@ class Undoing:
                 way = math.log(before / level) / math.log(before / after) if math.isfinite(a) else 1.0
                 return cls(t0 * (t1 / t0) ** way, False)
         return cls(line[-1][0], True)
+
+    @classmethod
+    def by_knowledge(
+        cls, students: Iterable[tuple[str, int, float]]
+    ) -> tuple[Undoing | None, Undoing | None]:
+        """Of students that start from the chain's weights, and of those that know its outputs alone.
+
+        Args:
+            students: (initialisation, training tokens, error over the chain's) of each.
+        """
+        informed: list[tuple[int, float]] = []
+        fresh: list[tuple[int, float]] = []
+        for init, tokens, ratio in students:
+            (fresh if init == "random" else informed).append((tokens, ratio))
+        return cls.of(informed), cls.of(fresh)
 
     def over(self, other: Undoing | None) -> str:
         """This over the other's tokens, in a cell: '0.4', '> 1' or '< 1' where one is a bound, '-' where that says
