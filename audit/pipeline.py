@@ -353,7 +353,7 @@ def _texts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, config: AuditConfig
 ) -> tuple[Text, Text]:
     """The neutral text, and the task's."""
-    room = positions(model)
+    room = positions(model.config)
     assert config.tokens and config.heldout and config.sequence
     neutral = read_split(
         config.data,

@@ -122,7 +122,7 @@ def calibration_text(original: Source, config: ConversionConfig, progress: Progr
             no embedding of a token.
     """
     assert config.tokens and config.heldout  # resolved
-    room = positions(original.model)
+    room = positions(original.model.config)
     if config.sequence and room and config.sequence > room:
         raise DLRError(f"--sequence {config.sequence}: the model takes at most {room} tokens")
     text = load_text(
@@ -142,7 +142,7 @@ def calibration_text(original: Source, config: ConversionConfig, progress: Progr
 
 def sequence_length(model: PreTrainedModel) -> int:
     """Tokens a sequence of calibration text: 512, or what the model can take."""
-    return min(SEQUENCE_LENGTH, positions(model) or SEQUENCE_LENGTH)
+    return min(SEQUENCE_LENGTH, positions(model.config) or SEQUENCE_LENGTH)
 
 
 def poor_text(tokens: Tensor) -> str | None:

@@ -24,15 +24,20 @@ from .source import compute_dtype, load_tokenizer, open_source
 
 @contextmanager
 def opened(
-    model: str | Path, *, device: torch.device | str | None = None
+    model: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
 ) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase | None]]:
     """A locked checkpoint, a transformers directory, a hub id or a .gguf file: (model, tokenizer), while open.
+
+    Args:
+        model: Its name.
+        device: Where it runs; None for the best there is.
+        dtype: Of the weights in memory; None for what computes fast there, see `compute_dtype`.
 
     Raises:
         DLRError: Where it cannot be loaded.
     """
     place = usable_device(device)
-    dtype = compute_dtype(place)
+    dtype = compute_dtype(place) if dtype is None else dtype
     if _is_locked(model):
         yield load(model, dtype=dtype, device=place), load_tokenizer(model_folder(model))
         return

@@ -17,6 +17,7 @@ from .audit.config import AuditConfig
 from .common.environment import QUIET, set_defaults
 from .common.options import flag, old_name
 from .common.version import __version__
+from .compare.config import SpeedConfig
 from .convert.config import GONE, RENAMED, ConversionConfig
 from .options import choice, options_of
 from .progress import Steps
@@ -346,32 +347,19 @@ def bench(
 
 
 @_bench.command("model")
+@options_of(SpeedConfig)
 def bench_model(
     checkpoint: Locked,
     original: Annotated[str, choice("The model that was locked.")],
-    prompt: Annotated[int | None, choice("Tokens of a prompt.", "512 on a GPU, 64 on a CPU")] = None,
-    new_tokens: Annotated[
-        int | None, choice("Tokens to generate for each sequence.", "128 on a GPU, 16 on a CPU")
-    ] = None,
-    batches: Annotated[
-        str | None, choice("Sequences at a time, such as 1,8,64.", "1,8,64 on a GPU, 1,8 on a CPU")
-    ] = None,
-    repeats: Annotated[
-        int | None, choice("Runs of each model at each batch.", "10 on a GPU, 3 on a CPU")
-    ] = None,
-    device: Device = None,
     as_json: Json = False,
+    **config: Any,
 ) -> None:
     """Time a locked model against its original: first token, prefill, decoding and memory, in turns."""
     from .compare.bench import bench_model
     from .compare.sections import speed_sections
-    from .microbench.bench import numbers
 
     with Steps(_screen) as steps:
-        document = bench_model(
-            checkpoint, original, prompt=prompt, new_tokens=new_tokens, repeats=repeats, device=device,
-            batches=None if batches is None else numbers(batches), progress=steps,
-        )  # fmt: skip
+        document = bench_model(checkpoint, original, progress=steps, **config)
     if as_json:
         _print_json(document)
     else:

@@ -5,7 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import (
+    BatchEncoding,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
 
 from ..common.errors import DLRError, first_line
 
@@ -20,9 +26,9 @@ class _Pieces(TextStreamer):
             self._emit(text)
 
 
-def positions(model: PreTrainedModel) -> int | None:
-    """The longest sequence that a model states to take, None where it states none."""
-    config = model.config.get_text_config()
+def positions(config: PretrainedConfig) -> int | None:
+    """The longest sequence that a model of this config states to take, None where it states none."""
+    config = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         if isinstance(value := getattr(config, name, None), int):
             return value
@@ -95,7 +101,7 @@ def generate(
     if inputs["input_ids"].shape[1] == 0:
         raise DLRError("the prompt is empty")
     check_vocabulary(inputs["input_ids"], model, tokenizer)
-    limit, wanted = positions(model), inputs["input_ids"].shape[1] + max_new_tokens
+    limit, wanted = positions(model.config), inputs["input_ids"].shape[1] + max_new_tokens
     if limit is not None and wanted > limit:
         raise DLRError(f"prompt and new tokens make {wanted} tokens, the model takes {limit}: ask for fewer")
     sampling: dict[str, Any] = {"do_sample": False}

@@ -80,27 +80,44 @@ def prepare_server(
         raise DLRError(
             "--model among the engine's flags would serve another model than the checkpoint: leave it out"
         )
-    chosen = _engine(engine)
+    chosen = installed_engine(engine)
     _check_port(flags, "" if chosen == "vllm" else "localhost")
+    folder = checked_folder(path, hashes=hashes)
+    if chosen == "vllm":
+        command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *flags]
+    else:
+        bounded = any(flag.startswith(("--cb-num-blocks", "--cb-max-memory-percent")) for flag in flags)
+        share = [] if bounded or best_device().type != "cpu" else _CPU_SHARE
+        command = ["-c", _TRANSFORMERS, "serve", str(folder), "--continuous-batching", *share, *flags]
+    return Server(chosen, _version(chosen), [sys.executable, *command], engine_environment(chosen))
+
+
+@permission_is_an_error()
+def checked_folder(path: str | Path, *, hashes: bool = True) -> Path:
+    """The directory of a locked checkpoint (fetched from the hub, if that is what `path` names) that is whole.
+
+    Raises:
+        DLRError: It is no locked checkpoint, or it is damaged or incomplete. hashes: as for `prepare_server`.
+    """
     folder = model_folder(path)
     lock = read_config(folder)
     check_readable(folder, "config.json", "*.safetensors", "*.index.json")
     check_tensors(folder, lock)
     if hashes and (folder / MANIFEST).is_file() and (faults := verify(folder)):
         raise DLRError(f"{folder} is not what was written: {'; '.join(faults)}")
+    return folder
+
+
+def engine_environment(engine: str) -> dict[str, str]:
+    """All of an engine's environment: this process's, without what this program has set for itself."""
     environment = {name: value for name, value in os.environ.items() if OURS.get(name) != value}
-    if chosen == "vllm":
-        command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *flags]
+    if engine == "vllm":
         # An egg-info in the working directory would hide the installed entry point.
         environment["PYTHONSAFEPATH"] = "1"
         allowed = environment.get("VLLM_PLUGINS")
         if allowed is not None and PLUGIN not in allowed.split(","):
             environment["VLLM_PLUGINS"] = ",".join(filter(None, [allowed, PLUGIN]))
-    else:
-        bounded = any(flag.startswith(("--cb-num-blocks", "--cb-max-memory-percent")) for flag in flags)
-        share = [] if bounded or best_device().type != "cpu" else _CPU_SHARE
-        command = ["-c", _TRANSFORMERS, "serve", str(folder), "--continuous-batching", *share, *flags]
-    return Server(chosen, _version(chosen), [sys.executable, *command], environment)
+    return environment
 
 
 def check_tensors(folder: Path, lock: DLRConfig) -> None:
@@ -127,13 +144,14 @@ def check_tensors(folder: Path, lock: DLRConfig) -> None:
                 raise DLRError(f"{folder}: {module}.{name} is {list(found)}, config.json says {wanted}")
 
 
-def _engine(name: str | None) -> str:
+def installed_engine(name: str | None) -> str:
+    """The one of ENGINES of that name, or the first that is installed for None. Raises DLRError where it is not."""
     if name is not None:
         name = known_name(name, ENGINES, "engine")
     vllm = find_spec("vllm") is not None
     if name == "vllm" or (name is None and vllm):
         if not vllm:
-            raise DLRError("vLLM is not installed: pip install vllm, or serve with --engine transformers")
+            raise DLRError("vLLM is not installed: pip install vllm, or take --engine transformers")
         if not any(point.name == PLUGIN for point in entry_points(group=PLUGINS)):
             raise DLRError(
                 "vLLM would not find dlr-lock's plugin: install dlr-lock itself, with pip, beside it"

@@ -49,11 +49,14 @@ def _difference(score: TaskScore) -> str:
 def speed_sections(document: dict[str, Any]) -> list[Section]:
     """Both models' speeds, a row a batch and model: medians, and how far the runs lie apart."""
     settings = document["settings"]
+    vllm = settings["engine"] == "vllm"
+    engine = f"vLLM {document['versions']['vllm']}" if vllm else "transformers"
+    memory = "the process with all of an engine" if vllm else "the weights and a run"
     text = (
-        f"{document['device']}, {settings['dtype']}, by {document['engine']}; prompts of "
+        f"{document['device']}, {settings['dtype']}, by {engine}{', eager' * settings['eager']}; prompts of "
         f"{count_words(settings['prompt'], 'token')}, {settings['new_tokens']} new ones each; medians of "
         f"{count_words(settings['repeats'], 'run')} in turns, ± half of what lies between the 20th and the 80th "
-        "percentile; ratios of the locked model's to the original's; memory of the weights and a run."
+        f"percentile; ratios of the locked model's to the original's; memory of {memory}."
     )
     columns = headings(
         "batch | model | first token ms | prefill tokens/s | ratio | decode tokens/s | ratio | memory"

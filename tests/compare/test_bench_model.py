@@ -44,7 +44,8 @@ def test_figures_are_those_of_runs_in_turns(run, folder: Path) -> None:
     document = json.loads(out)
     assert {"device", "cpu_threads", "program", "versions", "date"} <= set(document)
     assert document["settings"] == {
-        "prompt": 12, "new_tokens": 5, "batches": [2, 1], "repeats": 3, "dtype": "float32",
+        "engine": "transformers", "prompt": 12, "new_tokens": 5, "batches": [2, 1], "repeats": 3, "dtype": "float32",
+        "eager": False,
     }  # fmt: skip
     turns = [(r["batch"], r["side"], r["counts"]) for r in document["runs"]]
     there, back = ("locked", "original"), ("original", "locked")
