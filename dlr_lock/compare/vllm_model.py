@@ -37,7 +37,7 @@ class VLLMModel:
     Prefixes are not cached, so every run begins from nothing. The cache is as large as the largest batch wants.
 
     Args:
-        name: The model, as messages call it.
+        side: Which model it is, for messages.
         folder: Its directory.
         config: Choices, resolved.
 
@@ -45,16 +45,16 @@ class VLLMModel:
         DLRError: The engine does not start; in a line, of its own words.
     """
 
-    def __init__(self, name: str, folder: Path, config: SpeedConfig) -> None:
+    def __init__(self, side: str, folder: Path, config: SpeedConfig) -> None:
         assert config.prompt is not None and config.new_tokens is not None
         shape = AutoConfig.from_pretrained(folder)
-        check_length(name, shape, config)
+        check_length(side, shape, config)
         device = torch.device(str(config.device))
         dtype = DTYPES[config.dtype] if config.dtype else compute_dtype(device)
         if not isinstance(dtype, torch.dtype):  # "auto": the checkpoint's own
             dtype = shape.dtype or torch.float32
         length, most = config.prompt + config.new_tokens, max(config.sizes)
-        self._name = name
+        self._side = side
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (see close)
         # One process with all of an engine in it: else its memory would be a child's.
         environment = {**engine_environment("vllm"), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -69,7 +69,7 @@ class VLLMModel:
                 enable_prefix_caching=False, skip_tokenizer_init=True, gpu_memory_utilization=_SHARE, seed=0,
             )  # fmt: skip
             if "error" in facts:
-                raise DLRError(f"vLLM does not start with {name}: {facts['error']}")
+                raise DLRError(f"vLLM does not start with the {side} model: {facts['error']}")
             if facts["device"] != device.type:
                 raise DLRError(
                     f"this vLLM runs on {facts['device']!r}, and the best device here is {device.type!r}: "
@@ -124,7 +124,7 @@ class VLLMModel:
         self._log.seek(0)
         said = [line.strip() for line in self._log if line.strip()]
         last = f"; it said last: {said[-1][:300]}" if said else ""
-        raise DLRError(f"vLLM with {self._name} {how}{last}")
+        raise DLRError(f"vLLM with the {self._side} model {how}{last}")
 
 
 @contextmanager
@@ -141,7 +141,7 @@ def opened_in_vllm(side: str, source: str | Path, config: SpeedConfig) -> Iterat
     folder = model_folder(source)
     check_readable(folder, "config.json", "*.safetensors", "*.index.json")
     try:
-        model = VLLMModel(f"the {side} model", folder, config)
+        model = VLLMModel(side, folder, config)
     except (OSError, ValueError) as error:  # of its config
         raise DLRError(f"{folder} does not load: {first_line(error)}") from error
     try:

@@ -60,8 +60,10 @@ class Engine:
 
 
 def _line(error: BaseException) -> str:
-    """All of an error in a line that is not long: of a wrong argument vLLM's first line says nothing."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """An error in a line that is not long. Of a wrong argument pydantic's own text is mostly the arguments."""
+    listed = getattr(error, "errors", None)
+    words = "; ".join(one["msg"] for one in listed()) if callable(listed) else str(error)
+    text = " ".join(words.split()) or type(error).__name__
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
