@@ -12,7 +12,7 @@ from dlr_lock.common.files import write_whole
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # The folders of dlr_lock that a result depends on.
-_PARTS = ("common", "microbench", "runtime", "triton_kernels", "convert", "audit")
+_PARTS = ("common", "compare", "microbench", "runtime", "triton_kernels", "convert", "audit")
 
 
 def folder(device: str, out: Path | None = None) -> Path:

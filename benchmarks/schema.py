@@ -14,6 +14,7 @@ from typing import Any
 
 from dlr_lock import DLRError
 from dlr_lock.common.files import read_json
+from dlr_lock.compare.bench import SpeedRow
 from dlr_lock.microbench.bench import Row
 
 from .gpu.rows import ConversionRow, FactRow, HostRow, ModelRow, ProfileRow, SuiteRow, TrainingRow
@@ -24,6 +25,7 @@ KINDS: dict[str, type] = {
     "tests": SuiteRow,
     "kernels": Row,
     "models": ModelRow,
+    "speed": SpeedRow,
     "profiles": ProfileRow,
     "training": TrainingRow,
     "conversion": ConversionRow,
@@ -54,7 +56,8 @@ STAGE: dict[str, Any] = {
 # What only a row that is accurate has, and all rates and times that are above 0.
 TIMES = (
     "median_us", "p20_us", "p80_us", "tokens_per_s", "gb_per_s", "copy_percent", "tflop_per_s", "matmul_percent",
-    "ratio_to_dense", "ratio_to_original", "forward_s", "backward_s", "update_s", "step_s",
+    "ratio_to_dense", "ratio_to_original", "forward_s", "backward_s", "update_s", "step_s", "decode_ratio",
+    "prefill_ratio",
 )  # fmt: skip
 _SIZES = (
     "hidden",
@@ -65,6 +68,8 @@ _SIZES = (
     "depth",
     "rank",
     "batch",
+    "prompt",
+    "new_tokens",
     "tokens",
     "train_tokens",
 )

@@ -10,7 +10,7 @@ from dlr_lock.microbench.bench import cases_of
 from dlr_lock.microbench.explain import explain
 from dlr_lock.reporting import Table, grouped, headings
 from dlr_lock.reporting.markdown import table
-from dlr_lock.reporting.words import cell, chain_name, count_words
+from dlr_lock.reporting.words import bytes_words, cell, chain_name, count_words
 
 Row = dict[str, Any]
 
@@ -38,12 +38,11 @@ def head(document: Row, what: str, columns: str = "", rows: Sequence[Sequence[st
 def kernel_cases(document: Row) -> list[tuple[Row | None, Row | None, Row]]:
     """(MLP, chain step by step, the op) of each MLP, token count and chain, in this order, where the op was tried.
 
-    On a GPU the op is `ours` and all are CUDA graphs; on a CPU it is look-ahead and all are eager. Nothing else stands
-    in for a row whose gate is red. None: was not tried, such as where the case crashed.
+    On a GPU all are CUDA graphs, on a CPU eager. Nothing else stands in for a row whose gate is red. None: was not
+    tried, such as where the case crashed.
     """
-    names = "dense-graph", "naive-graph", "ours-graph"
-    if document["device"].startswith("CPU "):
-        names = "dense-eager", "naive-eager", "lookahead-eager"
+    op = _op(document)
+    names = [f"{family}-{op.split('-')[1]}" for family in ("dense", "naive")] + [op]
     fields = "hidden", "intermediate", "tokens", "lanes", "depth", "rank", "dtype"
     compared = []
     for _, case in sorted(grouped(document["rows"], lambda row: tuple(row[n] for n in fields)).items()):
@@ -52,6 +51,14 @@ def kernel_cases(document: Row) -> list[tuple[Row | None, Row | None, Row]]:
         if ours is not None:
             compared.append((dense, naive, ours))
     return compared
+
+
+def _op(document: Row) -> str:
+    """The provider that stands for the op."""
+    if not document["device"].startswith("CPU "):
+        return "ours-graph"
+    tried = any(row["provider"] == "ours-eager" for row in document["rows"])
+    return "ours-eager" if tried else "lookahead-eager"  # all that files of 0.1 have on a CPU
 
 
 def kernels(document: Row) -> list[str]:
@@ -69,7 +76,8 @@ def kernels(document: Row) -> list[str]:
                 cell(ours["predicted_us"], ",.0f") + _missed(ours["median_us"], ours["predicted_us"]),
             ))  # fmt: skip
     what = f"One MLP's place in {document['rows'][0]['dtype']}, microseconds a call on cold weights"
-    columns = "MLP | chain | tokens | MLP, us | step by step | look-ahead | to MLP | error | forecast"
+    ours = "look-ahead" if _op(document) == "lookahead-eager" else "as it runs"
+    columns = f"MLP | chain | tokens | MLP, us | step by step | {ours} | to MLP | error | forecast"
     return head(document, what, columns, lines)
 
 
@@ -99,6 +107,48 @@ def models(document: Row) -> list[str]:
     what = f"Whole models of random weights in {document['rows'][0]['dtype']}, microseconds a step"
     columns = "model | chain | step, tokens | original, us | locked, us | ratio | tokens/s | error"
     return head(document, what, columns, lines)
+
+
+def speed(document: Row) -> list[str]:
+    """Of each model, engine, dtype and batch both sides' medians, and how far the locked model's runs lie apart."""
+    lines = []
+    for ours in (row for row in document["rows"] if row["side"] == "locked"):
+        same = ("model", "engine", "dtype", "prompt", "new_tokens", "batch")
+        theirs = next(
+            (r for r in document["rows"] if r["side"] == "original" and all(r[n] == ours[n] for n in same)),
+            {},
+        )
+        cells = [
+            _pair(ours.get(name), theirs.get(name), scale)
+            for name, scale in (
+                ("first_token_s", 1e3),
+                ("prefill_tokens_per_s", 1),
+                ("decode_tokens_per_s", 1),
+            )
+        ]
+        memory = [cell(side.get("peak_bytes"), bytes_words) for side in (ours, theirs)]
+        lines.append((
+            ours["model"], ours["engine"], ours["dtype"], str(ours["batch"]), *cells[:2],
+            cell(ours["prefill_ratio"], ".2f"), cells[2], cell(ours["decode_ratio"], ".2f"), " / ".join(memory),
+        ))  # fmt: skip
+    first = document["rows"][0]
+    what = (
+        f"Whole models by `dlr-lock bench model`, prompts of {count_words(first['prompt'], 'token')} and "
+        f"{first['new_tokens']} new ones; locked / original, and the locked model's speed over the original's"
+    )
+    columns = (
+        "model | engine | dtype | batch | first token, ms | prefill, tokens/s | ratio | decode, tokens/s | ratio | "
+        "memory"
+    )
+    return head(document, what, columns, lines)
+
+
+def _pair(ours: list[float] | None, theirs: list[float] | None, scale: float) -> str:
+    """Both medians, and half of what lies between the 20th and the 80th percentile of ours."""
+    if ours is None or theirs is None:
+        return "failed"
+    low, middle, high = ours
+    return f"{scale * middle:,.1f} ± {50 * (high - low) / middle:.0f}% / {scale * theirs[1]:,.1f}"
 
 
 def training(document: Row) -> list[str]:
@@ -173,6 +223,7 @@ TABLES: dict[str, Callable[[Row], list[str]]] = {
     "tests": tests,
     "kernels": kernels,
     "models": models,
+    "speed": speed,
     "training": training,
     "conversion": conversion,
     "moretests": tests,

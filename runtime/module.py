@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..triton_kernels import ChainWeights, current_backend, dlr_net, gram_blocks, gram_width, wants_gram
+from ..triton_kernels import (
+    ChainWeights,
+    compile_native,
+    current_backend,
+    dlr_net,
+    gram_blocks,
+    gram_width,
+    wants_gram,
+)
 from .spec import DLRSpec
 
 
@@ -66,8 +74,9 @@ class DLRNet(nn.Module):
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Computes the Gram blocks that look-ahead wants, for the weights and the device as they now are. Gated steps,
-        which run by their definition, have none, nor has a CPU, but for the backend 'lookahead'.
+        """Does what the first call would wait for: Gram blocks, which look-ahead wants, for the weights and the device
+        as they now are, and compiling what runs few tokens on a CPU. Gated steps, which run by their definition, have
+        neither, and a CPU has no Gram blocks, but for the backend 'lookahead'.
 
         The first forward does it where nobody did, and does it again where the weights were replaced, loaded,
         moved or trained. What goes past torch, such as writing through `.data`, it cannot see: call this then.
@@ -75,6 +84,7 @@ class DLRNet(nn.Module):
         self.dlr_gram = None
         if self.dlr_A.is_meta or self.spec.gated:
             return
+        compile_native(self.chain)
         if wants_gram(self.dlr_A):
             self.dlr_gram = gram_blocks(self.dlr_A, self.dlr_B, block=gram_width(self.dlr_A))
         self._prepared = [(weakref.ref(w), _writes(w)) for w in self.chain.weights]

@@ -113,6 +113,10 @@ class DLRQuantizer(HfQuantizer):
         for parameter in absent.values():
             parameter.requires_grad_(True)
         for _, net in locked_modules(model):
+            for vector in (net.dlr_scale, net.dlr_bias):
+                # Float32 in every file, they are parts of it in memory: of a bfloat16 checkpoint loaded as float32 they
+                # alone would keep it mapped, 257 MiB resident beside 516 of weights.
+                vector.data = vector.data.clone()
             net.prepare()
         self.watch(model)
         return model

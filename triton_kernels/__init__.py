@@ -5,7 +5,7 @@ from .backend import BACKENDS, backend, current_backend
 from .chain import ChainWeights
 from .cost import gram_width
 from .lookahead import gram_blocks, lookahead
-from .op import dlr_net, wants_gram
+from .op import compile_native, dlr_net, wants_gram
 from .reference import chain_reference, flattened_reference, lane_updates
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "ChainWeights",
     "backend",
     "chain_reference",
+    "compile_native",
     "current_backend",
     "dlr_net",
     "flattened_reference",

@@ -3,8 +3,8 @@
 torch's products of so few tokens cost more in overhead than in work: 24 of them take 1.2 times an MLP's three in
 float32, and 1.9 times in bfloat16. The function reads each weight once, at an MLP's pace or better.
 
-It is compiled at the first use on a machine, in a second or two, as Triton compiles what launches its kernels, and kept
-in the cache folder. Where that cannot be, chains run in plain torch.
+It is compiled when the first model is loaded on a machine, in a second or two, as Triton compiles what launches its
+kernels, and kept in the cache folder. Where that cannot be, chains run in plain torch.
 """
 
 import ctypes

@@ -58,6 +58,12 @@ def wants_gram(x: Tensor) -> bool:
     return backend == "lookahead" or (x.is_cuda and backend in ("auto", "triton"))
 
 
+def compile_native(chain: ChainWeights) -> None:
+    """Builds what the current backend runs few tokens by on a CPU, if the chain lies there and nobody has built it."""
+    if current_backend() in ("auto", "native"):
+        native_reason(chain.A, chain)  # which looks for the function last, and makes it
+
+
 def unsupported_reason(x: Tensor, chain: ChainWeights) -> str | None:
     """Why the Triton kernels cannot run a chain on x's device, as the end of a sentence; None where they can."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16)

@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from dlr_lock.convert.end_to_end import with_chains
-from dlr_lock.runtime import DLRNet, DLRSpec
+from dlr_lock.runtime import DLRNet, DLRSpec, lock
 
 POSITIONS = 8192
 
@@ -71,6 +72,23 @@ def original(
 @torch.no_grad()
 def locked(model: PreTrainedModel, shape: ModelShape, spec: DLRSpec) -> PreTrainedModel:
     """A copy of the original that shares all weights but the chains', whose updates are about half of x of unit RMS."""
+    return with_chains(model, _chains(model, shape, spec), [])
+
+
+@torch.no_grad()
+def save_both(
+    shape: ModelShape, spec: DLRSpec, dtype: torch.dtype, device: torch.device, folder: Path
+) -> tuple[Path, Path]:
+    """Writes a locked model and its original, without tokenizers, into a folder; returns both's directories."""
+    ours, theirs = folder / "locked", folder / "original"
+    model = original(shape, dtype, device)
+    model.save_pretrained(theirs)
+    lock(model, _chains(model, shape, spec), [])
+    model.save_pretrained(ours)
+    return ours, theirs
+
+
+def _chains(model: PreTrainedModel, shape: ModelShape, spec: DLRSpec) -> dict[str, DLRNet]:
     device, dtype = model.device, model.dtype
     source = torch.Generator(device).manual_seed(1)
     chains = {}
@@ -82,7 +100,7 @@ def locked(model: PreTrainedModel, shape: ModelShape, spec: DLRSpec) -> PreTrain
         net.dlr_scale.fill_(1 / math.sqrt(spec.lanes))
         net.prepare()
         chains[name] = net
-    return with_chains(model, chains, [])
+    return chains
 
 
 def read_bytes(model: PreTrainedModel) -> int:

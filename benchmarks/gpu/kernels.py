@@ -37,7 +37,7 @@ def measure(record: Record) -> None:
     record.document["settings"] |= {"rounds": rounds, "cold_bytes": cold_bytes, "dtype": dtype_name(dtype)}
 
     def failed(case: Case, why: str) -> Row:
-        name = "ours-graph" if gpu else "lookahead-eager"
+        name = "ours-graph" if gpu else "ours-eager"
         ratio = case.spec.params / case.dense_params
         return Row(name, **_key(case), dtype=dtype_name(dtype), params_ratio=ratio,
                    error_message=why)  # fmt: skip

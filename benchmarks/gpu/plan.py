@@ -9,6 +9,7 @@ STAGES = {
     "tests": 6.0,  # correct before fast
     "models": 6.0,
     "kernels": 8.0,
+    "speed": 6.0,
     "training": 4.0,
     "conversion": 6.0,
     "profiles": 3.0,  # of the worst rows of kernels and models
@@ -19,6 +20,7 @@ ABOUT = {
     "tests": "the tests that run kernels on the device",
     "models": "decode and prefill of whole models of random weights, locked against original",
     "kernels": "every MLP shape, chain and token count, with the error gate",
+    "speed": "the same models by `bench model`: transformers' generate, and vLLM where it is installed",
     "training": "a training step of whole models against an inference pass, by every strategy",
     "conversion": "a model locked, with loss, KL and flips",
     "profiles": "where the time of the worst row of the kernels and of the models goes",

@@ -154,7 +154,9 @@ def timed_in_turns(
         for turn in range(config.repeats + 1):
             for row in pair if turn % 2 == 0 else pair[::-1]:
                 progress("timing both models", len(runs), total)
-                run: dict[str, Any] = {"side": row.side, "batch": batch, "counts": turn > 0}
+                run: dict[str, Any] = {
+                    "engine": row.engine, "dtype": row.dtype, "batch": batch, "side": row.side, "counts": turn > 0
+                }  # fmt: skip
                 runs.append(run)
                 if row.error_message is None:
                     try:

@@ -332,8 +332,7 @@ def _checked(providers: Sequence[str] | None, device: torch.device) -> Sequence[
     for name in providers:
         if name not in PROVIDERS:
             raise DLRError(f"unknown provider {name!r}; one of {', '.join(PROVIDERS)}")
-        wants_gpu = name.endswith("-graph") or name.startswith("ours")
-        if wants_gpu and device.type != "cuda":
+        if name.endswith("-graph") and device.type != "cuda":
             raise DLRError(f"provider {name!r} wants a CUDA or ROCm device")
     return providers
 

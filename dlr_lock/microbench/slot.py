@@ -31,13 +31,13 @@ from ..triton_kernels.gpu import device_constants
 from ..triton_kernels.rounds import Shape
 from .timing import Call
 
-# Each family in the forms that it is timed in; "ours" is the op, as the cost model steers it, "prefill" and
-# "decode" are its two paths.
+# Each family in the forms that it is timed in; "ours" is the op as a model runs it: on a GPU by the Triton kernels, as
+# the cost model steers them, whose two paths are "prefill" and "decode"; on a CPU natively or in plain torch.
 PROVIDERS = (
     "dense-eager", "dense-compiled", "dense-graph", "naive-eager", "naive-compiled", "naive-graph",
     "lookahead-eager", "ours-eager", "ours-graph", "prefill-graph", "decode-graph",
 )  # fmt: skip
-CPU_PROVIDERS = ("dense-eager", "naive-eager", "lookahead-eager")
+CPU_PROVIDERS = ("dense-eager", "naive-eager", "lookahead-eager", "ours-eager")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +71,10 @@ def dense_mlp(x: Tensor, weights: DenseWeights) -> Tensor:
     return linear(silu(linear(x, gate)) * linear(x, up), down)
 
 
-def ours(**call: Any) -> Tensor:
-    """The op with its Triton kernels; arguments as `dlr_net`'s."""
-    with backend("triton"):
-        return dlr_net(**call)
+def ours(x: Tensor, **call: Any) -> Tensor:
+    """The op, arguments as `dlr_net`'s; on a GPU by its Triton kernels or not at all."""
+    with backend("triton" if x.is_cuda else "auto"):
+        return dlr_net(x, **call)
 
 
 def dtype_of(name: str, *, gpu: bool) -> torch.dtype:
@@ -127,6 +127,8 @@ class Slot:
         chains: list[dict[str, Any]] = [{"chain": chain} for chain in self.chain]
         if family == "naive":
             return chain_reference, chains
+        if family == "ours" and self.device.type == "cpu":  # where a model's chains have no Gram blocks
+            return ours, chains
         with_gram = [of | {"gram": gram} for of, gram in zip(chains, self.gram, strict=True)]
         if family in ("lookahead", "ours"):
             return (lookahead if family == "lookahead" else ours), with_gram

@@ -16,6 +16,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from dlr_lock.microbench.slot import CPU_PROVIDERS
 from dlr_lock.triton_kernels import op
 
 ROOT = Path(__file__).parents[2]
@@ -90,12 +91,17 @@ def test_the_rows_say_what_was_measured(smoke: tuple[str, Path]) -> None:
     (on_gpu,), (command_line,) = rows["tests"], rows["moretests"]
     assert on_gpu["skipped"] > 40 and on_gpu["failed"] == 0  # without a GPU they skip
     assert command_line["passed"] == 1  # in a process that a test has started
-    assert {row["provider"] for row in rows["kernels"]} == {"dense-eager", "naive-eager", "lookahead-eager"}
+    assert {row["provider"] for row in rows["kernels"]} == set(CPU_PROVIDERS)
     assert all(row["accurate"] and row["median_us"] > 0 for row in rows["kernels"])
     for row in rows["models"]:
         assert row["accurate"] and row["median_us"] > 0 and row["ratio_to_original"] > 0
         assert (row["error"] is None) == (row["side"] == "original")
     assert {row["phase"] for row in rows["models"]} == {"decode", "prefill"}
+    assert [(row["batch"], row["side"]) for row in rows["speed"]] == [
+        (batch, side) for batch in (1, 2) for side in ("locked", "original")
+    ]
+    for row in rows["speed"]:
+        assert row["decode_tokens_per_s"][1] > 0 and row["decode_ratio"] > 0 and row["error_message"] is None
     strategies = {(row["side"], row["strategy"]): row for row in rows["training"]}
     for side in ("original", "locked"):
         plain, inference = strategies[side, "plain"], strategies[side, "inference"]
@@ -157,7 +163,7 @@ def test_time_that_is_up_is_no_failure(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--stage", "kernels,speed"], "'speed'"),
+        (["--stage", "kernels,haste"], "'haste'"),
         (["--minutes", "0"], "--minutes"),
         (["--model", "/no/such/model"], "/no/such/model"),
         (["--model", str(ROOT)], "config.json"),

@@ -92,7 +92,7 @@ def test_what_is_committed_is_valid() -> None:
         ({"rows": [kernel_row("dense-graph", 4.0) | {"speed": 1}]}, "row 0: 'speed' is not known"),
         ({"rows": [kernel_row("ours-graph", 4.0) | {"accurate": False}]}, "though the row is not accurate"),
         ({"stage": "kernels"}, "source is missing"),
-        ({"stage": "speed"}, "is no result"),
+        ({"stage": "haste"}, "is no result"),
         ({"stage": [1]}, "is no result"),
         ({"stage": "models"}, "stage is 'models', though its name begins with kernels"),
         ({"cpu_threads": 10**400}, "cpu_threads is 1000"),
@@ -274,6 +274,57 @@ def test_a_run_of_few_providers_has_no_lines(tmp_path: Path) -> None:
     written(tmp_path / "nvidia-h200", kernels(kernel_row("dense-graph", 4.0)))
     text = render.block(render.newest(tmp_path))
     assert "### NVIDIA H200" in text and "| 576 x 1536 |" not in text
+
+
+def speed_row(side: str, engine: str = "transformers", **other: Any) -> dict[str, Any]:
+    key = {
+        "model": "locked",
+        "engine": engine,
+        "dtype": "float32",
+        "prompt": 64,
+        "new_tokens": 16,
+        "batch": 8,
+    }
+    return key | {"side": side} | other
+
+
+def test_speeds_of_both_models_stand_in_a_line(tmp_path: Path) -> None:
+    ours = {
+        "first_token_s": [0.09, 0.1, 0.11],
+        "decode_tokens_per_s": [50.0, 60.0, 62.0],
+        "decode_ratio": 0.75,
+    }
+    theirs = {
+        "first_token_s": [0.1, 0.2, 0.3],
+        "decode_tokens_per_s": [79.0, 80.0, 81.0],
+        "decode_ratio": 1.0,
+    }
+    rows = [
+        speed_row("locked", **ours), speed_row("original", **theirs),
+        speed_row("locked", "vllm", error_message="died"), speed_row("original", "vllm", **theirs),
+    ]  # fmt: skip
+    written(tmp_path / "cpu", HEAD | {"device": "CPU A", "rows": rows}, "speed-20270102T030405.json")
+    text = render.block(render.newest(tmp_path))
+    assert (
+        "| locked | transformers | float32 | 8 | 100.0 ± 10% / 200.0 | failed | - | 60.0 ± 10% / 80.0 | 0.75 |"
+        in text
+    )
+    assert "| locked | vllm | float32 | 8 | failed | failed | - | failed | - |" in text
+
+
+def test_files_of_several_engines_become_one() -> None:
+    speed = importlib.import_module("benchmarks.speed")
+
+    def document(*rows: dict[str, Any], **other: Any) -> dict[str, Any]:
+        runs = [{"engine": row["engine"], "dtype": row["dtype"]} for row in rows]
+        return HEAD | {"rows": list(rows), "runs": runs} | other
+
+    before = document(speed_row("locked"), speed_row("locked", "vllm"))
+    found = speed.merged(before, document(speed_row("locked", weights_bytes=5), versions={"torch": "2.12"}))
+    assert found["rows"] == [speed_row("locked", "vllm"), speed_row("locked", weights_bytes=5)]
+    assert [run["engine"] for run in found["runs"]] == ["vllm", "transformers"]
+    with pytest.raises(DLRError, match="cpu_threads was 16, and is 1: write to another file"):
+        speed.merged(before, document(speed_row("locked"), cpu_threads=1))
 
 
 def test_every_kind_of_a_gpu_run_has_its_table(tmp_path: Path) -> None:

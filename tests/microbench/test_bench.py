@@ -56,7 +56,7 @@ def test_every_provider_has_a_row_a_case(dtype: str, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(bench, "measured_rates", lambda device, dtype: Rates(1e10, 1e11))
     saved: list[int] = []
     document = tiny(dtype=dtype, save=lambda d: saved.append(len(d["rows"])))
-    assert saved == [3, 6, 6] and document["stopped"] is None
+    assert saved == [4, 8, 8] and document["stopped"] is None
     assert document["schema"] == 1 and document["program"].startswith("dlr-lock ") and document["device"]
     assert {"python", "torch", "triton", "transformers"} <= set(document["versions"])
     assert all(rate > 0 for rate in document["measured_rates"].values())

@@ -1,6 +1,8 @@
 """A loaded model is ready to serve: nothing is left to prepare, and what servers ask of `generate` gives the same
 tokens as one prompt after another."""
 
+import gc
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, PreTrainedModel, TextIteratorStreamer
 
 from dlr_lock.runtime import load, locked_modules, module
-from dlr_lock.triton_kernels import backend
+from dlr_lock.triton_kernels import backend, native
 
 NEW = 8
 
@@ -55,6 +57,24 @@ def test_gram_blocks_are_made_once_for_all_that_follows(
         assert chains == len(made) == 2
         new_tokens(model, prompt(12))
     assert len(made) == chains
+
+
+@pytest.mark.skipif(
+    not (sys.platform == "linux" and (shutil.which("g++") or shutil.which("clang++"))),
+    reason="no C++ compiler",
+)
+def test_what_runs_few_tokens_is_compiled_when_a_model_is_loaded(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DLR_LOCK_CACHE", str(tmp_path))
+    native.library.cache_clear()
+    try:
+        model = load(checkpoint, device="cpu")
+        assert [path.suffix for path in (tmp_path / "native").iterdir()] == [".so"]
+        monkeypatch.setattr(subprocess, "run", lambda *command, **more: pytest.fail(f"ran {command}"))
+        new_tokens(model, prompt(12))
+    finally:
+        native.library.cache_clear()
 
 
 def test_a_static_cache_compiles_to_one_graph_without_breaks(checkpoint: Path) -> None:
@@ -130,3 +150,18 @@ def test_loading_takes_the_memory_of_the_weights_once(checkpoint: Path, tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert 0.8 * size < int(done.stdout) <= 1.2 * size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_checkpoint_that_was_converted_is_not_kept_in_memory(tmp_path: Path) -> None:
+    locked_tiny("llama").to(torch.bfloat16).save_pretrained(tmp_path)
+
+    def mapped() -> bool:
+        gc.collect()
+        return str(tmp_path) in Path("/proc/self/maps").read_text()
+
+    model = load(tmp_path, device="cpu", dtype="bfloat16")
+    assert mapped()  # the weights themselves are: no second copy is made
+    del model
+    model = load(tmp_path, device="cpu", dtype="float32")
+    assert not mapped() and model.dtype == torch.float32
