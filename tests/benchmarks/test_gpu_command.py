@@ -137,13 +137,13 @@ def test_a_stage_that_was_cut_off_goes_on(
     (path,) = smoke[1].glob("kernels-*.json")
     document = json.loads(path.read_text())
     rows = document["rows"]
-    document |= {"finished": False, "stopped": "cut off", "rows": rows[:3]}
+    document |= {"finished": False, "stopped": "cut off", "rows": rows[:4]}
     (tmp_path / path.name).write_text(json.dumps(document))
     assert stage.main(["--stage", "kernels", "--smoke", "--minutes", "2", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("\nkernels: ") == 4  # three cases, and the end
     (path,) = tmp_path.glob("kernels-*.json")
     again = schema.load(path)
-    assert again["finished"] and again["rows"][:3] == rows[:3]
+    assert again["finished"] and again["rows"][:4] == rows[:4]
     assert {schema.key(row, "kernels") for row in again["rows"]} == {
         schema.key(row, "kernels") for row in rows
     }
@@ -233,7 +233,7 @@ def test_a_case_that_takes_its_process_with_it_is_a_row_and_the_rest_is_measured
     assert statuses == [-6, 1]
     (path,) = tmp_path.glob("kernels-*.json")
     document = schema.load(path)
-    assert document["finished"] and len(document["rows"]) == 1 + 3 * 3  # one of the four cases crashed
+    assert document["finished"] and len(document["rows"]) == 1 + 3 * 4  # one of the four cases crashed
     (red,) = [row for row in document["rows"] if not row["accurate"]]
     assert (red["tokens"], red["error_message"], red["median_us"]) == (3, "hung or crashed", None)
     assert "RED" in capfd.readouterr().out

@@ -4,8 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import psutil
 import pytest
 from checkpoints import greedy, lock_smollm2, save_locked
 from openai import OpenAI
-from servers import Served, answers, family, free_port, gone, post
+from servers import ENVIRONMENT, Served, answers, family, free_port, gone, post
 from tiny import tiny_tokenizer
 from transformers import AutoTokenizer
 
@@ -136,6 +138,30 @@ def test_sigterm_ends_it_cleanly(serve: Callable[..., Served], checkpoint: Path)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
     assert gone(pids) == set() and not answers(f"{url}/health")
+
+
+def test_ctrl_c_twice_leaves_no_process(serve: Callable[..., Served], checkpoint: Path) -> None:
+    url, process = serve(checkpoint, *FLAGS)
+    pids = family(process.pid)
+    for _ in range(2):  # a terminal sends it to all of them, and the second meets a server that is going down
+        for pid in family(process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGINT)
+        time.sleep(0.3)
+    process.wait(60)
+    assert gone(pids) == set() and not answers(f"{url}/health")
+
+
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_an_unknown_flag_is_refused_in_the_engine_s_own_words(engine: str, checkpoint: Path) -> None:
+    command = [sys.executable, "-m", "dlr_lock", "serve", str(checkpoint), "--engine", engine, "--"]
+    found = subprocess.run(
+        [*command, "--port", str(free_port()), "--unknown-flag"], capture_output=True, text=True, cwd="/",
+        env=os.environ | ENVIRONMENT, timeout=600,
+    )  # fmt: skip
+    assert found.returncode == 2 and "Traceback" not in found.stderr
+    (line,) = [line for line in found.stderr.splitlines() if "--unknown-flag" in line]
+    assert "unrecognized arguments" in line or "No such option" in line
 
 
 def test_a_killed_server_leaves_no_process(serve: Callable[..., Served], checkpoint: Path) -> None:
