@@ -26,12 +26,19 @@ def run_plain(x: Tensor, chain: ChainWeights) -> Tensor:
     else:
         reads, writes = A.unbind(1), B.unbind(1)
     product, add_product = (torch.mm, z.addmm_) if one else (torch.bmm, z.baddbmm_)
+    # Every step writes to the same memory: new pages each time cost 1 to 2% at 512 tokens.
+    h = z.new_empty((*z.shape[:-1], A.shape[2]), dtype=A.dtype)
+    narrow = (
+        None
+        if z.dtype == A.dtype
+        else (torch.empty_like(z, dtype=A.dtype), torch.empty_like(z, dtype=A.dtype))
+    )
     for A_k, B_k in zip(reads, writes, strict=True):
-        h = product(z.to(A.dtype), A_k.mT)
-        h = silu(h, inplace=True) if activation is silu else activation(h)
-        if z.dtype == B.dtype:
-            add_product(h, B_k)
+        product(z if narrow is None else narrow[0].copy_(z), A_k.mT, out=h)
+        hidden = silu(h, inplace=True) if activation is silu else activation(h)
+        if narrow is None:
+            add_product(hidden, B_k)
         else:
-            z += product(h, B_k)
+            z += product(hidden, B_k, out=narrow[1])
     update = z.sub_(start)
     return chain_output(x, chain, update if one else update.sum(0))
