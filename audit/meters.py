@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from ..common.timing import now
 from ..triton_kernels import backend
+from ..triton_kernels.lookahead import SOLVED, gram_steps
 
 aten = torch.ops.aten
 
@@ -331,12 +332,13 @@ def _dlr_net_launches(
 ) -> int:  # fmt: skip
     if G is not None:
         return 5 * A.shape[1]  # step by step: three products, the activation, the gate
-    return sum(2 if S == 1 else 3 for S in _block_steps(A, gram))  # a step alone needs no solve
+    wide = A.shape[2] > SOLVED  # else several steps are one solve
+    return sum(1 + S if wide or S == 1 else 3 for S in _block_steps(A, gram))
 
 
 def _block_steps(A: Tensor, gram: Tensor | None) -> list[int]:
     """Steps of each block."""
-    steps, depth = 1 if gram is None else gram.shape[-2] // A.shape[2], A.shape[1]
+    steps, depth = 1 if gram is None else gram_steps(gram), A.shape[1]
     return [min(steps, depth - first) for first in range(0, depth, steps)]
 
 

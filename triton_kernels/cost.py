@@ -15,11 +15,11 @@ from torch import Tensor
 
 from .decode_plan import DecodePlan, plan_decode
 from .gpu import Device, device_constants
-from .lookahead import BLOCK, block_steps
-from .rounds import Part, Shape, chunk_tokens, class_tokens, rounds_of, solve_columns
+from .lookahead import BLOCK, SOLVED, block_steps
+from .rounds import Round, Shape, chunk_tokens, class_tokens, rounds_of
 from .tiles import product_seconds, tile_for
 
-_GRAM_SHARE = 1 / 8  # of the weights' memory, which Gram blocks wider than one step may take
+_GRAM_SHARE = 1 / 8  # of the weights' memory, which Gram blocks of wide steps may take
 USUAL_TOKENS = 4096  # of a prefill, which the width of Gram blocks is chosen for
 
 
@@ -95,9 +95,8 @@ def _chunk_seconds(shape: Shape, tiled: int, block: int, device: Device) -> tupl
             tile = tile_for(replace(work, tokens=tiled), device)
             seconds, launches = seconds + times * product_seconds(work, tile, device), launches + times
             split |= tile.split > 1
-        for part in one.parts:
-            if part.solved:
-                seconds, launches = seconds + times * _solve_seconds(shape, part, device), launches + times
+        if one.solved:
+            seconds, launches = seconds + times * _solve_seconds(shape, one, device), launches + times
     if split:  # their counters are zeroed
         seconds, launches = seconds + device.launch, launches + 1
     if not rounds[-1].finishes:  # the lanes are summed by torch, in four
@@ -106,14 +105,14 @@ def _chunk_seconds(shape: Shape, tiled: int, block: int, device: Device) -> tupl
     return seconds, launches
 
 
-def _solve_seconds(shape: Shape, part: Part, device: Device) -> float:
+def _solve_seconds(shape: Shape, one: Round, device: Device) -> float:
     """A program of 64 tokens does its steps one after another, and a multiprocessor two programs at a time."""
     programs = ceil(shape.tokens / 64) * shape.lanes
-    columns = part.steps * shape.rank
-    grams = part.steps * (part.steps - 1) // 2 * shape.rank**2 * shape.itemsize
+    columns = one.steps * shape.rank
+    grams = one.steps * (one.steps - 1) // 2 * shape.rank**2 * shape.itemsize
     moved = min(64, shape.tokens) * columns * (4 + shape.itemsize) + grams
     most, waves = ceil(programs / device.sms), ceil(programs / (2 * device.sms))
-    seconds = max(most * moved / device.sm_bandwidth, waves * part.steps * device.step)
+    seconds = max(most * moved / device.sm_bandwidth, waves * one.steps * device.step)
     return device.launch + 2 * device.latency + seconds
 
 
@@ -131,10 +130,10 @@ def predict_dense(shape: Shape, width: int, device: Device) -> Prediction:
 
 
 def gram_bytes(shape: Shape, width: int) -> int:
-    """Bytes of Gram blocks of `width` columns, as `gram_blocks` makes them."""
+    """Bytes of Gram blocks of at most `width` columns, as `gram_blocks` makes them."""
     steps = block_steps(width, shape.depth, shape.rank)
-    blocks = ceil(shape.depth / steps)
-    return 0 if steps == 1 else shape.lanes * blocks * width**2 * shape.itemsize
+    tiles = ceil(shape.depth / steps) * steps * (steps - 1) // 2
+    return shape.lanes * tiles * shape.rank**2 * shape.itemsize
 
 
 def gram_width(A: Tensor) -> int:
@@ -155,8 +154,8 @@ def gram_width(A: Tensor) -> int:
 def best_width(shape: Shape, device: Device) -> int:
     """The width of Gram blocks, in columns, at which a chain should be nearest to its floors.
 
-    Tried are whole solves, and solves of a power of two of steps, whose columns tiles divide; once to eight times.
-    Blocks wider than one solve may take an eighth of the weights' bytes.
+    Tried are, of steps that are solved, as many as a solve takes and the power of two before that, whose columns tiles
+    divide; of wide ones one to eight, whose blocks may take an eighth of the weights' bytes.
 
     Args:
         shape: The chain, with the number of tokens that counts beside one token.
@@ -165,13 +164,15 @@ def best_width(shape: Shape, device: Device) -> int:
     Returns:
         The width at which the product of both predictions over their floors is the least.
     """
-    lane = shape.depth * shape.rank
-    part = solve_columns(lane, shape.rank)
-    even = shape.rank << (part // shape.rank).bit_length() - 1
-    widths = sorted({min(lane, size * n) for size in (part, even) for n in (1, 2, 4, 8)})
-    fitting = [w for w in widths if w <= part or gram_bytes(shape, w) <= _GRAM_SHARE * shape.weight_bytes]
+    depth, rank = shape.depth, shape.rank
+    if rank <= SOLVED:
+        most = block_steps(depth * rank, depth, rank)
+        steps = {most, 1 << most.bit_length() - 1}
+    else:
+        room = _GRAM_SHARE * shape.weight_bytes
+        steps = {n for n in range(1, min(8, depth) + 1) if gram_bytes(shape, n * rank) <= room}
     usual = (replace(shape, tokens=1), shape)
-    return min(fitting, key=lambda w: math.prod(_over_floor(s, w, device) for s in usual))
+    return rank * min(steps, key=lambda n: (math.prod(_over_floor(s, n * rank, device) for s in usual), n))
 
 
 def _over_floor(shape: Shape, width: int, device: Device) -> float:

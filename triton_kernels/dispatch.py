@@ -9,6 +9,7 @@ from .cost import choose
 from .decode import decode
 from .decode_plan import DecodePlan
 from .gpu import Device, device_constants
+from .lookahead import gram_steps
 from .prefill import prefill
 from .rounds import Shape
 
@@ -23,7 +24,7 @@ def run(x: Tensor, chain: ChainWeights, gram: Tensor) -> Tensor:
     vectors = _plain(chain.scale.float()), _plain(chain.bias.float())
     chain = ChainWeights(_plain(chain.A), _plain(chain.B), *vectors, act=chain.act)
     shape, device = Shape.of(chain.A, len(x)), device_constants(x.device.index)
-    plan = choose(shape, device, gram.shape[-2] // shape.rank, torch.are_deterministic_algorithms_enabled())
+    plan = choose(shape, device, gram_steps(gram), torch.are_deterministic_algorithms_enabled())
     if plan is not None and (plan, device) not in _too_large:
         try:
             return decode(x, chain, plan)

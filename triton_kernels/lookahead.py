@@ -7,12 +7,13 @@ Z + sum_{j<i} h_j B_j, so all of the block's products with the state can be done
     h_i    = act(p_i + sum_{j<i} h_j gram[j, i])                 gram[j, i] = B_j A_i^T, known once the weights are
     Z     += H B_blk                                    [T, d]   one product
 
-K dependent pairs of thin products become K / S pairs of wide ones and K small ones, for m / (4 d) more FLOPs and
-bytes. It is the oracle of the kernels' blocked arithmetic, and runs by the backend 'lookahead'.
+K dependent pairs of thin products become K / S pairs of wide ones and K small ones, for (S - 1) r / (4 d) more FLOPs
+and bytes. It is the oracle of the kernels' blocked arithmetic, and runs by the backend 'lookahead'.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from math import isqrt
 
 import torch
 from torch import Tensor
@@ -23,6 +24,11 @@ from .chain import ChainWeights
 from .reference import chain_output, state_dtype
 
 BLOCK = 128  # the width of Gram blocks on a CPU: the fastest there, and 64 to 512 are all within 15%
+# Of ranks up to SOLVED, what earlier steps of a block add to later ones is one launch on a GPU, the solve, which has a
+# program for 64 tokens. What a wider step adds is a product large enough to fill a device by itself.
+SOLVED = 128
+SOLVE_WIDTH = 512  # columns of a block that is solved: the most whose steps stay in registers
+SOLVE_STEPS = 16  # and its steps, which are unrolled: 120 small products
 
 
 @torch.no_grad()
@@ -54,7 +60,8 @@ def lookahead(x: Tensor, chain: ChainWeights, *, block: int = BLOCK, gram: Tenso
 
 def run_blocks(x: Tensor, chain: ChainWeights, gram: Tensor) -> Tensor:
     """`lookahead` for tokens, a chain and Gram blocks that were checked, where no gradient is recorded."""
-    A, B, rank, width = chain.A, chain.B, chain.A.shape[2], gram.shape[-2]
+    A, B, rank = chain.A, chain.B, chain.A.shape[2]
+    width = gram_steps(gram) * rank
     start = x.reshape(-1, x.shape[-1]).to(state_dtype(A.dtype))
     z = start.expand(A.shape[0], -1, -1).clone()
     # One lane goes without its dimension: a batched product of one costs twice the overhead on a CPU.
@@ -72,36 +79,42 @@ def run_blocks(x: Tensor, chain: ChainWeights, gram: Tensor) -> Tensor:
 def gram_blocks(A: Tensor, B: Tensor, *, block: int = BLOCK) -> Tensor:
     """The Gram blocks of plain steps: what the steps of a block add to what later ones of it read.
 
-    They are summed in float32 or better. For blocks of one step, where nothing comes before, they are empty: r^2 zeros
-    a step would be r / 2d of the weights' bytes, 19% for rank 768 at d = 2048.
+    They are summed in float32 or better. Tiles that would be zero, of no earlier step, are left out: for blocks of one
+    step, where nothing comes before, that is all.
 
     Args:
         A: What the steps read, [L, K, r, d].
         B: What they write, [L, K, r, d].
-        block: The most columns of a block. It holds S = max(1, block // r) steps, and K at most.
+        block: The most columns of a block. See `block_steps` for its steps, S.
 
     Returns:
-        The blocks, [L, N, m, m] in the weights' dtype, for N = ceil(K / S) and m = S r. The tile
-        [j r : (j + 1) r, i r : (i + 1) r] of a block is B_j A_i^T for its step j before its step i, and 0 elsewhere,
-        as in the part of the last block that has no steps. For S = 1, [L, K, r, 0].
+        The blocks, [L, N, S (S - 1) / 2 r, r] in the weights' dtype, for N = ceil(K / S). Tiles of r rows: of step 1
+        that of step 0, then of step 2 those of steps 0 and 1, and so on. The tile of step i and an earlier one j is
+        B_j A_i^T. Where the last block has fewer steps its last tiles are 0.
     """
     lanes, depth, rank, _ = A.shape
     steps = block_steps(block, depth, rank)
-    count, width = -(-depth // steps), steps * rank
-    if steps == 1:
-        return A.new_empty(lanes, depth, rank, 0)
-    step = torch.arange(width, device=A.device) // rank
-    later = step[:, None] < step[None, :]
-    gram = A.new_zeros(lanes, count, width, width)
+    gram = A.new_zeros(lanes, -(-depth // steps), steps * (steps - 1) // 2 * rank, rank)
     with without_autocast(A.device.type):
-        for n in range(count):
-            part = slice(n * steps, (n + 1) * steps)
+        for k in range(depth):
+            n, i = divmod(k, steps)
+            if i == 0:
+                continue
             # 16-bit weights are multiplied as float32: these products are made once
-            rows, columns = (wide(W[:, part]).to(state_dtype(W.dtype)) for W in (B, A))
-            full = rows @ columns.mT
-            m = full.shape[-1]
-            gram[:, n, :m, :m] = torch.where(later[:m, :m], full, 0.0).to(gram.dtype)
+            before, reads = (W.to(state_dtype(W.dtype)) for W in (B[:, k - i : k], A[:, k]))
+            own_tiles(gram, i).select(1, n).copy_(wide(before) @ reads.mT)
     return gram
+
+
+def own_tiles(gram: Tensor, step: int) -> Tensor:
+    """A view of the tiles that step `step` of each block reads, [.., step r, r], of gram [.., S (S - 1) / 2 r, r]."""
+    rank = gram.shape[-1]
+    return gram.narrow(-2, step * (step - 1) // 2 * rank, step * rank)
+
+
+def gram_steps(gram: Tensor) -> int:
+    """The steps S of a Gram block, of gram [.., S (S - 1) / 2 r, r]."""
+    return (1 + isqrt(1 + 8 * (gram.shape[-2] // gram.shape[-1]))) // 2
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
@@ -112,7 +125,9 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
 
 
 def block_steps(block: int, depth: int, rank: int) -> int:
-    """Steps of a Gram block of at most `block` columns: at least one, at most the chain's."""
+    """Steps of a Gram block of at most `block` columns: at least one, at most the chain's, or what a solve takes."""
+    if rank <= SOLVED:
+        block = min(block, SOLVE_WIDTH, SOLVE_STEPS * rank)
     return max(1, min(depth, block // rank))
 
 
@@ -123,10 +138,12 @@ def check_gram(gram: Tensor, A: Tensor) -> None:
         ValueError: It has not; the message names the shapes and dtypes.
     """
     lanes, depth, rank, _ = A.shape
-    steps = gram.shape[-2] // rank if gram.dim() == 4 else 0
-    width = steps * rank
-    wanted = (lanes, -(-depth // max(steps, 1)), width, width if steps > 1 else 0)
-    if steps == 0 or gram.shape != wanted or gram.dtype != A.dtype:
+    fits = gram.dim() == 4 and gram.shape[-1] == rank and gram.dtype == A.dtype
+    if fits:
+        steps = gram_steps(gram)
+        wanted = (lanes, -(-depth // steps), steps * (steps - 1) // 2 * rank, rank)
+        fits = gram.shape == wanted and steps == block_steps(steps * rank, depth, rank)
+    if not fits:
         raise ValueError(
             f"Gram blocks of shape {tuple(gram.shape)} and {gram.dtype} do not fit weights of {tuple(A.shape)} "
             f"and {A.dtype}"
@@ -148,7 +165,7 @@ def _blocks(W: Tensor, width: int) -> list[Tensor]:
 
 
 def _solve(P: Tensor, gram: Tensor, rank: int, act: str, add: Callable) -> None:
-    """Turns P [.., T, m] of a block into its H, in place; gram [.., m', m'], m' >= m.
+    """Turns P [.., T, m] of a block into its H, in place, with the block's Gram tiles.
 
     Step i takes what the earlier ones add in one product, of a width that grows. Written on, not anew, and without
     lists: on a CPU at one token an operation costs what its bytes do, and a list what an operation does.
@@ -157,7 +174,7 @@ def _solve(P: Tensor, gram: Tensor, rank: int, act: str, add: Callable) -> None:
     for first in range(0, P.shape[-1], rank):
         p = P.narrow(-1, first, rank)
         if first:
-            add(p, P.narrow(-1, 0, first), gram.narrow(-1, first, rank).narrow(-2, 0, first))
+            add(p, P.narrow(-1, 0, first), own_tiles(gram, first // rank))
         if activation is silu:
             silu(p, inplace=True)  # spares a copy: 3 us of 25 a step
         else:

@@ -1,8 +1,8 @@
 """Many tokens at once: rounds of a few launches, or one round where a lane fits one block.
 
 A round is P = z A^T, the hidden units H of its block, and u += H B with u = z - x, the sum of a lane's updates, kept in
-float32. H follows from P in parts: a part of several narrow steps is a solve; of a part that is one wide step nothing
-is left but the activation, with which its product ends. What earlier parts add to the P of a later one is a product.
+float32. Of narrow steps H follows from P by a solve. Of the first of some wide steps nothing is left but the activation,
+with which the product of P ends; what earlier ones add to the P of a later one is a product that ends so, too.
 
 Holding u instead of z spares the copy of x at the start and the subtraction at the end, and the products read
 z = x + u rounded to the weights' dtype, which the second product writes on its way. In memory a token's lanes lie side
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .chain import ChainWeights
 from .gpu import Device
+from .lookahead import gram_steps
 from .matmul import Product, View, matmul_memory
 from .rounds import SCRATCH, Round, Shape, chunk_tokens, class_tokens, rounds_of
 from .solve import Solve
@@ -41,9 +42,15 @@ def prefill(
         y, [T, d], in x's dtype.
     """
     A = chain.A
-    steps = gram.shape[-2] // A.shape[2]
     made = _made(
-        Shape.of(A, class_tokens(len(x))), steps, A.dtype, chain.act, device, scratch, x.dtype, x.device
+        Shape.of(A, class_tokens(len(x))),
+        gram_steps(gram),
+        A.dtype,
+        chain.act,
+        device,
+        scratch,
+        x.dtype,
+        x.device,
     )
     return made(x, chain, gram)
 
@@ -112,11 +119,10 @@ class Prefill:
         last = len(self._rounds) - 1
         for n, one in enumerate(self._rounds):
             one.project(tokens, n, x if n == 0 else z, A, P, hidden=H, **memory)
-            for between, solve in one.parts:
-                if between is not None:
-                    between(tokens, n, H, gram, P, hidden=H, total=P, **memory)
-                if solve is not None:
-                    solve(tokens, n, P, gram, H)
+            if one.solve is not None:
+                one.solve(tokens, n, P, gram, H)
+            for between in one.between:
+                between(tokens, n, H, gram, P, hidden=H, total=P, **memory)
             if n < last:
                 one.update(tokens, n, H, B, u, x=x, z=z, total=u, **memory)
             elif one.finishes:
@@ -135,11 +141,11 @@ class _Round:
     ) -> None:
         lanes, rank, hidden = shape.lanes, shape.rank, shape.hidden
         width, blocks = block * rank, -(-shape.depth // block)
+        gram_block = block * (block - 1) // 2 * rank**2  # elements of a Gram block
         self.finishes = one.finishes
         token = View(lanes * width, lane=width)  # of P and H
         state = View(lanes * hidden, lane=hidden)  # of u and z
         whole = shape.depth * rank * hidden  # elements of a lane's A
-        gram_lane, gram_block = blocks * width**2, width**2
 
         def product(work: Work, **views: Any) -> Product:
             return Product(
@@ -155,24 +161,22 @@ class _Round:
         self.project = product(
             one.project, a=View(hidden) if one.first else state,
             w=View(1, column=hidden, lane=whole, block=width * hidden), out=token,
-            active=0 if one.parts[0].solved else rank,
+            active=0 if one.solved else rank,
         )  # fmt: skip
-        self.parts: list[tuple[Product | None, Solve | None]] = []
-        for part in one.parts:
-            start, between, solve = part.start, None, None
-            if part.between is not None:
-                between = product(
-                    part.between, a=token,
-                    w=View(width, start=start * rank, lane=gram_lane, block=gram_block),
-                    out=View(token.row, lane=width, start=start * rank), total=True,
-                    active=0 if part.solved else rank,
-                )  # fmt: skip
-            if part.solved:
-                solve = Solve(
-                    lanes=lanes, steps=part.steps, rank=rank, first=start, block=block, blocks=blocks,
-                    tokens=shape.tokens, dtype=dtype, act=act,
-                )  # fmt: skip
-            self.parts.append((between, solve))
+        self.between = [
+            product(
+                work, a=token,
+                w=View(rank, start=i * (i - 1) // 2 * rank**2, lane=blocks * gram_block, block=gram_block),
+                out=View(token.row, lane=width, start=i * rank), total=True, active=rank,
+            )
+            for i, work in enumerate(one.between, 1)
+        ]  # fmt: skip
+        self.solve = None
+        if one.solved:
+            self.solve = Solve(
+                lanes=lanes, steps=one.steps, rank=rank, block=block, blocks=blocks, tokens=shape.tokens,
+                dtype=dtype, act=act,
+            )  # fmt: skip
         if one.first and one.last:  # the sum over lanes is one product of L m columns
             self.update = product(
                 one.update, a=View(lanes * width), w=View(hidden), out=View(hidden), finish=True
@@ -186,4 +190,4 @@ class _Round:
 
     def products(self) -> list[Product]:
         """All but the solves."""
-        return [self.project, self.update, *(between for between, _ in self.parts if between)]
+        return [self.project, *self.between, self.update]

@@ -7,10 +7,9 @@ from math import ceil
 
 from torch import Tensor
 
+from .lookahead import SOLVED
 from .tiles import Work
 
-SOLVE_WIDTH = 512  # columns of one solve: the most whose steps stay in registers
-SOLVE_STEPS = 16  # steps of one solve, which is unrolled: 120 small products
 MOST_TOKENS = 8192  # from which on more tokens change nothing about tiles
 SCRATCH = 256 * 2**20  # bytes at most: longer inputs go in chunks, 128 tokens at least
 
@@ -44,16 +43,6 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Some steps of a block: the product of what earlier ones add to their P, if there are any, and their solve."""
-
-    start: int  # the first step, within the block
-    steps: int
-    between: Work | None
-    solved: bool  # else the activation ends the product, of the one step
-
-
-@dataclass(frozen=True, slots=True)
 class Round:
     """One block of steps of every lane."""
 
@@ -62,12 +51,13 @@ class Round:
     last: bool
     finishes: bool  # whether the last product writes y; else the lanes are still to be summed
     project: Work
-    parts: tuple[Part, ...]
+    solved: bool  # several steps by one solve; else an activation ends a product for each
+    between: tuple[Work, ...]  # what earlier steps add to the second one's P, to the third one's, and so on
     update: Work
 
     def works(self) -> list[Work]:
         """Its products."""
-        return [self.project, self.update, *(part.between for part in self.parts if part.between)]
+        return [self.project, *self.between, self.update]
 
 
 @cache
@@ -75,13 +65,11 @@ def round_of(shape: Shape, steps: int, first: bool, last: bool) -> Round:
     """The round of a block of `steps` steps."""
     lanes, rank, hidden, size = shape.lanes, shape.rank, shape.hidden, shape.itemsize
     tokens, columns = shape.tokens, steps * rank
-    each = solve_columns(columns, rank) // rank  # steps of a part
-    parts = []
-    for start in range(0, steps, each):
-        count = min(each, steps - start)
-        between = Work(tokens, count * rank, start * rank, lanes, 4 + (size if each == 1 else 4), size)
-        parts.append(Part(start, count, between if start else None, each > 1))
-    active = rank if each == 1 else 0
+    solved = steps > 1 and rank <= SOLVED
+    # Of a step that follows others P is read and H written.
+    later = range(1, 1 if solved else steps)
+    between = tuple(Work(tokens, rank, i * rank, lanes, 4 + size, size) for i in later)
+    active = 0 if solved else rank
     written = ceil((active * size + (columns - active) * 4) / columns)
     project = Work(tokens, columns, hidden, lanes, written, size)
     total = 0 if first else 4
@@ -91,7 +79,7 @@ def round_of(shape: Shape, steps: int, first: bool, last: bool) -> Round:
     else:
         ends = total + (size if finishes else 4 if last else 4 + 2 * size)
         update = Work(tokens, hidden, columns, lanes, ends, size)
-    return Round(steps, first, last, finishes, project, tuple(parts), update)
+    return Round(steps, first, last, finishes, project, solved, between, update)
 
 
 def rounds_of(shape: Shape, block: int) -> Iterator[Round]:
@@ -100,18 +88,6 @@ def rounds_of(shape: Shape, block: int) -> Iterator[Round]:
     for n in range(count):
         steps = block if n < count - 1 else shape.depth - n * block
         yield round_of(shape, steps, n == 0, n == count - 1)
-
-
-def solve_columns(width: int, rank: int) -> int:
-    """Columns of a block of `width` columns that one solve takes: whole steps, as many as its registers hold.
-
-    A step of more than 128 columns is not solved with others: a solve has a program for 64 tokens, 8 for 512 where a
-    device has 132 multiprocessors, and what one such step adds for the next is a product large enough to fill it.
-    """
-    if rank > 128:
-        return rank
-    most = min(SOLVE_WIDTH, SOLVE_STEPS * rank)
-    return min(width, max(rank, most // rank * rank))
 
 
 def class_tokens(tokens: int) -> int:

@@ -22,7 +22,7 @@ from .launch import Launch
 
 
 class Solve:
-    """The launches of a part of every block: its steps from `first` on."""
+    """The launches of the solve of a block of every lane."""
 
     def __init__(
         self,
@@ -30,7 +30,6 @@ class Solve:
         lanes: int,
         steps: int,
         rank: int,
-        first: int,
         block: int,
         blocks: int,
         tokens: int,
@@ -39,9 +38,8 @@ class Solve:
     ) -> None:
         """Args:
         lanes: L.
-        steps: Of the part.
+        steps: Of the block that is solved: those of the last one may be fewer.
         rank: Columns of a step.
-        first: The part's first step.
         block: Steps of a Gram block, and of a token's lane in P and H.
         blocks: Gram blocks of a lane.
         tokens: About how many of a call, by which tiles are chosen.
@@ -49,19 +47,18 @@ class Solve:
         act: One of KERNEL_ACTS.
         """
         self._lanes = lanes
-        width = block * rank
+        width, size = block * rank, block * (block - 1) // 2 * rank**2
         tile = solve_tile(tokens, steps, rank, dtype)
         self._rows = tile["BM"]
         warps = tile.pop("num_warps")
         constants = {
             "S": steps, "R": rank, "RP": padded_rank(rank), "ACT": triton_form(act), **tile,
-            "START": first * rank, "ROW": lanes * width, "LANE": width,
-            "G_START": first * rank * (width + 1), "G_ROW": width, "G_BLOCK": width**2, "G_LANE": blocks * width**2,
+            "ROW": lanes * width, "LANE": width, "G_BLOCK": size, "G_LANE": blocks * size,
         }  # fmt: skip
         self._launch = Launch(block_solve_kernel, constants, num_warps=warps)
 
     def __call__(self, tokens: int, block: int, P: Tensor, gram: Tensor, H: Tensor) -> None:
-        """Writes H of the part.
+        """Writes H of the block.
 
         Args:
             tokens: T.
@@ -98,8 +95,7 @@ def solve_tile(tokens: int, steps: int, rank: int, dtype: torch.dtype) -> dict[s
 def block_solve_kernel(
     p_p, p_gram, p_h, T, block,
     S: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, ACT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-    START: tl.constexpr, ROW: tl.constexpr, LANE: tl.constexpr,
-    G_START: tl.constexpr, G_ROW: tl.constexpr, G_BLOCK: tl.constexpr, G_LANE: tl.constexpr,
+    ROW: tl.constexpr, LANE: tl.constexpr, G_BLOCK: tl.constexpr, G_LANE: tl.constexpr,
 ):  # fmt: skip
     lane = tl.program_id(1).to(tl.int64)
     o_t = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
@@ -111,23 +107,29 @@ def block_solve_kernel(
     o_s = o_c // RP
     o_m = o_c if GROUP == 1 or R == RP else o_s * R + o_c % RP
     m_t = o_t[:, None] < T
-    o_p = START + lane * LANE + o_t[:, None] * ROW + o_m[None, :]
+    o_p = lane * LANE + o_t[:, None] * ROW + o_m[None, :]
     p_p += o_p
     p_h += o_p
-    p_gram += G_START + lane * G_LANE + block.to(tl.int64) * G_BLOCK + o_m[:, None] * G_ROW + o_m[None, :]
+    # Step s has the rows from s (s - 1) / 2 R on, and s = first + o_s: what is its own of that, and what with the tile.
+    o_gram = o_m[:, None] * R + (o_s * (o_s - 1) // 2 * (R * R) + o_m - o_s * R)[None, :]
+    p_gram += lane * G_LANE + block.to(tl.int64) * G_BLOCK + o_gram
     hs = ()
     for i in tl.static_range((S + GROUP - 1) // GROUP * PARTS):
-        start = i // PARTS * GROUP * R + i % PARTS * BC
+        first = i // PARTS * GROUP  # step
+        start = first * R + i % PARTS * BC
+        p_i = p_gram + (first * (first - 1) // 2 * (R * R) + i % PARTS * BC)
+        if GROUP > 1:
+            p_i += (o_s * (first * R * R))[None, :]
         m_i = columns_exist(i, S, R, RP, BC)
         p = tl.load(p_p + start, mask=m_t & m_i[None, :], other=0.0)
         for j in tl.static_range(i // PARTS * PARTS):
             before = j // PARTS * GROUP * R + j % PARTS * BC
             m_gram = columns_exist(j, S, R, RP, BC)[:, None] & m_i[None, :]
-            gram = tl.load(p_gram + before * G_ROW + start, mask=m_gram, other=0.0)
+            gram = tl.load(p_i + before * R, mask=m_gram, other=0.0)
             p = tl.dot(hs[j], gram, p, input_precision=EXACT)
         if GROUP > 1:
             m_gram = (o_s[:, None] < o_s[None, :]) & m_i[:, None] & m_i[None, :]
-            gram = tl.load(p_gram + start * G_ROW + start, mask=m_gram, other=0.0)
+            gram = tl.load(p_i + first * (R * R), mask=m_gram, other=0.0)
             for s in tl.static_range(min(GROUP, S - i * GROUP) - 1):
                 h = ACT(p).to(p_h.dtype.element_ty)
                 own = tl.where(o_s[None, :] == s, h, 0.0)

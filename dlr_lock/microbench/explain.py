@@ -12,7 +12,6 @@ from ..triton_kernels import cost
 from ..triton_kernels.cost import Prediction
 from ..triton_kernels.decode_plan import plan_decode
 from ..triton_kernels.gpu import H200, Device, device_constants
-from ..triton_kernels.lookahead import block_steps
 from .slot import Case, dtype_of
 
 
@@ -37,7 +36,7 @@ def explain(cases: Sequence[Case], *, device: torch.device, dtype: str = "auto")
         constants = device_constants(torch.cuda.current_device() if device.index is None else device.index)
     spec = cases[0].spec
     usual = Case(spec, cases[0].intermediate, cost.USUAL_TOKENS).shape(weights)
-    width = spec.rank * block_steps(cost.best_width(usual, constants), spec.depth, spec.rank)
+    width = cost.best_width(usual, constants)
     try:
         rows = [_explained(case, width, constants, weights) for case in cases]
     except ValueError as error:
@@ -49,7 +48,6 @@ def explain(cases: Sequence[Case], *, device: torch.device, dtype: str = "auto")
         "chain": spec.to_dict() | {"intermediate": cases[0].intermediate, "params": spec.params},
         "dtype": dtype_name(weights),
         "gram": {"m": width, "S": width // spec.rank, "bytes": cost.gram_bytes(usual, width)},
-        "solve_columns": cost.solve_columns(width, spec.rank),
         "rows": rows,
     }
 

@@ -60,8 +60,7 @@ def explanation_sections(facts: dict[str, Any]) -> list[Section]:
     )
     shape = (
         f"The chain {chain_name(chain)} {chain['act']} on {chain['hidden_size']} features, {facts['dtype']}: Gram "
-        f"blocks of m = {gram['m']} ({gram['S']} steps), {gram['bytes'] / 1e6:.1f} MB, solved "
-        f"{facts['solve_columns']} columns at a time."
+        f"blocks of m = {gram['m']} ({gram['S']} steps), {gram['bytes'] / 1e6:.1f} MB."
     )
     rows = []
     for row in facts["rows"]:

@@ -43,12 +43,12 @@ def request(
     """The request for the solve of blocks of at most m columns."""
     width = m // rank * rank
     P = torch.empty(tokens, 2, width, device="meta")
-    gram = torch.empty(2, 1, width, width, dtype=dtype, device="meta")
     steps = width // rank
+    gram = torch.empty(2, 1, steps * (steps - 1) // 2 * rank, rank, dtype=dtype, device="meta")
 
     def call() -> None:
         solve = Solve(
-            lanes=2, steps=steps, rank=rank, first=0, block=steps, blocks=1, tokens=tokens, dtype=dtype, act=act
+            lanes=2, steps=steps, rank=rank, block=steps, blocks=1, tokens=tokens, dtype=dtype, act=act
         )  # fmt: skip
         solve(tokens, 0, P, gram, P.to(dtype))
 

@@ -5,6 +5,7 @@ import torch
 from random_chains import drawn, error
 
 from dlr_lock.triton_kernels import ACTIVATIONS, chain_reference, gram_blocks, lookahead
+from dlr_lock.triton_kernels.lookahead import block_steps
 
 SHAPES = [
     # lanes, depth, rank, hidden, tokens, block
@@ -56,10 +57,10 @@ def test_any_leading_shape_and_dtype_of_x() -> None:
 
 def test_gram_blocks_hold_what_steps_add_to_later_ones_and_nothing_else() -> None:
     chain = drawn(2, 5, 16, 48)
-    gram = gram_blocks(chain.A, chain.B, block=32)
-    wanted = torch.zeros(2, 3, 32, 32)  # the last block has one step
-    for n in range(2):
-        wanted[:, n, :16, 16:] = chain.B[:, 2 * n] @ chain.A[:, 2 * n + 1].mT
+    gram = gram_blocks(chain.A, chain.B, block=48)
+    wanted = torch.zeros(2, 2, 48, 16)  # the last block has two steps
+    for n, tile, j, i in ((0, 0, 0, 1), (0, 1, 0, 2), (0, 2, 1, 2), (1, 0, 3, 4)):
+        wanted[:, n, 16 * tile : 16 * (tile + 1)] = chain.B[:, j] @ chain.A[:, i].mT
     torch.testing.assert_close(gram, wanted)
 
 
@@ -68,7 +69,7 @@ def test_a_wrong_gram_block_is_seen(broken: str) -> None:
     chain, x = drawn(1, 8, 16, 64), torch.randn(4, 64)
     gram = gram_blocks(chain.A, chain.B, block=64)
     assert error(lookahead(x, chain, gram=gram), x, chain) < 3e-6
-    tile = gram[0, 1, 16:32, 32:48]
+    tile = gram[0, 1, 32:48]  # what step 1 adds to step 2
     if broken == "shifted":
         gram = gram.roll(1, 1)
     else:
@@ -88,8 +89,9 @@ def test_what_does_not_fit_is_named() -> None:
     chain = drawn(1, 6, 16, 48)
     with pytest.raises(ValueError, match="47 features do not fit a chain of 48"):
         lookahead(torch.randn(3, 47), chain)
-    with pytest.raises(ValueError, match=r"Gram blocks of shape .*\(1, 6, 16, 48\)"):
-        lookahead(torch.randn(3, 48), chain, gram=torch.zeros(1, 4, 32, 32))
+    for shape in ((1, 4, 16, 16), (1, 3, 16, 48), (2, 3, 16, 16), (1, 3, 32, 16), (3, 16, 16)):
+        with pytest.raises(ValueError, match=r"Gram blocks of shape .*\(1, 6, 16, 48\)"):
+            lookahead(torch.randn(3, 48), chain, gram=torch.zeros(shape))
     with pytest.raises(ValueError, match="plain steps only"):
         lookahead(torch.randn(3, 48), chain._replace(G=chain.A))
 
@@ -97,7 +99,12 @@ def test_what_does_not_fit_is_named() -> None:
 def test_blocks_of_one_step_take_no_memory() -> None:
     chain, x = drawn(2, 5, 48, 64), torch.randn(6, 64)
     gram = gram_blocks(chain.A, chain.B, block=64)
-    assert gram.shape == (2, 5, 48, 0) and gram.nbytes == 0
+    assert gram.shape == (2, 5, 0, 48) and gram.nbytes == 0
     assert error(lookahead(x, chain, gram=gram), x, chain) < 3e-6
     with pytest.raises(ValueError, match="Gram blocks of shape"):
         lookahead(x, chain, gram=torch.zeros(2, 5, 48, 48))
+
+
+def test_a_block_of_narrow_steps_is_what_one_solve_takes() -> None:
+    for rank, steps in ((16, 16), (32, 16), (64, 8), (96, 5), (128, 4), (144, 40)):
+        assert block_steps(10**6, 40, rank) == steps

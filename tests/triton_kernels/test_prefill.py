@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dlr_lock.triton_kernels import ChainWeights, gram_blocks
 from dlr_lock.triton_kernels.gpu import H200
+from dlr_lock.triton_kernels.lookahead import block_steps, gram_steps, own_tiles
 from dlr_lock.triton_kernels.matmul import Product, View, matmul_memory
 from dlr_lock.triton_kernels.prefill import prefill
 from dlr_lock.triton_kernels.rounds import Shape, chunk_tokens
@@ -24,8 +25,9 @@ def run(x: Tensor, chain: ChainWeights, block: int, scratch: int, broken: bool =
     x, chain = x.to(DEVICE), chain.to(DEVICE)
     gram = gram_blocks(chain.A, chain.B, block=block)
     if broken:
-        rank = chain.A.shape[2]
-        gram[:, 0, :rank, -rank:] = 0  # what the block's last step reads of its first
+        own_tiles(gram, gram_steps(gram) - 1)[:, 0, : chain.A.shape[2]] = (
+            0  # what the last step reads of the first
+        )
     return prefill(x, chain, gram, H200, scratch=scratch).cpu()
 
 
@@ -37,10 +39,10 @@ def run(x: Tensor, chain: ChainWeights, block: int, scratch: int, broken: bool =
         (2, 4, 48, 80, 70, 512, "relu"),  # one round; a rank that is no power of two
         (1, 4, 16, 64, 1, 512, "silu"),
         (1, 5, 16, 33, 300, 32, "silu"),  # chunks, the last one ragged; odd features
-        (2, 50, 16, 32, 7, 512, "silu"),  # a block of two solves, and a ragged one
-        (1, 40, 16, 32, 7, 4096, "silu"),  # one round of several solves
-        (2, 3, 336, 32, 7, 1024, "silu"),  # a step wider than half a solve
-        (1, 3, 576, 48, 7, 576, "silu"),  # and one wider than a solve
+        (2, 20, 16, 32, 7, 512, "silu"),  # a whole solve of 16 steps, and a ragged one
+        (2, 3, 336, 32, 7, 1024, "silu"),  # wide steps, all in one round
+        (1, 7, 144, 48, 7, 432, "gelu"),  # three a round, the last one alone
+        (2, 5, 192, 48, 20, 400, "silu"),  # two
         (2, 4, 48, 80, 70, 48, "gelu"),  # blocks of one step: the activation follows the product
         (3, 1, 32, 64, 9, 512, "relu"),  # a single step, as an MLP is
     ],
@@ -58,7 +60,7 @@ def test_is_the_chain(
     chain, x = drawn(lanes, depth, rank, hidden, act=act), torch.randn(tokens, hidden)
     y = execute(run, x, chain, block, 1)  # no scratch: chunks of 128 tokens
     assert y.shape == x.shape and error(y, x, chain) < 1e-6
-    if min(depth, block // rank) > 1:  # a block of one step has no Gram matrix to break
+    if block_steps(block, depth, rank) > 1:  # a block of one step has no Gram matrix to break
         assert error(execute(run, x, chain, block, 1, True), x, chain) > 1e-4
 
 

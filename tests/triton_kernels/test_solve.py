@@ -27,37 +27,39 @@ Execute = Callable[..., Tensor]
 def solve(P: Tensor, gram: Tensor, rank: int, act: str) -> Tensor:
     lanes, tokens, width = P.shape
     solving = Solve(
-        lanes=lanes, steps=width // rank, rank=rank, first=0, block=width // rank, blocks=1, tokens=tokens,
+        lanes=lanes, steps=width // rank, rank=rank, block=width // rank, blocks=2, tokens=tokens,
         dtype=gram.dtype, act=act,
     )  # fmt: skip
     P, gram = P.transpose(0, 1).contiguous().to(DEVICE), gram.contiguous().to(DEVICE)
     H = torch.full(P.shape, torch.nan, dtype=gram.dtype, device=DEVICE)
-    solving(tokens, 0, P, gram, H)
+    solving(tokens, 1, P, gram, H)
     return H.transpose(0, 1).cpu()
 
 
 def random_block(L: int, S: int, r: int, T: int, dtype: torch.dtype = torch.float32) -> Block:
-    """P and gram: views into larger tensors, all of which is NaN that no step may read."""
+    """P, a view into a larger tensor of NaN that no step may read, and two Gram blocks, the first of them NaN."""
     m = S * r
     room = torch.full((T + 1, L, m + 24), torch.nan)
     P = room[:T, :, 16 : 16 + m].transpose(0, 1)
     P.copy_(torch.randn(L, T, m))
-    room = torch.full((L, 2, m + 16, m + 16), torch.nan, dtype=dtype)
-    gram = room[:, 1, :m, :m]
-    step = torch.arange(m) // r
-    later = step[:, None] < step[None, :]
-    gram.copy_(torch.where(later, 0.7 * torch.randn(L, m, m) / m**0.5, torch.nan))
+    gram = torch.full((L, 2, S * (S - 1) // 2 * r, r), torch.nan, dtype=dtype)
+    gram[:, 1] = 0.7 * torch.randn(gram[:, 1].shape) / m**0.5
     return P, gram
+
+
+def tile_of(gram: Tensor, j: int, i: int) -> Tensor:
+    """What step j adds to step i, [L, r, r]."""
+    r, number = gram.shape[-1], i * (i - 1) // 2 + j
+    return gram[:, 1, number * r : (number + 1) * r]
 
 
 def by_hand(P: Tensor, gram: Tensor, rank: int, act: str) -> Tensor:
     """The formula in float64, with every h rounded to gram's dtype."""
     hs: list[Tensor] = []
     for i in range(P.shape[2] // rank):
-        column = slice(i * rank, (i + 1) * rank)
-        p = P[:, :, column].double()
+        p = P[:, :, i * rank : (i + 1) * rank].double()
         for j, h in enumerate(hs):
-            p = p + h @ gram[:, j * rank : (j + 1) * rank, column].double()
+            p = p + h @ tile_of(gram, j, i).double()
         hs.append(ACTIVATIONS[act](p).to(gram.dtype).double())
     return torch.cat(hs, 2)
 
@@ -111,6 +113,6 @@ def test_one_wrong_gram_tile_is_noticed(execute: Execute, breakage: Callable[[Te
     r = 16
     block = random_block(1, 5, r, 40)
     wanted = by_hand(*block, r, "silu")
-    tile = block[1][:, 3 * r : 4 * r, 4 * r :]  # the last step reads the one before
+    tile = tile_of(block[1], 3, 4)  # the last step reads the one before
     tile.copy_(breakage(tile))
     assert error(execute(solve, *block, r, "silu"), wanted) > 1e4 * BOUNDS[torch.float32]
