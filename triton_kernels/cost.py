@@ -20,7 +20,8 @@ from .rounds import Round, Shape, chunk_tokens, class_tokens, rounds_of
 from .tiles import product_seconds, tile_for
 
 _GRAM_SHARE = 1 / 8  # of the weights' memory, which Gram blocks of wide steps may take
-USUAL_TOKENS = 4096  # of a prefill, which the width of Gram blocks is chosen for
+USUAL_TOKENS = 4096  # of a long prefill
+_USUAL = (1, 512, USUAL_TOKENS)  # for which the width of Gram blocks is chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +159,11 @@ def best_width(shape: Shape, device: Device) -> int:
     divide; of wide ones one to eight, whose blocks may take an eighth of the weights' bytes.
 
     Args:
-        shape: The chain, with the number of tokens that counts beside one token.
+        shape: The chain, on any number of tokens.
         device: The GPU.
 
     Returns:
-        The width at which the product of both predictions over their floors is the least.
+        The width at which the product of the predictions for 1, 512 and 4,096 tokens over their floors is the least.
     """
     depth, rank = shape.depth, shape.rank
     if rank <= SOLVED:
@@ -171,7 +172,7 @@ def best_width(shape: Shape, device: Device) -> int:
     else:
         room = _GRAM_SHARE * shape.weight_bytes
         steps = {n for n in range(1, min(8, depth) + 1) if gram_bytes(shape, n * rank) <= room}
-    usual = (replace(shape, tokens=1), shape)
+    usual = [replace(shape, tokens=tokens) for tokens in _USUAL]
     return rank * min(steps, key=lambda n: (math.prod(_over_floor(s, n * rank, device) for s in usual), n))
 
 

@@ -1,8 +1,8 @@
-"""The products of a round: P = z A^T, what a block's steps add for one another, and u += H B with what follows from it.
+"""The products of a round: P = z A^T, what a block's steps add for one another, and z += H B with what follows from it.
 
 One kernel, because all are products of 16-bit operands summed in float32, and what surrounds them is memory traffic:
-reading u, adding, writing u and the next round's operand x + u in one pass costs 12 bytes an element of the state;
-torch's product, addition and cast cost 24.
+reading z, adding, writing z and the next round's operand, z in 16 bits, in one pass costs 10 bytes an element of the
+state; torch's product, addition and cast cost 22.
 
 A product too small to fill the device is split along what it sums over. The parts meet in memory, and the program that
 arrives last adds them, in their order: the same bits every time.
@@ -37,7 +37,7 @@ class View:
 
 
 class Product:
-    """out = total + a W of every lane, summed in float32, or what is asked for beside it.
+    """out = total + x + a W of every lane, summed in float32, or what is asked for beside it.
 
     Columns before `active` are put through the activation, into `hidden`; the others go to `out`.
     """
@@ -54,20 +54,22 @@ class Product:
         out: View,
         z: View | None = None,
         total: bool = False,
+        x: int = 0,
         finish: bool = False,
         active: int = 0,
         act: str = "linear",
     ) -> None:
-        """lanes: L; columns and inner: of a lane's W [inner, columns]; z, total, finish: whether a call gives them."""
-        self.lanes, self.columns, self.tile = lanes, columns, tile
+        """lanes: L; columns and inner: of a lane's W [inner, columns]; z, total, finish: whether a call gives them; x:
+        how often x counts in the sum, -1, 0 or 1; active: a multiple of 16."""
+        self.lanes, self.columns, self.active, self.tile = lanes, columns, active, tile
         constants: dict[str, Any] = {
             "N": columns, "K": inner, "SPLIT": tile.split,
             "A_START": a.start, "A_ROW": a.row, "A_LANE": a.lane,
             "W_START": w.start, "W_ROW": w.row, "W_COLUMN": w.column, "W_LANE": w.lane, "W_BLOCK": w.block,
             "O_START": out.start, "O_ROW": out.row, "O_LANE": out.lane,
             "Z_ROW": z.row if z else 0, "Z_LANE": z.lane if z else 0,
-            "TOTAL": total, "FINISH": finish, "ACTIVE": active, "ACT": triton_form(act),
-            "BM": tile.rows, "BN": tile.columns, "BK": tile.inner,
+            "TOTAL": total, "X": x, "FINISH": finish, "ACTIVE": active, "ACT": triton_form(act),
+            "BM": tile.rows, "BN": tile.columns, "BK": tile.inner, "HALVINGS": tile.ends.bit_length() - 1,
         }  # fmt: skip
         self._launch = Launch(matmul_kernel, constants, num_warps=tile.warps, num_stages=tile.stages)
 
@@ -97,19 +99,24 @@ class Product:
             w: The weights.
             out: Of any float dtype.
             hidden: Laid out as `out`, in the weights' dtype.
-            x, z: x [T, columns], any float dtype, and z, of which z = x + total + a W is written, in z's dtype.
-            scale, bias: [columns] float32, for out = scale * (total + a W) + bias.
+            x: [T, columns], any float dtype.
+            z: To which the sum is written, too, in z's dtype.
+            scale, bias: [columns] float32, for out = scale * sum + bias.
             total: Laid out as `out`, float32, and may be it.
             parts: Float32, `self.tile.programs` times rows times columns of a tile, where it is split.
             turns: int32 zeros, one a tile and lane, left so.
         """
-        grid = (self.tile.tiles(tokens, self.columns), self.tile.split, self.lanes)
+        grid = (self.tiles(tokens), self.tile.split, self.lanes)
         self._launch(grid, a, w, total, out, hidden, x, z, scale, bias, parts, turns, tokens, block)
+
+    def tiles(self, tokens: int) -> int:
+        """Tiles of one lane's product."""
+        return self.tile.tiles(tokens, self.columns, self.active)
 
 
 def matmul_memory(products: list[Product], tokens: int, device: torch.device) -> dict[str, Tensor]:
     """`parts` and `turns` for launches that follow one another; nothing where none of them is split."""
-    split = [(p.tile, p.tile.tiles(tokens, p.columns) * p.lanes) for p in products if p.tile.split > 1]
+    split = [(p.tile, p.tiles(tokens) * p.lanes) for p in products if p.tile.split > 1]
     if not split:
         return {}
     values = max(tiles * tile.split * tile.rows * tile.columns for tile, tiles in split)
@@ -132,23 +139,30 @@ def matmul_kernel(
     A_START: tl.constexpr, A_ROW: tl.constexpr, A_LANE: tl.constexpr,
     W_START: tl.constexpr, W_ROW: tl.constexpr, W_COLUMN: tl.constexpr, W_LANE: tl.constexpr, W_BLOCK: tl.constexpr,
     O_START: tl.constexpr, O_ROW: tl.constexpr, O_LANE: tl.constexpr, Z_ROW: tl.constexpr, Z_LANE: tl.constexpr,
-    TOTAL: tl.constexpr, FINISH: tl.constexpr, ACTIVE: tl.constexpr, ACT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    TOTAL: tl.constexpr, X: tl.constexpr, FINISH: tl.constexpr, ACTIVE: tl.constexpr, ACT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HALVINGS: tl.constexpr,
 ):  # fmt: skip
     i_tile, i_s, lane = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     # Tiles that run at the same time share rows of a: 8 rows of tiles at a time, column by column.
     rows = tl.cdiv(T, BM)
-    COLUMNS: tl.constexpr = (N + BN - 1) // BN
+    # No tile has columns of both kinds: two ends of one take 255 registers, and a stack.
+    ACTIVE_TILES: tl.constexpr = (ACTIVE + BN - 1) // BN
+    COLUMNS: tl.constexpr = ACTIVE_TILES + (N - ACTIVE + BN - 1) // BN
     group = i_tile // (8 * COLUMNS)
     height = min(rows - group * 8, 8)
     i_m = group * 8 + i_tile % (8 * COLUMNS) % height
     i_n = i_tile % (8 * COLUMNS) // height
     SPAN: tl.constexpr = (K + BK * SPLIT - 1) // (BK * SPLIT) * BK  # summed by one program
     o_t = (i_m * BM + tl.arange(0, BM)).to(tl.int64)
-    o_n = i_n * BN + tl.arange(0, BN)
+    n_first, n_end = i_n * BN, N
+    if ACTIVE > 0 and ACTIVE < N:
+        active = i_n < ACTIVE_TILES
+        n_first += tl.where(active, 0, ACTIVE - ACTIVE_TILES * BN)
+        n_end = tl.where(active, ACTIVE, N)
+    o_n = n_first + tl.arange(0, BN)
     o_k = i_s * SPAN + tl.arange(0, BK)
     m_t = o_t[:, None] < T
-    m_n = o_n[None, :] < N
+    m_n = o_n[None, :] < n_end
     p_a += A_START + lane * A_LANE + o_t[:, None] * A_ROW + o_k[None, :]
     p_w += W_START + lane * W_LANE + block.to(tl.int64) * W_BLOCK
     p_w += o_k[:, None].to(tl.int64) * W_ROW + o_n[None, :].to(tl.int64) * W_COLUMN
@@ -177,30 +191,36 @@ def matmul_kernel(
         acc = tl.zeros([BM, BN], dtype=tl.float32)
         for part in range(SPLIT):  # L1 is not coherent, hence .cg
             acc += tl.load(p_parts + part * (BM * BN), cache_modifier=".cg")
-    # A large tile's end, a quarter of the columns at a time: at once it takes 190 registers, and a multiprocessor holds
-    # one program instead of two.
-    if BM * BN > 8192:
-        left, right = _halves(acc)
-        sums = _halves(left) + _halves(right)
-    else:
-        sums = (acc,)
-    QUARTER: tl.constexpr = BN // len(sums)
-    for i in tl.static_range(len(sums)):
-        acc = sums[i]
-        o_c = i_n * BN + i * QUARTER + tl.arange(0, QUARTER)
-        m_c = o_c[None, :] < N
+    # A tile's end, 16 values a thread at a time: of 128 by 128 at once it takes 190 registers, and a multiprocessor
+    # holds one program instead of two; of 128 by 256 in quarters, 48 bytes of stack.
+    ends = (acc,)
+    for _ in tl.static_range(HALVINGS):
+        halves = ()
+        for i in tl.static_range(len(ends)):
+            halves = halves + _halves(ends[i])
+        ends = halves
+    PART: tl.constexpr = BN // len(ends)
+    for i in tl.static_range(len(ends)):
+        acc = ends[i]
+        o_c = n_first + i * PART + tl.arange(0, PART)
+        m_c = o_c[None, :] < n_end
         o_out = O_START + lane * O_LANE + o_t[:, None] * O_ROW + o_c[None, :]
         if TOTAL:
             acc += tl.load(p_total + o_out, mask=m_t & m_c, other=0.0)
+        if X != 0:
+            x = tl.load(p_x + o_t[:, None] * N + o_c[None, :], mask=m_t & m_c, other=0.0)
+            acc += X * x.to(tl.float32)
         if Z_ROW > 0:
-            x = tl.load(p_x + o_t[:, None] * N + o_c[None, :], mask=m_t & m_c, other=0.0).to(tl.float32)
-            o_z = lane * Z_LANE + o_t[:, None] * Z_ROW + o_c[None, :]
-            tl.store(p_z + o_z, x + acc, mask=m_t & m_c)
+            tl.store(p_z + lane * Z_LANE + o_t[:, None] * Z_ROW + o_c[None, :], acc, mask=m_t & m_c)
         if FINISH:
             scale = tl.load(p_scale + o_c, mask=o_c < N, other=0.0)
             bias = tl.load(p_bias + o_c, mask=o_c < N, other=0.0)
             acc = acc * scale[None, :] + bias[None, :]
-        if ACTIVE > 0:
-            tl.store(p_hidden + o_out, ACT(acc), mask=m_t & m_c & (o_c[None, :] < ACTIVE))
-        if ACTIVE < N:
-            tl.store(p_out + o_out, acc, mask=m_t & m_c & (o_c[None, :] >= ACTIVE))
+        if ACTIVE == N:
+            tl.store(p_hidden + o_out, ACT(acc), mask=m_t & m_c)
+        elif ACTIVE == 0:
+            tl.store(p_out + o_out, acc, mask=m_t & m_c)
+        elif active:
+            tl.store(p_hidden + o_out, ACT(acc), mask=m_t & m_c)
+        else:
+            tl.store(p_out + o_out, acc, mask=m_t & m_c)

@@ -1,12 +1,12 @@
 """Many tokens at once: rounds of a few launches, or one round where a lane fits one block.
 
-A round is P = z A^T, the hidden units H of its block, and u += H B with u = z - x, the sum of a lane's updates, kept in
-float32. Of narrow steps H follows from P by a solve. Of the first of some wide steps nothing is left but the activation,
-with which the product of P ends; what earlier ones add to the P of a later one is a product that ends so, too.
+A round is P = z A^T, the hidden units H of its block, and z += H B, the state, kept in float32. Of narrow steps H
+follows from P by a solve. Of the first of some wide steps nothing is left but the activation, with which the product of
+P ends; what earlier ones add to the P of a later one is a product that ends so, too.
 
-Holding u instead of z spares the copy of x at the start and the subtraction at the end, and the products read
-z = x + u rounded to the weights' dtype, which the second product writes on its way. In memory a token's lanes lie side
-by side, so that no stride depends on the number of tokens.
+The products read z rounded to the weights' dtype, which the last product of the round before writes on its way; x is
+added to the first round's sum and taken off the last one's. In memory a token's lanes lie side by side, so that no
+stride depends on the number of tokens.
 """
 
 from dataclasses import replace
@@ -111,10 +111,10 @@ class Prefill:
         A, B, scale, bias, *_ = chain
         H = x.new_empty(tokens, lanes, self._width, dtype=A.dtype)
         P = H if self._steps == 1 else x.new_empty(H.shape, dtype=torch.float32)
-        u, z = None, x  # in the first round a token's x is its state
+        state, z = None, x  # in the first round a token's x is its state
         if len(self._rounds) > 1:
-            u = x.new_empty(tokens, lanes, hidden, dtype=torch.float32)
-            z = x.new_empty(u.shape, dtype=A.dtype)
+            state = x.new_empty(tokens, lanes, hidden, dtype=torch.float32)
+            z = x.new_empty(state.shape, dtype=A.dtype)
         memory = matmul_memory(self._products, tokens, x.device)
         last = len(self._rounds) - 1
         for n, one in enumerate(self._rounds):
@@ -124,13 +124,13 @@ class Prefill:
             for between in one.between:
                 between(tokens, n, H, gram, P, hidden=H, total=P, **memory)
             if n < last:
-                one.update(tokens, n, H, B, u, x=x, z=z, total=u, **memory)
+                one.update(tokens, n, H, B, state, x=x, z=z, total=state, **memory)
             elif one.finishes:
-                one.update(tokens, n, H, B, y, scale=scale, bias=bias, total=u, **memory)
+                one.update(tokens, n, H, B, y, x=x, scale=scale, bias=bias, total=state, **memory)
             else:
-                one.update(tokens, n, H, B, u, total=u, **memory)
-                assert u is not None
-                y.copy_(scale * u.sum(1) + bias)
+                one.update(tokens, n, H, B, state, x=x, total=state, **memory)
+                assert state is not None
+                y.copy_(scale * state.sum(1) + bias)
 
 
 class _Round:
@@ -144,7 +144,7 @@ class _Round:
         gram_block = block * (block - 1) // 2 * rank**2  # elements of a Gram block
         self.finishes = one.finishes
         token = View(lanes * width, lane=width)  # of P and H
-        state = View(lanes * hidden, lane=hidden)  # of u and z
+        state = View(lanes * hidden, lane=hidden)  # of the state in both dtypes
         whole = shape.depth * rank * hidden  # elements of a lane's A
 
         def product(work: Work, **views: Any) -> Product:
@@ -185,7 +185,7 @@ class _Round:
             self.update = product(
                 one.update, a=token, w=View(hidden, lane=whole, block=width * hidden),
                 out=View(hidden) if self.finishes else state,
-                z=None if one.last else state, total=not one.first, finish=self.finishes,
+                z=None if one.last else state, total=not one.first, x=one.first - one.last, finish=self.finishes,
             )  # fmt: skip
 
     def products(self) -> list[Product]:

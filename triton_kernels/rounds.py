@@ -68,17 +68,17 @@ def round_of(shape: Shape, steps: int, first: bool, last: bool) -> Round:
     solved = steps > 1 and rank <= SOLVED
     # Of a step that follows others P is read and H written.
     later = range(1, 1 if solved else steps)
-    between = tuple(Work(tokens, rank, i * rank, lanes, 4 + size, size) for i in later)
+    between = tuple(Work(tokens, rank, i * rank, lanes, rank, 4 + size, size) for i in later)
     active = 0 if solved else rank
     written = ceil((active * size + (columns - active) * 4) / columns)
-    project = Work(tokens, columns, hidden, lanes, written, size)
-    total = 0 if first else 4
+    project = Work(tokens, columns, hidden, lanes, active, written, size)
     finishes = last and (lanes == 1 or first)
     if finishes and first:  # the sum over lanes is one product
-        update = Work(tokens, hidden, lanes * columns, 1, size, size)
-    else:
-        ends = total + (size if finishes else 4 if last else 4 + 2 * size)
-        update = Work(tokens, hidden, columns, lanes, ends, size)
+        update = Work(tokens, hidden, lanes * columns, ends=size, itemsize=size)
+    else:  # reads the state but in the first round, and x in the first and the last
+        read = size if first else 4 + size if last else 4
+        ends = read + (size if finishes else 4 if last else 4 + size)
+        update = Work(tokens, hidden, columns, lanes, ends=ends, itemsize=size)
     return Round(steps, first, last, finishes, project, solved, between, update)
 
 
