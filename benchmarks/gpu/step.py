@@ -1,6 +1,5 @@
 """A step of a whole model as an engine of transformers runs it, and how exact a locked model's is."""
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -9,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
 from dlr_lock.audit.strategies.model import replaced
+from dlr_lock.microbench.bench import error_limit
 from dlr_lock.runtime import DLRNet, locked_modules
 from dlr_lock.triton_kernels import backend, chain_reference
 
@@ -60,16 +60,13 @@ def errors(model: PreTrainedModel, step: Callable[[], Tensor], got: Tensor) -> t
     """(error of the logits `got`, error of the chains step by step, limit), each an RMS over an RMS.
 
     Against the same step with the chains' products in float32 (float64 for float32 weights). The limit is that of the
-    kernels' table: 3e-3 for 16-bit weights, growing with the root of the depth past 32 steps, 1e-5 for float32, or 1.5
-    times the error of the chains step by step.
+    kernels' table, `error_limit`.
     """
     with exact(model):
         wanted = step().double()
     with backend("naive"):
         naive = _error(step(), wanted)
-    depth = max(net.spec.depth for _, net in locked_modules(model))
-    bound = 1e-5 if model.dtype == torch.float32 else 3e-3 * max(1.0, math.sqrt(depth / 32))
-    return _error(got, wanted), naive, max(bound, 1.5 * naive if math.isfinite(naive) else 0.0)
+    return _error(got, wanted), naive, error_limit(naive, model.dtype)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What a kernel launch compiles to on GPUs that are not here: registers, spills, shared memory, matrix units.
 
-`launch_request` turns a call of a launcher, on meta tensors, into a request: the very arguments, block sizes
-and options that the launcher passes, specialized as Triton's JIT would. `compile_requests` compiles requests in a
+`launch_requests` turns a call of launchers, on meta tensors, into requests: the very arguments, block sizes
+and options that they pass, specialized as Triton's JIT would. `compile_requests` compiles requests in a
 process of its own, where the kernels are not interpreted. That process is this file: it takes a JSON list of
 requests on stdin and prints the list of their resources. A request is
 
@@ -50,10 +50,15 @@ AMD_COUNTS = {
 
 def launch_request(kernel: str, target: str, call: Callable[[], object]) -> dict[str, Any]:
     """The request for the one launch of `kernel`, "module:function", that `call()` makes through its module."""
+    (request,) = launch_requests(kernel, target, call)
+    return request
+
+
+def launch_requests(kernel: str, target: str, call: Callable[[], object]) -> list[dict[str, Any]]:
+    """The requests for all launches of `kernel`, "module:function", that `call()` makes through its module."""
     module, name = kernel.split(":")
     home = importlib.import_module(module)
-    parameters = inspect.signature(getattr(home, name).fn).parameters
-    varying = getattr(home, name).do_not_specialize
+    function = getattr(home, name)
     launches = []
 
     class Recorder:
@@ -62,7 +67,13 @@ def launch_request(kernel: str, target: str, call: Callable[[], object]) -> dict
 
     with mock.patch.object(home, name, Recorder()):
         call()
-    ((args, kwargs),) = launches
+    return [_request(kernel, function, target, args, kwargs) for args, kwargs in launches]
+
+
+def _request(kernel: str, function: Any, target: str, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The request for a launch of `kernel`, which is that function, with these arguments."""
+    parameters = inspect.signature(function.fn).parameters
+    varying = function.do_not_specialize
     values = {k: p.default for k, p in parameters.items()} | dict(zip(parameters, args, strict=False))
     values |= {k: v for k, v in kwargs.items() if k in parameters}
     options = {k: v for k, v in kwargs.items() if k not in parameters}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from random_chains import drawn, error
+from random_chains import drawn, error, limit, rounded_state
 
 from dlr_lock.triton_kernels import ACTIVATIONS, chain_reference, gram_blocks, lookahead
 from dlr_lock.triton_kernels.lookahead import block_steps
@@ -29,12 +29,18 @@ def test_is_the_chain(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert got < {torch.float64: 1e-6, torch.float32: 3e-6, torch.bfloat16: 6e-3}[dtype]
 
 
-def test_bfloat16_weights_meet_the_bound_of_a_real_shape() -> None:
-    chain, x = drawn(1, 36, 64, 576, torch.bfloat16), torch.randn(64, 576)
-    naive = error(chain_reference(x, chain), x, chain)
-    for block in (64, 128, 512):
-        got = error(lookahead(x, chain, block=block), x, chain)
-        assert got < 3e-3 * (36 / 32) ** 0.5 and got < 1.5 * naive
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("coupling", [1, 3])
+@pytest.mark.parametrize(("depth", "rank"), [(12, 192), (36, 64)])
+def test_the_limit_of_16_bits_is_met_and_a_rounded_state_breaks_it(
+    depth: int, rank: int, coupling: int, dtype: torch.dtype
+) -> None:
+    chain, x = drawn(1, depth, rank, 576, dtype), torch.randn(64, 576)
+    chain = chain._replace(B=chain.B * coupling)
+    for steps in (2, 4, depth):
+        assert error(lookahead(x, chain, block=steps * rank), x, chain) < limit(x, chain)
+    assert error(rounded_state(x, chain), x, chain) > limit(x, chain)
+    assert limit(x, chain) < 1.3 * error(chain_reference(x, chain), x, chain)  # which rounds P, too
 
 
 @pytest.mark.parametrize("act", sorted(ACTIVATIONS))

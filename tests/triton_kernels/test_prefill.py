@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from aot import compile_requests, launch_request
-from random_chains import drawn, error
+from random_chains import drawn, error, limit, rounded_state
 from torch import Tensor
 
 from dlr_lock.triton_kernels import ChainWeights, gram_blocks
@@ -15,7 +14,7 @@ from dlr_lock.triton_kernels.lookahead import block_steps, gram_steps, own_tiles
 from dlr_lock.triton_kernels.matmul import Product, View, matmul_memory
 from dlr_lock.triton_kernels.prefill import prefill
 from dlr_lock.triton_kernels.rounds import Shape, chunk_tokens
-from dlr_lock.triton_kernels.tiles import Tile, Work, tile_for
+from dlr_lock.triton_kernels.tiles import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Execute = Callable[..., Any]
@@ -64,6 +63,15 @@ def test_is_the_chain(
         assert error(execute(run, x, chain, block, 1, True), x, chain) > 1e-4
 
 
+@pytest.mark.parametrize("block", [1, 64, 288])
+def test_in_16_bits_the_state_and_all_sums_are_float32(execute: Execute, block: int) -> None:
+    """With float16, of which the interpreter makes no garbage."""
+    rank = 144 if block == 288 else 32  # two wide steps a round; two that are solved; one
+    chain, x = drawn(1, 12, rank, 96, torch.float16), torch.randn(64, 96)
+    y = execute(run, x, chain, block, 2**20)
+    assert error(y, x, chain) < limit(x, chain) < error(rounded_state(x, chain), x, chain)
+
+
 def test_a_token_of_nan_stays_alone(execute: Execute) -> None:
     chain, x = drawn(2, 6, 16, 48), torch.randn(70, 48)
     clean = execute(run, x, chain, 48, 2**20)
@@ -82,57 +90,6 @@ def test_scratch_stays_under_its_bound(shape: tuple[int, ...]) -> None:
     assert lanes * tokens * (hidden * (4 + 2) + 512 * (4 + 2)) <= 256 * 2**20
 
 
-FORMS = ["product", "hidden", "state", "finish"]
-TARGETS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
-SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB a program
-
-
-def product_request(target: str, form: str, tokens: int) -> dict[str, Any]:
-    """A launch of a round at d = 4096, m = 512."""
-
-    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def product(columns: int, inner: int, **views: Any) -> Product:
-        tile = tile_for(Work(tokens, columns, inner), H200)
-        views = {"a": View(inner), "w": View(columns), "out": View(columns)} | views
-        return Product(lanes=1, columns=columns, inner=inner, tile=tile, act="silu", **views)
-
-    u, vector = meta(tokens, 1, 4096, dtype=torch.float32), meta(4096, dtype=torch.float32)
-    z, H, W = meta(tokens, 1, 4096), meta(tokens, 1, 512), meta(512, 4096)
-    P, read = u[..., :512], View(1, column=4096)
-    memory = {"parts": u, "turns": meta(1, dtype=torch.int32)}
-    calls = {
-        "product": lambda: product(512, 4096, w=read)(tokens, 0, z, W, P, **memory),
-        "hidden": lambda: product(512, 4096, w=read, active=512)(tokens, 0, z, W, P, hidden=H, **memory),
-        "state": lambda: product(4096, 512, z=View(4096), total=True)(
-            tokens, 0, H, W, u, total=u, x=z, z=z, **memory
-        ),
-        "finish": lambda: product(4096, 512, total=True, finish=True)(
-            tokens, 0, H, W, z, total=u, scale=vector, bias=vector, **memory
-        ),
-    }
-    return launch_request("dlr_lock.triton_kernels.matmul:matmul_kernel", target, calls[form])
-
-
-def test_products_compile_for_every_target_without_spills() -> None:
-    cases = [(target, form, 4096) for target in TARGETS for form in FORMS]
-    cases += [
-        ("sm_90", "state", 1),
-        ("gfx942", "product", 16),
-        ("sm_90", "state", 512),
-        ("sm_90", "hidden", 64),
-    ]
-    found = compile_requests([product_request(*case) for case in cases])
-    for (target, form, tokens), got in zip(cases, found, strict=True):
-        assert "error" not in got, got["error"]
-        assert (got["stack"], got["local"]) == (0, 0), f"{target} {form} at {tokens} tokens spills: {got}"
-        assert got["shared"] <= SHARED[target] * 1024, f"{target} {form}: {got}"
-        assert got["matrix"] and (tokens < 64 or got["matrix"] == [TARGETS[target]])
-        if (target, tokens) == ("sm_90", 4096):  # two programs of 256 threads a multiprocessor
-            assert got["registers"] <= 128, f"{form}: {got}"
-
-
 def one_product(a: Tensor, W: Tensor, total: Tensor, tile: Tile) -> list[Tensor]:
     """total + a W from column 40 on, and relu of it before, NaN elsewhere: twice; and what is left of the turns."""
     (tokens, inner), size = a.shape, W.shape[1]
@@ -149,7 +106,7 @@ def one_product(a: Tensor, W: Tensor, total: Tensor, tile: Tile) -> list[Tensor]
 
 
 @pytest.mark.parametrize("split", [1, 2, 3, 7])
-@pytest.mark.parametrize("size", [(16, 64), (128, 128)])  # the second ends in quarters
+@pytest.mark.parametrize("size", [(16, 64), (128, 128), (64, 256)])  # ending whole, in four and in eight
 def test_a_product_in_parts_and_its_columns(execute: Execute, size: tuple[int, int], split: int) -> None:
     """The same bits every time; ragged tiles, and at 7 a part that has nothing."""
     a, W, total = torch.randn(150, 100), torch.randn(100, 200), torch.randn(150, 200)
