@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from dlr_lock import DLRError
-from dlr_lock.microbench.bench import COLD_BYTES, ROUNDS, cases_of, numbers, run
+from dlr_lock.microbench.bench import ROUNDS, cases_of, numbers, run
 from dlr_lock.microbench.sections import benchmark_sections
 from dlr_lock.progress import Steps
 from dlr_lock.reporting import print_sections
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
                 dtype=options.dtype,
                 providers=options.providers.split(",") if options.providers else None,
                 rounds=2 if options.smoke else ROUNDS,
-                cold_bytes=0 if options.smoke else COLD_BYTES,
+                cold_bytes=0 if options.smoke else None,
                 minutes=options.minutes,
                 save=lambda document: save(document, options.out),
                 progress=steps,

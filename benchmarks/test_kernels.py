@@ -4,7 +4,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from dlr_lock.microbench.bench import COLD_BYTES, chain_cases
+from dlr_lock.microbench.bench import chain_cases, cold_weights
 from dlr_lock.microbench.slot import CPU_PROVIDERS, PROVIDERS, Slot, dtype_of
 from dlr_lock.microbench.timing import Runner
 from dlr_lock.runtime import best_device
@@ -17,7 +17,8 @@ GPU = DEVICE.type == "cuda"
 def slot(request: pytest.FixtureRequest) -> Slot:
     (case,) = chain_cases(576, 1536, depth=36, tokens=[request.param])
     index = torch.cuda.current_device() if GPU else None
-    return Slot(case, torch.device(DEVICE.type, index), dtype_of("auto", gpu=GPU), COLD_BYTES)
+    device = torch.device(DEVICE.type, index)
+    return Slot(case, device, dtype_of("auto", gpu=GPU), cold_weights(device))
 
 
 @pytest.mark.parametrize("provider", PROVIDERS if GPU else CPU_PROVIDERS)

@@ -25,7 +25,7 @@ def main() -> None:
         "--rounds", type=int, default=20, help="times each form is timed, in turns with the others"
     )
     parser.add_argument(
-        "--cold-bytes", type=float, default=100e6, help="of distinct weights that calls rotate over"
+        "--cold-bytes", type=float, help="of distinct weights that calls rotate over; by default four caches"
     )
     options = parser.parse_args()
 

@@ -71,7 +71,8 @@ class Product:
             "TOTAL": total, "X": x, "FINISH": finish, "ACTIVE": active, "ACT": triton_form(act),
             "BM": tile.rows, "BN": tile.columns, "BK": tile.inner, "HALVINGS": tile.ends.bit_length() - 1,
         }  # fmt: skip
-        self._launch = Launch(matmul_kernel, constants, num_warps=tile.warps, num_stages=tile.stages)
+        most = {"maxnreg": tile.registers} if tile.registers else {}
+        self._launch = Launch(matmul_kernel, constants, num_warps=tile.warps, num_stages=tile.stages, **most)
 
     def __call__(
         self,

@@ -21,6 +21,7 @@ class Tile:
     split: int = 1  # programs that share the sum of a tile
     warps: int = 4
     stages: int = 3
+    registers: int = 0  # of a thread, at most; 0: as the compiler likes
 
     @property
     def ends(self) -> int:
@@ -77,8 +78,11 @@ def tile_for(work: Work, device: Device) -> Tile:
         # Columns too wide for the product, or, beside so many rows, for the device; or a tile that reads too much.
         if widest < BN or (BN == 256 and (BM < 128 or not device.wide_tiles)) or (BM == 128 and BN < 64):
             continue
-        # With 4 warps 64 by 128 takes 160 registers, and spills 8 bytes on sm_100.
-        whole = Tile(BM, BN, 64, warps=8 if BM * BN >= 8192 else 4)
+        # With 4 warps 64 by 128 takes 160 registers, and spills 8 bytes on sm_100. There, unasked, the compiler takes 64
+        # or 80 and spills 8 to 32 bytes for nothing: told what leaves room for two programs, none.
+        warps = 8 if BM * BN >= 8192 else 4
+        registers = (128 if BM * BN == 8192 else 255) if device.registers else 0
+        whole = Tile(BM, BN, 64, warps=warps, registers=registers)
         chunks = ceil(work.inner / whole.inner)
         # As many parts as some number of chunks each makes, of tiles whose sums are small.
         parts = {ceil(chunks / each) for each in range(1, chunks + 1)} if BM * BN <= 16384 else {1}

@@ -9,10 +9,11 @@ import torch
 
 from dlr_lock.common.dtypes import dtype_name
 from dlr_lock.common.errors import typed_line
-from dlr_lock.microbench.bench import COLD_BYTES, ROUNDS, Row, cases_of, numbers
+from dlr_lock.microbench.bench import ROUNDS, Row, cases_of, cold_weights, numbers
 from dlr_lock.microbench.bench import measure as measured
 from dlr_lock.microbench.slot import CPU_PROVIDERS, PROVIDERS, Case, Slot, dtype_of
 from dlr_lock.microbench.timing import measured_rates
+from dlr_lock.runtime import DLRSpec
 from dlr_lock.triton_kernels.gpu import device_constants
 
 from ..kernels import CHAINS, SHAPES, SMOKE, TOKENS
@@ -24,11 +25,12 @@ _TOKENS = (1, 512, 16, 4096)
 
 
 def measure(record: Record) -> None:
-    """Rows as `dlr-lock bench` has them. Of no compiled forms: to compile a chain takes a minute."""
+    """Rows as `dlr-lock bench` has them. Of the plain chain no compiled form, which takes a minute; the MLP's
+    beside the default chain alone, for it is the same beside all others."""
     gpu = record.device.type == "cuda"
     dtype = dtype_of("auto", gpu=gpu)
-    providers = [name for name in PROVIDERS if not name.endswith("-compiled")] if gpu else CPU_PROVIDERS
-    rounds, cold_bytes = (2, 0) if record.smoke else (ROUNDS, COLD_BYTES)
+    providers = [name for name in PROVIDERS if name != "naive-compiled"] if gpu else CPU_PROVIDERS
+    rounds, cold_bytes = (2, 0) if record.smoke else (ROUNDS, cold_weights(record.device))
     rates = measured_rates(record.device, dtype)
     record.document |= {
         "measured_rates": {"copy_gb_per_s": rates.copy / 1e9, "matmul_tflop_per_s": rates.matmul / 1e12},
@@ -49,9 +51,12 @@ def measure(record: Record) -> None:
             try:
                 if gpu:
                     torch.cuda.empty_cache()
-                rows = measured(
-                    Slot(case, record.device, dtype, cold_bytes), providers, rates, rounds, capture_error
+                default = case.spec == DLRSpec.matching(
+                    case.spec.hidden_size, case.intermediate, mlp_gated=True
                 )
+                own = [name for name in providers if default or name != "dense-compiled"]
+                slot = Slot(case, record.device, dtype, cold_bytes)
+                rows = measured(slot, own, rates, rounds, capture_error)
             except (RuntimeError, MemoryError) as error:  # such as a case that does not fit
                 check_device(error)
                 rows = [failed(case, typed_line(error))]

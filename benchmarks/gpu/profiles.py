@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dlr_lock import DLRError
-from dlr_lock.microbench.bench import COLD_BYTES
+from dlr_lock.microbench.bench import cold_weights
 from dlr_lock.microbench.slot import Case, Slot, dtype_of
 from dlr_lock.runtime.spec import DLRSpec
 from dlr_lock.triton_kernels import backend
@@ -99,7 +99,7 @@ def _slot(record: Record, row: dict[str, Any]) -> Callable[[], object]:
     spec = DLRSpec(row["hidden"], row["lanes"], row["depth"], row["rank"])
     case = Case(spec, row["intermediate"], row["tokens"])
     gpu = record.device.type == "cuda"
-    slot = Slot(case, record.device, dtype_of("auto", gpu=gpu), COLD_BYTES if gpu else 0)
+    slot = Slot(case, record.device, dtype_of("auto", gpu=gpu), cold_weights(record.device) if gpu else 0)
     call = slot.call(row["provider"].replace("-graph", "-eager"))
     assert call is not None
     run, copies = call

@@ -30,7 +30,7 @@ from ..triton_kernels.gpu import device_constants
 from .slot import CPU_PROVIDERS, PROVIDERS, Case, DenseWeights, Slot, dense_mlp, dtype_of
 from .timing import Rates, Runner, measured_rates, set_times, take_turns
 
-COLD_BYTES = 200e6  # of distinct weights that calls rotate over: four times the L2 cache of an H200
+_CACHES = 4  # times the cache: of distinct weights that calls rotate over
 ROUNDS = 20
 CHECKED_TOKENS = 64
 WIDEST = 2**18  # features or hidden units: past this, finding a chain of equal parameters takes seconds
@@ -118,6 +118,15 @@ class Row:
     floor_us: float | None = None
 
 
+def cold_weights(device: torch.device) -> float:
+    """Bytes of distinct weights that are never found in a device's cache: four times its L2, of a CPU four times 50 MB.
+
+    Args:
+        device: A GPU, with its index, or a CPU.
+    """
+    return _CACHES * (device_constants(device.index).l2 if device.type == "cuda" else 50e6)
+
+
 def run(
     cases: Sequence[Case],
     *,
@@ -125,7 +134,7 @@ def run(
     dtype: str = "auto",
     providers: Sequence[str] | None = None,
     rounds: int = ROUNDS,
-    cold_bytes: float = COLD_BYTES,
+    cold_bytes: float | None = None,
     minutes: float | None = None,
     save: Callable[[dict[str, Any]], None] = lambda document: None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
@@ -141,7 +150,7 @@ def run(
         dtype: As `dtype_of` takes it.
         providers: Some of PROVIDERS; None for all on a GPU, for CPU_PROVIDERS on a CPU.
         rounds: Samples a provider.
-        cold_bytes: Distinct weights that calls rotate over.
+        cold_bytes: Distinct weights that calls rotate over; `cold_weights` if None.
         minutes: No case is begun after them; None for no limit.
         save: Handed the results so far after every case.
         progress: Called with (what is being done, done, total).
@@ -157,6 +166,8 @@ def run(
     weights = dtype_of(dtype, gpu=device.type == "cuda")
     began = time.monotonic()
     device = _indexed(device)
+    if cold_bytes is None:
+        cold_bytes = cold_weights(device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), torch.no_grad():
         rates = measured_rates(device, weights)
         document: dict[str, Any] = {

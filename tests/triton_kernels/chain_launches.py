@@ -16,12 +16,14 @@ from dlr_lock.triton_kernels.rounds import Shape, class_tokens
 # Of models of 135M to 70B parameters.
 MLPS = [(576, 1536), (1024, 3072), (1536, 8960), (2048, 8192), (2560, 9728), (3072, 8192), (4096, 14336),
         (5120, 25600), (8192, 28672)]  # fmt: skip
-TOKENS = (1, 16, 64, 128, 512, 4096)
+TOKENS = (1, 16, 17, 64, 128, 512, 4096)
 DEVICES = {
     "sm_80": Device("NVIDIA A100", 108, *_KNOWN["A100"], wide_tiles=False),
     "sm_90": H200,
     "sm_100": Device("NVIDIA B200", 148, *_KNOWN["B200"]),
-    "gfx942": Device("AMD MI300X", 304, *_KNOWN["MI300X"], cooperative=False, wide_tiles=False),
+    "gfx942": Device(
+        "AMD MI300X", 304, *_KNOWN["MI300X"], cooperative=False, wide_tiles=False, registers=False
+    ),
 }
 SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB a program
 # KiB of shared memory and threads a multiprocessor; 64 Ki registers there are in each
@@ -91,7 +93,10 @@ def complaints(request: dict[str, Any], found: dict[str, Any]) -> list[str]:
     target, c = request["target"], request["constexprs"]
     product = request["kernel"] == _MATMUL
     wrong = []
-    if found["stack"] or found["local"]:
+    allowed = (
+        8 if target == "sm_80" and (c.get("BM"), c.get("TILES")) == (64, 4) else 0
+    )  # decode_plan.py: HELD
+    if found["stack"] + found["local"] > allowed:
         wrong.append(f"spills {found['stack'] + found['local']}")
     if found["shared"] > SHARED[target] * 1024:
         wrong.append(f"{found['shared']} bytes of shared memory")

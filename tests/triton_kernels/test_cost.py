@@ -48,14 +48,15 @@ def test_no_path_is_chosen_that_another_beats_by_a_fifth(mlp: tuple[int, int]) -
 
 @pytest.mark.parametrize("mlp", MLPS, ids=str)
 def test_products_fill_the_device_from_sixteen_tokens_on(mlp: tuple[int, int]) -> None:
-    """With the tiles that a call of any number of tokens gets."""
+    """With the tiles that a call of any number of tokens gets; all but those of 10 MFLOP, 13 ns of the device."""
     usual, steps = chain(*mlp)
     for tokens in COUNTS[15:]:
         tiled = class_tokens(tokens)
         for one in rounds_of(replace(usual, tokens=tiled), steps):
-            for work in (one.project, one.update):
+            for work in one.works():
                 tile = tile_for(work, H200)
-                assert work.programs(tile, tokens) >= 90, (tokens, work, tile)
+                least = 90 if work in (one.project, one.update) or work.flops > 1e7 else 36
+                assert work.programs(tile, tokens) >= least, (tokens, work, tile)
 
 
 @pytest.mark.parametrize("mlp", MLPS, ids=str)
