@@ -43,7 +43,9 @@ class Device:
     cooperative: bool = True  # whether a persistent grid can be launched
     # Whether a product may have tiles of 128 by 256: on sm_80 they spill 48 bytes, on gfx942 want 98 KB of 64.
     wide_tiles: bool = True
-    registers: bool = True  # whether the compiler can be told how many a thread may have: not AMD's
+    # Whether the compiler is told how many registers a product may take: for sm_100 it spills 8 to 32 bytes unasked,
+    # with 64 to 80 taken. Elsewhere it does not, and AMD's cannot be told.
+    registers: bool = False
 
     def wait(self, ctas: float) -> float:
         """Seconds of a barrier among some CTAs: 132 took 1.00 us and 264 took 1.38, a line from 0.62 on."""
@@ -72,9 +74,7 @@ def device_constants(index: int) -> Device:
         share = sms / H200.sms
         rates = (H200.bandwidth * share, H200.flops * share, H200.l2 * share)
     # Before compute capability 8 `tl.dot` has no matrix units for these tiles: 670 bytes of stack on sm_75.
-    cooperative = torch.version.hip is None and properties.major >= 8
-    nvidia = torch.version.hip is None
-    wide_tiles = nvidia and properties.major >= 9
+    major = properties.major if torch.version.hip is None else 0
     return Device(
-        properties.name, sms, *rates, cooperative=cooperative, wide_tiles=wide_tiles, registers=nvidia
+        properties.name, sms, *rates, cooperative=major >= 8, wide_tiles=major >= 9, registers=major >= 10
     )

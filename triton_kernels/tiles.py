@@ -78,15 +78,18 @@ def tile_for(work: Work, device: Device) -> Tile:
         # Columns too wide for the product, or, beside so many rows, for the device; or a tile that reads too much.
         if widest < BN or (BN == 256 and (BM < 128 or not device.wide_tiles)) or (BM == 128 and BN < 64):
             continue
-        # With 4 warps 64 by 128 takes 160 registers, and spills 8 bytes on sm_100. There, unasked, the compiler takes 64
-        # or 80 and spills 8 to 32 bytes for nothing: told what leaves room for two programs, none.
-        warps = 8 if BM * BN >= 8192 else 4
-        registers = (128 if BM * BN == 8192 else 255) if device.registers else 0
-        whole = Tile(BM, BN, 64, warps=warps, registers=registers)
+        # With 4 warps 64 by 128 takes 160 registers, and spills 8 bytes on sm_100.
+        whole = Tile(BM, BN, 64, warps=8 if BM * BN >= 8192 else 4)
         chunks = ceil(work.inner / whole.inner)
         # As many parts as some number of chunks each makes, of tiles whose sums are small.
         parts = {ceil(chunks / each) for each in range(1, chunks + 1)} if BM * BN <= 16384 else {1}
         tiles += [replace(whole, split=split) for split in parts if split <= MOST_PARTS]
+    if (
+        device.registers
+    ):  # 128 leave room for two programs of 8 warps; of a split sum there is rarely a second
+        tiles = [
+            replace(t, registers=128 if t.warps == 8 and t.split == 1 and t.ends == 2 else 255) for t in tiles
+        ]
     wanted = ceil(FILLED * device.sms)
 
     def order(tile: Tile) -> tuple[int, float, Tile]:

@@ -20,10 +20,8 @@ TOKENS = (1, 16, 17, 64, 128, 512, 4096)
 DEVICES = {
     "sm_80": Device("NVIDIA A100", 108, *_KNOWN["A100"], wide_tiles=False),
     "sm_90": H200,
-    "sm_100": Device("NVIDIA B200", 148, *_KNOWN["B200"]),
-    "gfx942": Device(
-        "AMD MI300X", 304, *_KNOWN["MI300X"], cooperative=False, wide_tiles=False, registers=False
-    ),
+    "sm_100": Device("NVIDIA B200", 148, *_KNOWN["B200"], registers=True),
+    "gfx942": Device("AMD MI300X", 304, *_KNOWN["MI300X"], cooperative=False, wide_tiles=False),
 }
 SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB a program
 # KiB of shared memory and threads a multiprocessor; 64 Ki registers there are in each
@@ -102,7 +100,8 @@ def complaints(request: dict[str, Any], found: dict[str, Any]) -> list[str]:
         wrong.append(f"{found['shared']} bytes of shared memory")
     if bool(found["matrix"]) == request["kernel"].endswith("one_token_kernel"):
         wrong.append(f"matrix units: {found['matrix']}")
-    # The widest tiles have a multiprocessor to themselves, as decode's CTAs have.
-    if target in ROOM and product and c["BM"] * c["BN"] < 128 * 128 and programs_at_once(request, found) < 2:
+    # The widest tiles have a multiprocessor to themselves, as decode has; of split sums there is rarely a second.
+    narrow = product and c["BM"] * c["BN"] < 128 * 128 and c["SPLIT"] == 1
+    if target in ROOM and narrow and programs_at_once(request, found) < 2:
         wrong.append("one program a multiprocessor")
     return [f"{what}: {found} of {kind(request)}" for what in wrong]
