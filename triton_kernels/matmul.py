@@ -60,7 +60,7 @@ class Product:
         act: str = "linear",
     ) -> None:
         """lanes: L; columns and inner: of a lane's W [inner, columns]; z, total, finish: whether a call gives them; x:
-        how often x counts in the sum, -1, 0 or 1; active: a multiple of 16."""
+        how often x counts in the sum, -1, 0 or 1."""
         self.lanes, self.columns, self.active, self.tile = lanes, columns, active, tile
         constants: dict[str, Any] = {
             "N": columns, "K": inner, "SPLIT": tile.split,
