@@ -10,19 +10,17 @@ from typing import Any
 from ..convert.report import distances, evaluation_words
 from ..reporting import Curve, Plot, Section, Table, grouped, headings
 from ..reporting.html import document
-from ..reporting.lock_verdict import UNDONE_RATIO, LockVerdict, lock_words
 from ..reporting.words import bytes_words, cell, flops_words, rate_words, ratio_words, seconds_words
 from .gradients import gradient_section
+from .module_section import module_section
 from .price_sections import depth_section, price_section
 from .report import (
     AttackerCost,
     AuditReport,
-    ModuleStudents,
     Price,
     Run,
     StepCost,
     Structural,
-    Student,
     Verdict,
     cheapest_step,
 )
@@ -36,7 +34,6 @@ _STEP: dict[str, Callable[[float], str]] = {
 _SWAP = "swap"  # takes the original's own MLPs, which the threat model rules out: it always succeeds
 _PUBLIC = "Where the original is public the lock is worth nothing: its MLPs can be put back."
 _PRICE = "target | fine-tunes | measure | locked: attack | strategy | cost | original: attack | strategy | cost | ratio"
-_COST = ("initialisation", "training tokens")
 _NOT_RUN = "Not run; the notes say why."
 
 
@@ -50,7 +47,7 @@ def audit_sections(report: AuditReport) -> list[Section]:
     """The price and the verdicts in words, and then every part of an audit in the order of reading; those not run are
     there too."""
     parts = (
-        _head, _price, _attacked, _verdicts, _structural, _modules, _learning, gradient_section, _steps, _asymmetry,
+        _head, _price, _attacked, _verdicts, _structural, module_section, _learning, gradient_section, _steps, _asymmetry,
         depth_section, _notes, _how,
     )  # fmt: skip
     return [part(report) for part in parts]
@@ -208,56 +205,6 @@ def _structural(report: AuditReport) -> Section:
         Table(columns, rows, minor=("training tokens",)),
         [f"{row.name}: {row.about}." for row in report.structural],
     )
-
-
-def _modules(report: AuditReport) -> Section:
-    def row(m: ModuleStudents) -> tuple[str, ...]:
-        best = m.deciding
-        ratio, share = (None, None) if best is None else (m.ratio(best), best.share)
-        made = ("-", "-") if best is None else (best.init, f"{best.train_tokens:,}")
-        verdict = lock_words(LockVerdict.of(m.chain_error, m.gap, ratio), ratio, share)
-        informed, fresh = m.undoing
-        spent = ("-", "-") if informed is None else (informed.over(m.conversion), informed.over(fresh))
-        return m.module, m.chain, f"{m.chain_error:.4f}", f"{m.gap:.2f}", verdict, *made, *spent
-
-    def every(m: ModuleStudents, c: Student) -> tuple[str, ...]:
-        return (
-            m.module, c.init, f"{c.train_tokens:,}", ratio_words(c.share), f"{c.error:.4f}", f"{c.student_error:.4f}",
-            ratio_words(m.ratio(c)), f"{c.distance:.4f}", seconds_words(c.seconds),
-        )  # fmt: skip
-
-    curves = [
-        Curve([c.train_tokens for c in made], [m.ratio(c) for c in made], init)
-        for m in report.modules
-        for init, made in grouped(sorted(m.students, key=lambda c: c.train_tokens), lambda c: c.init).items()
-    ]
-    plot = Plot(
-        "the students' errors against their training tokens", "training tokens", "student's error / chain's", curves,
-        [1], log=True,
-    )  # fmt: skip
-    best = (
-        "module | chain | relative error | flatten gap | verdict | initialisation | training tokens | "
-        "undoing / conversion | undoing / fresh"
-    )
-    columns = (
-        "module | initialisation | training tokens | share | error | error against the chain | ratio | "
-        "model's distance | seconds"
-    )
-    return Section(
-        "Redistillation, module by module",
-        f"A chain counts as undone where the student's error is at most {UNDONE_RATIO} times the chain's own, both "
-        "against what the chain was fitted to. A row's verdict is of the cheapest such student, or else of the best. "
-        "Fine-tunes of the redistilled model take, for each chain, the student that alone in its place leaves the "
-        "model nearest to the locked one. "
-        "Undoing: training tokens of a student that starts from the chain's weights, until it is as good as the "
-        "chain; over those of the conversion, and over those of a fresh MLP that knows the chain's outputs alone, "
-        "where 1 means that knowing the weights helps nothing.",
-        Table(headings(best), list(map(row, report.modules)), minor=_COST, empty=_NOT_RUN),
-        plots=[plot] if curves else [],
-        caption="A line is a module, its colour the student's initialisation; below the dashed level the student is "
-        "better than the chain itself.",
-        details=[Table(headings(columns), [every(m, c) for m in report.modules for c in m.students], "Every student")],
-    )  # fmt: skip
 
 
 def _start_loss(report: AuditReport) -> float | None:

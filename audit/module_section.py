@@ -1,0 +1,59 @@
+"""Redistillation, module by module, as a section of an audit."""
+
+from ..reporting import Curve, Plot, Section, Table, grouped, headings
+from ..reporting.lock_verdict import UNDONE_RATIO, LockVerdict, lock_words
+from ..reporting.words import ratio_words, seconds_words
+from .report import AuditReport, ModuleStudents, Student
+
+_COST = ("initialisation", "training tokens")
+
+
+def module_section(report: AuditReport) -> Section:
+    """What undoes each chain: its students, and regression alone."""
+    def row(m: ModuleStudents) -> tuple[str, ...]:
+        best = m.deciding
+        ratio, share = (None, None) if best is None else (m.ratio(best), best.share)
+        made = ("-", "-") if best is None else (best.init, f"{best.train_tokens:,}")
+        verdict = lock_words(LockVerdict.of(m.chain_error, m.gap, ratio), ratio, share)
+        informed, fresh = m.undoing
+        spent = ("-", "-") if informed is None else (informed.over(m.conversion), informed.over(fresh))
+        return m.module, m.chain, f"{m.chain_error:.4f}", f"{m.gap:.2f}", verdict, *made, *spent
+
+    def every(m: ModuleStudents, c: Student) -> tuple[str, ...]:
+        return (
+            m.module, c.init, f"{c.train_tokens:,}", ratio_words(c.share), f"{c.error:.4f}", f"{c.student_error:.4f}",
+            ratio_words(m.ratio(c)), f"{c.distance:.4f}", seconds_words(c.seconds),
+        )  # fmt: skip
+
+    curves = [
+        Curve([c.train_tokens for c in made], [m.ratio(c) for c in made], init)
+        for m in report.modules
+        for init, made in grouped(sorted(m.students, key=lambda c: c.train_tokens), lambda c: c.init).items()
+    ]
+    plot = Plot(
+        "the students' errors against their training tokens", "training tokens", "student's error / chain's", curves,
+        [1], log=True,
+    )  # fmt: skip
+    best = (
+        "module | chain | relative error | flatten gap | verdict | initialisation | training tokens | "
+        "undoing / conversion | undoing / fresh"
+    )
+    columns = (
+        "module | initialisation | training tokens | share | error | error against the chain | ratio | "
+        "model's distance | seconds"
+    )
+    return Section(
+        "Redistillation, module by module",
+        f"A chain counts as undone where the student's error is at most {UNDONE_RATIO} times the chain's own, both "
+        "against what the chain was fitted to. A row's verdict is of the cheapest such student, or else of the best. "
+        "Fine-tunes of the redistilled model take, for each chain, the student that alone in its place leaves the "
+        "model nearest to the locked one. "
+        "Undoing: training tokens of a student that starts from the chain's weights, until it is as good as the "
+        "chain; over those of the conversion, and over those of a fresh MLP that knows the chain's outputs alone, "
+        "where 1 means that knowing the weights helps nothing.",
+        Table(headings(best), list(map(row, report.modules)), minor=_COST, empty="Not run; the notes say why."),
+        plots=[plot] if curves else [],
+        caption="A line is a module, its colour the student's initialisation; below the dashed level the student is "
+        "better than the chain itself.",
+        details=[Table(headings(columns), [every(m, c) for m in report.modules for c in m.students], "Every student")],
+    )  # fmt: skip
