@@ -10,6 +10,7 @@ _COST = ("initialisation", "training tokens")
 
 def module_section(report: AuditReport) -> Section:
     """What undoes each chain: its students, and regression alone."""
+
     def row(m: ModuleStudents) -> tuple[str, ...]:
         best = m.deciding
         ratio, share = (None, None) if best is None else (m.ratio(best), best.share)
@@ -17,7 +18,8 @@ def module_section(report: AuditReport) -> Section:
         verdict = lock_words(LockVerdict.of(m.chain_error, m.gap, ratio), ratio, share)
         informed, fresh = m.undoing
         spent = ("-", "-") if informed is None else (informed.over(m.conversion), informed.over(fresh))
-        return m.module, m.chain, f"{m.chain_error:.4f}", f"{m.gap:.2f}", verdict, *made, *spent
+        depth = str(m.merges[-1].steps) if m.merges else "-"
+        return m.module, m.chain, f"{m.chain_error:.4f}", f"{m.gap:.2f}", verdict, *made, *spent, depth
 
     def every(m: ModuleStudents, c: Student) -> tuple[str, ...]:
         return (
@@ -36,7 +38,7 @@ def module_section(report: AuditReport) -> Section:
     )  # fmt: skip
     best = (
         "module | chain | relative error | flatten gap | verdict | initialisation | training tokens | "
-        "undoing / conversion | undoing / fresh"
+        "undoing / conversion | undoing / fresh | steps that count"
     )
     columns = (
         "module | initialisation | training tokens | share | error | error against the chain | ratio | "
@@ -50,10 +52,23 @@ def module_section(report: AuditReport) -> Section:
         "model nearest to the locked one. "
         "Undoing: training tokens of a student that starts from the chain's weights, until it is as good as the "
         "chain; over those of the conversion, and over those of a fresh MLP that knows the chain's outputs alone, "
-        "where 1 means that knowing the weights helps nothing.",
+        "where 1 means that knowing the weights helps nothing. Steps that count: the fewest wide steps as good as the "
+        "chain that linear regression alone makes of it, before any training; they are what the lock keeps of its "
+        "depth.",
         Table(headings(best), list(map(row, report.modules)), minor=_COST, empty="Not run; the notes say why."),
         plots=[plot] if curves else [],
         caption="A line is a module, its colour the student's initialisation; below the dashed level the student is "
         "better than the chain itself.",
-        details=[Table(headings(columns), [every(m, c) for m in report.modules for c in m.students], "Every student")],
+        details=[
+            Table(headings(columns), [every(m, c) for m in report.modules for c in m.students], "Every student"),
+            Table(
+                headings("module | wide steps | error | ratio"),
+                [
+                    (m.module, str(merge.steps), f"{merge.error:.4f}", ratio_words(m.ratio(merge)))
+                    for m in report.modules
+                    for merge in m.merges
+                ],
+                "Steps merged by regression alone",
+            ),
+        ],
     )  # fmt: skip

@@ -36,7 +36,7 @@ from ..runtime import DLRSpec, inspect, load, locked_modules
 from ..runtime.generation import check_vocabulary, positions
 from .asymmetry import Asymmetry, DepthCost, asymmetries, depth_costs
 from .attacks import TRAINING_ATTACKS
-from .attacks.redistillation import Students, redistillation_row, redistilled_modules
+from .attacks.redistillation import Students, merged_row, redistillation_row, redistilled_modules
 from .attacks.structural import kept_row, structural_rows
 from .config import BUDGETS, AuditConfig
 from .context import AuditContext, ModelVariant
@@ -55,6 +55,7 @@ THREAT = (
 )
 _JSON, _PAGE = "audit.json", "audit.html"
 _SLOT_TOKENS = 1024
+MERGED = "merge, by regression"
 
 
 def audit_model(
@@ -168,6 +169,7 @@ def _attack(context: AuditContext) -> dict[str, Any]:
     fidelity = compare(context.locked, context.original, context.neutral.heldout, measuring)
     rows = list(structural_rows(context))
     students = list(redistilled_modules(context, sorted(set(train_tokens.values()))))
+    shorter = kept_row(context, MERGED, partial(merged_row, context, students, MERGED))
     undone = {
         name: kept_row(context, name, partial(redistillation_row, context, students, name, count))
         for name, count in train_tokens.items()
@@ -192,7 +194,7 @@ def _attack(context: AuditContext) -> dict[str, Any]:
     spec = dict(locked_modules(context.locked))[context.mlps[0].module].spec
     return {
         "fidelity": fidelity,
-        "structural": [*rows, *undone.values()],
+        "structural": [*rows, shorter, *undone.values()],
         "modules": [figures for figures, _ in students],
         "runs": runs,
         "steps": steps,

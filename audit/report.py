@@ -59,6 +59,19 @@ class Student:
 
 
 @dataclass(frozen=True, slots=True)
+class Merge:
+    """A chain as fewer, wider steps, whose reading directions linear regression gives: nothing is trained.
+
+    Attributes:
+        steps: Of a lane.
+        error: Relative error, measured as `Student.error`.
+    """
+
+    steps: int
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
 class GradientError:
     """How far a gradient through locked layers is from the original's.
 
@@ -87,6 +100,8 @@ class ModuleStudents:
         chain_error: The chain's own relative error, measured as `Student.error`.
         gap: The flatten gap over |chain|^2, on the locked model's own activations.
         students: In ascending order of their training tokens.
+        merges: In ascending order of their steps, up to the first that is as good as the chain; the chain itself is the
+            last where no shorter one is.
     """
 
     module: str
@@ -94,10 +109,11 @@ class ModuleStudents:
     chain_error: float
     gap: float
     students: list[Student]
+    merges: list[Merge]
 
-    def ratio(self, student: Student) -> float:
-        """A student's error over the chain's."""
-        return error_ratio(student.error, self.chain_error)
+    def ratio(self, made: Student | Merge) -> float:
+        """The error of what an attacker made of the chain, over the chain's."""
+        return error_ratio(made.error, self.chain_error)
 
     @property
     def undoing(self) -> tuple[Undoing | None, Undoing | None]:

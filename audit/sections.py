@@ -47,8 +47,8 @@ def audit_sections(report: AuditReport) -> list[Section]:
     """The price and the verdicts in words, and then every part of an audit in the order of reading; those not run are
     there too."""
     parts = (
-        _head, _price, _attacked, _verdicts, _structural, module_section, _learning, gradient_section, _steps, _asymmetry,
-        depth_section, _notes, _how,
+        _head, _price, _attacked, _verdicts, _structural, module_section, _learning, gradient_section, _steps,
+        _asymmetry, depth_section, _notes, _how,
     )  # fmt: skip
     return [part(report) for part in parts]
 

@@ -11,6 +11,7 @@ The attacker distils the chain into a student, on text, from one of three initia
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -207,9 +208,36 @@ def flattened(net: DLRNet, reads: dict[str, Tensor] | None = None) -> DLRNet:
     return flat
 
 
+def merged(net: DLRNet, group: int, reads: dict[str, Tensor] | None = None) -> DLRNet:
+    """The chain of fewer, wider steps: `group` consecutive ones of a lane read the state that the first of them reads.
+
+    Args:
+        net: The chain, L x K x r.
+        group: How many; more than K count as K.
+        reads: As for `flattened`, from `linear_reads` with the same group.
+
+    Returns:
+        A chain of L x ceil(K / group) x (group r), in float32, on the chain's device. A last group of fewer steps is
+        filled up with units of zero weights, which add nothing.
+    """
+    lanes, depth, rank, hidden = net.spec.weight_shape
+    group = min(group, depth)
+    steps = -(-depth // group)
+    spec = replace(net.spec, depth=steps, rank=group * rank)
+    wide = DLRNet(spec, dtype=torch.float32, device=net.dlr_A.device)
+    tensors = {name: tensor.detach() for name, tensor in net.named_parameters()} | (reads or {})
+    for name in net.weight_names(net.spec):
+        filled = tensors[name].new_zeros(lanes, steps * group, rank, hidden)
+        filled[:, :depth] = tensors[name]
+        tensors[name] = filled.view(spec.weight_shape)
+    wide.assign(tensors)
+    return wide
+
+
 @torch.no_grad()
-def linear_reads(net: DLRNet, x: Tensor) -> dict[str, Tensor]:
-    """A and G of every step, brought back to x: A (1 + J_k)^T with J_k [d, d] the best linear map of x to u_k.
+def linear_reads(net: DLRNet, x: Tensor, group: int | None = None) -> dict[str, Tensor]:
+    """A and G of every step, brought back to what the first step of its group reads: A (1 + J_k)^T with J_k [d, d] the
+    best linear map of that state z to the movement u_k from there to step k.
 
     Least squares in which a token's u_k counts by its direction, whatever its size. Unweighted, a chain hides its map
     behind few tokens: one fitted to move those far and out of line took the student's error at 1/4 of the training
@@ -217,7 +245,8 @@ def linear_reads(net: DLRNet, x: Tensor) -> dict[str, Tensor]:
 
     Args:
         net: The chain.
-        x: [N, d] float32, tokens to fit J_k on.
+        x: [N, d] float32, tokens to fit J_k on. 17 d tokens leave 3% more of the student's error than 140 d.
+        group: Steps of a group; None for all of a lane, which brings them back to x.
 
     Returns:
         By name, [L, K, r, d] each, in float32 on x's device.
@@ -225,20 +254,31 @@ def linear_reads(net: DLRNet, x: Tensor) -> dict[str, Tensor]:
     chain = net.chain.to(x.device, torch.float32)
     readers = {"dlr_A": chain.A} if chain.G is None else {"dlr_A": chain.A, "dlr_G": chain.G}
     reads = {name: w.clone() for name, w in readers.items()}
+    every = group or net.spec.depth
+    begin = x.expand(net.spec.lanes, -1, -1)  # the states that the group at hand begins with
 
     def bring_back(k: int, z: Tensor, _: object) -> None:
-        for lane, moved in enumerate(z - x if k else ()):  # before step 0 nothing has moved
-            size = moved.norm(dim=1, keepdim=True)
-            weight = 1 / size.clamp(min=1e-6 * size.mean() + 1e-30)
-            wx = x * weight
-            covariance = (wx.T @ wx).double()
-            covariance.diagonal().add_(1e-4 * covariance.diagonal().mean())
-            jacobian = torch.linalg.inv(covariance).float() @ (wx.T @ (moved * weight))  # u = x J
+        nonlocal begin
+        if k % every == 0:
+            begin = z.clone()
+            return
+        for lane, (start, state) in enumerate(zip(begin, z, strict=True)):
+            jacobian = _linear_map(start, state - start)
             for w in reads.values():
                 w[lane, k] += w[lane, k] @ jacobian.T
 
     lane_updates(x, chain, bring_back)
     return reads
+
+
+def _linear_map(z: Tensor, u: Tensor) -> Tensor:
+    """[d, d], the best linear map of z to u [N, d], u = z J, see `linear_reads`."""
+    size = u.norm(dim=1, keepdim=True)
+    weight = 1 / size.clamp(min=1e-6 * size.mean() + 1e-30)
+    wz = z * weight
+    covariance = (wz.T @ wz).double()
+    covariance.diagonal().add_(1e-4 * covariance.diagonal().mean())
+    return torch.linalg.inv(covariance).float() @ (wz.T @ (u * weight))
 
 
 @torch.no_grad()

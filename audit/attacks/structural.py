@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...convert.end_to_end import with_chains
 from ...convert.evaluate import Evaluation, StateEvaluation, compare
 from ...convert.mlp_matching import MLP
-from ...convert.redistill import flattened
+from ...convert.redistill import flattened, merged
 from ...runtime import DLRNet, DLRSpec
 from ...triton_kernels import backend
 from ..context import AuditContext
@@ -91,23 +91,6 @@ def evaluated(context: AuditContext, attacked: PreTrainedModel, name: str) -> Ev
         return compare(
             attacked, context.original, context.neutral.heldout, context.count(f"evaluating {name}")
         )
-
-
-def merged(net: DLRNet, group: int) -> DLRNet:
-    """`group` consecutive steps of a lane read the state that the first of them reads: L x ceil(K / group) x group r.
-
-    A last group with fewer steps is filled up with units of zero weights, which add nothing.
-    """
-    lanes, depth, rank, hidden = net.spec.weight_shape
-    group = min(group, depth)
-    steps = -(-depth // group)
-
-    def wide(weight: Tensor) -> Tensor:
-        filled = weight.new_zeros(lanes, steps * group, rank, hidden)
-        filled[:, :depth] = weight
-        return filled.view(lanes, steps, group * rank, hidden)
-
-    return _rewritten(net, replace(net.spec, depth=steps, rank=group * rank), wide)
 
 
 def dropped(net: DLRNet) -> DLRNet:

@@ -15,6 +15,7 @@ from rich.console import Console
 from dlr_lock.audit.asymmetry import Asymmetry
 from dlr_lock.audit.report import (
     AuditReport,
+    Merge,
     ModuleStudents,
     Price,
     Run,
@@ -125,6 +126,7 @@ def report() -> AuditReport:
                 for init, worse in (("linear", 1.0), ("flat", 1.6), ("random", 5.0))
                 for tokens in (25_600, 102_400, 409_600)
             ],
+            [Merge(steps, (0.21 + 0.01 * layer) * (1 + 0.2 / steps**2)) for steps in (1, 2, 3)],
         )
         for layer in range(11, 15)
     ]  # fmt: skip

@@ -16,6 +16,7 @@ from torch.nn import functional
 from dlr_lock.audit.attacks import redistillation
 from dlr_lock.audit.attacks.redistillation import (
     INITS,
+    merge_steps,
     redistillation_flops,
     redistillation_row,
     redistilled_modules,
@@ -166,9 +167,8 @@ def test_what_is_measured_is_what_is_said(arch: str, across: str) -> None:
     conversion = {mlps[0].module: 2048, mlps[1].module: None}
     found = list(run(original, locked, mlps, train, heldout, conversion=conversion, across=across))
     gaps = flatten_gaps(locked, {m.module: locked.get_submodule(m.module) for m in mlps}, heldout)
-    for module, net in found:
-        ((train_tokens, net),) = net.items()
-        name, student = module.module, best(module, train_tokens)
+    for module, (shortest, net) in ((module, nets.values()) for module, nets in found):
+        name, student = module.module, best(module, 512)
 
         def of(chain: DLRNet, x: Tensor) -> Tensor:
             return chain_reference(x, chain.chain.to(CPU, torch.float32))
@@ -181,8 +181,9 @@ def test_what_is_measured_is_what_is_said(arch: str, across: str) -> None:
             bounded(of(chain, x), y),
             bounded(of(net, x), y),
             bounded(of(net, own), of(chain, own)),
+            bounded(of(shortest, x), y),
         ]
-        said = [module.chain_error, student.error, student.student_error]
+        said = [module.chain_error, student.error, student.student_error, module.merges[-1].error]
         assert arch != "opt" or max(by_hand) < 0.9  # of chains that are near their MLPs
         assert said == pytest.approx(by_hand, rel=0.02)  # captured in bfloat16
         assert module.gap == pytest.approx(gaps[name], rel=0.02)
@@ -253,8 +254,8 @@ def test_the_same_seed_gives_the_same_figures_in_any_order_and_the_models_stay()
     assert figures(first) == figures(list(run(original, locked, mlps[::-1], *text, across=across)))
     alone = list(run(original, locked, mlps[1:], *text, across=across))
     assert figures(alone)[mlps[1].module] == figures(first)[mlps[1].module]
-    (one,), (two,) = alone[0][1].values(), first[1][1].values()
-    assert torch.equal(one.dlr_A, two.dlr_A)
+    for one, two in zip(alone[0][1].values(), first[1][1].values(), strict=True):
+        assert torch.equal(one.dlr_A, two.dlr_A)
     assert figures(list(run(original, locked, mlps, *text, seed=1, across=across))) != figures(first)
     assert original.training
     for model, state in zip((original, locked), before, strict=True):
@@ -276,12 +277,11 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     )
     assert figures(resumed) == figures(whole)
     for (_, nets), (_, of_whole) in zip(resumed, whole, strict=True):
-        ((train_tokens, net),), ((same, wanted),) = nets.items(), of_whole.items()
-        assert (
-            train_tokens == same
-            and net.spec == wanted.spec
-            and all(map(torch.equal, net.parameters(), wanted.parameters()))
-        )
+        assert nets.keys() == of_whole.keys() == {0, 512}
+        for train_tokens, net in nets.items():
+            wanted = of_whole[train_tokens]
+            assert net.spec == wanted.spec
+            assert all(map(torch.equal, net.parameters(), wanted.parameters()))
     fits = {what for what in said if "redistilling" in what}
     assert fits == {
         f"redistilling {mlps[1].module} (2 of 2), {init} init, 512 training tokens" for init in INITS
@@ -335,8 +335,8 @@ def test_the_students_in_the_model_are_measured_against_the_original(arch: str) 
 
 def test_flops_are_those_of_the_fit_its_steps_the_passes_and_the_start() -> None:
     chain = DLRSpec(32, 2, 3, 16)
-    for net, init, least_squares in (
-        (DLRNet(DLRSpec(32, 1, 1, 96)), "linear", 2 * 32 * 32 * 7),
+    for net, init, maps in (
+        (DLRNet(DLRSpec(32, 1, 1, 96)), "linear", 2 * 2),
         (DLRNet(DLRSpec(32, 1, 1, 64, gated=True)), "random", 0),
     ):
         for train_tokens, used, steps in ((1000, 300, 4), (200, 200, 1)):
@@ -344,9 +344,36 @@ def test_flops_are_those_of_the_fit_its_steps_the_passes_and_the_start() -> None
                 6 * net.spec.params * train_tokens
                 + steps * step_flops(net.spec)
                 + 2 * 7 * used
-                + least_squares * used
+                + maps * (4 * 32 * 32 * used + 2 * 32**3)
             )
             assert redistillation_flops(net, chain, train_tokens, init, model_params=7, tokens=300) == wanted
+
+
+def test_regression_alone_merges_the_steps_of_a_state_that_is_linear_in_x_and_not_those_of_another() -> None:
+    """With a linear activation one wide step does what ten did. A chain that moves its state far, by units that wake
+    where x is positive, keeps its steps, and the fewer of them are left the more is lost."""
+    x = torch.randn(N, D)
+    found = {}
+    for act in ("linear", "relu"):
+        chain = DLRNet(DLRSpec(D, 1, 10, 16, act=act), dtype=torch.float32)
+        with torch.no_grad():
+            chain.dlr_A.normal_(0, D**-0.5)
+            chain.dlr_B.normal_(0, 0.2 if act == "linear" else 0.5)
+            chain.dlr_scale.fill_(1.0)
+            chain.dlr_bias.zero_()
+            y = chain(x)
+
+            def error(net: DLRNet, y: Tensor = y) -> float:
+                off = chain_reference(x.double(), net.chain.to(CPU, torch.float64)) - 2 * y.double()
+                return (off.square().sum() / (2 * y.double()).square().sum()).item()
+
+            found[act] = merge_steps(chain, x, error, error(chain))
+    merges, net = found["linear"]
+    assert [m.steps for m in merges] == [1] and net.spec.weight_shape == (1, 1, 160, D)
+    merges, net = found["relu"]
+    assert [m.steps for m in merges] == [1, 2, 3, 4, 5, 10] and net.spec.depth == 10
+    errors = [m.error for m in merges]
+    assert errors == sorted(errors, reverse=True) and errors[-2] > 1.05 * errors[-1]
 
 
 def test_a_step_of_the_optimizer_is_counted() -> None:
