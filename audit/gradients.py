@@ -4,12 +4,13 @@ Module level: at what goes into the original's MLP, the products of random cotan
 and of the MLP. Model level: the gradient of the loss by every weight that both models have, on the same tokens.
 
 A chain is fitted to the MLP's values, and nothing asks its slopes to agree: by hand, a chain of value error 0.165 had
-gradients of error 0.59 and cosine 0.64.
+gradients of error 0.59 and cosine 0.64. Its student is measured beside it: what going forward through the chain and
+back through the student would give (straight-through).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from ..convert.evaluate import mean_error, relative_error
 from ..convert.mlp_matching import MLP
 from ..reporting import Section, Table, headings
 from ..reporting.words import cell
+from ..runtime import DLRNet
 from ..triton_kernels import backend, chain_reference
 from .attacks.fine_tune import task_loss
 from .context import AuditContext
@@ -37,35 +39,49 @@ TOKENS = 2048  # of held-out text, at most
 WHOLE, OUTSIDE = "all weights outside the chains", "outside the layers"
 
 
-def module_gradients(context: AuditContext) -> Iterator[GradientError]:
-    """Every locked module's chain against the original's MLP, at what goes into the MLP in the original.
+def module_gradients(
+    context: AuditContext, students: Mapping[str, DLRNet], name: str
+) -> Iterator[GradientError]:
+    """Every locked module's chain, and its student, against the original's MLP, at what goes into the MLP in the
+    original.
 
     Args:
         context: The models and the text.
+        students: By module.
+        name: What the students are called.
 
     Yields:
-        A row for each module, in the order of the model.
+        A row for each module, in the order of the model, and after it one for its student.
     """
     rows = context.neutral.heldout
     ids = rows[: max(1, TOKENS // rows.shape[1])]
     generator = torch.Generator().manual_seed(context.config.seed)
-    found = {mlp.module: _Compared() for mlp in context.mlps}
+    found: dict[str, dict[str, _Compared]] = {}
+    for mlp in context.mlps:
+        made = {mlp.module: context.locked.get_submodule(mlp.module)}
+        if mlp.module in students:
+            made[f"{mlp.module}, {name}"] = students[mlp.module]
+        found[mlp.module] = {label: _Compared(net) for label, net in made.items()}
     for number, sequence in enumerate(ids):
         context.progress("gradients of the chains", number, len(ids))
         hooks = [
-            hook for mlp in context.mlps for hook in _watched(context, mlp, generator, found[mlp.module])
+            hook
+            for mlp in context.mlps
+            for hook in _watched(context, mlp, generator, found[mlp.module].values())
         ]
         with removed(hooks), frozen(context.original):
             run_body(context.original, sequence[None])
     context.progress("gradients of the chains", len(ids), len(ids))
-    for module, compared in found.items():
-        yield GradientError(module, compared.error, compared.cosine, ids.numel(), compared.value_error)
+    for rows_of_module in found.values():
+        for label, compared in rows_of_module.items():
+            yield GradientError(label, compared.error, compared.cosine, ids.numel(), compared.value_error)
 
 
 class _Compared:
-    """What is known of one module, a figure a token."""
+    """What is known of one stand-in of an MLP, a figure a token."""
 
-    def __init__(self) -> None:
+    def __init__(self, net: DLRNet) -> None:
+        self.net = net
         self._errors: list[Tensor] = []
         self._cosines: list[Tensor] = []
         self._values: list[Tensor] = []
@@ -90,11 +106,10 @@ class _Compared:
 
 
 def _watched(
-    context: AuditContext, mlp: MLP, generator: torch.Generator, compared: _Compared
+    context: AuditContext, mlp: MLP, generator: torch.Generator, found: Iterable[_Compared]
 ) -> Iterator[RemovableHandle]:
     """Hooks that compare within a pass that takes no gradients: these are on from the MLP's input to its output alone,
     so that no more than one MLP's activations are kept."""
-    chain = context.locked.get_submodule(mlp.module).chain
     entered: list[Tensor] = []
 
     def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -111,10 +126,11 @@ def _watched(
         v = torch.randn(flat.shape, generator=generator)
         v = (v / v.norm(dim=1, keepdim=True)).to(flat)
         (theirs,) = torch.autograd.grad(y, x, v.view_as(y))
-        out = chain_reference(flat, chain)
-        (ours,) = torch.autograd.grad(out, flat, v)
+        for compared in found:
+            out = chain_reference(flat, compared.net.chain.to(flat.device, flat.dtype))
+            (ours,) = torch.autograd.grad(out, flat, v)
+            compared.add(ours, theirs.view_as(ours), out.detach(), y.detach().view_as(ours))
         torch.set_grad_enabled(False)
-        compared.add(ours, theirs.view_as(ours), out.detach(), y.detach().view_as(ours))
         return y.detach()
 
     yield context.original.get_submodule(mlp.module).register_forward_pre_hook(enter, with_kwargs=True)
@@ -219,10 +235,10 @@ def gradient_section(report: AuditReport) -> Section:
     columns = "of | gradient's error | gradient's cosine | value's error"
     return Section(
         "Gradients through the chains",
-        "On held-out neutral text. A module: random cotangents of unit size a token, taken back through the chain and "
-        "through the original's MLP at the same input. Weights: the gradient of the loss in the locked model and in "
-        "the original, by the weights that both have. The original's own has an error of 0 and a cosine of 1, a "
-        "gradient of zeros an error of 1, one that knows nothing a cosine of 0.",
+        "On held-out neutral text. A module: random cotangents of unit size a token, taken back through the chain, or "
+        "its student, and through the original's MLP at the same input. Weights: the gradient of the loss in the "
+        "locked model and in the original, by the weights that both have. The original's own has an error of 0 and a "
+        "cosine of 1, a gradient of zeros an error of 1, one that knows nothing a cosine of 0.",
         Table(
             headings(columns),
             [row(g) for g in (*([whole] if whole else []), *modules)],

@@ -199,7 +199,7 @@ def _attack(context: AuditContext) -> dict[str, Any]:
         "runs": runs,
         "steps": steps,
         "asymmetries": _asymmetries(context, spec),
-        "gradients": _gradients(context),
+        "gradients": _gradients(context, students, *list(train_tokens.items())[-1]),
         "depths": _depths(context, spec),
         "slot": f"{context.mlps[0].module} ({spec}), {_SLOT_TOKENS:,} tokens, random weights in float32",
         "verdicts": found,
@@ -312,13 +312,18 @@ def _asymmetries(context: AuditContext, spec: DLRSpec) -> list[Asymmetry]:
     return found
 
 
-def _gradients(context: AuditContext) -> list[GradientError]:
-    def part(name: str, make: Callable[[AuditContext], Iterable[GradientError]]) -> list[GradientError]:
-        return [GradientError(**row) for row in context.part(name, lambda: list(map(asdict, make(context))))]
+def _gradients(
+    context: AuditContext, students: list[Students], name: str, train_tokens: int
+) -> list[GradientError]:
+    """name, train_tokens: of the students that are measured beside the chains."""
 
-    found = part("gradients of chains", module_gradients)
+    def part(name: str, make: Callable[[], Iterable[GradientError]]) -> list[GradientError]:
+        return [GradientError(**row) for row in context.part(name, lambda: list(map(asdict, make())))]
+
+    nets = {figures.module: made[train_tokens] for figures, made in students}
+    found = part("gradients of chains", partial(module_gradients, context, nets, name))
     if predicts_next(context.original):
-        found += part("gradients of weights", model_gradients)
+        found += part("gradients of weights", partial(model_gradients, context))
     return found
 
 

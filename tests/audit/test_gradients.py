@@ -50,7 +50,8 @@ def test_a_module_is_compared_by_its_jacobians() -> None:
         hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
         work.original.base_model(input_ids=work.neutral.heldout)
         hook.remove()
-    found = {row.name: row for row in module_gradients(work)}[mlp.module]
+    rows = {row.name: row for row in module_gradients(work, {mlp.module: module.net}, "undone")}
+    found, student = rows[mlp.module], rows[f"{mlp.module}, undone"]
     chains = [of.chain.to(seen[0].device, torch.float64) for of in (net, module.net)]
     errors, values = [], []
     for x in seen[0].double()[::4]:
@@ -64,6 +65,8 @@ def test_a_module_is_compared_by_its_jacobians() -> None:
     assert found.error == pytest.approx(fmean(errors), rel=0.1) and 0.01 < fmean(errors) < 0.8
     assert found.value_error == pytest.approx(fmean(values), rel=0.1)
     assert 0.3 < found.cosine < 0.999 and found.tokens == 8 * 24
+    # a student that is the MLP itself: the same cotangents, taken back through it
+    assert student.error < 1e-6 and student.value_error < 1e-6 and student.cosine == pytest.approx(1)
 
 
 def test_the_same_model_has_the_same_gradients() -> None:
@@ -100,7 +103,7 @@ def test_the_loss_s_gradient_is_that_of_autograd() -> None:
 def test_models_are_left_as_they_were() -> None:
     work = ready(locked_llama())
     before = [[(p.clone(), p.requires_grad) for p in m.parameters()] for m in (work.locked, work.original)]
-    first = [*module_gradients(work), *model_gradients(work)]
+    first = [*module_gradients(work, {}, ""), *model_gradients(work)]
     assert torch.is_grad_enabled()
     for model, old in zip((work.locked, work.original), before, strict=True):
         assert all(
@@ -108,13 +111,13 @@ def test_models_are_left_as_they_were() -> None:
             for p, (q, wanted) in zip(model.parameters(), old, strict=True)
         )
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert first == [*module_gradients(work), *model_gradients(work)]  # drawn from the seed
+    assert first == [*module_gradients(work, {}, ""), *model_gradients(work)]  # drawn from the seed
 
 
 def test_the_words_say_what_it_means() -> None:
     from test_price import report
 
-    rows = [*module_gradients(ready(locked_llama())), *model_gradients(ready(locked_llama()))]
+    rows = [*module_gradients(ready(locked_llama()), {}, ""), *model_gradients(ready(locked_llama()))]
     section = gradient_section(replace(report(), gradients=rows))
     assert section.table and [row[0] for row in section.table.rows] == [
         WHOLE,
