@@ -5,7 +5,8 @@
     python -m benchmarks.fidelity sentences ENCODER --data text.txt --sentences sentences.txt
 
 `modules` fits chains to single MLPs: error, gap and the attack's cost against training tokens, FLOPs and seconds.
-`model` locks layers and measures the whole: loss, KL and flips, before and after an end-to-end phase.
+`model` locks layers and measures the whole: loss, KL and flips, before and after an end-to-end phase; and the same of
+the model whose chains have all been distilled back, one at a time, from the linear start.
 `sentences` locks a sentence encoder and compares embeddings.
 Writes JSON and, where matplotlib is installed, a plot of `modules`.
 """
@@ -27,11 +28,13 @@ from rich.console import Console
 from torch import Tensor
 
 from dlr_lock import DLRError, DLRNet
+from dlr_lock.audit.attacks.redistillation import merge_steps
 from dlr_lock.common.hooks import frozen
 from dlr_lock.common.machine import machine
 from dlr_lock.common.options import flag, help_of
 from dlr_lock.common.resume import ResumeStore
-from dlr_lock.convert.activations import Activations
+from dlr_lock.common.splits import random_rows
+from dlr_lock.convert.activations import Activations, capture
 from dlr_lock.convert.config import ConversionConfig, Recipe
 from dlr_lock.convert.context import Context
 from dlr_lock.convert.data import calibration_text
@@ -40,7 +43,7 @@ from dlr_lock.convert.evaluate import Redistillation, compare
 from dlr_lock.convert.mlp_discovery import find_mlps, select_layers
 from dlr_lock.convert.mlp_matching import MLP
 from dlr_lock.convert.pipeline import distill_modules, fit_chain
-from dlr_lock.convert.redistill import INITS, redistill
+from dlr_lock.convert.redistill import FIT_TOKENS, INITS, fit_student, redistill
 from dlr_lock.convert.source import compute_dtype, open_source
 from dlr_lock.microbench.bench import numbers
 from dlr_lock.progress import Steps
@@ -138,6 +141,10 @@ def _fit(
                 progress=context.count(f"redistilling layer {mlp.layer} at {share:g}, {init} initialisation"),
             )
             attacks.append(attack)
+    sample = pairs.rows(random_rows(context.train_rows, FIT_TOKENS, recipe.seed))[0]
+    merges, _ = merge_steps(
+        net, sample.float(), lambda shorter: context.fidelity(shorter, pairs).rel_error, fidelity.rel_error
+    )
     return {
         "layer": mlp.layer,
         "chain": str(spec),
@@ -148,6 +155,7 @@ def _fit(
         "tokens": context.train_rows,
         "curve": curve,
         "attacks": [attack.to_dict() for attack in attacks],
+        "merges": [asdict(merge) for merge in merges],
         **_undoing(attacks, recipe.train_tokens),
     }
 
@@ -218,6 +226,7 @@ def _whole(options: argparse.Namespace, progress: Steps, across: str, more: Any)
     train_tokens = numbers(options.train_tokens)
     if len(train_tokens) > 1:
         raise DLRError(f"--train-tokens {options.train_tokens}: only the study of modules takes several")
+    shares = _shares(options.redistill)
     chosen = replace(_options(options), train_tokens=train_tokens[0], across=across, redistill=0.0).resolved()
     with _context(options, chosen, progress) as context:
         started = time.monotonic()
@@ -235,6 +244,11 @@ def _whole(options: argparse.Namespace, progress: Steps, across: str, more: Any)
             **compare(locked, model, text.heldout).to_dict(),
             **more(locked, model, context.source.tokenizer),
             "gaps": flatten_gaps(locked, chains, text.heldout),
+            "students": {
+                f"{share:g}": compare(students, model, text.heldout).to_dict()
+                for share in shares
+                for students in [_redistilled(context, locked, chains, round(share * train_tokens[0]))]
+            },
         }
 
     yield row("modules", done.chains) | {"modules": [r.to_dict() for r in done.reports]}
@@ -251,6 +265,32 @@ def _whole(options: argparse.Namespace, progress: Steps, across: str, more: Any)
             watch=lambda train_tokens, loss: losses.append((train_tokens, loss)),
         )
         yield row("end_to_end", chains) | {"train_tokens": chosen.end_to_end, "curve": losses}
+
+
+def _redistilled(context: Context, locked: Any, chains: dict[str, DLRNet], train_tokens: int) -> Any:
+    """The locked model with every chain distilled back, on the activations that it gets there."""
+    students = {}
+    own = capture(
+        locked,
+        context.mlps,
+        context.tokens,
+        max_memory=int(context.config.max_memory or 0),
+        scratch=context.scratch,
+        progress=context.count("activations of the locked model"),
+    )
+    for mlp, pairs in own:
+        students[mlp.module] = fit_student(
+            chains[mlp.module].float(),
+            pairs,
+            context.train_rows,
+            train_tokens=max(1, train_tokens),
+            init="linear",
+            seed=context.config.seed + mlp.layer,
+            name=mlp.module,
+            device=context.device,
+            progress=context.count(f"redistilling layer {mlp.layer}, {train_tokens:,} training tokens"),
+        )
+    return with_chains(locked, students, [])
 
 
 _STUDIES = {"modules": modules, "model": model, "sentences": sentences}
@@ -335,10 +375,10 @@ def _parser() -> argparse.ArgumentParser:
         study.add_argument(
             "--out", type=Path, help="folder of the files, instead of one a device under results"
         )
+        study.add_argument(
+            "--redistill", default="", help="training tokens of attacks, as shares of the fit's: 0.25,1"
+        )
         if name == "modules":
-            study.add_argument(
-                "--redistill", default="", help="training tokens of attacks, as shares of the fit's: 0.25,1"
-            )
             for option in _OF_RECIPE:
                 study.add_argument(flag(option), type=float, help="of the recipe, see Recipe")
         else:

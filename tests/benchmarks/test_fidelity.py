@@ -54,18 +54,22 @@ def test_modules(text: Path, tmp_path: Path) -> None:
         assert [attack["init"] for attack in row["attacks"]] == ["linear", "flat", "random"]
         assert {attack["cost"] for attack in row["attacks"]} == {0.5}
         undone = any(attack["undone"] for attack in row["attacks"] if attack["init"] != "random")
+        assert row["merges"][0]["steps"] == 1 and row["merges"][0]["error"] > 0
         assert row["undoing_over_conversion"] == ("0.5" if undone else "> 0.5")
     assert rows[1]["rel_error"] < rows[0]["rel_error"]
 
 
 def test_model(text: Path, tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "source")
-    rows = run(tmp_path, "model", source, "--data", text, *TINY, "4096", "--end-to-end", "2048")
+    rows = run(
+        tmp_path, "model", source, "--data", text, *TINY, "4096", "--end-to-end", "2048", "--redistill", "1"
+    )
     assert [(row["across"], row["phase"]) for row in rows] == [
         (across, phase) for across in ("independent", "sequential") for phase in ("modules", "end_to_end")
     ]
     assert all(len(row["gaps"]) == 2 and row["kl"] > 0 for row in rows)
     assert rows[3]["kl"] < rows[2]["kl"]
+    assert all(row["students"]["1"]["kl"] > 0 for row in rows)
 
 
 def test_sentences(text: Path, tmp_path: Path) -> None:
