@@ -12,6 +12,7 @@ from dlr_lock.audit.strategies.model import attention_linears, layer_of, model_c
 from dlr_lock.audit.strategies.table import Strategy, model_strategies
 from dlr_lock.common.errors import DLRError
 from dlr_lock.convert.mlp_matching import is_linear
+from dlr_lock.triton_kernels import backend
 
 
 def model_of(*, locked: bool) -> PreTrainedModel:
@@ -110,3 +111,34 @@ def test_a_model_without_linear_layers_has_no_adapters() -> None:
     strategy = next(p for p in model_strategies(locked=False) if p.trainable == "adapters")
     with pytest.raises(DLRError, match="nothing to train"), prepared(tiny_model("llama"), [], strategy):
         pass
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_adapters_of_all_but_the_mlps_are_those_of_peft(locked: bool) -> None:
+    """The same weights in PEFT's adapters give the same loss and gradients."""
+    peft = pytest.importorskip("peft")
+    model, ids = model_of(locked=locked).double(), torch.randint(320, (2, 9))
+    strategy = next(s for s in model_strategies(locked=locked) if s.trainable == "nothing")
+    with prepared(model, MLPS, strategy) as trained:
+        with torch.no_grad():
+            for adapter in trained:
+                adapter.normal_(std=0.1)
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        wanted = torch.autograd.grad(loss, trained)
+    rank = trained[0].shape[1]
+    plan = peft.LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=r".*self_attn\.[qkvo]_proj", task_type="CAUSAL_LM"
+    )
+    adapted = peft.get_peft_model(model, plan).double()
+    theirs = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    # ours are V, U of each layer in the model's order; theirs lora_A, which is U, and lora_B
+    pairs = [part for name in theirs if "lora_A" in name for part in (name.replace("lora_A", "lora_B"), name)]
+    with torch.no_grad():
+        for name, ours in zip(pairs, trained, strict=True):
+            theirs[name].copy_(ours)
+    with backend("naive"):
+        their_loss = adapted(input_ids=ids, labels=ids, use_cache=False).loss
+    assert their_loss.item() == pytest.approx(loss.item(), rel=1e-12)
+    got = torch.autograd.grad(their_loss, [theirs[name] for name in pairs])
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
