@@ -20,7 +20,7 @@ class Structural:
         name: Such as 'flatten'.
         about: What is done, a sentence.
         evaluation: The attacked model against the original on held-out neutral text.
-        slots: What is in the chains' places afterwards: 'MLP', of one wide step, or 'chain'.
+        slots: What is in the chains' places afterwards: 'MLP', of one wide step, 'two steps' or 'chain'.
         train_tokens: The attacker's training tokens a module.
         flops, seconds: All that the attack took; None where it does no more than read the weights.
     """
@@ -36,7 +36,7 @@ class Structural:
 
 @dataclass(frozen=True, slots=True)
 class Student:
-    """One module distilled back into an MLP of its size.
+    """One module distilled back into an MLP of its size, or two wide steps.
 
     Attributes:
         init: What it started from, see `convert.redistill`.
@@ -341,8 +341,8 @@ class AuditReport:
     seconds: float = 0.0
 
     def recovers(self, row: Structural) -> float:
-        """Distance to the original that the attack leaves, over the locked model's own: at 1 or less, with MLPs in
-        the chains' places, it is a way around the lock."""
+        """Distance to the original that the attack leaves, over the locked model's own: at 1 or less, with MLPs or
+        two wide steps in the chains' places, it is a way around the lock."""
         own = distance_of(self.fidelity)
         return distance_of(row.evaluation) / own if own else float("inf")
 

@@ -132,7 +132,7 @@ def _way_around(report: AuditReport) -> str:
     public = "" if len(rows) == len(report.structural) else f" {_PUBLIC}"
     if not rows:
         return f"No structural attack was run.{public}"
-    good = [row for row in rows if row.slots == "MLP" and report.recovers(row) <= 1]
+    good = [row for row in rows if row.slots != "chain" and report.recovers(row) <= 1]
     if good:
         return " ".join(_recovered(report, row) for row in good) + public
     near = min(rows, key=report.recovers)
@@ -144,11 +144,12 @@ def _way_around(report: AuditReport) -> str:
 
 def _recovered(report: AuditReport, row: Structural) -> str:
     costs = ((row.flops, flops_words), (row.seconds, seconds_words))
+    also = "" if row.slots == "MLP" else ", or two wide steps, which train as cheaply"
     spent = [words(cost) for cost, words in costs if cost is not None]
     return (
         f"'{row.name}' brings the model at least as near to the original as the locked model is "
         f"({report.recovers(row):.3g} of its distance), for "
-        f"{' and '.join(spent) or 'no more than reading the weights'}; the chains are MLPs then."
+        f"{' and '.join(spent) or 'no more than reading the weights'}; the chains are MLPs then{also}."
     )
 
 
@@ -201,7 +202,7 @@ def _structural(report: AuditReport) -> Section:
         "Structural attacks",
         "Ways to turn every chain back into an MLP, or into fewer steps, without training the model end to end. "
         "Distance: how far from the original the attack leaves the model, over the locked model's own distance; 1 "
-        "or less, with MLPs in the slots, is a way around the lock.",
+        "or less, with MLPs or two steps in the slots, is a way around the lock.",
         Table(columns, rows, minor=("training tokens",)),
         [f"{row.name}: {row.about}." for row in report.structural],
     )

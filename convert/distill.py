@@ -68,8 +68,8 @@ def distill(
         name: The module's, for errors.
         device: Where it is fitted.
         teacher: The MLP's weights, which the mixed initialisation reads.
-        init: Tensors of a chain of one step to start from instead. One step writes what it likes: its output scale is
-            brought to the recipe's, and its bias dropped.
+        init: Tensors of a chain of this form to start from instead. One step writes what it likes: its output scale is
+            brought to the recipe's. What several steps write they read again, so that theirs is kept.
         progress: Called with (training tokens done, in all).
         watch: Called up to 32 times with (training tokens done, the tensors so far).
         note: Called with a sentence each time that the fit diverges and goes on.
@@ -86,9 +86,15 @@ def distill(
         side = "output" if rms_x else "input"
         raise DLRError(f"the {side} of {name} is zero for most tokens: leave it out with --layers")
     generator = torch.Generator().manual_seed(recipe.seed)
+    scale, bias = torch.full((spec.hidden_size,), recipe.scale), torch.zeros(spec.hidden_size)
     if init is not None:
         weights = {key: init[key] * rms_x for key in DLRNet.weight_names(spec)}
-        weights["dlr_B"] = init["dlr_B"] * init["dlr_scale"] / (recipe.scale * rms_y)
+        bias = init["dlr_bias"] / rms_y
+        if spec.depth == 1:
+            weights["dlr_B"] = init["dlr_B"] * init["dlr_scale"] / (recipe.scale * rms_y)
+        else:
+            weights["dlr_B"] = init["dlr_B"] / rms_x
+            scale = init["dlr_scale"] * (rms_x / rms_y)
     elif recipe.init == "mixed":
         weights = mixed_init(spec, generator, teacher)
     else:
@@ -96,20 +102,20 @@ def distill(
     weights = {key: w.to(device) for key, w in weights.items()}
     read = activations.rows(random_rows(tokens, _PRECONDITIONER_TOKENS, recipe.seed))[0]
     preconditioner = reading_preconditioner(read.to(device, torch.float32), recipe.preconditioner_exponent)
-    optimizer = Muon(_groups(weights, recipe, preconditioner), momentum=recipe.momentum)
+    # B's steps are as large in the output as they are at the recipe's scale.
+    reach = (scale.square().mean().sqrt() / recipe.scale).item()
+    optimizer = Muon(_groups(weights, recipe, preconditioner, reach), momentum=recipe.momentum)
     peaks = [group["lr"] for group in optimizer.param_groups]
 
     def stored() -> Weights:
         # Back to the scale of the model: z runs on x itself, so A reads x / rms_x and B writes rms_x.
         tensors = {key: w.cpu() * (rms_x if key == "dlr_B" else 1 / rms_x) for key, w in weights.items()}
-        tensors["dlr_scale"] = torch.full((spec.hidden_size,), recipe.scale * rms_y / rms_x)
-        tensors["dlr_bias"] = torch.zeros(spec.hidden_size)
-        return tensors
+        return tensors | {"dlr_scale": scale * (rms_y / rms_x), "dlr_bias": bias * rms_y}
 
     first = activations.first[:tokens].nonzero()[:, 0]
     guard = _Guard(recipe, optimizer, weights, name, note)
     trained = 0
-    with _Gradients(spec, device, recipe.scale) as gradients:
+    with _Gradients(spec, scale.to(device), bias.to(device)) as gradients:
         for rows in recipe.batches(tokens, first, generator):
             x, y = (t.to(device, torch.float32) for t in activations.rows(rows))
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -142,10 +148,10 @@ def reading_preconditioner(x: Tensor, exponent: float) -> Tensor:
     return ((vectors * power.square()) @ vectors.T).float()
 
 
-def _groups(weights: Weights, recipe: Recipe, preconditioner: Tensor) -> list[dict[str, Any]]:
+def _groups(weights: Weights, recipe: Recipe, preconditioner: Tensor, reach: float) -> list[dict[str, Any]]:
     _, depth, rank, d = weights["dlr_A"].shape
     common = {"weight_decay": recipe.weight_decay, "rows": _MUON_ROWS if depth > 1 else None}
-    writing: dict[str, Any] = common | {"lr": recipe.rate * recipe.lr_multiplier_b}
+    writing: dict[str, Any] = common | {"lr": recipe.rate * recipe.lr_multiplier_b / reach}
     reading: dict[str, Any] = common | {"lr": recipe.rate}
     # The preconditioner wants the rank on the short side; a chain of higher rank than d reads everything anyway.
     if rank <= d:
@@ -216,10 +222,9 @@ class _Gradients:
     (90 ms a step of 1x36x64 on two cores, 60 ms in this form).
     """
 
-    def __init__(self, spec: DLRSpec, device: torch.device, scale: float) -> None:
-        self._spec = spec
-        self._scale = torch.full((spec.hidden_size,), scale, device=device)
-        self._parts = torch.get_num_threads() if device.type == "cpu" else 1
+    def __init__(self, spec: DLRSpec, scale: Tensor, bias: Tensor) -> None:
+        self._spec, self._scale, self._bias = spec, scale, bias
+        self._parts = torch.get_num_threads() if scale.device.type == "cpu" else 1
         self._pool = ThreadPoolExecutor(self._parts, initializer=lambda: torch.set_num_threads(1))
 
     def __enter__(self) -> "_Gradients":
@@ -245,7 +250,7 @@ class _Gradients:
         leaves = {key: w.detach().requires_grad_() for key, w in weights.items()}
         A, B, G = (leaves.get(name) for name in ("dlr_A", "dlr_B", "dlr_G"))
         assert A is not None and B is not None
-        chain = ChainWeights(A, B, self._scale, torch.zeros_like(self._scale), G, self._spec.act)
+        chain = ChainWeights(A, B, self._scale, self._bias, G, self._spec.act)
         loss = relative_error(chain_reference(x, chain), y).sum() / tokens
         loss.backward()
         return loss.detach(), {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}

@@ -48,7 +48,7 @@ class Fidelity:
 
 @dataclass(frozen=True, slots=True)
 class Redistillation:
-    """The attack on one module's chain: an MLP of its size, the student, fitted to it.
+    """The attack on one module's chain: the student, an MLP of its size or two wide steps, fitted to it.
 
     Both errors are against what the chain was fitted to, at the x that the chain gets, on held-out tokens.
 

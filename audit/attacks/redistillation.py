@@ -1,4 +1,5 @@
-"""Redistillation: every chain of a locked model back into an MLP of its size, on the attacker's text.
+"""Redistillation: every chain of a locked model back into an MLP of its size or two wide steps, on the attacker's
+text.
 
 One module at a time, from activations of the locked model alone: the attacker has no original. The original serves
 to say how good the students are, as stand-ins for what each chain was fitted to.
@@ -328,9 +329,9 @@ def redistillation_row(
     )
     return Structural(
         name,
-        "every chain is distilled back into an MLP of its size, on its own outputs",
+        "every chain is distilled back, on its own outputs, into an MLP of its size or two wide steps",
         evaluated(context, with_chains(context.locked, nets, []), name),
-        "MLP",
+        "MLP" if all(net.spec.depth == 1 for net in nets.values()) else "two steps",
         train_tokens,
         flops,
         sum(student.seconds for student in best.values()),

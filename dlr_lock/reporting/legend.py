@@ -14,11 +14,11 @@ TERMS = {
     "coupling": "RMS of a chain's updates over RMS of its input; a chain that moves its state by little is nearly flat",
     "hidden states": "relative error of the hidden states behind the layer, with all that was locked before it",
     "verdict": "whether a chain is a lock, by the figure that decides. The best attack known to us on a single module "
-    "is redistillation: an MLP of the chain's size, the student, is fitted to it. 'locked, 1.43 at 0.25x': with 0.25 "
-    "times the training tokens of the conversion the student's error was 1.43 times the chain's, both against the "
-    "chain's target. Three are NOT LOCKED: EMPTY, for the relative error is above 0.9, so that there is no MLP to "
-    "give back; FLAT, for the flatten gap is below 0.5, so that flattening gives it back; UNDONE, for the student's "
-    "error is 1.05 of the chain's or less. not attacked: it is not known",
+    "is redistillation: the student, an MLP of the chain's size or two wide steps, is fitted to it. 'locked, 1.43 at "
+    "0.25x': with 0.25 times the training tokens of the conversion the student's error was 1.43 times the chain's, "
+    "both against the chain's target. Three are NOT LOCKED: EMPTY, for the relative error is above 0.9, so that there "
+    "is no MLP to give back; FLAT, for the flatten gap is below 0.5, so that flattening gives it back; UNDONE, for the "
+    "student's error is 1.05 of the chain's or less. not attacked: it is not known",
     "training tokens": "tokens that a module was trained on, one counted each time",
     "loss": "how badly the next token of a text is foretold: the cross entropy, in nats a token",
     "perplexity": "e to the loss: among so many equally likely tokens the model is in doubt",

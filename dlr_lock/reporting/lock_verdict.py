@@ -57,7 +57,8 @@ _REFUTED = {
     "or leave the layer as it is",
     LockVerdict.FLAT: f"a flatten gap under {LOCKED_GAP}: reading the chain's input in every step gives an MLP back "
     "nearly for free",
-    LockVerdict.UNDONE: "an MLP fitted to the chain, for the share of its training tokens in the table, is as good",
+    LockVerdict.UNDONE: "an MLP or two wide steps, fitted to the chain for the share of its training tokens in "
+    "the table, are as good",
 }
 
 
