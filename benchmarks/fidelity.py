@@ -94,14 +94,12 @@ def modules(options: argparse.Namespace, progress: Steps) -> Iterator[dict[str, 
     """Rows of layers x training tokens: `Fidelity`, the curve while it was fitted, and the attack at each share."""
     chosen = _options(options)
     given = {name: getattr(options, name) for name in _OF_RECIPE if getattr(options, name) is not None}
-    recipes = [
-        Recipe(train_tokens, int(chosen.batch or 0), chosen.init, chosen.seed, **given)
-        for train_tokens in numbers(options.train_tokens)
-    ]
+    lengths = [replace(chosen, train_tokens=count) for count in numbers(options.train_tokens)]
     shares = _shares(options.redistill)
     with _context(options, chosen, progress) as context:
         for mlp, pairs in context.capture(context.mlps):
-            for recipe in recipes:
+            for length in lengths:
+                recipe = replace(length.recipe(gated=mlp.gated), **given)
                 yield _fit(context, mlp, pairs, replace(recipe, seed=recipe.seed + mlp.layer), shares)
 
 

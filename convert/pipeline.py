@@ -147,7 +147,7 @@ def _prepared(
     )  # fmt: skip
     chosen = {name: value for name, value in config.to_dict().items() if name not in free}
     facts = chosen | {
-        "recipe": {name: value for name, value in asdict(config.recipe()).items() if name not in chosen},
+        "recipe": [asdict(config.recipe(gated=gated)) for gated in (False, True)],
         "source": original.fingerprint,
         "layers": [mlp.module for mlp in mlps],
         "text": digest(text.train, text.heldout),
@@ -331,7 +331,7 @@ def _phases(
 
 def _fit(context: Context, mlp: MLP, pairs: Activations, title: str) -> _Module:
     started = time.monotonic()
-    recipe = context.config.recipe()
+    recipe = context.config.recipe(gated=mlp.gated)
     recipe = replace(recipe, seed=recipe.seed + mlp.layer)
     notes: list[str] = []
     net = fit_chain(context, mlp, pairs, recipe, f"distilling {title}", note=notes.append)

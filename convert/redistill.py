@@ -171,9 +171,7 @@ def fit_student(
             start = flattened(net)
         spec, given = start.spec, start.state_dict()
     batch = min(BATCH, train_tokens)
-    recipe = Recipe(
-        train_tokens, batch, "random", seed, rate=_RATES[init], lr_multiplier_b=1.0, weight_decay=0.0
-    )
+    recipe = Recipe(train_tokens, batch, "random", seed, rate=_RATES[init], scale=1.0, lr_multiplier_b=1.0)
     tensors = distill(
         activations,
         tokens,
