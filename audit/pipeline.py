@@ -41,6 +41,7 @@ from .attacks.structural import kept_row, structural_rows
 from .config import BUDGETS, AuditConfig
 from .context import AuditContext, ModelVariant
 from .costs import count_steps, time_steps
+from .gradients import TOKENS as GRADIENT_TOKENS
 from .gradients import model_gradients, module_gradients
 from .price import owners_price
 from .report import AuditReport, GradientError, Run, StepCost
@@ -227,6 +228,9 @@ def _expect(context: AuditContext, train_tokens: dict[str, int]) -> None:
             Phase("activations of the original", float(passes * heldout), passes),
             Phase("redistilling", 3.0 * fits * sum(train_tokens.values()), fits * len(train_tokens)),
             Phase("timing steps", 100.0 * layers * context.task.train.shape[1]),
+            # forward and backward: of the original's MLPs, chains and students; of both models
+            Phase("gradients of the chains", 4.0 * layers * min(GRADIENT_TOKENS, heldout)),
+            Phase("gradients of both models", 6.0 * layers * min(GRADIENT_TOKENS, heldout)),
         ],
     )
     if predicts_next(context.original):
