@@ -6,7 +6,6 @@ What takes torch is imported by the commands themselves: a page of help takes ne
 import json
 import signal
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,10 +14,11 @@ from rich.console import Console
 
 from .audit.config import AuditConfig
 from .common.environment import QUIET, set_defaults
-from .common.options import flag, old_name
+from .common.options import flag
 from .common.version import __version__
 from .compare.config import SpeedConfig
-from .convert.config import GONE, RENAMED, ConversionConfig
+from .convert.config import ConversionConfig
+from .exits import interrupt, one_line_errors, what_is_kept
 from .options import choice, options_of
 from .progress import Steps
 from .reporting import Section, print_sections
@@ -83,7 +83,7 @@ def convert(
 
     if not as_json:
         _screen.print(choices(ConversionConfig(**config).resolved()), markup=False)
-    with _what_is_kept(), Steps(_screen) as steps:
+    with what_is_kept(), Steps(_screen) as steps:
         report = convert_model(source, out, overwrite=overwrite, progress=steps, **config)
     if as_json:
         _print_json(report.to_dict())
@@ -219,7 +219,7 @@ def audit(
 
     here = (checkpoint if checkpoint.is_dir() else Path(checkpoint.name)).resolve()  # or a name on the hub
     folder = out or here.with_name(f"{here.name}-audit")
-    with _what_is_kept(), Steps(_screen) as steps:
+    with what_is_kept(), Steps(_screen) as steps:
         report = audit_model(checkpoint, original, folder, overwrite=overwrite, progress=steps, **config)
     if as_json:
         _print_json(report.to_dict())
@@ -371,58 +371,12 @@ def main() -> None:
     set_defaults(QUIET)
     for name in ("SIGTERM", "SIGHUP"):  # a stopped job cleans up like one that is interrupted
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _interrupt)
-    with _one_line_errors():
+            signal.signal(getattr(signal, name), interrupt)
+    with one_line_errors():
         result = app(standalone_mode=False)
         if result == 130:  # typer's own way to say KeyboardInterrupt
             raise KeyboardInterrupt
         sys.exit(result if isinstance(result, int) else 0)
-
-
-@contextmanager
-def _what_is_kept():
-    """An interruption that says what is kept; typer would drop the words."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        if not str(stop):
-            raise
-        _fail(str(stop))
-
-
-@contextmanager
-def _one_line_errors():
-    try:
-        yield
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; nothing was written")
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has left: no more to say to anyone
-        sys.exit(0)
-    except Exception as error:
-        from .common.errors import DLRError
-
-        if hasattr(error, "format_message"):  # click's own errors, which newer typers carry a copy of
-            written = str(getattr(error, "option_name", ""))
-            command = getattr(getattr(error, "ctx", None), "info_name", "")
-            renamed, gone = (
-                (RENAMED, GONE) if command == "convert" else ({}, GONE if command == "bench" else {})
-            )
-            name = written.lstrip("-").replace("-", "_")
-            hint = "; the engine's own flags follow after --" if written and command == "serve" else ""
-            _fail(old_name(name, written, renamed, gone, flag) or error.format_message() + hint)
-        if not isinstance(error, DLRError | MemoryError) and "out of memory" not in str(error):
-            raise
-        _fail(str(error) or "out of memory: use a smaller --batch or --max-memory")
-
-
-def _fail(message: str) -> None:
-    print(f"dlr-lock: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _interrupt(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _print(sections: list[Section]) -> None:

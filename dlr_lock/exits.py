@@ -1,0 +1,60 @@
+"""How the command line ends: exit status 2 and one line on standard error for all that the user can correct."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import typer
+
+from .common.options import flag, old_name
+from .convert.config import GONE, RENAMED
+
+
+@contextmanager
+def what_is_kept() -> Iterator[None]:
+    """An interruption that says what is kept; typer would drop the words."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if not str(stop):
+            raise
+        fail(str(stop))
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the process in one line where the block fails by what the user can correct."""
+    try:
+        yield
+    except (KeyboardInterrupt, typer.Abort):
+        fail("interrupted; nothing was written")
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has left: no more to say to anyone
+        sys.exit(0)
+    except Exception as error:
+        from .common.errors import DLRError
+
+        if hasattr(error, "format_message"):  # click's own errors, which newer typers carry a copy of
+            written = str(getattr(error, "option_name", ""))
+            command = getattr(getattr(error, "ctx", None), "info_name", "")
+            renamed, gone = (
+                (RENAMED, GONE) if command == "convert" else ({}, GONE if command == "bench" else {})
+            )
+            name = written.lstrip("-").replace("-", "_")
+            hint = "; the engine's own flags follow after --" if written and command == "serve" else ""
+            fail(old_name(name, written, renamed, gone, flag) or error.format_message() + hint)
+        if not isinstance(error, DLRError | MemoryError) and "out of memory" not in str(error):
+            raise
+        fail(str(error) or "out of memory: use a smaller --batch or --max-memory")
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the process: the message on standard error, in one line, and exit status 2."""
+    print(f"dlr-lock: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def interrupt(signum: int, frame: Any) -> None:
+    """A signal's handler: ends the work as Ctrl-C does."""
+    raise KeyboardInterrupt
