@@ -231,13 +231,16 @@ class ConversionConfig:
         check_names(choices, cls, RENAMED, GONE)
         return cls(**choices)
 
-    def resolved(self) -> ConversionConfig:
-        """The same with every None that depends on the machine filled in. Raises DLRError on bad values."""
+    def resolved(self, place: torch.device | None = None) -> ConversionConfig:
+        """The same with every None that depends on the machine filled in. Raises DLRError on bad values.
+
+        place: The device, of another machine maybe; None to look for `device` here.
+        """
         from ..common.dtypes import DTYPES
         from ..runtime.device import usable_device
         from ..triton_kernels import ACTIVATIONS
 
-        device = usable_device(self.device)
+        device = usable_device(self.device) if place is None else place
         layers = "all" if self.layers is None else self.layers.strip().lower()
         named: dict[str, Any] = {
             "effort": known_name(self.effort, EFFORTS, "effort"),

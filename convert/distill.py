@@ -103,7 +103,7 @@ def distill(
     preconditioner = reading_preconditioner(read.to(device, torch.float32), recipe.preconditioner_exponent)
     # B's steps are as large in the output as they are at the recipe's scale.
     reach = (scale.square().mean().sqrt() / recipe.scale).item()
-    optimizer = Muon(_groups(weights, recipe, preconditioner, reach), momentum=recipe.momentum)
+    optimizer = Muon(muon_groups(weights, recipe, preconditioner, reach), momentum=recipe.momentum)
     peaks = [group["lr"] for group in optimizer.param_groups]
 
     def stored() -> Weights:
@@ -114,7 +114,7 @@ def distill(
     first = activations.first[:tokens].nonzero()[:, 0]
     guard = _Guard(recipe, optimizer, weights, name, note)
     trained = 0
-    with _Gradients(spec, scale.to(device), bias.to(device)) as gradients:
+    with Gradients(spec, scale.to(device), bias.to(device)) as gradients:
         for rows in recipe.batches(tokens, first, generator):
             x, y = (t.to(device, torch.float32) for t in activations.rows(rows))
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -147,7 +147,13 @@ def reading_preconditioner(x: Tensor, exponent: float) -> Tensor:
     return ((vectors * power.square()) @ vectors.T).float()
 
 
-def _groups(weights: Weights, recipe: Recipe, preconditioner: Tensor, reach: float) -> list[dict[str, Any]]:
+def muon_groups(
+    weights: Weights, recipe: Recipe, preconditioner: Tensor, reach: float = 1.0
+) -> list[dict[str, Any]]:
+    """A chain's weights [L, K, r, d] as Muon takes them, with the recipe's rates and the preconditioner [d, d].
+
+    reach: The output scale over the recipe's, by which B's rate is divided.
+    """
     _, depth, rank, d = weights["dlr_A"].shape
     common = {"weight_decay": recipe.weight_decay, "rows": _MUON_ROWS if depth > 1 else None}
     writing: dict[str, Any] = common | {"lr": recipe.rate * recipe.lr_multiplier_b / reach}
@@ -213,7 +219,7 @@ class _Guard:
         self._good = {key: w.detach().clone() for key, w in self._weights.items()}
 
 
-class _Gradients:
+class Gradients:
     """Gradients of a batch's mean relative error.
 
     On a CPU every thread takes its own part of the batch, with a chain of its own: at 384 tokens a product takes
@@ -226,7 +232,7 @@ class _Gradients:
         self._parts = torch.get_num_threads() if scale.device.type == "cpu" else 1
         self._pool = ThreadPoolExecutor(self._parts, initializer=lambda: torch.set_num_threads(1))
 
-    def __enter__(self) -> "_Gradients":
+    def __enter__(self) -> "Gradients":
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -105,10 +105,10 @@ def open_source(
         folder = _from_gguf(given, fingerprint, dtype, gguf_dir)
     else:
         files = " or .gguf file"
-        _check_config(model_folder(source, only=["config.json", "adapter_config.json"], files=files))
+        check_config(model_folder(source, only=["config.json", "adapter_config.json"], files=files))
         folder, fingerprint = model_folder(source, files=files), None
     check_readable(folder, "config.json", "*.safetensors", "*.index.json")
-    _check_config(folder)
+    check_config(folder)
     content = _fingerprint(folder)
     with quiet():
         model, unplaced = _load(folder, dtype)
@@ -178,7 +178,8 @@ def _fingerprint(folder: Path) -> str:
     return hash_files(sorted(files, key=lambda path: path.name), named=True)
 
 
-def _check_config(folder: Path) -> None:
+def check_config(folder: Path) -> None:
+    """Raises DLRError where a model's directory, by its config.json alone, cannot be locked."""
     from transformers import CONFIG_MAPPING
 
     if not any(folder.iterdir()):
@@ -230,7 +231,7 @@ def weight_files(folder: Path) -> list[Path]:
         try:
             with safe_open(file, framework="pt"):
                 pass  # reads the header and holds it against the file's size
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:
             raise DLRError(
                 f"{file} is truncated or damaged ({first_line(error)}): fetch the model again"
             ) from error

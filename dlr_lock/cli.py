@@ -93,6 +93,28 @@ def convert(
 
 
 @app.command()
+@options_of(ConversionConfig)
+def plan(
+    source: Annotated[str, typer.Argument(help="A transformers directory or a hub id.")],
+    device: Annotated[
+        str | None,
+        choice("cpu, cuda, ..., or a GPU that is not here: h200, h100, b200, a100.", "the best there is"),
+    ] = None,
+    as_json: Json = False,
+    **config: Any,
+) -> None:
+    """Say what a conversion will take: time, memory, disk and FLOPs, by phase; the weights are not read."""
+    from .planning.plan import plan_conversion
+    from .planning.sections import plan_sections
+
+    made = plan_conversion(source, device=device, **config)
+    if as_json:
+        _print_json(made.to_dict())
+    else:
+        _print(plan_sections(made))
+
+
+@app.command()
 def inspect(checkpoint: Locked, as_json: Json = False) -> None:
     """Say what a locked checkpoint is: its chains, how it was made and what was measured then."""
     from .convert.report import facts_sections

@@ -39,7 +39,9 @@ def one_line_errors() -> Iterator[None]:
             written = str(getattr(error, "option_name", ""))
             command = getattr(getattr(error, "ctx", None), "info_name", "")
             renamed, gone = (
-                (RENAMED, GONE) if command == "convert" else ({}, GONE if command == "bench" else {})
+                (RENAMED, GONE)
+                if command in ("convert", "plan")
+                else ({}, GONE if command == "bench" else {})
             )
             name = written.lstrip("-").replace("-", "_")
             hint = "; the engine's own flags follow after --" if written and command == "serve" else ""

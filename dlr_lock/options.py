@@ -26,7 +26,8 @@ def choice(help: str, shown: str | None = None, *names: str) -> Any:
 def options_of(config: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A decorator: the command takes an option for each field of the dataclass `config`, as keyword arguments.
 
-    Fields are those that `common.options.option` made. A field of several types becomes an option of text.
+    Fields are those that `common.options.option` made. A field of several types becomes an option of text; one that
+    the command has a parameter for is that parameter.
     """
     hints = get_type_hints(config)
 
@@ -41,6 +42,7 @@ def options_of(config: type) -> Callable[[Callable[..., None]], Callable[..., No
                 annotation=Annotated[_type(hints[f.name]), choice(f.metadata["help"], f.metadata["shown"])],
             )
             for f in fields(config)
+            if f.name not in own.parameters
         ]
 
         @wraps(command)

@@ -20,6 +20,11 @@ RULES = (
         "compare",
         {"convert", "microbench", "runtime", "triton_kernels", "reporting", "common"},
     ),
+    (
+        "dlr_lock/planning",
+        "planning",
+        {"audit", "convert", "runtime", "triton_kernels", "reporting", "common"},
+    ),
     ("convert", "convert", {"runtime", "triton_kernels", "reporting", "common"}),
     ("dlr_lock/microbench", "microbench", {"runtime", "triton_kernels", "reporting", "common"}),
     ("runtime", "runtime", {"triton_kernels", "common"}),

@@ -119,7 +119,7 @@ def test_the_mixed_start_reads_nothing_of_pruned_units_and_keeps_random_rows_ins
 def test_b_moves_twice_as_fast_as_a_and_both_decay() -> None:
     weights = random_init(SPEC, torch.Generator())
     recipe = Recipe(1024, 128, rate=0.01, weight_decay=0.125)
-    groups = {id(g["params"][0]): g for g in distill_module._groups(weights, recipe, torch.eye(D), 1.0)}
+    groups = {id(g["params"][0]): g for g in distill_module.muon_groups(weights, recipe, torch.eye(D))}
     a, b = groups[id(weights["dlr_A"])], groups[id(weights["dlr_B"])]
     assert (a["lr"], b["lr"]) == pytest.approx((0.01, 0.02))
     assert a["weight_decay"] == b["weight_decay"] == 0.125 and a["rows"] == b["rows"] == 64

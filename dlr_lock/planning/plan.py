@@ -1,0 +1,210 @@
+"""The plan of a conversion: its phases with seconds and bytes, and what would make it shorter or smaller."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..common.errors import DLRError
+from ..common.options import flag
+from ..convert.config import EFFORTS, ConversionConfig
+from ..runtime.device import usable_device
+from .rates import GPUS, Rates, gpu_rates, probe
+from .subject import Subject, open_subject
+from .work import Amounts, Phase, phases
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will take.
+
+    Attributes:
+        source: The model's name.
+        options: Every choice, resolved.
+        modules: Of each MLP to be converted: module, chain, parameters.
+        mlps: How many the model has.
+        params: The model's parameters.
+        tokens: Calibration tokens, held-out ones included.
+        rates: The machine.
+        phases: In their order.
+        base: Bytes that the program itself holds.
+        advice: What to change, a sentence each.
+    """
+
+    source: str
+    options: dict[str, Any]
+    modules: list[dict[str, Any]]
+    mlps: int
+    params: int
+    tokens: int
+    rates: Rates
+    phases: list[Phase]
+    base: int
+    advice: list[str]
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole."""
+        return sum(map(self.rates.seconds, self.phases))
+
+    @property
+    def host(self) -> float:
+        """The machine's memory at the peak, in bytes."""
+        return self.base + max(phase.host for phase in self.phases)
+
+    @property
+    def device(self) -> float:
+        """The GPU's at the peak."""
+        return max(phase.device for phase in self.phases)
+
+    @property
+    def disk(self) -> float:
+        """Files at the peak, the source's included."""
+        return max(phase.disk for phase in self.phases)
+
+    @property
+    def flops(self) -> float:
+        """Of all phases."""
+        return sum(phase.flops for phase in self.phases)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, fit for JSON."""
+        rows = [asdict(p) | {"flops": p.flops, "seconds": self.rates.seconds(p)} for p in self.phases]
+        totals = {
+            "flops": self.flops, "seconds": self.seconds, "host_bytes": self.host, "device_bytes": self.device,
+            "disk_bytes": self.disk,
+        }  # fmt: skip
+        own = {
+            k: getattr(self, k)
+            for k in ("source", "options", "modules", "mlps", "params", "tokens", "advice")
+        }
+        return own | totals | {"program_bytes": self.base, "machine": asdict(self.rates), "phases": rows}
+
+
+def plan_conversion(source: str | Path, *, device: str | None = None, **options: Any) -> Plan:
+    """Plans a conversion from config.json and the headers of the weight files alone.
+
+    Args:
+        source: A transformers directory or a hub id.
+        device: As for a conversion, or a GPU that is not here, of `GPUS`: its rates are then reckoned.
+        **options: The fields of `ConversionConfig`.
+
+    Raises:
+        DLRError: On everything that the user can correct.
+    """
+    named = device is not None and str(device).strip().lower() in GPUS
+    try:
+        place = torch.device("cuda") if named else usable_device(device)
+    except DLRError as error:
+        raise DLRError(f"{error}; or name a GPU that is not here: {', '.join(GPUS)}") from error
+    asked = ConversionConfig.of(options)
+    config = asked.resolved(place)
+    subject = open_subject(source, config)
+    amounts = Amounts.of(subject, config, on_gpu=place.type == "cuda")
+    rates = gpu_rates(str(device)) if named else _probe(place, subject, amounts)
+    base = resident_bytes()
+    made = Plan(
+        subject.name,
+        config.to_dict() | {"device": device if named else str(place)},
+        [
+            {
+                "module": m.module,
+                "layer": m.layer,
+                "chain": str(s),
+                "params_original": m.params,
+                "params": s.params,
+            }
+            for m, s in zip(subject.mlps, amounts.specs, strict=True)
+        ],
+        subject.every,
+        subject.params,
+        amounts.tokens,
+        rates,
+        phases(amounts),
+        base,
+        [],
+    )
+    again = partial(_again, made, subject, asked, place)
+    return replace(made, advice=[*_warnings(made), *_advice(made, config, again)])
+
+
+def _probe(place: torch.device, subject: Subject, amounts: Amounts) -> Rates:
+    widest = max(subject.mlps, key=lambda mlp: mlp.params)
+    spec = amounts.specs[subject.mlps.index(widest)]
+    return probe(place, spec, amounts.recipe, widest.intermediate_size, subject.vocabulary)
+
+
+def resident_bytes() -> int:
+    """What this process holds now, in bytes; 0 where the system does not say."""
+    try:
+        found = re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text(encoding="ascii"))
+    except OSError:
+        return 0
+    return 1024 * int(found[1]) if found else 0
+
+
+def _again(
+    made: Plan, subject: Subject, asked: ConversionConfig, place: torch.device, **changes: Any
+) -> Plan:
+    """The same plan with other choices."""
+    config = replace(asked, **changes).resolved(place)
+    return replace(made, phases=phases(Amounts.of(subject, config, on_gpu=place.type == "cuda")))
+
+
+def _warnings(made: Plan) -> Iterator[str]:
+    memory = made.rates.memory
+    if memory is not None and made.device > 0.95 * memory:
+        yield (
+            f"{made.device / 2**30:,.1f} GiB of the GPU's memory are wanted and a {made.rates.name} has "
+            f"{memory / 2**30:,.0f}"
+        )
+    if made.options["data"] == "self":
+        yield "--data self samples the calibration text from the model; --data with a text file takes no time for it"
+
+
+def _advice(made: Plan, config: ConversionConfig, again: Any) -> Iterator[str]:
+    """What would halve the time or the memory, each tried on the plan itself."""
+    count = len(made.modules)
+    efforts = list(EFFORTS)
+    weaker = efforts[max(0, efforts.index(config.effort) - 1)]
+    tries: list[tuple[str, dict[str, Any]]] = [
+        (f"{flag('redistill')} 0 (no attack: whether a chain is a lock is not known)", {"redistill": 0.0}),
+        (f"{flag('end_to_end')} 0", {"end_to_end": 0}),
+        (
+            f"{flag('train_tokens')} {config.train_tokens // 2:,} (a worse fit)".replace(",", ""),
+            {"train_tokens": int(config.train_tokens or 0) // 2},
+        ),
+        (f"{flag('layers')} last-{count // 2}", {"layers": f"last-{count // 2}"}) if count > 1 else ("", {}),
+        (f"{flag('effort')} {weaker} (a worse fit)", {"effort": weaker})
+        if weaker != config.effort
+        else ("", {}),
+        (
+            f"{flag('tokens')} {int(config.tokens or 0) // 2} (less text)",
+            {"tokens": int(config.tokens or 0) // 2, "heldout": config.heldout},
+        ),
+        (f"{flag('max_memory')} 1GiB (activations beyond it lie on the disk)", {"max_memory": 2**30}),
+        (f"{flag('batch')} {int(config.batch or 0) // 2}", {"batch": int(config.batch or 0) // 2}),
+    ]
+    for words, changes in tries:
+        if not changes or all(getattr(config, name) == value for name, value in changes.items()):
+            continue
+        try:
+            other = again(**changes)
+        except DLRError:
+            continue
+        time, host, device = (
+            getattr(other, what) / (getattr(made, what) or 1) for what in ("seconds", "host", "device")
+        )
+        shares = [
+            f"{share:.0%} of the {what}"
+            for share, what in ((time, "time"), (host, "memory"), (device, "GPU's memory"))
+            if 0 < share < 0.8
+        ]
+        if shares:
+            yield f"{words}: {' and '.join(shares)}"

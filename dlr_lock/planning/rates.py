@@ -1,0 +1,165 @@
+"""How fast a machine is: this one by a short probe, a GPU that is not here by its data sheet."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..common.machine import device_name
+from ..common.options import known_name
+from ..common.timing import now
+from ..convert.config import Recipe
+from ..convert.distill import Gradients, muon_groups, random_init
+from ..convert.evaluate import divergence
+from ..convert.muon import Muon
+from ..runtime import DLRSpec
+from .work import Phase, step_of
+
+_PROBED = 12e9  # FLOPs of a probe, about: a fifth of a second of two CPU cores
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What a machine reaches.
+
+    Attributes:
+        name: Of the device.
+        wide, fit, narrow: FLOPs a second, as `Phase` tells them apart.
+        moved: Bytes a second of files that are read and hashed.
+        words: Elements of tokens by vocabulary a second, both models' chances and their divergence.
+        memory: The device's own, in bytes; None where it is the machine's.
+        how: Where these come from, a sentence.
+    """
+
+    name: str
+    wide: float
+    fit: float
+    narrow: float
+    moved: float
+    words: float
+    memory: float | None
+    how: str
+
+    def seconds(self, phase: Phase) -> float:
+        """What a phase takes."""
+        parts = (
+            (phase.wide, self.wide), (phase.fit, self.fit), (phase.narrow, self.narrow), (phase.moved, self.moved),
+            (phase.words, self.words),
+        )  # fmt: skip
+        return sum(amount / rate for amount, rate in parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU by its data sheet: FLOPs a second of 16-bit and of float32 products (no TF32), and bytes of memory."""
+
+    name: str
+    half: float
+    single: float
+    memory: float
+    bandwidth: float
+
+
+GPUS = {
+    "h100": Gpu("NVIDIA H100", 989e12, 67e12, 80e9, 3.35e12),
+    "h200": Gpu("NVIDIA H200", 989e12, 67e12, 141e9, 4.8e12),
+    "b200": Gpu("NVIDIA B200", 2250e12, 75e12, 180e9, 8e12),
+    "a100": Gpu("NVIDIA A100", 312e12, 19.5e12, 80e9, 2.0e12),
+    "l40s": Gpu("NVIDIA L40S", 362e12, 91.6e12, 48e9, 0.86e12),
+    "rtx4090": Gpu("NVIDIA RTX 4090", 165e12, 82.6e12, 24e9, 1.0e12),
+    "mi300x": Gpu("AMD MI300X", 1307e12, 163.4e12, 192e9, 5.3e12),
+}
+# Shares of a data sheet that are assumed, not measured: a model's passes in 16 bits, and a fit's products in float32.
+_HALF, _SINGLE = 0.4, 0.6
+
+
+def gpu_rates(name: str) -> Rates:
+    """Those of a GPU by its name in `GPUS`. Raises DLRError where there is none of that name."""
+    gpu = GPUS[known_name(name, GPUS, "GPU")]
+    return Rates(
+        gpu.name,
+        _HALF * gpu.half,
+        _SINGLE * gpu.single,
+        # A token at a time reads all weights: 64 sequences are 64 FLOPs a byte of 16 bits.
+        min(_HALF * gpu.half, 64 * 0.6 * gpu.bandwidth),
+        1.5e9,
+        gpu.bandwidth / 40,
+        gpu.memory,
+        f"reckoned, not measured: {_HALF:.0%} of the data sheet's 16-bit FLOPs in passes of the model, {_SINGLE:.0%} "
+        "of its float32 FLOPs in fits, 1.5 GB/s for files",
+    )
+
+
+def probe(device: torch.device, spec: DLRSpec, recipe: Recipe, intermediate: int, vocabulary: int) -> Rates:
+    """This machine's, by some seconds of what a conversion does most.
+
+    Args:
+        device: Where it would run.
+        spec: A module's chain; it is cut to as many steps as take a fraction of a second.
+        recipe: How it is distilled.
+        intermediate: f of the MLPs.
+        vocabulary: Tokens of the model's vocabulary.
+    """
+    d = spec.hidden_size
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+
+    def mlp(tokens: int) -> Callable[[], Tensor]:
+        up, down = (
+            torch.randn(*shape, device=device, dtype=dtype)
+            for shape in ((intermediate, d), (d, intermediate))
+        )
+        x = torch.randn(tokens, d, device=device, dtype=dtype)
+        return lambda: torch.nn.functional.silu(x @ up.T) @ down.T
+
+    tokens = int(max(64, min(4096, _PROBED / (4 * d * intermediate))))
+    wide, narrow = (4 * t * d * intermediate / _seconds(mlp(t), device) for t in (tokens, min(64, tokens)))
+    rows = max(1, min(512, 2**24 // vocabulary))
+    p, q = (torch.randn(rows, vocabulary, device=device) for _ in "pq")
+    words = _seconds(lambda: divergence(p.log_softmax(-1), q.log_softmax(-1)), device)
+    block = bytes(2**24)
+    hashed = _seconds(lambda: hashlib.sha256(block).digest(), torch.device("cpu"))
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    return Rates(
+        device_name(device),
+        wide,
+        _fit_rate(device, spec, recipe),
+        narrow,
+        len(block) / hashed,
+        2 * rows * vocabulary / words,
+        memory,
+        "measured here by a short probe, with what else this machine was doing",
+    )
+
+
+def _fit_rate(device: torch.device, spec: DLRSpec, recipe: Recipe) -> float:
+    """FLOPs a second of a distillation's steps."""
+    parts = 1 if device.type != "cpu" else torch.get_num_threads()
+    recipe = replace(recipe, train_tokens=recipe.batch, seed=0)
+    whole = step_of(spec, recipe, parts).flops
+    spec = replace(spec, depth=max(1, min(spec.depth, round(spec.depth * _PROBED / whole))))
+    weights = {k: w.to(device) for k, w in random_init(spec, torch.Generator().manual_seed(0)).items()}
+    eye = torch.eye(spec.hidden_size, device=device)
+    optimizer = Muon(muon_groups(weights, recipe, eye), momentum=recipe.momentum)
+    x, y = (torch.randn(recipe.batch, spec.hidden_size, device=device) for _ in "xy")
+    with Gradients(spec, device, recipe.scale) as gradients:
+
+        def step() -> None:
+            gradients.fill(weights, x, y)
+            optimizer.step()
+
+        return step_of(spec, recipe, parts).flops / _seconds(step, device)
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, the mean of as many as half a second holds, after one."""
+    work()
+    began, calls = now(device), 0
+    while calls < 1 or time.perf_counter() - began < 0.5:
+        work()
+        calls += 1
+    return (now(device) - began) / calls
