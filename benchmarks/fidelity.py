@@ -12,6 +12,7 @@ Writes JSON and, where matplotlib is installed, a plot of `modules`.
 """
 
 import argparse
+import copy
 import sys
 import time
 from collections.abc import Iterator
@@ -229,6 +230,9 @@ def _whole(options: argparse.Namespace, progress: Steps, across: str, more: Any)
     with _context(options, chosen, progress) as context:
         started = time.monotonic()
         done = distill_modules(context)
+        done.chains = {
+            name: copy.deepcopy(net) for name, net in done.chains.items()
+        }  # before the folder goes
     model, text = context.model, context.text
 
     def row(phase: str, chains: dict[str, DLRNet]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..common.errors import DLRError
 from ..common.hooks import StopForward, first_argument, submodule, watch_pass
 from ..common.progress import Count, no_count
+from ..common.weights import drop_pages
 from ..runtime import DLRNet
 from .evaluate import relative_error
 from .layer_runner import LayerRunner, Seen, Sum
@@ -44,13 +45,17 @@ class Activations:
         x, y: [N, d] in the dtype of the capture, in memory or memory-mapped.
         first: [N] bool, true at the first token of each sequence.
         mapped: Whether x and y are mapped files.
+        scratch: The folder of such files; None where they are in memory.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, first: Tensor, mapped: bool) -> None:
+    def __init__(
+        self, x: Tensor, y: Tensor, first: Tensor, mapped: bool, scratch: Path | None = None
+    ) -> None:
         self._x: Tensor | None = x
         self._y: Tensor | None = y
         self.first = first
         self.mapped = mapped
+        self.scratch = scratch
 
     def __len__(self) -> int:
         return len(self.first)
@@ -73,7 +78,18 @@ class Activations:
         ascending, order = index.sort()
         back = order.argsort()
         x, y = (part.index_select(0, ascending).index_select(0, back) for part in (self.x, self.y))
+        self.forget()
         return x, y
+
+    def forget(self) -> None:
+        """Of what lies in files nothing stays in memory, or in the end all of it would."""
+        if self.scratch is not None:
+            for part in (self.x, self.y):
+                drop_pages(part)
+
+    def like_y(self) -> Tensor:
+        """Room for other outputs, [N, d], where x and y are."""
+        return storage(len(self), self.y.shape[1], self.y.dtype, self.scratch)
 
     def close(self) -> None:
         """Give the memory, or the disk space, back."""
@@ -155,7 +171,7 @@ def capture(
                 x, y = (
                     storage(tokens.numel(), mlp.hidden_size, dtype, scratch if mapped else None) for _ in "xy"
                 )
-                held.append(Activations(x, y, first.flatten(), mapped))
+                held.append(Activations(x, y, first.flatten(), mapped, scratch if mapped else None))
             _fill(model, group, held, tokens, progress)
             del x, y
             for mlp, activations in zip(group, held, strict=True):
@@ -229,6 +245,8 @@ def _fill(
         _forward(model, group, batch, keep)
         if wanted:
             raise DLRError(f"{min(wanted)[0]} is not called in every pass: leave it out of --layers")
+        for activations in held:
+            activations.forget()
         progress(min(begin + at_once, sequences), sequences)
 
 
@@ -323,7 +341,7 @@ class SequentialCalibrator:
         scratch: Path,
         progress: Count = no_count,
     ) -> None:
-        self._runner = LayerRunner(model, mlps, tokens)
+        self.runner = self._runner = LayerRunner(model, mlps, tokens)
         self._tokens = tokens
         self._device = model.device
         self._progress = progress
@@ -361,7 +379,8 @@ class SequentialCalibrator:
             at = slice(rows.start * n, rows.stop * n)
             checked_store(x[at], ours.x, f"the input of {mlp.module}")
             checked_store(y[at], _wanted(theirs, ours, where), f"the output of {mlp.output}")
-        return Activations(x, y, self._first.flatten(), self._scratch is not None)
+            self._forget(x, y)
+        return Activations(x, y, self._first.flatten(), self._scratch is not None, self._scratch)
 
     def put(self, mlp: MLP, net: DLRNet) -> float:
         """Takes the fitted chain in the MLP's place and moves on behind its layer.
@@ -404,7 +423,14 @@ class SequentialCalibrator:
         for at in range(0, sequences, size):
             rows = slice(at, min(at + size, sequences))
             yield rows
+            self._forget(self._teacher, self._locked)
             self._progress(rows.stop, sequences)
+
+    def _forget(self, *stores: Tensor) -> None:
+        """What lies in files is not kept in memory, too."""
+        if self._scratch is not None:
+            for store in stores:
+                drop_pages(store)
 
 
 def _wanted(theirs: Seen, ours: Seen, where: Sum | None) -> Tensor:

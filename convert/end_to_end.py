@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +86,7 @@ class TrainableChain(DLRNet):
 
 def train_end_to_end(
     model: PreTrainedModel,
-    chains: dict[str, DLRNet],
+    chains: Mapping[str, DLRNet],
     identity: list[str],
     tokens: Tensor,
     plan: EndToEndPlan,
@@ -186,7 +186,7 @@ def _output(model: Any, ids: Tensor) -> Tensor:
     return states.float().flatten(0, 1)
 
 
-def with_chains(model: PreTrainedModel, chains: dict[str, Any], identity: list[str]) -> PreTrainedModel:
+def with_chains(model: PreTrainedModel, chains: Mapping[str, Any], identity: list[str]) -> PreTrainedModel:
     """A copy of a model with chains in their places; all other weights are the model's own tensors, not copies.
 
     Args:
@@ -210,7 +210,7 @@ def with_chains(model: PreTrainedModel, chains: dict[str, Any], identity: list[s
 
 
 @torch.no_grad()
-def flatten_gaps(model: PreTrainedModel, chains: dict[str, DLRNet], tokens: Tensor) -> dict[str, float]:
+def flatten_gaps(model: PreTrainedModel, chains: Mapping[str, DLRNet], tokens: Tensor) -> dict[str, float]:
     """The flatten gap of each chain in a locked model, over |chain|^2, on the model's own activations.
 
     Args:

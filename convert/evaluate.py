@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 
 _ROWS = 4096  # tokens at a time
+Passes = Callable[
+    [Tensor, int], Iterator[Any]
+]  # a model's outputs for [S, n] int64, so many sequences a batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +231,7 @@ def evaluate(
     original: PreTrainedModel | None = None,
     batch: int = 8,
     progress: Count = no_count,
+    passes: tuple[Passes, Passes] | None = None,
 ) -> Evaluation:
     """Next-token cross entropy of a model on a text, and its distance to the original. Softmax in float32, sums in
     float64.
@@ -237,6 +242,7 @@ def evaluate(
         original: What it is compared with, None for nothing.
         batch: The largest number of sequences in a pass; fewer are taken where their logits exceed 256 MiB.
         progress: Called with (sequences done, S).
+        passes: How the model's and the original's outputs come about, where not by a pass of each batch.
 
     Raises:
         DLRError: On tokens with nothing to predict, a model without a language-model head, two models with different
@@ -250,12 +256,17 @@ def evaluate(
     at_once = max(1, min(batch, LOGIT_BYTES // (n * vocabulary(model) * 4)))
     loss = original_loss = kl = 0.0
     flips = 0
+    runs = passes or (partial(_pass_by_pass, model), partial(_pass_by_pass, original))
+    ours = runs[0](tokens, at_once)
+    theirs = None if original is None else runs[1](tokens, at_once)
     progress(0, sequences)
     for begin in range(0, sequences, at_once):
         ids = tokens[begin : begin + at_once]
-        logits = _logits(model, ids)  # [T, V]
+        logits = _logits(next(ours), ids, model)  # [T, V]
         targets = ids[:, 1:].reshape(-1).to(logits.device)  # [T]
-        reference = None if original is None else _logits(original, ids).to(logits.device)
+        reference = None
+        if theirs is not None and original is not None:
+            reference = _logits(next(theirs), ids, original).to(logits.device)
         if reference is not None and reference.shape != logits.shape:
             raise DLRError(
                 f"the two models have different vocabularies ({logits.shape[-1]} and {reference.shape[-1]} "
@@ -318,11 +329,12 @@ def compare(
     original: PreTrainedModel,
     tokens: Tensor,
     progress: Count = no_count,
+    passes: tuple[Passes, Passes] | None = None,
 ) -> Evaluation | StateEvaluation:
     """`evaluate` where the model predicts the next token, `evaluate_states` where it does not."""
     if not predicts_next(original):
         return evaluate_states(model, tokens, original, progress=progress)
-    return evaluate(model, tokens, original=original, progress=progress)
+    return evaluate(model, tokens, original=original, progress=progress, passes=passes)
 
 
 def evaluate_states(
@@ -357,10 +369,15 @@ def evaluate_states(
     return StateEvaluation(error / tokens.numel(), cosine / len(tokens), tokens.numel())
 
 
-def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Logits for every token but the first: [b * (n - 1), V], in the model's dtype, on its device."""
-    with frozen(model):
-        output = model(input_ids=ids.to(model.device))
+def _pass_by_pass(model: PreTrainedModel, tokens: Tensor, at_once: int) -> Iterator[Any]:
+    for ids in tokens.split(at_once):
+        with frozen(model):  # not around the yield: it would be the caller's, too
+            output = model(input_ids=ids.to(model.device))
+        yield output
+
+
+def _logits(output: Any, ids: Tensor, model: PreTrainedModel) -> Tensor:
+    """Logits of a model's output for every token but the first: [b * (n - 1), V], in the model's dtype, where it is."""
     logits = getattr(output, "logits", None)
     if logits is None or logits.dim() != 3 or logits.shape[:2] != ids.shape:
         raise DLRError(f"{type(model).__name__} has no language-model head: its loss on text is not defined")

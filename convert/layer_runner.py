@@ -7,8 +7,9 @@ each layer must begin with what the one before gave.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -73,13 +74,20 @@ class LayerRunner:
         model: Any transformers model.
         mlps: The MLPs, in model order.
         tokens: [S, n] int64, a text like the one that is run.
+        like: Of a model of the same class, whose layers are known to be repeatable; None to find out.
 
     Raises:
         Unrepeatable: Where the layers are not one list, are not called once each and in order, or get something
             besides hidden states that depends on the text (an encoder's output, for one).
     """
 
-    def __init__(self, model: PreTrainedModel, mlps: Sequence[Placed], tokens: Tensor) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        mlps: Sequence[Placed],
+        tokens: Tensor,
+        like: LayerRunner | None = None,
+    ) -> None:
         if getattr(model.config, "is_encoder_decoder", False):
             raise Unrepeatable("its decoder's layers are given what the encoder read")
         self._model = model
@@ -88,14 +96,33 @@ class LayerRunner:
         self._names = {id(module): name for name, module in model.named_modules()}
         self._extras: dict[int, list[_Call]] = {}
         self.layer_of = places
-        self._check()
+        self._kinds: set[int] = (
+            set()
+        )  # of layers' outputs: 0 for a tensor, else how many things a tuple holds
+        self.dtype: torch.dtype  # of the hidden states
+        if like is None:
+            self._check()
+        else:
+            self.dtype, self._kinds = like.dtype, like._kinds
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layers run."""
+        return self._model.device
 
     def __len__(self) -> int:
         return len(self._layers)
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids [b, n] -> the hidden states that the first layer gets, [b, n, d]."""
-        return self._catch(ids, stop=True)[0].hidden
+        caught: list[Tensor] = []
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught.append(_Call.of(args, kwargs)[0].clone())
+            raise StopForward
+
+        watch_pass(self._model, ids, [self._layers[0].register_forward_pre_hook(enter, with_kwargs=True)])
+        return caught[0]
 
     def run(self, index: int, hidden: Tensor) -> Tensor:
         """Layer number `index` on hidden states [b, n, d] -> [b, n, d]."""
@@ -201,66 +228,105 @@ class LayerRunner:
             out = self.run(index, hidden)
         return given[0], [*behind, (None, out)]
 
+    def finish(self, ids: Tensor, hidden: Tensor) -> Any:
+        """What the model gives for ids [b, n] where `hidden` [b, n, d] comes out of its last layer."""
+        if not self.plain:
+            raise Unrepeatable("its layers give more than hidden states")
+        with frozen(self._model), self._passed_over(hidden.to(self._model.device, self.dtype)):
+            return self._model(input_ids=ids.to(self._model.device))
+
+    @property
+    def plain(self) -> bool:
+        """Whether layers are known to give hidden states and nothing else."""
+        return self._kinds in ({0}, {1})
+
+    @contextmanager
+    def _passed_over(self, hidden: Tensor | None = None) -> Iterator[None]:
+        """No layer computes anything: each gives `hidden`, or what it got."""
+
+        def instead(*args: Any, **kwargs: Any) -> Any:
+            given = _Call.of(args, kwargs)[0] if hidden is None else hidden
+            return (given,) if 1 in self._kinds else given
+
+        for layer in self._layers:
+            layer.__dict__["forward"] = instead
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                del layer.__dict__["forward"]
+
     def _calls(self, sequences: int) -> list[_Call]:
-        """What the layers are called with for so many sequences."""
+        """What the layers are called with for so many sequences: with all that is not of the text, as is known, it
+        is the same whatever the layers compute."""
         if sequences not in self._extras:
-            calls = self._catch(self._tokens[:sequences])
-            nothing = torch.empty(0)  # the states are not wanted again, and are large
-            self._extras[sequences] = [replace(call, hidden=nothing, output=nothing) for call in calls]
+            with self._passed_over() if self.plain else nullcontext():
+                self._extras[sequences] = self._catch(self._tokens[:sequences])
         return self._extras[sequences]
 
-    def _catch(self, ids: Tensor, stop: bool = False) -> list[_Call]:
-        """One pass of ids [b, n] through the model's body; what each layer was called with. stop: before the
-        first layer runs."""
+    def _catch(self, ids: Tensor, watch: Callable[[int, Tensor, Tensor], None] | None = None) -> list[_Call]:
+        """One pass of ids [b, n] through the model's body: what each layer was called with besides hidden states.
+
+        watch: Called with each layer's number, and its hidden states before and after it.
+        """
         calls: list[_Call] = []
         orders: list[int] = []
+        before: list[Tensor] = []
 
         def enter(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             orders.append(index)
-            calls.append(_Call.of(args, kwargs))
-            if stop:
-                raise StopForward
+            hidden, call = _Call.of(args, kwargs)
+            calls.append(call)
+            before[:] = [hidden if watch is None else hidden.clone()]
 
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            calls[-1].output = _hidden(output)
+            self._kinds.add(len(output) if isinstance(output, tuple | list) else 0)
+            if watch is not None:
+                watch(orders[-1], before.pop(), _hidden(output))
 
         hooks = [layer.register_forward_hook(leave) for layer in self._layers]
         for index, layer in enumerate(self._layers):
             hooks.append(layer.register_forward_pre_hook(partial(enter, index), with_kwargs=True))
         watch_pass(self._model, ids, hooks)
-        if stop:
-            return calls
         if orders != list(range(len(self._layers))):
             raise Unrepeatable("its layers are not run once each and in their order")
         return calls
 
     def _check(self) -> None:
-        """Two texts must get the same extras, and each layer begin where the one before ended."""
+        """Two texts must get the same extras, and each layer begin where the one before ended. One layer's hidden
+        states at a time are held."""
         ids = self._tokens[:1]
-        other = ids.roll(1, dims=1)
-        calls, others = self._catch(ids), self._catch(other)
-        self.dtype = calls[0].hidden.dtype  # of the hidden states
-        for index, (one, two) in enumerate(zip(calls, others, strict=True)):
+        first: list[Tensor] = []
+        ended: list[Tensor] = []
+
+        def watch(index: int, hidden: Tensor, output: Tensor) -> None:
+            if not index:
+                first[:] = [hidden, output.clone()]
+            elif not torch.equal(hidden, ended[0]):
+                raise Unrepeatable("something happens to the hidden states between its layers")
+            ended[:] = [output.clone()]
+
+        calls, others = self._catch(ids, watch), self._catch(ids.roll(1, dims=1))
+        self.dtype = first[0].dtype
+        for one, two in zip(calls, others, strict=True):
             if not _equal((one.args, one.kwargs), (two.args, two.kwargs)):
                 raise Unrepeatable("its layers are given more that depends on the text than hidden states")
-            if index and not torch.equal(one.hidden, calls[index - 1].output):
-                raise Unrepeatable("something happens to the hidden states between its layers")
-        again = self.run(0, calls[0].hidden.clone())
-        if not torch.allclose(again.float(), calls[0].output.float(), rtol=1e-3, atol=1e-3):
+        self._extras[1] = calls
+        again = self.run(0, first[0].clone())
+        if not torch.allclose(again.float(), first[1].float(), rtol=1e-3, atol=1e-3):
             raise Unrepeatable("a layer gives something else when it is run again")
 
 
 @dataclass
 class _Call:
-    """One call of a layer: hidden states, all else that it was given, and the hidden states that it returned."""
+    """What a layer was called with besides hidden states."""
 
-    hidden: Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    output: Tensor
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Call]:
+        """The hidden states of a call, and all else."""
         if args:
             hidden, rest, named = args[0], args[1:], dict(kwargs)
         else:
@@ -268,7 +334,7 @@ class _Call:
             hidden, rest = named.pop("hidden_states", None), ()
         if not isinstance(hidden, Tensor) or hidden.dim() != 3:
             raise Unrepeatable("its layers do not get hidden states of shape [sequences, tokens, features]")
-        return cls(hidden.clone(), rest, named, hidden)
+        return hidden, cls(rest, named)
 
 
 def _layers_of(model: nn.Module, mlps: Sequence[Placed]) -> tuple[list[nn.Module], dict[str, int]]:
@@ -306,3 +372,24 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
     return a is b or bool(a == b)
+
+
+def layer_by_layer(runner: LayerRunner, tokens: Tensor, at_once: int) -> Iterator[Any]:
+    """What a model gives for a text, with the layers outermost: each layer's weights are asked for once.
+
+    Args:
+        runner: Of the model.
+        tokens: [S, n] int64.
+        at_once: Sequences in a batch.
+
+    Yields:
+        The model's output for each batch, as a pass of it alone would give it.
+    """
+    batches = tokens.split(at_once)
+    states = [runner.embed(ids).cpu() for ids in batches]
+    for index in range(len(runner)):
+        for at, hidden in enumerate(states):
+            states[at] = runner.run(index, hidden.to(runner.device, runner.dtype)).cpu()
+    for at, ids in enumerate(batches):
+        yield runner.finish(ids, states[at])
+        states[at] = torch.empty(0)

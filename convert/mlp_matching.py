@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.pytorch_utils import Conv1D
 
+from ..common.weights import awake
 from ..triton_kernels.activations import COMMON_ACTS
 
 # Last part of the name of what may be an activation of no class known to us: act_fn, activation, gelu_impl.
@@ -29,7 +30,7 @@ class Matrix:
     end: int | None = None
 
     def weight(self, model: nn.Module) -> Tensor:
-        module: Any = model.get_submodule(self.name)
+        module: Any = awake(model.get_submodule(self.name))
         weight = module.weight.T if isinstance(module, Conv1D) else module.weight
         return weight.detach()[self.begin : self.end]
 

@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 
 from ..common.dtypes import DTYPES, dtype_name
-from ..common.errors import DLRError, first_line
+from ..common.errors import DLRError
 from ..common.files import check_space, check_target, permission_is_an_error, whole_directory
 from ..common.progress import Phase, Progress, expect, no_progress, say
 from ..common.resume import ResumeStore, run_lock
 from ..common.side_files import carry_over, licence
 from ..common.version import __version__
-from ..runtime import DLRNet, load, lock
+from ..runtime import DLRNet
 from ..runtime.checkpoint import write_manifest
 from .activations import Activations, SequentialCalibrator
 from .config import ConversionConfig, Recipe
@@ -29,22 +28,13 @@ from .context import Context
 from .data import calibration_text, digest, poor_text
 from .distill import Weights, distill
 from .end_to_end import run_end_to_end
-from .evaluate import compare
 from .layer_runner import Unrepeatable
 from .mlp_discovery import check_dense, find_mlps, select_layers
 from .mlp_matching import MLP, mixtures, teacher_weights
 from .redistill import INITS, attack_module, attack_tokens
 from .report import ConversionReport, ModuleReport, Modules, model_card
-from .source import (
-    Source,
-    compute_dtype,
-    no_bars,
-    open_source,
-    public_name,
-    quiet,
-    unplaced_tensors,
-    weight_files,
-)
+from .source import compute_dtype, open_source, public_name, unplaced_tensors, weight_files
+from .writing import KeptChains, measure_checkpoint, restored, write_checkpoint, write_words
 
 _Module = tuple[DLRNet, ModuleReport]
 
@@ -118,7 +108,7 @@ def _prepared(
     scratch = work / ".scratch"  # hidden files are not carried over: nothing of the source's is called so
     scratch.mkdir()
     with _shown(progress, "reading the model"):
-        original = open_source(source, dtype=compute_dtype(device), device=device)
+        original = open_source(source, dtype=compute_dtype(device), device=device, room=_room(config, device))
         if getattr(original.model.config, "is_encoder_decoder", False):
             raise DLRError(f"{original.name} is an encoder-decoder model, which is not supported")
         every = find_mlps(original.model, config.mlps)
@@ -131,8 +121,14 @@ def _prepared(
         notes.append(carry_over(original.path, work, weights))
         replaced = [name for mlp in mlps for name in (mlp.module, *mlp.identity)]
         notes.append(unplaced_tensors(original, replaced)[1])
-        _write_words(original, work)
+        write_words(original, work)
         check_space(target, original.model.num_parameters() * stored.itemsize)
+    if original.weights is not None and config.end_to_end:
+        size = original.model.num_parameters() * original.model.dtype.itemsize
+        raise DLRError(
+            f"the end-to-end phase wants all {size / 2**30:,.1f} GiB of the model in memory: allow them by "
+            "--max-memory, or leave it out by --end-to-end 0"
+        )
     if config.data == "self" and device.type == "cpu":
         say(
             progress,
@@ -160,16 +156,21 @@ def _prepared(
     return context, len(every) + len(mixtures(original.model))
 
 
+def _room(config: ConversionConfig, device: torch.device) -> int:
+    """Bytes for a model's weights: as much as activations may take, or half of what a GPU has free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return int(config.max_memory or 0)
+
+
 def _converted(context: Context, mlps: int, work: Path, out: str) -> ConversionReport:
     """Writes the checkpoint into `work`, which will be `out`. mlps: how many the original has."""
     modules = distill_modules(context)
     end_to_end = run_end_to_end(context, modules)
     with _shown(context.progress, "writing the checkpoint"):
-        locked_parameters = _write(context, modules.chains, work)
+        locked_parameters = write_checkpoint(context, modules.chains, work)
         shutil.rmtree(context.scratch)
     original, model = context.source, context.model
-    with quiet():  # the checkpoint, read back as its users will
-        locked = load(work, dtype=model.dtype, device=context.device)
     report = ConversionReport(
         source=public_name(original.name),
         out=out,
@@ -178,12 +179,7 @@ def _converted(context: Context, mlps: int, work: Path, out: str) -> ConversionR
         mlps=mlps,
         params_original=model.num_parameters(),
         params_locked=locked_parameters,
-        evaluation=compare(
-            locked,
-            model,
-            context.text.heldout,
-            context.count("measuring the locked model"),
-        ),
+        evaluation=measure_checkpoint(context, work, modules.runner),
         seconds=context.resume.seconds,
         across=modules.across,
         end_to_end=end_to_end,
@@ -198,43 +194,6 @@ def _converted(context: Context, mlps: int, work: Path, out: str) -> ConversionR
     return report
 
 
-def _write(context: Context, chains: dict[str, DLRNet], work: Path) -> int:
-    """Saves the source, read again in the checkpoint's dtype, with the chains in place; returns its parameters.
-
-    Read again, because casting a loaded model would also cast what must stay in float32 (rotary frequencies).
-    """
-    original = context.source
-    original.check_unchanged()
-    with quiet():
-        model = type(original.model).from_pretrained(
-            original.path, dtype=context.stored, use_safetensors=True
-        )
-    # The stock class was locked, so that code of the repository's own for the model would be for another one.
-    for config in (
-        model.config,
-        *(c for c in vars(model.config).values() if isinstance(c, PreTrainedConfig)),
-    ):
-        vars(config).pop("auto_map", None)
-    lock(model, chains, context.identity, unplaced_tensors(original, [*chains, *context.identity])[0])
-    with no_bars():
-        model.save_pretrained(work)
-    return model.num_parameters()
-
-
-def _write_words(original: Source, work: Path) -> None:
-    """Saves the tokenizer, and the configs that the weights will be saved with: what refuses to be, does so now."""
-    model = original.model
-    parts = [model.config, *([model.generation_config] if model.can_generate() else []), original.tokenizer]
-    try:
-        for part in parts:
-            if part is not None:
-                part.save_pretrained(work)
-    except (OSError, ValueError, TypeError) as error:
-        raise DLRError(
-            f"the {type(part).__name__} of {original.name} cannot be saved: {first_line(error)}"
-        ) from error
-
-
 def distill_modules(context: Context) -> Modules:
     """Distils every MLP of a conversion, in model order; finished modules are taken from the resume store.
 
@@ -243,7 +202,8 @@ def distill_modules(context: Context) -> Modules:
             not allow it.
     """
     config, mlps = context.config, context.mlps
-    done = Modules({}, [], config.across or "sequential")
+    chains = KeptChains(context.resume, context.stored)
+    done = Modules(chains, [], config.across or "sequential")
     calibrator: SequentialCalibrator | None = None
     if done.across == "sequential":
         try:
@@ -253,14 +213,15 @@ def distill_modules(context: Context) -> Modules:
                 raise DLRError(f"the model cannot be distilled sequentially: {error}") from error
             done.across = "independent"
             context.notes.append(f"modules were distilled independently: {error}")
-    before = {mlp.module: _restored(context, mlp) for mlp in mlps}
+    done.runner = calibrator.runner if calibrator else None
+    before = {mlp.module: _report_of(restored(context.resume, mlp.module, context.stored)) for mlp in mlps}
     todo = [mlp for mlp in mlps if not _finished(before[mlp.module], config)]
     _say_what_is_kept(context, before, todo)
     expect(context.progress, _phases(context, before, todo, one_by_one=calibrator is not None))
     independent = context.capture(todo if calibrator is None else [])
     for number, mlp in enumerate(mlps, 1):
-        module = before[mlp.module]
-        if not _finished(module, config):
+        module = restored(context.resume, mlp.module, context.stored)
+        if not _finished(_report_of(module), config):
             pairs = calibrator.pairs(mlp) if calibrator else next(independent)[1]
             title = f"{mlp.module} ({number} of {len(mlps)})"
             if module is None:
@@ -274,7 +235,7 @@ def distill_modules(context: Context) -> Modules:
         net, report = module
         if calibrator:
             report = replace(report, drift=calibrator.put(mlp, net))
-        done.chains[mlp.module] = net
+        chains.add(mlp.module)
         done.reports.append(report)
         context.notes.extend(report.notes)
     unknown = [mlp.module for mlp in mlps if mlp.up is None]
@@ -290,9 +251,9 @@ def distill_modules(context: Context) -> Modules:
     return done
 
 
-def _say_what_is_kept(context: Context, before: dict[str, _Module | None], todo: list[MLP]) -> None:
+def _say_what_is_kept(context: Context, before: dict[str, ModuleReport | None], todo: list[MLP]) -> None:
     """Of an interrupted run: what was found, and what is not done again."""
-    kept = [name for name, module in before.items() if module is not None]
+    kept = [name for name, report in before.items() if report is not None]
     if not kept:
         return
     again = [mlp.module for mlp in todo]
@@ -307,7 +268,7 @@ def _say_what_is_kept(context: Context, before: dict[str, _Module | None], todo:
 
 
 def _phases(
-    context: Context, before: dict[str, _Module | None], todo: list[MLP], *, one_by_one: bool
+    context: Context, before: dict[str, ModuleReport | None], todo: list[MLP], *, one_by_one: bool
 ) -> list[Phase]:
     """What a conversion still has to do. Work is in tokens that pass a layer; a training token counts as three."""
     config, mlps = context.config, context.mlps
@@ -416,27 +377,15 @@ def _keep(context: Context, module: _Module) -> None:
     context.resume.put(report.module, net.state_dict(), report.to_dict())
 
 
-def _restored(context: Context, mlp: MLP) -> _Module | None:
-    """A module that an interrupted conversion finished, None where it did not."""
-    found = context.resume.get(mlp.module)
-    if found is None:
-        return None
-    try:
-        report = ModuleReport.from_dict(found[1])
-        net = DLRNet(report.spec, dtype=context.stored)
-        net.assign(found[0])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DLRError(
-            f"what {context.resume.folder} keeps of {mlp.module} is damaged: delete that folder"
-        ) from error
-    return net, report
+def _report_of(module: _Module | None) -> ModuleReport | None:
+    return None if module is None else module[1]
 
 
-def _finished(module: _Module | None, config: ConversionConfig) -> bool:
-    if module is None or not config.redistill:
-        return module is not None
-    found = module[1].redistillation  # one of another share is not the attack that is asked for
-    return found is not None and found.train_tokens == attack_tokens(config.redistill, module[1].train_tokens)
+def _finished(report: ModuleReport | None, config: ConversionConfig) -> bool:
+    if report is None or not config.redistill:
+        return report is not None
+    found = report.redistillation  # one of another share is not the attack that is asked for
+    return found is not None and found.train_tokens == attack_tokens(config.redistill, report.train_tokens)
 
 
 @contextmanager

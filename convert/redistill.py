@@ -95,11 +95,13 @@ def redistill(
     Raises:
         DLRError: As `fit_student` does, where no student comes about.
     """
-    own = Activations(
-        activations.x, _outputs(net, activations.x, device), activations.first, activations.mapped
-    )
+    outputs = activations.like_y()
+    _run(net, activations.x, device, outputs)
+    own = Activations(activations.x, outputs, activations.first, activations.mapped, activations.scratch)
     held = torch.arange(tokens, len(activations))
-    students: list[tuple[float, str, DLRNet]] = []
+    best: tuple[float, str, DLRNet] | None = (
+        None  # one student at a time beside it: they are as large as the chain
+    )
     for number, init in enumerate(inits):
         try:
             student = fit_student(
@@ -114,11 +116,15 @@ def redistill(
                 progress=partial(_in_turn, progress, number, len(inits)),
             )
         except DLRError:
-            if number + 1 == len(inits) and not students:
+            if number + 1 == len(inits) and best is None:
                 raise
             continue
-        students.append((measure(student, *own.rows(held), device).rel_error, init, student))
-    student_error, init, student = min(students, key=lambda one: one[0])
+        found = measure(student, *own.rows(held), device).rel_error
+        if best is None or found < best[0]:
+            best = found, init, student
+        del student
+    assert best is not None
+    student_error, init, student = best
     error, chain_error = (measure(one, *activations.rows(held), device).rel_error for one in (student, net))
     return Redistillation(train_tokens, conversion, error, chain_error, student_error, init)
 
@@ -283,9 +289,9 @@ def _linear_map(z: Tensor, u: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _outputs(net: DLRNet, x: Tensor, device: torch.device) -> Tensor:
-    chain, y = net.chain.to(device, torch.float32), torch.empty(x.shape, dtype=x.dtype)
+def _run(net: DLRNet, x: Tensor, device: torch.device, y: Tensor) -> None:
+    """y [N, d] becomes what the chain gives for x [N, d]."""
+    chain = net.chain.to(device, torch.float32)
     for at in range(0, len(x), _ROWS):
         rows = slice(at, at + _ROWS)
         y[rows] = chain_reference(x[rows].to(device, torch.float32), chain)
-    return y

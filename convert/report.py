@@ -13,6 +13,7 @@ from ..reporting.words import bytes_words, cell
 from ..runtime import DLRNet, DLRSpec
 from .config import EFFORTS, ConversionConfig
 from .evaluate import Evaluation, Fidelity, Redistillation, StateEvaluation
+from .layer_runner import LayerRunner
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +73,17 @@ class Modules:
     """The fitted chains of a model.
 
     Attributes:
-        chains: By module name, in the checkpoint's dtype on the CPU.
+        chains: By module name, in the checkpoint's dtype on the CPU; read from the disk each time that one is
+            asked for, until the end-to-end phase has changed them.
         reports: One a chain, in model order.
         across: 'sequential' or 'independent', as it was done.
+        runner: Of the original's layers, where these can be run one at a time and that was asked for.
     """
 
-    chains: dict[str, DLRNet]
+    chains: Mapping[str, DLRNet]
     reports: list[ModuleReport]
     across: str
+    runner: LayerRunner | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,11 +28,13 @@ from ..common.errors import DLRError, first_line
 from ..common.files import check_readable, hash_files, permission_is_an_error, read_json, whole_directory
 from ..common.hub import PICKLES, model_folder
 from ..common.side_files import listed
+from ..common.weights import OnDemand
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' words; the rest is kept as float32
+_FLOATS = _DTYPES | {"F32": torch.float32, "F64": torch.float64}
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -57,6 +59,7 @@ class Source:
         dtype: Of the weights in that directory.
         content: Like `fingerprint`, of that directory: what it was when the model was loaded.
         unplaced: Tensors in its files that the model's class has no place for, such as further heads.
+        weights: Where the model's weights are in memory as they are used; None where all of them are, always.
     """
 
     model: PreTrainedModel
@@ -67,6 +70,7 @@ class Source:
     dtype: torch.dtype
     content: str
     unplaced: frozenset[str]
+    weights: OnDemand | None = None
 
     def check_unchanged(self) -> None:
         """Raises DLRError where the directory is no longer what the model was loaded from."""
@@ -84,6 +88,7 @@ def open_source(
     dtype: torch.dtype | str,
     device: torch.device | str,
     gguf_dir: Path | None = None,
+    room: int | None = None,
 ) -> Source:
     """Checks and loads a source model.
 
@@ -93,6 +98,7 @@ def open_source(
         device: Where they lie.
         gguf_dir: The folder that gets the dequantised copy of a GGUF file, in a folder of its own, and is looked into
             for one made before; a cache folder of the user's where it is None.
+        room: Bytes for weights in memory; a model that is larger has those of a layer while it runs. None for all.
 
     Raises:
         DLRError: In one line, on everything that is wrong with the source.
@@ -110,14 +116,58 @@ def open_source(
     check_readable(folder, "config.json", "*.safetensors", "*.index.json")
     check_config(folder)
     content = _fingerprint(folder)
+    stored, weights = _dtype(folder), None
     with quiet():
-        model, unplaced = _load(folder, dtype)
-        model = model.to(device).eval().requires_grad_(False)
+        if room is None or _bytes(folder, dtype) <= room:
+            model, unplaced = _load(folder, dtype)
+            model = model.to(device)
+        else:
+            model, unplaced = _load(folder, stored)
+            weights = _on_demand(model, folder, stored, dtype, torch.device(device), room)
+        model = model.eval().requires_grad_(False)
         tokenizer = load_tokenizer(folder)
-    _check_finite(model, folder)
+    _check_finite(model, folder, weights)
     return Source(
-        model, tokenizer, str(source), fingerprint or content, folder, _dtype(folder), content, unplaced
+        model, tokenizer, str(source), fingerprint or content, folder, stored, content, unplaced, weights
     )
+
+
+def _bytes(folder: Path, dtype: torch.dtype | str) -> int:
+    """Of the weights in memory, where they are of a dtype; "auto" is the files' own."""
+    itemsize = (dtype if isinstance(dtype, torch.dtype) else _dtype(folder)).itemsize
+    return itemsize * sum(math.prod(part.get_shape()) for _, part in stored_parts(folder))
+
+
+def _on_demand(
+    model: PreTrainedModel,
+    folder: Path,
+    stored: torch.dtype,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    room: int,
+) -> OnDemand:
+    """A model of mapped files becomes one whose weights come and go. What the files hold in another dtype than most
+    keeps its own numbers."""
+    asked = dtype if isinstance(dtype, torch.dtype) else stored
+    prefix = f"{model.base_model_prefix}."
+    own = dict([*model.named_parameters(), *model.named_buffers()])
+    exact: dict[str, Tensor] = {}
+    for name, part in stored_parts(folder):
+        if part.get_dtype() in _FLOATS and _FLOATS[part.get_dtype()] != stored:
+            forms = [form for form in (name, prefix + name, name.removeprefix(prefix)) if form in own]
+            if forms:
+                exact[forms[0]] = part[...] if asked.itemsize > 2 else part[...].to(asked)
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.dtype = asked
+    return OnDemand(model, stored=stored, dtype=asked, device=device, room=room, exact=exact)
+
+
+def stored_parts(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Every tensor of a model's files by name, as safetensors' slice of it: its shape and dtype are there unread."""
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                yield name, tensors.get_slice(name)
 
 
 def _from_gguf(file: Path, fingerprint: str, dtype: torch.dtype | str, cache: Path | None) -> Path:
@@ -241,11 +291,8 @@ def weight_files(folder: Path) -> list[Path]:
 def _dtype(folder: Path) -> torch.dtype:
     """The dtype of most of the floating weights' numbers."""
     numbers: Counter[torch.dtype] = Counter()
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                part = tensors.get_slice(name)
-                numbers[_DTYPES.get(part.get_dtype(), torch.float32)] += math.prod(part.get_shape())
+    for _, part in stored_parts(folder):
+        numbers[_DTYPES.get(part.get_dtype(), torch.float32)] += math.prod(part.get_shape())
     return numbers.most_common(1)[0][0]
 
 
@@ -300,15 +347,11 @@ def _unplaced(model: PreTrainedModel, unexpected: set[str], folder: Path) -> fro
     modules = {name for name, _ in model.named_modules()}
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     found = set()
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                forms = {name, prefix + name, name.removeprefix(prefix)}
-                passed_over = any(pattern.search(name) for pattern in ignored)
-                if forms & unexpected or (
-                    passed_over and not modules & {form.rpartition(".")[0] for form in forms}
-                ):
-                    found.add(name)
+    for name, _ in stored_parts(folder):
+        forms = {name, prefix + name, name.removeprefix(prefix)}
+        passed_over = any(pattern.search(name) for pattern in ignored)
+        if forms & unexpected or (passed_over and not modules & {form.rpartition(".")[0] for form in forms}):
+            found.add(name)
     return frozenset(found)
 
 
@@ -335,10 +378,9 @@ def unplaced_tensors(source: Source, locked: Iterable[str]) -> tuple[dict[str, T
     Returns:
         The tensors, and a sentence where they were left behind.
     """
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(source.path):
-        with safe_open(file, framework="pt") as stored:
-            tensors |= {name: stored.get_tensor(name) for name in stored.keys() if name in source.unplaced}  # noqa: SIM118
+    tensors: dict[str, Tensor] = {
+        name: part[...] for name, part in stored_parts(source.path) if name in source.unplaced
+    }
     parameters = (p for name in locked for p in source.model.get_submodule(name).parameters())
     matrices = {tuple(sorted(parameter.shape)) for parameter in parameters if parameter.dim() > 1}
     if any(tuple(sorted(tensor.shape)) in matrices for tensor in tensors.values()):
@@ -349,11 +391,13 @@ def unplaced_tensors(source: Source, locked: Iterable[str]) -> tuple[dict[str, T
     return tensors, None
 
 
-def _check_finite(model: PreTrainedModel, where: Path) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not parameter.isfinite().all():
+def _check_finite(model: PreTrainedModel, where: Path, weights: OnDemand | None = None) -> None:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    away = weights.numbers() if weights is not None else ((p, p) for p in model.parameters())
+    for parameter, numbers in away:
+        if numbers.is_floating_point() and not numbers.isfinite().all():
             kind = dtype_name(parameter.dtype)
-            raise DLRError(f"{where}: {name} has NaN or infinity in its weights (as {kind})")
+            raise DLRError(f"{where}: {names[id(parameter)]} has NaN or infinity in its weights (as {kind})")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

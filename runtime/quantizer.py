@@ -8,7 +8,7 @@ is installed nobody needs to import it: `dlr_lock_autoload` has put stand-ins wh
 import copy
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -158,7 +158,7 @@ def install(model: nn.Module, config: DLRConfig) -> None:
 
 def lock(
     model: PreTrainedModel,
-    chains: dict[str, DLRNet],
+    chains: Mapping[str, DLRNet],
     identity: list[str],
     unplaced: dict[str, Tensor] | None = None,
 ) -> None:

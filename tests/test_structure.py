@@ -32,7 +32,7 @@ RULES = (
     ("dlr_lock/reporting", "reporting", {"common"}),
     ("dlr_lock/common", "common", set()),
 )
-CONVERT_FILES, CONVERT_LEVELS = 17, 6
+CONVERT_FILES, CONVERT_LEVELS = 18, 6
 LONGEST_FILE, LONGEST_README = 450, 120
 
 

@@ -108,12 +108,23 @@ class ResumeStore:
 
     def get(self, part: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """A part's tensors and the figures kept with it; None where it is not finished."""
+        figures = self.figures(part)
+        if figures is None:
+            return None
+        path = self._path(part)
+        try:
+            return load_file(path), figures
+        except SafetensorError as error:
+            raise DLRError(f"{path} is damaged: delete it, and its part is done again") from error
+
+    def figures(self, part: str) -> dict[str, Any] | None:
+        """The figures kept with a part; None where it is not finished."""
         path = self._path(part)
         if not self.has(part):
             return None
         try:
-            return load_file(path), read_json(path.with_suffix(".json"))
-        except (SafetensorError, DLRError) as error:
+            return read_json(path.with_suffix(".json"))
+        except DLRError as error:
             raise DLRError(f"{path} is damaged: delete it, and its part is done again") from error
 
     def put(self, part: str, tensors: dict[str, Tensor], figures: dict[str, Any]) -> None:

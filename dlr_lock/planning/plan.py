@@ -177,7 +177,7 @@ def _advice(made: Plan, config: ConversionConfig, again: Any) -> Iterator[str]:
         (f"{flag('redistill')} 0 (no attack: whether a chain is a lock is not known)", {"redistill": 0.0}),
         (f"{flag('end_to_end')} 0", {"end_to_end": 0}),
         (
-            f"{flag('train_tokens')} {config.train_tokens // 2:,} (a worse fit)".replace(",", ""),
+            f"{flag('train_tokens')} {int(config.train_tokens or 0) // 2} (a worse fit)",
             {"train_tokens": int(config.train_tokens or 0) // 2},
         ),
         (f"{flag('layers')} last-{count // 2}", {"layers": f"last-{count // 2}"}) if count > 1 else ("", {}),

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..common.errors import DLRError, first_line
@@ -29,7 +28,7 @@ from ..convert.mlp_matching import (
     sizes_of,
     within,
 )
-from ..convert.source import check_config, quiet, weight_files
+from ..convert.source import check_config, quiet, stored_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -212,14 +211,8 @@ def _headers(folder: Path, source: str | Path) -> tuple[torch.dtype, int]:
     """The dtype of most of the weight files' numbers, and the bytes of all of them."""
     numbers: Counter[str] = Counter()
     if Path(source).expanduser().is_dir():
-        for file in weight_files(folder):
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                        part = tensors.get_slice(name)
-                        numbers[part.get_dtype()] += math.prod(part.get_shape())
-            except (SafetensorError, OSError) as error:
-                raise DLRError(f"{file} is damaged ({first_line(error)}): fetch it again") from error
+        for _, part in stored_parts(folder):
+            numbers[part.get_dtype()] += math.prod(part.get_shape())
     else:
         numbers.update(_hub_headers(str(source)))
     if not numbers:
@@ -235,6 +228,6 @@ def _hub_headers(name: str) -> dict[str, int]:
 
     assert HUB_NAME.fullmatch(name)
     try:
-        return dict(get_safetensors_metadata(name).parameter_count)
+        return {str(kind): count for kind, count in get_safetensors_metadata(name).parameter_count.items()}
     except Exception as error:  # no network, no safetensors, gated: unrelated classes
         raise DLRError(f"the weight files' headers of {name} cannot be had: {first_line(error)}") from error

@@ -353,7 +353,8 @@ def _distilling(a: Amounts, disk: float) -> Phase:
 
 
 def _redistilling(a: Amounts, disk: float) -> Phase:
-    fits, wide, seen = [], 0.0, set()
+    fits: list[tuple[DLRSpec, Recipe]] = []
+    wide, seen = 0.0, set()
     for student, recipe, spec in a.students():
         fits.append((student, recipe))
         wide += 10.0 * spec.params * a.held
