@@ -222,7 +222,9 @@ class ConversionConfig:
     dtype: str = option("auto", "Of the checkpoint: auto (the source's), float32, bfloat16, float16.")
     device: str | None = option(None, "cpu, cuda, cuda:1, ...", "the best there is")
     max_memory: int | str | None = option(
-        None, "For activations, such as 4GiB.", "a quarter of the machine's memory"
+        None,
+        "For activations, and as much again for weights on a CPU, such as 4GiB; beyond it both lie on the disk.",
+        "a quarter of the machine's memory",
     )
 
     @classmethod

@@ -256,6 +256,7 @@ def run_end_to_end(context: Context, modules: Modules) -> EndToEndReport | None:
         return None
     started = time.monotonic()
     model, text = context.model, context.text
+    modules.chains = dict(modules.chains)  # all of them are in work from here on
 
     def figures(what: str) -> tuple[Evaluation | StateEvaluation, dict[str, float]]:
         locked = with_chains(model, modules.chains, context.identity)

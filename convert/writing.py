@@ -23,7 +23,7 @@ from .layer_runner import LayerRunner, layer_by_layer
 from .report import ModuleReport
 from .source import Source, no_bars, quiet, unplaced_tensors
 
-_SHARD = "4GB"  # of the checkpoint
+SHARD = "4GB"  # of the checkpoint: as much of what it is written from is in memory
 
 
 class KeptChains(Mapping[str, DLRNet]):
@@ -98,7 +98,7 @@ def write_checkpoint(context: Context, chains: Mapping[str, DLRNet], work: Path)
         vars(config).pop("auto_map", None)
     lock(model, chains, context.identity, unplaced_tensors(original, [*chains, *context.identity])[0])
     with no_bars(), _shard_by_shard():
-        model.save_pretrained(work, max_shard_size=_SHARD)
+        model.save_pretrained(work, max_shard_size=SHARD)
     return model.num_parameters()
 
 

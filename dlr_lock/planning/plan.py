@@ -106,7 +106,8 @@ def plan_conversion(source: str | Path, *, device: str | None = None, **options:
     asked = ConversionConfig.of(options)
     config = asked.resolved(place)
     subject = open_subject(source, config)
-    amounts = Amounts.of(subject, config, on_gpu=place.type == "cuda")
+    memory = gpu_rates(str(device)).memory if named else _memory(place)
+    amounts = Amounts.of(subject, config, memory)
     rates = gpu_rates(str(device)) if named else _probe(place, subject, amounts)
     base = resident_bytes()
     made = Plan(
@@ -130,7 +131,7 @@ def plan_conversion(source: str | Path, *, device: str | None = None, **options:
         base,
         [],
     )
-    again = partial(_again, made, subject, asked, place)
+    again = partial(_again, made, subject, asked, place, memory)
     return replace(made, advice=[*_warnings(made), *_advice(made, config, again)])
 
 
@@ -149,12 +150,22 @@ def resident_bytes() -> int:
     return 1024 * int(found[1]) if found else 0
 
 
+def _memory(place: torch.device) -> float | None:
+    """What a GPU that is here has free, in bytes."""
+    return float(torch.cuda.mem_get_info(place)[0]) if place.type == "cuda" else None
+
+
 def _again(
-    made: Plan, subject: Subject, asked: ConversionConfig, place: torch.device, **changes: Any
+    made: Plan,
+    subject: Subject,
+    asked: ConversionConfig,
+    place: torch.device,
+    memory: float | None,
+    **changes: Any,
 ) -> Plan:
     """The same plan with other choices."""
     config = replace(asked, **changes).resolved(place)
-    return replace(made, phases=phases(Amounts.of(subject, config, on_gpu=place.type == "cuda")))
+    return replace(made, phases=phases(Amounts.of(subject, config, memory)))
 
 
 def _warnings(made: Plan) -> Iterator[str]:

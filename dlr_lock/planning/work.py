@@ -7,7 +7,7 @@ meta device under a meter. The rest is products of known sizes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -24,10 +24,11 @@ from ..convert.redistill import BATCH, FIT_TOKENS, INITS, attack_tokens
 from ..runtime import DLRNet, DLRSpec
 from ..runtime.generation import positions
 from ..triton_kernels import ChainWeights, chain_reference
-from .subject import Subject, matrices_of
+from .subject import Subject
 
 _BATCH_TOKENS = 4096  # of one pass through a layer
 _PRECONDITIONER_TOKENS = 40_000
+_SHARD = 4e9  # bytes of the checkpoint that are written at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,21 +125,26 @@ class Amounts:
         subject: The model.
         config: Resolved.
         specs: The chain of each MLP.
-        on_gpu: Whether the work is done on a GPU.
+        gpu_memory: Of the GPU that the work is done on, in bytes; None for a CPU.
         parts: Threads of a CPU.
     """
 
     subject: Subject
     config: ConversionConfig
     specs: list[DLRSpec]
-    on_gpu: bool
+    gpu_memory: float | None
     parts: int
 
     @classmethod
-    def of(cls, subject: Subject, config: ConversionConfig, *, on_gpu: bool) -> Amounts:
+    def of(cls, subject: Subject, config: ConversionConfig, gpu_memory: float | None = None) -> Amounts:
         """Raises DLRError where the configuration makes no chain for an MLP, or no sequence of text."""
         specs = [config.spec_for(mlp.hidden_size, mlp.params) for mlp in subject.mlps]
-        return cls(subject, config, specs, on_gpu, 1 if on_gpu else torch.get_num_threads())
+        return cls(subject, config, specs, gpu_memory, 1 if gpu_memory else torch.get_num_threads())
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the work is done on a GPU."""
+        return self.gpu_memory is not None
 
     @property
     def length(self) -> int:
@@ -193,9 +199,29 @@ class Amounts:
         return (DTYPES.get(self.config.dtype) or self.subject.dtype).itemsize
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of a weight where it is computed with: float32 on a CPU, as it is stored on a GPU."""
+        return self.subject.dtype.itemsize if self.on_gpu else 4
+
+    @property
+    def room(self) -> float:
+        """Bytes that weights may take."""
+        return self.gpu_memory / 2 if self.gpu_memory else float(int(self.config.max_memory or 0))
+
+    @property
+    def on_demand(self) -> bool:
+        """Whether weights come and go, for the model is larger than its room."""
+        return self.subject.params * self.itemsize > self.room
+
+    @property
     def model_bytes(self) -> float:
-        """The model where it is computed with: float32 on a CPU, as it is stored on a GPU."""
-        return self.subject.params * (self.subject.dtype.itemsize if self.on_gpu else 4)
+        """The model's weights in memory: all of them, or as many as there is room for and the two largest parts."""
+        whole = self.subject.params * self.itemsize
+        if not self.on_demand:
+            return whole
+        layer = max(sum(p.numel() for p in part.parameters()) for part in self.subject.layers)
+        table = self.subject.vocabulary * self.hidden
+        return min(whole, max(self.room, self.itemsize * (max(layer, table) + layer)))
 
     @property
     def checkpoint_bytes(self) -> float:
@@ -205,7 +231,7 @@ class Amounts:
 
     @property
     def chain_bytes(self) -> float:
-        """All chains, as they are stored."""
+        """All chains, as they are kept on the disk."""
         return sum(spec.params for spec in self.specs) * self.stored_itemsize
 
     @property
@@ -259,21 +285,23 @@ def phases(a: Amounts) -> list[Phase]:
     """
     model = {"device": a.model_bytes} if a.on_gpu else {"host": a.model_bytes}
     text, disk = a.tokens * 8.0, a.subject.disk
-    kept = {"host": a.chain_bytes}
+    chain = {"host": max(spec.params for spec in a.specs) * a.stored_itemsize}
+    written = {"host": min(a.checkpoint_bytes, _SHARD)}
+    both = {} if a.on_demand else model  # the locked model beside it; where there is no room each has half
     done = [
         _with(Phase("reading", moved=2 * disk, disk=disk), a, model),
         _with(_text(a, disk), a, model),
-        _with(_activations(a, disk), a, model, kept),
-        _with(_distilling(a, disk), a, model, kept),
-        _with(_redistilling(a, disk), a, model, kept),
-        _with(_end_to_end(a, disk), a, model, kept),
-        _with(_writing(a, disk), a, model, kept, {"host": a.checkpoint_bytes}),
-        _with(_measuring(a, disk), a, model, model, kept),
+        _with(_activations(a, disk), a, model, chain),
+        _with(_distilling(a, disk), a, model, chain),
+        _with(_redistilling(a, disk), a, model, chain),
+        _with(_end_to_end(a, disk), a, model),
+        _with(_writing(a, disk), a, model, written),
+        _with(_measuring(a, disk), a, model, both),
     ]
     return [replace(p, host=p.host + text) for p in done if p.flops or p.moved]
 
 
-def _with(phase: Phase, a: Amounts, *parts: dict[str, float]) -> Phase:
+def _with(phase: Phase, a: Amounts, *parts: Mapping[str, float]) -> Phase:
     """The phase with what it shares with others."""
     host, device = (phase_bytes + sum(p.get(place, 0) for p in parts) for place, phase_bytes in (
         ("host", phase.host), ("device", phase.device)))  # fmt: skip
@@ -297,9 +325,7 @@ def _activations(a: Amounts, disk: float) -> Phase:
         # Each stream through the layers that keep their MLPs, and twice through those that lose them.
         passes = float(mlps[0].layer + 3 + 4 * (len(mlps) - 1))
         passes += 2 * (mlps[-1].layer - mlps[0].layer + 1 - len(mlps))
-        sequences, at_once = a.tokens // a.length, max(1, _BATCH_TOKENS // a.length)
-        trials = {1, min(at_once, sequences), sequences % at_once or 1}  # what layers are given, by batch
-        extra = (2 + sum(trials)) * a.length * a.layers
+        extra = 2.0 * a.length * a.layers  # whether layers can be run one at a time
         chains = sum(2.0 * spec.params for spec in a.specs)
     else:
         size = a.activation_bytes
@@ -328,7 +354,9 @@ def _fit(a: Amounts, name: str, fits: list[tuple[DLRSpec, Recipe]], own: float, 
         spec: step_of(spec, replace(recipe, train_tokens=recipe.batch, seed=0), a.parts)
         for spec, recipe in fits
     }
-    flops = sum(math.ceil(recipe.train_tokens / recipe.batch) * steps[spec].flops for spec, recipe in fits)
+    flops: float = sum(
+        math.ceil(recipe.train_tokens / recipe.batch) * steps[spec].flops for spec, recipe in fits
+    )
     most = max((step.held for step in steps.values()), default=0) + own
     place = _place(a, most)
     return Phase(
@@ -391,9 +419,9 @@ def _end_to_end(a: Amounts, disk: float) -> Phase:
 
 
 def _writing(a: Amounts, disk: float) -> Phase:
-    return Phase(
-        "writing", moved=disk + 3 * a.checkpoint_bytes, disk=disk + a.chain_bytes + a.checkpoint_bytes
-    )
+    cast = a.on_demand and a.stored_itemsize != a.subject.dtype.itemsize
+    files = a.chain_bytes + a.checkpoint_bytes * (1 + cast)  # cast to another dtype in files of their own
+    return Phase("writing", moved=disk + 3 * a.checkpoint_bytes, disk=disk + files)
 
 
 def _measuring(a: Amounts, disk: float) -> Phase:
@@ -407,8 +435,3 @@ def _measuring(a: Amounts, disk: float) -> Phase:
         device=place.get("device", 0),
         disk=disk + a.chain_bytes + a.checkpoint_bytes,
     )
-
-
-def mlp_share(a: Amounts) -> float:
-    """The converted MLPs' share of the model's matrices."""
-    return sum(mlp.params for mlp in a.subject.mlps) / matrices_of(a.subject.model)

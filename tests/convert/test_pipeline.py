@@ -501,7 +501,7 @@ def test_going_on_with_another_share_makes_that_attack(
 
     choices = QUICK | {"data": str(text), "layers": "0", "train_tokens": 1024}
     with monkeypatch.context() as patched:
-        patched.setitem(convert_model.__globals__, "_write", stopped)
+        patched.setitem(convert_model.__globals__, "write_checkpoint", stopped)
         with pytest.raises(KeyboardInterrupt, match="1 finished part"):
             convert_model(tmp_path / "source", tmp_path / "out", redistill=0.25, **choices)
     report = convert_model(tmp_path / "source", tmp_path / "out", redistill=0.5, **choices)

@@ -11,7 +11,7 @@ from tiny import ENCODERS, save_tiny, tiny_config, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForCausalLM
 
-from dlr_lock import DLRError, DLRSpec
+from dlr_lock import DLRError, DLRNet, DLRSpec
 from dlr_lock.audit.meters import Meter
 from dlr_lock.convert.activations import Activations, SequentialCalibrator
 from dlr_lock.convert.config import ConversionConfig, Recipe
@@ -77,7 +77,7 @@ class _InPlace:
 
 def test_a_layer_computes_what_was_reckoned(folder: Path) -> None:
     config = ConversionConfig.of(CHOICES).resolved(torch.device("cpu"))
-    amounts = Amounts.of(open_subject(folder, config), config, on_gpu=False)
+    amounts = Amounts.of(open_subject(folder, config), config)
     model = tiny_model("llama", layers=4)
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -89,7 +89,7 @@ def test_a_layer_computes_what_was_reckoned(folder: Path) -> None:
 def test_layers_are_run_as_often_as_planned(layers: str, folder: Path) -> None:
     """What the calibrator runs, counted in tokens that pass a layer, against what the plan takes it for."""
     config = ConversionConfig.of(CHOICES | {"layers": layers}).resolved(torch.device("cpu"))
-    amounts = Amounts.of(open_subject(folder, config), config, on_gpu=False)
+    amounts = Amounts.of(open_subject(folder, config), config)
     model, mlps = tiny_model("llama", layers=4), amounts.subject.mlps
     run = [0]
 
@@ -97,9 +97,7 @@ def test_layers_are_run_as_often_as_planned(layers: str, folder: Path) -> None:
         run[0] += output.shape[0] * output.shape[1]
 
     for layer in model.model.layers:
-        layer.register_forward_hook(count)
-    from dlr_lock.runtime import DLRNet
-
+        layer.input_layernorm.register_forward_hook(count)
     text = torch.randint(320, (amounts.tokens // 32, 32))
     calibrator = SequentialCalibrator(model, mlps, text, max_memory=10**9, scratch=folder)
     for mlp, spec in zip(mlps, amounts.specs, strict=True):
