@@ -129,11 +129,12 @@ def _prepared(
             f"the end-to-end phase wants all {size / 2**30:,.1f} GiB of the model in memory: allow them by "
             "--max-memory, or leave it out by --end-to-end 0"
         )
-    if config.data == "self" and device.type == "cpu":
+    if config.data == "self" and (device.type == "cpu" or original.weights is not None):
+        where = "on a CPU" if original.weights is None else "with weights that are read from the disk"
         say(
             progress,
             f"--data self: {(config.tokens or 0) + (config.heldout or 0):,} tokens are sampled from the model first, "
-            "which on a CPU takes longer than everything else; --data with a text file is faster, and fits better",
+            f"which {where} takes longer than everything else; --data with a text file is faster, and fits better",
         )
     text = calibration_text(original, config, progress)
     # All that the modules of a conversion depend on; a module made with other facts is not reused.

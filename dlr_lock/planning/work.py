@@ -221,7 +221,10 @@ class Amounts:
             return whole
         layer = max(sum(p.numel() for p in part.parameters()) for part in self.subject.layers)
         table = self.subject.vocabulary * self.hidden
-        return min(whole, max(self.room, self.itemsize * (max(layer, table) + layer)))
+        # With the file's own numbers of the part that is being read, where they are of another dtype.
+        reading = self.subject.dtype.itemsize if self.itemsize != self.subject.dtype.itemsize else 0
+        least = self.itemsize * (max(layer, table) + layer) + reading * max(layer, table)
+        return min(whole, max(self.room, least))
 
     @property
     def checkpoint_bytes(self) -> float:
