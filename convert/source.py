@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' words; the rest is kept as float32
 _FLOATS = _DTYPES | {"F32": torch.float32, "F64": torch.float64}
-_AT_ONCE = 2**24  # numbers looked at: an embedding of 8B shapes took 2 GiB for it
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -396,8 +395,12 @@ def _check_finite(model: PreTrainedModel, where: Path, weights: OnDemand | None 
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     away = weights.numbers() if weights is not None else ((p, p) for p in model.parameters())
     for parameter, numbers in away:
-        parts = numbers.flatten().split(_AT_ONCE) if numbers.is_floating_point() else ()
-        if not all(part.isfinite().all() for part in parts):
+        # The extremes are NaN where anything is; isfinite() of every number takes 34 times as long, and room.
+        if (
+            numbers.is_floating_point()
+            and numbers.numel()
+            and not torch.stack(numbers.aminmax()).isfinite().all()
+        ):
             kind = dtype_name(parameter.dtype)
             raise DLRError(f"{where}: {names[id(parameter)]} has NaN or infinity in its weights (as {kind})")
 
