@@ -36,7 +36,7 @@ class OnDemand:
         stored: The dtype of the model's weights now; what has another, as scales in float32 do, keeps that in memory.
         dtype: Of the others in memory.
         device: Where they lie.
-        room: Bytes for them; the two units used last stay in any case.
+        room: Bytes for them; the unit asked for and the one used before it are there in any case.
         exact: Parameters, by name, whose numbers are these and not the model's own.
     """
 
@@ -88,16 +88,17 @@ class OnDemand:
     def ask(self, unit: str) -> None:
         """Has a unit's weights in memory, at the expense of those used longest ago."""
         if unit not in self._loaded:
-            size = 0
-            for parameter in self._units[unit]:
+            of_unit = [(p, self._wanted[id(p)]) for p in self._units[unit]]
+            size = sum(p.numel() * wanted.itemsize for p, wanted in of_unit)
+            # What was used last may be in use now: a module of its calls one of this unit.
+            while sum(self._loaded.values()) + size > self.room and len(self._loaded) > 1:
+                self._release(next(iter(self._loaded)))
+            for parameter, wanted in of_unit:
                 stored = self._stored[id(parameter)]
-                parameter.data = stored.to(self._device, self._wanted[id(parameter)])
-                size += parameter.numel() * parameter.element_size()
+                parameter.data = stored.to(self._device, wanted)
                 if parameter.data is not stored:
                     self._drop(parameter)
             self._loaded[unit] = size
-            while sum(self._loaded.values()) > self.room and len(self._loaded) > 2:
-                self._release(next(iter(self._loaded)))
             self.peak = max(self.peak, sum(self._loaded.values()))
         self._loaded.move_to_end(unit)
 

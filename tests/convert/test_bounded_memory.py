@@ -83,7 +83,7 @@ def test_weights_are_there_while_they_are_used_and_no_longer(tmp_path: Path) -> 
     with torch.no_grad():
         assert torch.equal(source.model(ids).logits, whole(ids).logits)
     layer = sum(4 * p.numel() for p in whole.model.layers[0].parameters())
-    assert source.weights.peak <= 3 * layer  # two stay, and a third comes before the first goes
+    assert source.weights.peak <= 2 * layer
     away = source.model.model.layers[0].mlp.up_proj
     assert away.weight.isnan().all() and away.weight.shape == (160, 64)
     assert torch.equal(awake(away).weight, whole.model.layers[0].mlp.up_proj.weight)
@@ -157,10 +157,10 @@ def test_memory_does_not_grow_with_the_layers(text: Path, tmp_path: Path) -> Non
                 check=True,
             )
             peaks[room, layers] = int(done.stdout.split()[-1])
-    # 12 layers more are 50 MiB of weights in float32, in the original and again in the locked model.
+    # 12 layers more are 48 MiB of weights in float32.
     whole, bounded = (peaks[room, 15] - peaks[room, 3] for room in ("1GiB", "100K"))
-    assert whole > 60 * MIB
-    assert bounded < 20 * MIB
+    assert whole > 40 * MIB and bounded < whole / 2, (whole, bounded)
+    assert bounded < 20 * MIB, bounded
 
 
 def test_a_copy_of_a_model_asks_for_the_same_weights(tmp_path: Path) -> None:
