@@ -149,7 +149,7 @@ class Amounts:
     @property
     def length(self) -> int:
         """Tokens of a sequence, n."""
-        longest = positions(self.subject.model) or SEQUENCE_LENGTH
+        longest = positions(self.subject.model.config) or SEQUENCE_LENGTH
         return self.config.sequence or min(SEQUENCE_LENGTH, longest)
 
     @property
