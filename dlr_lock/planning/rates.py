@@ -145,7 +145,8 @@ def _fit_rate(device: torch.device, spec: DLRSpec, recipe: Recipe) -> float:
     eye = torch.eye(spec.hidden_size, device=device)
     optimizer = Muon(muon_groups(weights, recipe, eye), momentum=recipe.momentum)
     x, y = (torch.randn(recipe.batch, spec.hidden_size, device=device) for _ in "xy")
-    with Gradients(spec, device, recipe.scale) as gradients:
+    ones = torch.ones(spec.hidden_size, device=device)
+    with Gradients(spec, ones, 0 * ones) as gradients:
 
         def step() -> None:
             gradients.fill(weights, x, y)

@@ -164,8 +164,8 @@ class Amounts:
 
     @property
     def recipe(self) -> Recipe:
-        """Of a module."""
-        return self.config.recipe()
+        """Of a module: what it costs does not depend on whether the MLP has a gate."""
+        return self.config.recipe(gated=True)
 
     @property
     def layer_flops(self) -> float:
