@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..common.errors import DLRError
-from ..common.hooks import removed, run_body
+from ..common.hooks import removed, run_body, text_inputs
 from ..common.progress import Count, no_count
 from ..reporting.lock_verdict import LOCKED_GAP
 from ..runtime import DLRNet
@@ -182,7 +182,7 @@ def _kl(got: Tensor, wanted: Tensor) -> Tensor:
 
 def _output(model: Any, ids: Tensor) -> Tensor:
     """Logits [T, V], or last hidden states [T, d], in float32."""
-    states = model(input_ids=ids).logits if predicts_next(model) else run_body(model, ids)[0]
+    states = model(**text_inputs(model, ids)).logits if predicts_next(model) else run_body(model, ids)[0]
     return states.float().flatten(0, 1)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import DLRError
-from ..common.hooks import frozen, run_body
+from ..common.hooks import frozen, is_paired, run_body, text_inputs
 from ..common.progress import Count, no_count
 from ..reporting.lock_verdict import UNDONE_RATIO, attack_words, error_ratio
 from ..runtime import DLRNet
@@ -360,11 +360,12 @@ def evaluate_states(
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits for every token but the first: [b * (n - 1), V], in the model's dtype, on its device."""
     with frozen(model):
-        output = model(input_ids=ids.to(model.device))
+        output = model(**text_inputs(model, ids))
     logits = getattr(output, "logits", None)
     if logits is None or logits.dim() != 3 or logits.shape[:2] != ids.shape:
         raise DLRError(f"{type(model).__name__} has no language-model head: its loss on text is not defined")
-    return logits[:, :-1].flatten(0, 1)
+    # A decoder that was fed one token late says token t at place t, a language model token t + 1.
+    return (logits[:, 1:] if is_paired(model) else logits[:, :-1]).flatten(0, 1)
 
 
 def _cross_entropy(log_probs: Tensor, targets: Tensor) -> float:

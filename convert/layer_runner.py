@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import DLRError
-from ..common.hooks import StopForward, first_argument, frozen, removed, watch_pass
+from ..common.hooks import StopForward, first_argument, frozen, is_paired, removed, watch_pass
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,7 +80,7 @@ class LayerRunner:
     """
 
     def __init__(self, model: PreTrainedModel, mlps: Sequence[Placed], tokens: Tensor) -> None:
-        if getattr(model.config, "is_encoder_decoder", False):
+        if is_paired(model):
             raise Unrepeatable("its decoder's layers are given what the encoder read")
         self._model = model
         self._tokens = tokens

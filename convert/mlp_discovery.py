@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import DLRError, first_line
-from ..common.hooks import frozen, removed
+from ..common.hooks import frozen, removed, text_inputs
 from .mlp_matching import (
     ACT_NAME,
     MLP,
@@ -331,18 +331,21 @@ class Trial:
 
 
 def _one_pass(model: PreTrainedModel) -> None:
+    if model.main_input_name != "input_ids":
+        raise DLRError(
+            f"a {type(model).__name__} reads {model.main_input_name}, and calibration is on text alone: only models "
+            "that read text can be locked"
+        )
     try:
         table = model.get_input_embeddings()
-        rows, device = len(table.weight), table.weight.device
+        rows = len(table.weight)
     except (NotImplementedError, AttributeError, TypeError) as error:
         raise DLRError(
             f"a {type(model).__name__} takes no text: only language models can be locked"
         ) from error
-    ids = torch.randint(rows, (1, _TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
-    # An encoder-decoder is fed on both sides.
-    both = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
+    ids = torch.randint(rows, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
     try:
-        model(input_ids=ids, **both)
+        model(**text_inputs(model, ids))
     except Exception as error:
         raise DLRError(f"the model does not run on text alone: {first_line(error)}") from error
 

@@ -119,8 +119,6 @@ def _prepared(
     scratch.mkdir()
     with _shown(progress, "reading the model"):
         original = open_source(source, dtype=compute_dtype(device), device=device)
-        if getattr(original.model.config, "is_encoder_decoder", False):
-            raise DLRError(f"{original.name} is an encoder-decoder model, which is not supported")
         every = find_mlps(original.model, config.mlps)
         notes = [check_dense(original.model, every, layers=config.layers, pattern=config.mlps)]
         mlps = select_layers(every, config.layers)
