@@ -104,6 +104,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "llama4": {"vision_config": {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64}},
     "longcat_flash": {**_MLA, "zero_expert_num": 2},
+    "marian": {"decoder_start_token_id": 2},
     "mamba2": {"num_heads": 4, "head_dim": 32, "n_groups": 2},
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "n_groups": 2},
     "qwen2_5_vl": {"text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}},
@@ -206,7 +207,7 @@ def outcome(model_type: str, folder: Path) -> Outcome:
         return Outcome(False, f"no tiny model could be made here: {first_line(error)}")
     text = folder / "text.txt"
     text.write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
-    sizes = {"tokens": 3072, "heldout": 512, "sequence": 64, "batch": 256, "train_tokens": 1024}
+    sizes = {"tokens": 3072, "heldout": 512, "sequence": 64, "batch": 256, "train_tokens": 3072}
     try:
         report = convert_model(
             folder / "source", folder / "out", data=str(text), device="cpu", redistill=0.0, end_to_end=0, **sizes
