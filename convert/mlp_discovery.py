@@ -351,11 +351,11 @@ def _one_pass(model: PreTrainedModel) -> None:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """The same values: the tensor itself, or a copy, as dropout may make. (Both are kept alive, so the same
+    """The same values: the tensor itself, or a copy, as dropout may make, of which zeros say nothing. (Both are kept alive, so the same
     address is the same tensor, even where the activation then wrote over it.)"""
     if a.numel() != b.numel() or a.dtype != b.dtype:
         return False
-    return a.data_ptr() == b.data_ptr() or torch.equal(a.flatten(), b.flatten())
+    return a.data_ptr() == b.data_ptr() or (bool(a.any()) and torch.equal(a.flatten(), b.flatten()))
 
 
 def _prefix(name: str) -> str:

@@ -105,6 +105,9 @@ class DLRQuantizer(HfQuantizer):
             and not parameter.is_meta
             and name not in tied
         }
+        # Sinusoids that a class makes anew (Marian's) are weights by their kind alone.
+        unsaved = [re.compile(key) for key in getattr(model, "_keys_to_ignore_on_save", None) or ()]
+        absent = {name: p for name, p in absent.items() if not any(key.search(name) for key in unsaved)}
         saved = _names_of_the_saved(model) if absent else set()
         for name in absent:
             if name.rpartition(".")[2].startswith("dlr_") or _bare(name, model) in saved:

@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 VOCABULARY = 320
 HIDDEN = 64
@@ -43,10 +50,27 @@ _GPT2 = {
     "n_positions": POSITIONS,
 }
 _MOE = {**_LLAMA, "num_experts_per_tok": 2}
-_T5 = {"d_model": "hidden", "d_ff": "intermediate", "num_layers": "layers", "num_heads": HEADS, "d_kv": 16}
+_T5 = {
+    "d_model": "hidden",
+    "d_ff": "intermediate",
+    "num_layers": "layers",
+    "num_heads": HEADS,
+    "d_kv": 16,
+    "decoder_start_token_id": 2,
+}
 
 _SIZES: dict[str, dict[str, Any]] = {
     "albert": {**_PLAIN, "embedding_size": 32},
+    "bart": {
+        "d_model": "hidden",
+        **{f"{side}_layers": "layers" for side in ("encoder", "decoder")},
+        **{f"{side}_ffn_dim": "intermediate" for side in ("encoder", "decoder")},
+        **{f"{side}_attention_heads": HEADS for side in ("encoder", "decoder")},
+        "max_position_embeddings": POSITIONS,
+        "decoder_start_token_id": 1,
+        "forced_eos_token_id": None,
+        "init_std": 0.1,
+    },
     "bert": _PLAIN,
     "bitnet": _LLAMA,
     "bloom": {"hidden_size": "hidden", "n_layer": "layers", "n_head": HEADS},
@@ -98,6 +122,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 
 ENCODERS = ("albert", "bert")
+PAIRED = ("bart", "t5")  # an encoder and a decoder
 ARCHITECTURES = tuple(_SIZES)
 
 
@@ -106,7 +131,7 @@ def tiny_config(arch: str, layers: int = 2, **overrides: Any) -> Any:
     sizes = {"hidden": HIDDEN, "intermediate": INTERMEDIATE, "layers": layers}
     fields = {k: sizes[v] if isinstance(v, str) and v in sizes else v for k, v in _SIZES[arch].items()}
     fields |= {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    if arch != "t5":
+    if arch not in PAIRED:
         fields["initializer_range"] = 0.1
     return AutoConfig.for_model(arch, **{**fields, **overrides})
 
@@ -114,10 +139,11 @@ def tiny_config(arch: str, layers: int = 2, **overrides: Any) -> Any:
 def tiny_model(arch: str, seed: int = 0, layers: int = 2, **overrides: Any) -> PreTrainedModel:
     """A random model of `arch` (one of ARCHITECTURES) in eval mode, float32, on the CPU.
 
-    A causal language model, but for ENCODERS, whose bare encoder it is. Global random state is left alone.
+    A causal language model, but for ENCODERS, whose bare encoder it is, and PAIRED, which have a head, too. Global random state is left alone.
     """
     config = tiny_config(arch, layers, **overrides)
-    family = AutoModel if arch in (*ENCODERS, "t5") else AutoModelForCausalLM
+    paired = AutoModelForSeq2SeqLM if arch in PAIRED else AutoModelForCausalLM
+    family = AutoModel if arch in ENCODERS else paired
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = family.from_config(config)

@@ -69,9 +69,8 @@ def text_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     ids = ids.to(model.device)
     if not is_paired(model):
         return {"input_ids": ids}
-    config = model.config.get_text_config(decoder=True)
     names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
-    known = (getattr(config, name, None) for name in names)
+    known = (getattr(model.config, name, None) for name in names)
     start = next((token for token in known if isinstance(token, int)), 0)
     late = torch.cat([ids.new_full((len(ids), 1), start), ids[:, :-1]], 1)
     return {"input_ids": ids, "decoder_input_ids": late}
