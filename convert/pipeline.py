@@ -21,8 +21,9 @@ from ..common.progress import Phase, Progress, expect, no_progress, say
 from ..common.resume import ResumeStore, run_lock
 from ..common.side_files import carry_over, licence
 from ..common.version import __version__
-from ..runtime import DLRNet, load, lock
+from ..runtime import DLRExperts, DLRNet, load, lock
 from ..runtime.checkpoint import write_manifest
+from ..runtime.experts import empty_chains
 from .activations import Activations, SequentialCalibrator
 from .config import ConversionConfig, Recipe
 from .context import Context
@@ -30,9 +31,11 @@ from .data import calibration_text, digest, poor_text
 from .distill import Weights, distill
 from .end_to_end import run_end_to_end
 from .evaluate import compare
+from .experts.fit import fit_mixture
+from .experts.routing import Mixture
 from .layer_runner import Unrepeatable
-from .mlp_discovery import check_dense, find_mlps, select_layers
-from .mlp_matching import MLP, mixtures, teacher_weights
+from .mlp_discovery import check_dense, find_mlps, select_layers, unknown_mixtures
+from .mlp_matching import MLP, teacher_weights
 from .redistill import INITS, attack_module, attack_tokens
 from .report import ConversionReport, ModuleReport, Modules, model_card
 from .source import (
@@ -46,7 +49,7 @@ from .source import (
     weight_files,
 )
 
-_Module = tuple[DLRNet, ModuleReport]
+_Module = tuple[DLRNet | DLRExperts, ModuleReport]
 
 # Layer 11 of SmolLM2 writes 600,000 times the usual |y|^2 at first tokens. A chain with an error of 0.19 there is a
 # sound part of the model; with 0.95, and 0.23 over all tokens, the loss went from 2.61 to 3.26.
@@ -123,7 +126,10 @@ def _prepared(
         notes = [check_dense(original.model, every, layers=config.layers, pattern=config.mlps)]
         mlps = select_layers(every, config.layers)
         for mlp in mlps:
-            config.spec_for(mlp.hidden_size, mlp.params)  # raises where there is no such chain
+            size = mlp.expert_params if isinstance(mlp, Mixture) else mlp.params
+            config.spec_for(mlp.hidden_size, size)  # raises where there is no such chain
+            if isinstance(mlp, Mixture) and config.lanes > 1:
+                raise DLRError(f"{mlp.module} is a mixture, whose experts get one lane each: leave --lanes out")
         stored = DTYPES.get(config.dtype) or original.dtype
         weights = {file.name for file in weight_files(original.path)}
         notes.append(carry_over(original.path, work, weights))
@@ -155,7 +161,7 @@ def _prepared(
     resume = ResumeStore(target, facts, started)
     said = [note for note in notes if note]
     context = Context(original, mlps, text, config, stored, resume, scratch, progress, said)
-    return context, len(every) + len(mixtures(original.model))
+    return context, len(every) + len(unknown_mixtures(original.model, every))
 
 
 def _converted(context: Context, mlps: int, work: Path, out: str) -> ConversionReport:
@@ -196,7 +202,7 @@ def _converted(context: Context, mlps: int, work: Path, out: str) -> ConversionR
     return report
 
 
-def _write(context: Context, chains: dict[str, DLRNet], work: Path) -> int:
+def _write(context: Context, chains: dict[str, DLRNet | DLRExperts], work: Path) -> int:
     """Saves the source, read again in the checkpoint's dtype, with the chains in place; returns its parameters.
 
     Read again, because casting a loaded model would also cast what must stay in float32 (rotary frequencies).
@@ -261,10 +267,13 @@ def distill_modules(context: Context) -> Modules:
         if not _finished(module, config):
             pairs = calibrator.pairs(mlp) if calibrator else next(independent)[1]
             title = f"{mlp.module} ({number} of {len(mlps)})"
-            if module is None:
+            if module is None and isinstance(mlp, Mixture):
+                module = fit_mixture(context, mlp, pairs, title, calibrator is not None)
+                _keep(context, module)
+            elif module is None:
                 module = _fit(context, mlp, pairs, title)
                 _keep(context, module)  # before what may fail
-            if config.redistill:
+            if config.redistill and not isinstance(mlp, Mixture):
                 module = _attacked(context, module, pairs, title)
                 _keep(context, module)
             pairs.close()
@@ -275,7 +284,7 @@ def distill_modules(context: Context) -> Modules:
         done.chains[mlp.module] = net
         done.reports.append(report)
         context.notes.extend(report.notes)
-    unknown = [mlp.module for mlp in mlps if mlp.up is None]
+    unknown = [mlp.module for mlp in mlps if mlp.up is None and not isinstance(mlp, Mixture)]
     if unknown and config.init == "mixed":
         context.notes.append(
             f"the inside of {', '.join(unknown)} is unknown: a chain in its place started at random, which fits worse"
@@ -400,6 +409,7 @@ def fit_chain(
 def _attacked(context: Context, module: _Module, pairs: Activations, title: str) -> _Module:
     """The module with the attack's outcome; without one, and a note, where the attack itself failed."""
     net, report = module
+    assert isinstance(net, DLRNet)
     try:
         found = attack_module(context, net, report, pairs, context.count(f"redistilling {title}"))
     except DLRError as error:
@@ -421,7 +431,7 @@ def _restored(context: Context, mlp: MLP) -> _Module | None:
         return None
     try:
         report = ModuleReport.from_dict(found[1])
-        net = DLRNet(report.spec, dtype=context.stored)
+        net = empty_chains(report.spec, context.model.get_submodule(mlp.module), dtype=context.stored)
         net.assign(found[0])
     except (KeyError, TypeError, ValueError) as error:
         raise DLRError(
@@ -431,8 +441,8 @@ def _restored(context: Context, mlp: MLP) -> _Module | None:
 
 
 def _finished(module: _Module | None, config: ConversionConfig) -> bool:
-    if module is None or not config.redistill:
-        return module is not None
+    if module is None or not config.redistill or isinstance(module[0], DLRExperts):
+        return module is not None  # a mixture's attack comes with its fit
     found = module[1].redistillation  # one of another share is not the attack that is asked for
     return found is not None and found.train_tokens == attack_tokens(config.redistill, module[1].train_tokens)
 

@@ -339,13 +339,21 @@ def unplaced_tensors(source: Source, locked: Iterable[str]) -> tuple[dict[str, T
         with safe_open(file, framework="pt") as stored:
             tensors |= {name: stored.get_tensor(name) for name in stored.keys() if name in source.unplaced}  # noqa: SIM118
     parameters = (p for name in locked for p in source.model.get_submodule(name).parameters())
-    matrices = {tuple(sorted(parameter.shape)) for parameter in parameters if parameter.dim() > 1}
+    matrices = {shape for parameter in parameters if parameter.dim() > 1 for shape in _matrices_in(parameter)}
     if any(tuple(sorted(tensor.shape)) in matrices for tensor in tensors.values()):
         return {}, (
             f"left behind, for a {type(source.model).__name__} has no place for them and some have the shape of the "
             f"MLPs' matrices: tensors {listed(sorted(tensors))}"
         )
     return tensors, None
+
+
+def _matrices_in(parameter: Tensor) -> Iterator[tuple[int, ...]]:
+    """Its shape, sorted; of fused experts also that of one expert's matrix and of the halves, gate and up, of it."""
+    yield tuple(sorted(parameter.shape))
+    if parameter.dim() == 3:
+        _, a, b = parameter.shape
+        yield from (tuple(sorted(shape)) for shape in ((a, b), (a // 2, b), (a, b // 2)))
 
 
 def _check_finite(model: PreTrainedModel, where: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..common.errors import DLRError
 from ..triton_kernels import ExpertChains, dlr_experts, grouped
+from .module import DLRNet
 from .spec import DLRSpec
 
 
@@ -206,6 +207,13 @@ class DLRExperts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"d={self.spec.chain.hidden_size}, {self.spec}; no linear layer is in it, and adapters fit linear layers alone"
+
+
+def empty_chains(
+    spec: DLRSpec | ExpertsSpec, stock: nn.Module | None = None, *, dtype: torch.dtype | None = None
+) -> DLRNet | DLRExperts:
+    """The module of a shape, the zero function; `stock` is what it takes the place of."""
+    return DLRExperts(spec, stock, dtype=dtype) if isinstance(spec, ExpertsSpec) else DLRNet(spec, dtype=dtype)
 
 
 def _some(stock: nn.Module, spec: ExpertsSpec) -> nn.Module:

@@ -25,7 +25,7 @@ from dlr_lock_autoload import METHOD, StandIn
 from ..common.errors import DLRError
 from ..triton_kernels import current_backend
 from .config import DLRConfig
-from .experts import DLRExperts, ExpertsSpec
+from .experts import DLRExperts, empty_chains
 from .module import DLRNet
 from .spec import DLRSpec
 
@@ -159,11 +159,8 @@ def install(model: nn.Module, config: DLRConfig) -> None:
         DLRError: Where the model has no such module.
     """
     for name, spec in config.modules.items():
-        if isinstance(spec, ExpertsSpec):
-            stock = model.get_submodule(name) if _has(model, name) else None
-            replace_module(model, name, DLRExperts(spec, stock))
-        else:
-            replace_module(model, name, DLRNet(spec))
+        stock = model.get_submodule(name) if _has(model, name) else None
+        replace_module(model, name, empty_chains(spec, stock))
     for name in config.identity:
         replace_module(model, name, nn.Identity())
 
