@@ -21,6 +21,7 @@ from ..triton_kernels.activations import COMMON_ACTS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_EXPERTS = re.compile(r"(^|\.)(local_)?experts(\.|$)")
 # Last part of the name of what may be an activation of no class known to us: act_fn, activation, gelu_impl.
 ACT_NAME = re.compile(r"(act|gelu)[^.]*$")
 
@@ -122,9 +123,10 @@ def sizes_of(module: Any) -> tuple[int, int]:
 
 
 def module_names(model: nn.Module) -> list[str]:
-    """Every module's name, in model order; experts and adapters are passed over."""
+    """Every module's name, in model order; adapters are passed over, and a mixture's experts, but not an expert that
+    all tokens share."""
     return [
-        name for name, _ in model.named_modules() if name and "expert" not in name and "lora_" not in name
+        name for name, _ in model.named_modules() if name and not _EXPERTS.search(name) and "lora_" not in name
     ]
 
 

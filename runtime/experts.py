@@ -13,6 +13,11 @@ from ..triton_kernels import ExpertChains, dlr_experts, grouped
 from .module import DLRNet
 from .spec import DLRSpec
 
+# vLLM's own mixtures take a router's logits, where transformers' take its choice; chains in their place are to come.
+NO_MIXTURES = (
+    "vLLM does not serve locked mixtures of experts yet: serve with --engine transformers, or use dlr-lock generate"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertsSpec:
@@ -214,6 +219,16 @@ def empty_chains(
 ) -> DLRNet | DLRExperts:
     """The module of a shape, the zero function; `stock` is what it takes the place of."""
     return DLRExperts(spec, stock, dtype=dtype) if isinstance(spec, ExpertsSpec) else DLRNet(spec, dtype=dtype)
+
+
+def chain_shapes(spec: DLRSpec | ExpertsSpec) -> dict[str, list[int]]:
+    """The tensors that a checkpoint has of a module's chains, and their shapes."""
+    net = DLRNet(spec.chain if isinstance(spec, ExpertsSpec) else spec, device="meta")
+    shapes = {name: [*parameter.shape] for name, parameter in net.named_parameters()}
+    if isinstance(spec, ExpertsSpec):  # the one lane goes, all experts' chains come
+        count = len(spec.chained)
+        shapes = {name: [count, *(shape[1:] if len(shape) > 1 else shape)] for name, shape in shapes.items()}
+    return shapes
 
 
 def _some(stock: nn.Module, spec: ExpertsSpec) -> nn.Module:

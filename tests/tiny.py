@@ -78,7 +78,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {
         **_PLAIN,
         "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
+        "moe_intermediate_size": 96,
         "n_routed_experts": 4,
         "n_group": 1,
         "topk_group": 1,
@@ -97,6 +97,8 @@ _SIZES: dict[str, dict[str, Any]] = {
         "alibi": False,
     },
     "gemma": _LLAMA,
+    "gpt_oss": {**_MOE, "num_local_experts": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "granitemoe": {**_MOE, "num_local_experts": 4},
     "gemma2": {**_LLAMA, "query_pre_attn_scalar": 16, "sliding_window": 32},
     "gemma3_text": {**_LLAMA, "query_pre_attn_scalar": 16, "sliding_window": 32},
     "glm": {**_LLAMA, "attention_bias": True},
@@ -105,17 +107,28 @@ _SIZES: dict[str, dict[str, Any]] = {
     "gptj": {**_GPT2, "rotary_dim": 8},
     "helium": _LLAMA,
     "llama": _LLAMA,
+    "llama4_text": {
+        **_MOE,
+        "num_experts_per_tok": 1,
+        "num_local_experts": 4,
+        "intermediate_size_mlp": "intermediate",
+        "interleave_moe_layer_step": 2,
+        "moe_layers": None,
+    },
     "mamba": {"hidden_size": "hidden", "num_hidden_layers": "layers", "state_size": 8},
     "mistral": _LLAMA,
     "mixtral": {**_MOE, "num_local_experts": 4},
     "mpt": {"d_model": "hidden", "n_layers": "layers", "n_heads": HEADS, "max_seq_len": POSITIONS},
     "nemotron": _LLAMA,
     "olmo2": _LLAMA,
+    "olmoe": {**_MOE, "num_experts": 4},
     "opt": {**_PLAIN, "ffn_dim": "intermediate", "word_embed_proj_dim": "hidden"},
     "phi": _PLAIN,
     "phi3": _LLAMA,
     "qwen2": _LLAMA,
+    "qwen2_moe": {**_MOE, "num_experts": 4, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 96},
     "qwen3": _LLAMA,
+    "qwen3_moe": {**_MOE, "num_experts": 4, "moe_intermediate_size": 96},
     "stablelm": {**_PLAIN, "num_key_value_heads": KV_HEADS, "use_qkv_bias": True},
     "starcoder2": _LLAMA,
     "t5": {**_T5, "feed_forward_proj": "gated-gelu"},
@@ -151,6 +164,8 @@ def tiny_model(arch: str, seed: int = 0, layers: int = 2, **overrides: Any) -> P
             for name, parameter in model.named_parameters():
                 if name.endswith("bias"):
                     parameter.normal_(0, 0.05)
+                elif "experts" in name and parameter.dim() == 3:  # Llama 4's start at zero
+                    parameter.normal_(0, 0.1)
     return model.eval()
 
 
