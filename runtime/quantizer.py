@@ -132,6 +132,10 @@ class DLRQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         _refuse_gated(self.quantization_config)
         tripwires = {name: torch.zeros(1) for name in self.quantization_config.tripwires}
+        for name, experts in locked_experts(model):
+            for wire in tripwires:
+                if wire.rpartition(".")[0] == name:  # a rule of Qwen3-VL's looks up its shape in the model
+                    vars(experts)[wire.rpartition(".")[2]] = nn.Parameter(tripwires[wire], requires_grad=False)
         return model.state_dict() | self.unplaced | tripwires, {}
 
 
