@@ -93,7 +93,12 @@ _OWN: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {**_MLA, "num_experts_per_tok": 2},
     "deepseek_v3": _MLA,
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "dots1": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+    },
     "gemma3n": {"text_config": _GEMMA},
     "gemma3n_text": _GEMMA,
     "gemma4": {"text_config": _GEMMA},
@@ -102,7 +107,10 @@ _OWN: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": _HYBRID},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "llama4": {"text_config": {"num_experts_per_tok": 1}, "vision_config": {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64}},
+    "llama4": {
+        "text_config": {"num_experts_per_tok": 1},
+        "vision_config": {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64},
+    },
     "llama4_text": {"num_experts_per_tok": 1},
     "longcat_flash": {**_MLA, "zero_expert_num": 2},
     "marian": {"decoder_start_token_id": 2},
@@ -114,8 +122,14 @@ _OWN: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"layer_types": _HYBRID},
     "qwen3_next": {"layer_types": _HYBRID},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
-    "zamba2": {"layers_block_type": [*_HYBRID[:1], "hybrid"] * 2, "num_hidden_layers": 4, "mamba_headdim": 32,
-               "n_mamba_heads": 4, "attention_head_dim": 32, "attention_hidden_size": 128},
+    "zamba2": {
+        "layers_block_type": [*_HYBRID[:1], "hybrid"] * 2,
+        "num_hidden_layers": 4,
+        "mamba_headdim": 32,
+        "n_mamba_heads": 4,
+        "attention_head_dim": 32,
+        "attention_hidden_size": 128,
+    },
 }
 
 
@@ -211,7 +225,13 @@ def outcome(model_type: str, folder: Path) -> Outcome:
     sizes = {"tokens": 3072, "heldout": 512, "sequence": 64, "batch": 256, "train_tokens": 3072}
     try:
         report = convert_model(
-            folder / "source", folder / "out", data=str(text), device="cpu", redistill=0.0, end_to_end=0, **sizes
+            folder / "source",
+            folder / "out",
+            data=str(text),
+            device="cpu",
+            redistill=0.0,
+            end_to_end=0,
+            **sizes,
         )
         first = _said(folder / "out", folder / "again")
         if not torch.equal(first, _said(folder / "again")):
@@ -267,8 +287,13 @@ def table(found: dict[str, dict[str, Outcome]]) -> str:
         )
     ]
     for kind, outcomes in found.items():
-        rows = [f"| {name} | {'locked' if o.locked else 'refused'} | {_cell(o.words)} |" for name, o in outcomes.items()]
-        parts.append("\n".join([f"## {kind}", "", "| model_type | | how, or why not |", "|---|---|---|", *rows, ""]))
+        rows = [
+            f"| {name} | {'locked' if o.locked else 'refused'} | {_cell(o.words)} |"
+            for name, o in outcomes.items()
+        ]
+        parts.append(
+            "\n".join([f"## {kind}", "", "| model_type | | how, or why not |", "|---|---|---|", *rows, ""])
+        )
     return "\n".join(parts)
 
 
@@ -289,7 +314,10 @@ def main(names: list[str]) -> int:
         with tempfile.TemporaryDirectory() as folder:
             done = outcome(name, Path(folder))
         found.setdefault(known[name], {})[name] = done
-        print(f"{name}: {'BUG: ' if done.bug else ''}{'locked' if done.locked else 'refused'}; {done.words}", flush=True)
+        print(
+            f"{name}: {'BUG: ' if done.bug else ''}{'locked' if done.locked else 'refused'}; {done.words}",
+            flush=True,
+        )
     if not names:
         TABLE.write_text(table(found), encoding="utf-8")
     return int(any(o.bug for kind in found.values() for o in kind.values()))

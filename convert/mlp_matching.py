@@ -126,7 +126,9 @@ def module_names(model: nn.Module) -> list[str]:
     """Every module's name, in model order; adapters are passed over, and a mixture's experts, but not an expert that
     all tokens share."""
     return [
-        name for name, _ in model.named_modules() if name and not _EXPERTS.search(name) and "lora_" not in name
+        name
+        for name, _ in model.named_modules()
+        if name and not _EXPERTS.search(name) and "lora_" not in name
     ]
 
 

@@ -129,7 +129,9 @@ def _prepared(
             size = mlp.expert_params if isinstance(mlp, Mixture) else mlp.params
             config.spec_for(mlp.hidden_size, size)  # raises where there is no such chain
             if isinstance(mlp, Mixture) and config.lanes > 1:
-                raise DLRError(f"{mlp.module} is a mixture, whose experts get one lane each: leave --lanes out")
+                raise DLRError(
+                    f"{mlp.module} is a mixture, whose experts get one lane each: leave --lanes out"
+                )
         stored = DTYPES.get(config.dtype) or original.dtype
         weights = {file.name for file in weight_files(original.path)}
         notes.append(carry_over(original.path, work, weights))

@@ -28,6 +28,7 @@ from ..common.errors import DLRError, first_line
 from ..common.files import check_readable, hash_files, permission_is_an_error, read_json, whole_directory
 from ..common.hub import PICKLES, model_folder
 from ..common.side_files import listed
+from .sources.quantised import dequantised, refused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -109,11 +110,16 @@ def open_source(
         folder, fingerprint = model_folder(source, files=files), None
     check_readable(folder, "config.json", "*.safetensors", "*.index.json")
     _check_config(folder)
+    words = folder  # the tokenizer's place
+    if quantization := read_json(folder / "config.json").get("quantization_config"):
+        fingerprint = _fingerprint(folder)
+        with quiet():
+            folder = dequantised(folder, quantization, dtype, _check_missing)
     content = _fingerprint(folder)
     with quiet():
         model, unplaced = _load(folder, dtype)
         model = model.to(device).eval().requires_grad_(False)
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(words)
     _check_finite(model, folder)
     return Source(
         model, tokenizer, str(source), fingerprint or content, folder, _dtype(folder), content, unplaced
@@ -186,7 +192,10 @@ def _check_config(folder: Path) -> None:
     file = folder / "config.json"
     if not file.is_file():
         if (folder / "adapter_config.json").is_file():
-            raise DLRError(f"{folder} holds an adapter, not a model: merge it into its base model first")
+            raise DLRError(
+                f"{folder} holds an adapter, not a model: merge it into its base model first, with the package peft: "
+                "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
+            )
         raise DLRError(f"{folder} has no config.json: give a directory that save_pretrained wrote")
     if (folder / "adapter_config.json").is_file():
         raise DLRError(
@@ -195,10 +204,10 @@ def _check_config(folder: Path) -> None:
     config = read_json(file)
     quantization = config.get("quantization_config")
     if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        if method == "dlr":
+        if isinstance(quantization, dict) and quantization.get("quant_method") == "dlr":
             raise DLRError(f"{folder} is already locked: give the original model")
-        raise DLRError(f"{folder} is quantised ({method or 'unknown method'}): dequantise it first")
+        if why := refused(folder, quantization):
+            raise DLRError(why)
     kind = config.get("model_type")
     if kind not in CONFIG_MAPPING:
         code = "; it brings code of its own, which is never run" if "auto_map" in config else ""
@@ -221,7 +230,8 @@ def weight_files(folder: Path) -> list[Path]:
         if pickled:
             raise DLRError(
                 f"{folder} has its weights as a pickle only ({pickled[0]}), which is never opened: "
-                "convert it to safetensors"
+                "convert it to safetensors, where you trust it: AutoModelForCausalLM.from_pretrained(...)"
+                ".save_pretrained(...)"
             )
         raise DLRError(f"{folder} has no weights: model.safetensors, or shards with their index, is needed")
     for file in files:

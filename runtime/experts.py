@@ -14,9 +14,7 @@ from .module import DLRNet
 from .spec import DLRSpec
 
 # vLLM's own mixtures take a router's logits, where transformers' take its choice; chains in their place are to come.
-NO_MIXTURES = (
-    "vLLM does not serve locked mixtures of experts yet: serve with --engine transformers, or use dlr-lock generate"
-)
+NO_MIXTURES = "vLLM does not serve locked mixtures of experts yet: serve with --engine transformers, or use dlr-lock generate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +40,12 @@ class ExpertsSpec:
         if not isinstance(self.experts, int) or isinstance(self.experts, bool) or self.experts < 1:
             raise DLRError(f"experts must be a whole number of at least 1, not {self.experts!r}")
         named = list(self.kept)
-        if named != sorted(set(named)) or not all(isinstance(e, int) and 0 <= e < self.experts for e in named):
-            raise DLRError(f"experts that stay as they are must be ascending numbers below {self.experts}, not {named}")
+        if named != sorted(set(named)) or not all(
+            isinstance(e, int) and 0 <= e < self.experts for e in named
+        ):
+            raise DLRError(
+                f"experts that stay as they are must be ascending numbers below {self.experts}, not {named}"
+            )
         if len(named) == self.experts:
             raise DLRError("a mixture all of whose experts stay as they are has no chains")
 
@@ -218,7 +220,9 @@ def empty_chains(
     spec: DLRSpec | ExpertsSpec, stock: nn.Module | None = None, *, dtype: torch.dtype | None = None
 ) -> DLRNet | DLRExperts:
     """The module of a shape, the zero function; `stock` is what it takes the place of."""
-    return DLRExperts(spec, stock, dtype=dtype) if isinstance(spec, ExpertsSpec) else DLRNet(spec, dtype=dtype)
+    return (
+        DLRExperts(spec, stock, dtype=dtype) if isinstance(spec, ExpertsSpec) else DLRNet(spec, dtype=dtype)
+    )
 
 
 def chain_shapes(spec: DLRSpec | ExpertsSpec) -> dict[str, list[int]]:
@@ -238,7 +242,7 @@ def _some(stock: nn.Module, spec: ExpertsSpec) -> nn.Module:
         name: p if p is None else nn.Parameter(p.detach()[list(spec.kept)].clone(), requires_grad=False)
         for name, p in stock._parameters.items()
     }
-    setattr(some, "num_experts", len(spec.kept))
+    some.num_experts = len(spec.kept)
     return some
 
 

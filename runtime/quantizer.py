@@ -135,7 +135,9 @@ class DLRQuantizer(HfQuantizer):
         for name, experts in locked_experts(model):
             for wire in tripwires:
                 if wire.rpartition(".")[0] == name:  # a rule of Qwen3-VL's looks up its shape in the model
-                    vars(experts)[wire.rpartition(".")[2]] = nn.Parameter(tripwires[wire], requires_grad=False)
+                    vars(experts)[wire.rpartition(".")[2]] = nn.Parameter(
+                        tripwires[wire], requires_grad=False
+                    )
         return model.state_dict() | self.unplaced | tripwires, {}
 
 

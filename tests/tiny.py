@@ -126,7 +126,12 @@ _SIZES: dict[str, dict[str, Any]] = {
     "phi": _PLAIN,
     "phi3": _LLAMA,
     "qwen2": _LLAMA,
-    "qwen2_moe": {**_MOE, "num_experts": 4, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 96},
+    "qwen2_moe": {
+        **_MOE,
+        "num_experts": 4,
+        "moe_intermediate_size": 96,
+        "shared_expert_intermediate_size": 96,
+    },
     "qwen3": _LLAMA,
     "qwen3_moe": {**_MOE, "num_experts": 4, "moe_intermediate_size": 96},
     "stablelm": {**_PLAIN, "num_key_value_heads": KV_HEADS, "use_qkv_bias": True},

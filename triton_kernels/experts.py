@@ -51,10 +51,14 @@ class ExpertChains(NamedTuple):
         if self.act not in ACTIVATIONS:
             raise ValueError(f"unknown activation {self.act!r}; one of {', '.join(sorted(ACTIVATIONS))}")
         if A.dim() != 4 or 0 in A.shape or self.B.shape != A.shape or self.B.dtype != A.dtype:
-            raise ValueError(f"A and B must share one shape [E, K, r, d], not {[*A.shape]} and {[*self.B.shape]}")
+            raise ValueError(
+                f"A and B must share one shape [E, K, r, d], not {[*A.shape]} and {[*self.B.shape]}"
+            )
         vectors = (A.shape[0], A.shape[-1])
         if not self.scale.shape == self.bias.shape == vectors:
-            raise ValueError(f"scale and bias must be {[*vectors]}, not {[*self.scale.shape]}, {[*self.bias.shape]}")
+            raise ValueError(
+                f"scale and bias must be {[*vectors]}, not {[*self.scale.shape]}, {[*self.bias.shape]}"
+            )
         if x.dim() != 2 or x.shape[-1] != A.shape[-1] or not x.dtype.is_floating_point:
             raise ValueError(f"float tokens [S, {A.shape[-1]}] are wanted, not {x.dtype} {[*x.shape]}")
         if ends.shape != A.shape[:1] or ends.dtype not in (torch.int32, torch.int64):

@@ -76,10 +76,16 @@ def experts_kernel(
             read = tl.zeros((BT, BR), tl.float32)
             for c in range(0, d, BD):
                 m_d = c + o_d < d
-                z = tl.load(p_z + o_t[:, None] * d + (c + o_d)[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0)
+                z = tl.load(
+                    p_z + o_t[:, None] * d + (c + o_d)[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0
+                )
                 A = tl.load(p_A + (b + o_r)[None, :] * d + (c + o_d)[:, None], mask=m_d[:, None], other=0.0)
                 read = tl.dot(z.to(A.dtype), A, read, input_precision=EXACT)
-            tl.store(p_h + o_t[:, None] * r + (b + o_r)[None, :], ACT(read).to(p_h.dtype.element_ty), mask=m_t[:, None])
+            tl.store(
+                p_h + o_t[:, None] * r + (b + o_r)[None, :],
+                ACT(read).to(p_h.dtype.element_ty),
+                mask=m_t[:, None],
+            )
         tl.debug_barrier()  # h is written by other threads than read it
         for c in range(0, d, BD):
             m_d = c + o_d < d

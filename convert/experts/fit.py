@@ -86,9 +86,7 @@ class MixturePairs:
             if self._missing is not None:
                 squares = self.routing.weight[rows[at]].square().sum(1).clamp(min=1e-12)
                 y[at] += ((weight[at] / squares)[:, None] * self._missing[rows[at]].float()).to(y.dtype)
-        return ExpertPairs(
-            Activations(x, y, self.pairs.first[rows], False), routed + len(near), routed
-        )
+        return ExpertPairs(Activations(x, y, self.pairs.first[rows], False), routed + len(near), routed)
 
     def tokens_of(self, expert: int) -> int:
         """Training tokens that the router gave an expert."""
@@ -149,7 +147,9 @@ def fit_mixture(
         )
     module = context.model.get_submodule(mixture.module)
     if kept and any(p.shape[0] != mixture.experts for p in module.parameters()):
-        raise DLRError(f"experts of {mixture.module} cannot be left as they are one by one: use --starved nearest")
+        raise DLRError(
+            f"experts of {mixture.module} cannot be left as they are one by one: use --starved nearest"
+        )
     chain = config.spec_for(mixture.hidden_size, mixture.expert_params)
     spec = ExpertsSpec(chain, mixture.experts, kept)
     recipe = config.recipe()
@@ -162,7 +162,9 @@ def fit_mixture(
         own = experts.of(expert, least)
         # As many times through its tokens as a dense module goes through all.
         share = max(recipe.batch, round(recipe.train_tokens * own.train / context.train_rows))
-        mine = replace(recipe, train_tokens=share, seed=recipe.seed + mixture.layer * mixture.experts + expert)
+        mine = replace(
+            recipe, train_tokens=share, seed=recipe.seed + mixture.layer * mixture.experts + expert
+        )
         teacher = teacher_of(module, expert) if recipe.init == "mixed" else None
         unknown += teacher is None
         spent += share
@@ -181,12 +183,17 @@ def fit_mixture(
         if config.redistill and fidelity.flatten_gap == min(f.flatten_gap for _, f in found) and len(held):
             attacks = {expert: (net, own, mine)}
     chains = DLRExperts(spec, module if kept else None, dtype=context.stored)
-    tensors = {name: torch.stack([net.state_dict()[name].reshape(p.shape[1:]) for net in nets]) for name, p in
-               chains.named_parameters() if not name.startswith("dlr_kept")}
+    tensors = {
+        name: torch.stack([net.state_dict()[name].reshape(p.shape[1:]) for net in nets])
+        for name, p in chains.named_parameters()
+        if not name.startswith("dlr_kept")
+    }
     chains.assign(tensors | {n: p for n, p in chains.named_parameters() if n.startswith("dlr_kept")})
     notes += _notes(mixture, spec, starved, least, experts)
     if unknown and recipe.init == "mixed":
-        notes.append(f"how {mixture.module} keeps its weights is unknown: its chains started at random, which fits worse")
+        notes.append(
+            f"how {mixture.module} keeps its weights is unknown: its chains started at random, which fits worse"
+        )
     report = ModuleReport(
         mixture.module, mixture.layer, spec, len(spec.chained) * mixture.expert_params, _together(found), spent,
         time.monotonic() - started, notes=tuple(notes),
@@ -220,7 +227,13 @@ def _notes(
 
 
 def _attacked(
-    context: Context, report: ModuleReport, expert: int, net: DLRNet, own: ExpertPairs, recipe: Recipe, title: str
+    context: Context,
+    report: ModuleReport,
+    expert: int,
+    net: DLRNet,
+    own: ExpertPairs,
+    recipe: Recipe,
+    title: str,
 ) -> ModuleReport:
     """The report with the attack on the expert of the smallest flatten gap; a note where the attack failed."""
     try:

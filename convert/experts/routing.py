@@ -69,7 +69,9 @@ def read_call(mlp: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     if not isinstance(mlp, Mixture):
         return first, None
     if not mlp.stacked:
-        index, weight = [part for part in (*args[1:], *kwargs.values()) if isinstance(part, Tensor) and part is not first]
+        index, weight = [
+            part for part in (*args[1:], *kwargs.values()) if isinstance(part, Tensor) and part is not first
+        ]
         return first, Routing(index, weight.float())
     rows = first.view(mlp.experts, -1, first.shape[-1])
     there = (rows != 0).any(-1)
@@ -181,7 +183,9 @@ def teacher_of(module: nn.Module, expert: int) -> TeacherWeights | None:
     """One expert's own matrices, float32; None where they are kept in a way that is not known."""
     down = getattr(module, "down_proj", None)
     fused, plain = getattr(module, "gate_up_proj", None), getattr(module, "up_proj", None)
-    known = [p for p in (down, fused if fused is not None else plain) if isinstance(p, Tensor) and p.dim() == 3]
+    known = [
+        p for p in (down, fused if fused is not None else plain) if isinstance(p, Tensor) and p.dim() == 3
+    ]
     if len(known) < 2:
         return None
     last, first = (p[expert].detach().float() for p in known)

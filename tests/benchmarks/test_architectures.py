@@ -22,7 +22,9 @@ def test_a_locked_one(name: str, tmp_path: Path) -> None:
     assert done.locked and not done.bug, done.words
 
 
-@pytest.mark.parametrize(("name", "why"), [("whisper", "reads input_features"), ("albert", "share their MLP")])
+@pytest.mark.parametrize(
+    ("name", "why"), [("whisper", "reads input_features"), ("albert", "share their MLP")]
+)
 def test_a_refused_one(name: str, why: str, tmp_path: Path) -> None:
     done = outcome(name, tmp_path)
     assert not done.locked and not done.bug and why in done.words

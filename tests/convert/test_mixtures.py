@@ -24,7 +24,16 @@ QUICK: dict[str, Any] = {
     "tokens": 1536, "heldout": 512, "train_tokens": 2048, "batch": 128, "depth": 3, "rank": 16, "redistill": 0.0,
     "expert_tokens": 64,
 }  # fmt: skip
-FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "olmoe", "granitemoe", "llama4_text"]
+FAMILIES = [
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "deepseek_v3",
+    "gpt_oss",
+    "olmoe",
+    "granitemoe",
+    "llama4_text",
+]
 GATED_ALIKE = ["mixtral", "deepseek_v3", "granitemoe", "llama4_text"]
 
 
@@ -168,14 +177,18 @@ def test_starved_experts_may_be_left_as_they_are(text: Path, tmp_path: Path) -> 
 def test_what_no_expert_is_locked_in_is_refused(text: Path, tmp_path: Path) -> None:
     source = save_tiny("mixtral", tmp_path / "source")
     with pytest.raises(DLRError, match="no expert of .* gets .* tokens: give more text"):
-        convert_model(source, tmp_path / "out", data=str(text), **QUICK | {"starved": "leave", "expert_tokens": 9999})
+        convert_model(
+            source, tmp_path / "out", data=str(text), **QUICK | {"starved": "leave", "expert_tokens": 9999}
+        )
     with pytest.raises(DLRError, match="experts get one lane each: leave --lanes out"):
         convert_model(source, tmp_path / "out2", data=str(text), **QUICK | {"lanes": 2})
 
 
 def test_the_attack_is_on_the_expert_of_the_smallest_gap(text: Path, tmp_path: Path) -> None:
     source = save_tiny("mixtral", tmp_path / "source")
-    report = convert_model(source, tmp_path / "out", data=str(text), **QUICK | {"layers": "1", "redistill": 0.5})
+    report = convert_model(
+        source, tmp_path / "out", data=str(text), **QUICK | {"layers": "1", "redistill": 0.5}
+    )
     (module,) = report.modules
     assert module.redistillation is not None and module.redistillation.train_tokens > 0
     assert any("whose flatten gap is the smallest" in note for note in report.warnings)
@@ -187,7 +200,9 @@ def test_end_to_end_goes_through_experts_and_trains_the_rest(text: Path, tmp_pat
     dropped = [note for note in report.warnings if "end-to-end phase was dropped" in note]
     assert report.end_to_end is not None or dropped
     only = save_tiny("mixtral", tmp_path / "only")
-    report = convert_model(only, tmp_path / "out2", data=str(text), **QUICK | {"end_to_end": 1024, "layers": "0"})
+    report = convert_model(
+        only, tmp_path / "out2", data=str(text), **QUICK | {"end_to_end": 1024, "layers": "0"}
+    )
     assert report.end_to_end is None and any("trains no experts' chains" in note for note in report.warnings)
 
 
@@ -196,7 +211,12 @@ def test_the_audit_refuses_in_a_line(text: Path, tmp_path: Path) -> None:
     convert_model(source, tmp_path / "out", data=str(text), **QUICK | {"layers": "0"})
     with pytest.raises(DLRError, match="locked mixtures of experts, whose training is not priced yet"):
         audit_model(tmp_path / "out", source, tmp_path / "audit")
-    assert json.loads((tmp_path / "out" / "dlr_manifest.json").read_text())["conversion"]["modules"][0]["spec"]["experts"] == 4
+    assert (
+        json.loads((tmp_path / "out" / "dlr_manifest.json").read_text())["conversion"]["modules"][0]["spec"][
+            "experts"
+        ]
+        == 4
+    )
 
 
 def test_llama_4_with_several_experts_a_token_is_told(text: Path, tmp_path: Path) -> None:

@@ -22,7 +22,16 @@ from dlr_lock.runtime.generation import generate
 from dlr_lock.runtime.quantizer import locked_experts
 from dlr_lock.triton_kernels import chain_reference
 
-FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "olmoe", "granitemoe", "llama4_text"]
+FAMILIES = [
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "deepseek_v3",
+    "gpt_oss",
+    "olmoe",
+    "granitemoe",
+    "llama4_text",
+]
 
 
 def ids() -> Tensor:
@@ -34,7 +43,9 @@ def logits(model: Any) -> Tensor:
     return model(input_ids=ids()).logits
 
 
-def random_experts(experts: int, d: int = 32, kept: tuple[int, ...] = (), stock: nn.Module | None = None) -> DLRExperts:
+def random_experts(
+    experts: int, d: int = 32, kept: tuple[int, ...] = (), stock: nn.Module | None = None
+) -> DLRExperts:
     chains = DLRExperts(ExpertsSpec(DLRSpec(d, 1, 3, 16), experts, kept), stock)
     own = {n: torch.randn_like(p) / 4 if "dlr_kept" not in n else p for n, p in chains.named_parameters()}
     chains.assign(own)
@@ -59,7 +70,9 @@ def test_a_locked_mixture_is_loaded_as_it_was_saved(arch: str, kept: tuple[int, 
     assert json.loads((tmp_path / "locked" / "config.json").read_text())["quantization_config"]["format"] == 2
     with safe_open(tmp_path / "locked" / "model.safetensors", "pt") as file:
         stock = [n for n in file.keys() if "expert" in n and "dlr_" not in n and "shared" not in n]  # noqa: SIM118
-        assert all(file.get_slice(name).get_shape() == [1] for name in stock)  # tripwires are all that is left
+        assert all(
+            file.get_slice(name).get_shape() == [1] for name in stock
+        )  # tripwires are all that is left
     assert generate(once, tiny_tokenizer(), "The river", max_new_tokens=3) is not None
 
 
@@ -75,7 +88,11 @@ def test_transformers_alone_stops(arch: str, tmp_path: Path) -> None:
     )
     alone = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     done = subprocess.run(
-        [sys.executable, "-c", load_it, tmp_path / "locked"], env=alone, capture_output=True, text=True, check=False
+        [sys.executable, "-c", load_it, tmp_path / "locked"],
+        env=alone,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 1 and "ignore_mismatched_sizes" in done.stderr and "dlr-lock" in done.stderr
 
@@ -133,7 +150,10 @@ def test_gradients_by_the_definition_alone() -> None:
 
 def test_scales_stay_in_float32() -> None:
     chains = random_experts(2).bfloat16()
-    assert chains.dlr_A.dtype == torch.bfloat16 and chains.dlr_scale.dtype == chains.dlr_bias.dtype == torch.float32
+    assert (
+        chains.dlr_A.dtype == torch.bfloat16
+        and chains.dlr_scale.dtype == chains.dlr_bias.dtype == torch.float32
+    )
 
 
 @pytest.mark.parametrize(
@@ -162,4 +182,6 @@ def test_a_description_is_read_back() -> None:
 def test_what_is_locked_is_listed() -> None:
     model = tiny_model("deepseek_v3")
     chains = lock_randomly(model)
-    assert [name for name, _ in locked_experts(model)] == [n for n, c in chains.items() if isinstance(c, DLRExperts)]
+    assert [name for name, _ in locked_experts(model)] == [
+        n for n, c in chains.items() if isinstance(c, DLRExperts)
+    ]

@@ -21,13 +21,17 @@ DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 BOUNDS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 
-def random_chains(E: int, K: int, r: int, d: int, dtype: torch.dtype = torch.float32, act: str = "silu") -> ExpertChains:
+def random_chains(
+    E: int, K: int, r: int, d: int, dtype: torch.dtype = torch.float32, act: str = "silu"
+) -> ExpertChains:
     A = torch.randn(E, K, r, d) / d**0.5
     B = torch.randn(E, K, r, d) / (K * r) ** 0.5
     return ExpertChains(A.to(dtype), B.to(dtype), torch.rand(E, d) + 0.5, torch.randn(E, d), act)
 
 
-def routed(S: int, experts: list[int], E: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def routed(
+    S: int, experts: list[int], E: int, d: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Tokens sorted by expert, each one of `experts`, and where each of E ends."""
     index = torch.tensor(experts)[torch.randint(len(experts), (S,))]
     return torch.randn(S, d).to(dtype), grouped(index, E)[1]
@@ -54,12 +58,19 @@ def on_device(x: Tensor, ends: Tensor, chains: ExpertChains) -> Tensor:
 
 
 # tokens, experts that get some, E, K, r, d: one of many; all of one; more than a tile each; a ragged width
-SHAPES = [(5, [2], 4, 3, 16, 40), (70, [0, 3, 4], 5, 2, 48, 96), (150, [0, 1], 2, 2, 32, 64), (1, [6], 7, 1, 16, 72)]
+SHAPES = [
+    (5, [2], 4, 3, 16, 40),
+    (70, [0, 3, 4], 5, 2, 48, 96),
+    (150, [0, 1], 2, 2, 32, 64),
+    (1, [6], 7, 1, 16, 72),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_kernel(execute: Execute, shape: tuple[int, list[int], int, int, int, int], dtype: torch.dtype) -> None:
+def test_kernel(
+    execute: Execute, shape: tuple[int, list[int], int, int, int, int], dtype: torch.dtype
+) -> None:
     S, some, E, K, r, d = shape
     chains, (x, ends) = random_chains(E, K, r, d, dtype), routed(S, some, E, d, dtype)
     assert error(execute(on_device, x, ends, chains), by_hand(x, ends, chains)) < BOUNDS[dtype]
@@ -85,7 +96,11 @@ def test_rows_of_no_expert_are_zero(execute: Execute) -> None:
     order, ends = grouped(torch.tensor([1, 3, 0, 7, 1]), 3)
     assert order.tolist() == [2, 0, 4, 1, 3] and ends.tolist() == [1, 3, 3]
     x = torch.randn(5, 40)
-    for y in (experts_reference(x, ends, chains), dlr_experts(x, ends, chains), execute(on_device, x, ends, chains)):
+    for y in (
+        experts_reference(x, ends, chains),
+        dlr_experts(x, ends, chains),
+        execute(on_device, x, ends, chains),
+    ):
         assert y[:3].all() and not y[3:].any()
 
 
