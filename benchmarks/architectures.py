@@ -57,6 +57,7 @@ _SIZES = {
     "context_length position_embedding_size",
     VOCABULARY: "vocab_size vocab_size_per_layer_input",
 }
+_UNSET = ("head_dim", "n_inner", "num_key_value_heads")  # of these, None is made a size, too
 _FIELDS = {name: size for size, names in _SIZES.items() for name in names.split()}
 
 _DENSE = (
@@ -152,9 +153,8 @@ def _shrunk(config: Any) -> dict[str, Any]:
                 values[name]["model_type"] = part.model_type
             if "text" in name:
                 values[name] |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-        elif name in _FIELDS and (value is None or isinstance(value, int)):
-            if value is not None or name in ("head_dim", "n_inner", "num_key_value_heads"):
-                values[name] = _FIELDS[name]
+        elif name in _FIELDS and (isinstance(value, int) or (value is None and name in _UNSET)):
+            values[name] = _FIELDS[name]
     return values
 
 
@@ -268,9 +268,9 @@ _HEAD = """\
 # Architectures
 
 Made by `python -m benchmarks.architectures` with transformers {version}: a model of random weights of each architecture
-(two layers, 64 wide) was converted, read back, saved, read back once more and compared bit for bit, and wrote text where
-it can. "Sequential" modules correct the errors of those before them, "independent" ones do not. What is refused ends in
-the one line that is shown, before any work.
+(two layers, 64 wide) was converted, read back, saved, read back once more and compared bit for bit, and wrote text
+where it can. "Sequential" modules correct the errors of those before them, "independent" ones do not. What is refused
+ends in the one line that is shown, before any work.
 
 {counts}
 """

@@ -289,8 +289,7 @@ def _check_calls(model: PreTrainedModel, mlps: Sequence[MLP], tokens: Tensor) ->
 def _forward(
     model: PreTrainedModel, mlps: Sequence[MLP], tokens: Tensor, keep: Callable[[int, str, Any], None]
 ) -> None:
-    """One forward pass of the body; calls keep(index of the MLP, "input", (x, routing)) and keep(index, "output", y) for
-    each."""
+    """One forward pass of the body; calls keep(index of the MLP, "input", (x, routing)), keep(index, "output", y)."""
 
     def before(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keep(index, "input", read_call(mlps[index], args, kwargs))

@@ -344,8 +344,8 @@ class Trial:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """The same values: the tensor itself, or a copy, as dropout may make, of which zeros say nothing. (Both are kept alive, so the same
-    address is the same tensor, even where the activation then wrote over it.)"""
+    """The same values: the tensor itself, or a copy, as dropout may make, of which zeros say nothing. (Both are kept
+    alive, so the same address is the same tensor, even where the activation then wrote over it.)"""
     if a.numel() != b.numel() or a.dtype != b.dtype:
         return False
     return a.data_ptr() == b.data_ptr() or (bool(a.any()) and torch.equal(a.flatten(), b.flatten()))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from .data import calibration_text, digest, poor_text
 from .distill import Weights, distill
 from .end_to_end import run_end_to_end
 from .evaluate import compare
-from .experts.fit import fit_mixture
+from .experts.fit import check_sizes, fit_mixture
 from .experts.routing import Mixture
 from .layer_runner import Unrepeatable
 from .mlp_discovery import check_dense, find_mlps, select_layers, unknown_mixtures
@@ -125,13 +126,7 @@ def _prepared(
         every = find_mlps(original.model, config.mlps)
         notes = [check_dense(original.model, every, layers=config.layers, pattern=config.mlps)]
         mlps = select_layers(every, config.layers)
-        for mlp in mlps:
-            size = mlp.expert_params if isinstance(mlp, Mixture) else mlp.params
-            config.spec_for(mlp.hidden_size, size)  # raises where there is no such chain
-            if isinstance(mlp, Mixture) and config.lanes > 1:
-                raise DLRError(
-                    f"{mlp.module} is a mixture, whose experts get one lane each: leave --lanes out"
-                )
+        check_sizes(config, mlps)
         stored = DTYPES.get(config.dtype) or original.dtype
         weights = {file.name for file in weight_files(original.path)}
         notes.append(carry_over(original.path, work, weights))
@@ -269,11 +264,9 @@ def distill_modules(context: Context) -> Modules:
         if not _finished(module, config):
             pairs = calibrator.pairs(mlp) if calibrator else next(independent)[1]
             title = f"{mlp.module} ({number} of {len(mlps)})"
-            if module is None and isinstance(mlp, Mixture):
-                module = fit_mixture(context, mlp, pairs, title, calibrator is not None)
-                _keep(context, module)
-            elif module is None:
-                module = _fit(context, mlp, pairs, title)
+            if module is None:
+                fit = partial(fit_mixture, corrected=bool(calibrator)) if isinstance(mlp, Mixture) else _fit
+                module = fit(context, mlp, pairs, title)
                 _keep(context, module)  # before what may fail
             if config.redistill and not isinstance(mlp, Mixture):
                 module = _attacked(context, module, pairs, title)

@@ -14,7 +14,7 @@ from .module import DLRNet
 from .spec import DLRSpec
 
 # vLLM's own mixtures take a router's logits, where transformers' take its choice; chains in their place are to come.
-NO_MIXTURES = "vLLM does not serve locked mixtures of experts yet: serve with --engine transformers, or use dlr-lock generate"
+NO_MIXTURES = "vLLM does not serve locked mixtures of experts yet: serve with --engine transformers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,8 @@ class DLRExperts(nn.Module):
     """The chains of a mixture's experts, called as the experts of transformers are.
 
     The weights dlr_A and dlr_B are [E', K, r, d] in `dtype` (torch's default dtype if None), E' being the experts that
-    have chains; dlr_scale and dlr_bias are [E', d] in float32. A new module is the zero function: fill it with `assign`.
+    have chains; dlr_scale and dlr_bias are [E', d] in float32. A new module is the zero function: fill it with
+    `assign`.
 
     Args:
         spec: The shapes.
@@ -213,7 +214,8 @@ class DLRExperts(nn.Module):
             parameter.copy_(tensors[name])
 
     def extra_repr(self) -> str:
-        return f"d={self.spec.chain.hidden_size}, {self.spec}; no linear layer is in it, and adapters fit linear layers alone"
+        reason = "no linear layer is in it, and adapters fit linear layers alone"  # for PEFT's refusal
+        return f"d={self.spec.chain.hidden_size}, {self.spec}; {reason}"
 
 
 def empty_chains(

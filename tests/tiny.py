@@ -157,7 +157,8 @@ def tiny_config(arch: str, layers: int = 2, **overrides: Any) -> Any:
 def tiny_model(arch: str, seed: int = 0, layers: int = 2, **overrides: Any) -> PreTrainedModel:
     """A random model of `arch` (one of ARCHITECTURES) in eval mode, float32, on the CPU.
 
-    A causal language model, but for ENCODERS, whose bare encoder it is, and PAIRED, which have a head, too. Global random state is left alone.
+    A causal language model, but for ENCODERS, whose bare encoder it is, and PAIRED, which have a head,
+    too. Global random state is left alone.
     """
     config = tiny_config(arch, layers, **overrides)
     paired = AutoModelForSeq2SeqLM if arch in PAIRED else AutoModelForCausalLM

@@ -6,7 +6,8 @@ expert's tiles find their place from `ends` by themselves, so that the host wait
 programs as there may be tiles, of which those left over end at once.
 
 Of tiles of 16 and 64 tokens, 32 and 64 columns, 4 and 8 warps and 1 to 3 stages, 8 warps with 3 stages and 32 columns
-alone spill nothing on sm_80 and sm_90. Simple before fast: weights are read once a tile of tokens, and few tokens make few programs. Not timed on a GPU yet.
+alone spill nothing on sm_80 and sm_90. Simple before fast: weights are read once a tile of tokens, and few tokens make
+few programs. Not timed on a GPU yet.
 """
 
 import torch

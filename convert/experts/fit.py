@@ -1,14 +1,15 @@
 """A mixture's chains: one an expert, fitted to the tokens that are routed to it.
 
-An expert's chain gets what the router of the locked model gives its expert. Its target is what the expert makes of that
-and, where modules correct one another, its share of what is still missing: with delta what the mixture should give less
-what its experts would give, and w_j the weights of a token's experts, expert e is to give w_e / sum_j w_j^2 * delta more,
-the smallest changes that add up to delta.
+An expert's chain gets what the router of the locked model gives its expert. Its target is what the expert makes of
+that and, where modules correct one another, its share of what is still missing: with delta what the mixture should
+give less what its experts would give, and w_j the weights of a token's experts, expert e is to give
+w_e / sum_j w_j^2 * delta more, the smallest changes that add up to delta.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,10 +19,11 @@ from ...common.errors import DLRError
 from ...runtime import DLRExperts, DLRNet, ExpertsSpec
 from ...runtime.experts import one_expert
 from ..activations import Activations
-from ..config import Recipe
+from ..config import ConversionConfig, Recipe
 from ..context import Context
 from ..distill import distill
 from ..evaluate import Fidelity, Redistillation, measure
+from ..mlp_matching import MLP
 from ..redistill import attack_tokens, redistill
 from ..report import ModuleReport
 from .routing import Mixture, Routing, named, router_of, teacher_of, together
@@ -114,6 +116,15 @@ class MixturePairs:
 
     def _on_device(self, x: Tensor) -> Tensor:
         return x.to(self._context.device, next(self._experts.parameters()).dtype)
+
+
+def check_sizes(config: ConversionConfig, mlps: Sequence[MLP]) -> None:
+    """Raises DLRError where the choices make no chain for an MLP, or an expert."""
+    for mlp in mlps:
+        mixture = isinstance(mlp, Mixture)
+        config.spec_for(mlp.hidden_size, mlp.expert_params if mixture else mlp.params)
+        if mixture and config.lanes > 1:
+            raise DLRError(f"{mlp.module} is a mixture, whose experts get one lane each: leave --lanes out")
 
 
 def fit_mixture(
@@ -236,9 +247,10 @@ def _attacked(
     title: str,
 ) -> ModuleReport:
     """The report with the attack on the expert of the smallest flatten gap; a note where the attack failed."""
+    share = context.config.redistill or 0.0
     try:
         done: Redistillation = redistill(
-            net.float(), own.pairs, own.train, train_tokens=attack_tokens(context.config.redistill or 0, recipe.train_tokens),
+            net.float(), own.pairs, own.train, train_tokens=attack_tokens(share, recipe.train_tokens),
             conversion=recipe.train_tokens, name=f"expert {expert} of {report.module}", device=context.device,
             seed=recipe.seed, progress=context.count(f"redistilling {title}, expert {expert}"),
         )  # fmt: skip

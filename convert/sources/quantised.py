@@ -25,8 +25,9 @@ def refused(folder: Path, quantization: Any) -> str | None:
     if method in METHODS:
         return None
     return (
-        f"{folder} is quantised ({method or 'unknown method'}), which is not undone here ({' and '.join(METHODS)} are): "
-        "give the original, or load it with its own library, model.dequantize(), model.save_pretrained(...)"
+        f"{folder} is quantised ({method or 'unknown method'}), which is not undone here "
+        f"({' and '.join(METHODS)} are): give the original, or load it with its own "
+        "library, model.dequantize(), model.save_pretrained(...)"
     )
 
 

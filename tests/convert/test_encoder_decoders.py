@@ -28,7 +28,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("arch", ["t5", "bart"])
 def test_an_encoder_decoder(arch: str, text: Path, tmp_path: Path) -> None:
-    """Both sides' MLPs are locked, the decoder is measured by what it says, and it writes what the prompt leads it to."""
+    """Both sides' MLPs are locked, the decoder is measured by what it says, and it writes what the prompt leads to."""
     source = save_tiny(arch, tmp_path / "source")
     report = convert_model(source, tmp_path / "out", data=str(text), **QUICK | {"end_to_end": 1024})
     sides = ["encoder", "encoder", "decoder", "decoder"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from locked import lock_randomly
 from tiny import VOCABULARY, save_tiny, tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -15,8 +16,8 @@ from dlr_lock.audit import audit_model
 from dlr_lock.convert.activations import SequentialCalibrator, capture
 from dlr_lock.convert.data import english_topics
 from dlr_lock.convert.experts.routing import Mixture, find_mixtures, router_of, teacher_of, together
-from dlr_lock.convert.mlp_discovery import find_mlps, select_layers
-from dlr_lock.runtime import DLRExperts, verify
+from dlr_lock.convert.mlp_discovery import check_dense, find_mlps, select_layers
+from dlr_lock.runtime import verify
 from dlr_lock.runtime.experts import one_expert
 from dlr_lock.runtime.quantizer import locked_experts
 
@@ -109,8 +110,6 @@ def test_several_mlps_of_a_layer_correct_one_another(tmp_path: Path) -> None:
     assert isinstance(mixture, Mixture) and "shared" in shared.module
     streams = SequentialCalibrator(model, mlps, ids, max_memory=1 << 30, scratch=tmp_path)
     streams.pairs(mixture)
-    from locked import lock_randomly
-
     wrong = lock_randomly(tiny_model("deepseek_v3"))[mixture.module]
     assert streams.put(mixture, wrong) is None
     pairs = streams.pairs(shared)
@@ -158,7 +157,6 @@ def test_starved_experts_may_be_left_as_they_are(text: Path, tmp_path: Path) -> 
     mixture = find_mixtures(original)[0][0]
     with torch.no_grad():  # the router never sends a token to the last expert
         router_of(original, mixture)[3] = 0
-        router_of(original, mixture)[:3] *= 1
         original.model.layers[0].mlp.gate.weight[3] = -original.model.layers[0].mlp.gate.weight[:3].sum(0) * 5
     original.save_pretrained(source)
     choices = QUICK | {"layers": "0", "expert_tokens": 256, "starved": "leave"}
@@ -176,7 +174,7 @@ def test_starved_experts_may_be_left_as_they_are(text: Path, tmp_path: Path) -> 
 
 def test_what_no_expert_is_locked_in_is_refused(text: Path, tmp_path: Path) -> None:
     source = save_tiny("mixtral", tmp_path / "source")
-    with pytest.raises(DLRError, match="no expert of .* gets .* tokens: give more text"):
+    with pytest.raises(DLRError, match=r"no expert of .* gets .* tokens: give more text"):
         convert_model(
             source, tmp_path / "out", data=str(text), **QUICK | {"starved": "leave", "expert_tokens": 9999}
         )
@@ -226,4 +224,13 @@ def test_llama_4_with_several_experts_a_token_is_told(text: Path, tmp_path: Path
 
 
 def test_unknown_mixtures_are_named() -> None:
-    assert DLRExperts is not None
+    """What is called in another way is found to be so by running it, and no lock of the model."""
+    model = tiny_model("mixtral")
+    experts = model.model.layers[1].mlp.experts
+    stock = experts.forward
+    experts.forward = lambda x, index, weight: stock(x, index, weight.square())
+    mlps = find_mlps(model)
+    assert [mlp.layer for mlp in mlps] == [0]
+    with pytest.raises(DLRError, match=r"1 of the model's 2 MLPs .* \(MixtralSparseMoeBlock\).*--layers 0"):
+        check_dense(model, mlps, layers=None, pattern=None)
+    assert "not locked" in str(check_dense(model, mlps, layers="0", pattern=None))

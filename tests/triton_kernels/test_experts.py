@@ -4,6 +4,7 @@ The interpreter computes bf16 wrongly; on a machine without a GPU the 16-bit pat
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -152,7 +153,7 @@ def test_other_gpus(target: str) -> None:
         launch_request(
             "dlr_lock.triton_kernels.experts_kernel:experts_kernel",
             target,
-            lambda: run_experts(torch.empty(tokens, d, **shape), ends, ExpertChains(*weights, *vectors)),
+            partial(run_experts, torch.empty(tokens, d, **shape), ends, ExpertChains(*weights, *vectors)),
         )
         for tokens in (8, 4000)
     ]
