@@ -64,7 +64,7 @@ class Activations:
         if part is None:
             return
         if self.routing is None:
-            k = part.index.shape[1]
+            k = part.chosen.shape[1]
             self.routing = Routing(torch.zeros(len(self), k, dtype=torch.int64), torch.zeros(len(self), k))
         for whole, piece in zip(self.routing, part, strict=True):
             whole[rows] = piece.cpu().to(whole.dtype)

@@ -265,7 +265,9 @@ def distill_modules(context: Context) -> Modules:
             pairs = calibrator.pairs(mlp) if calibrator else next(independent)[1]
             title = f"{mlp.module} ({number} of {len(mlps)})"
             if module is None:
-                fit = partial(fit_mixture, corrected=bool(calibrator)) if isinstance(mlp, Mixture) else _fit
+                fit: Any = (
+                    partial(fit_mixture, corrected=bool(calibrator)) if isinstance(mlp, Mixture) else _fit
+                )
                 module = fit(context, mlp, pairs, title)
                 _keep(context, module)  # before what may fail
             if config.redistill and not isinstance(mlp, Mixture):

@@ -244,7 +244,7 @@ def _some(stock: nn.Module, spec: ExpertsSpec) -> nn.Module:
         name: p if p is None else nn.Parameter(p.detach()[list(spec.kept)].clone(), requires_grad=False)
         for name, p in stock._parameters.items()
     }
-    some.num_experts = len(spec.kept)
+    vars(some)["num_experts"] = len(spec.kept)
     return some
 
 

@@ -107,7 +107,7 @@ class MixturePairs:
             generator = torch.Generator().manual_seed(expert)
             return others[torch.randperm(len(others), generator=generator)[:count]].sort().values
         lead = torch.empty(len(others))
-        k = self.routing.index.shape[1]
+        k = self.routing.chosen.shape[1]
         for begin in range(0, len(others), _ROWS):
             at = slice(begin, begin + _ROWS)
             scores = self.pairs.x[others[at]].float() @ self._router.float().cpu().T
@@ -121,9 +121,8 @@ class MixturePairs:
 def check_sizes(config: ConversionConfig, mlps: Sequence[MLP]) -> None:
     """Raises DLRError where the choices make no chain for an MLP, or an expert."""
     for mlp in mlps:
-        mixture = isinstance(mlp, Mixture)
-        config.spec_for(mlp.hidden_size, mlp.expert_params if mixture else mlp.params)
-        if mixture and config.lanes > 1:
+        config.spec_for(mlp.hidden_size, mlp.expert_params if isinstance(mlp, Mixture) else mlp.params)
+        if isinstance(mlp, Mixture) and config.lanes > 1:
             raise DLRError(f"{mlp.module} is a mixture, whose experts get one lane each: leave --lanes out")
 
 

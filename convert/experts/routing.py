@@ -45,15 +45,15 @@ class Mixture(MLP):
 
 
 class Routing(NamedTuple):
-    """Which experts tokens are given to: index [N, k] int64, E or more for none; weight [N, k] float32, what the
+    """Which experts tokens are given to: chosen [N, k] int64, E or more for none; weight [N, k] float32, what the
     experts' outputs are multiplied with."""
 
-    index: Tensor
+    chosen: Tensor
     weight: Tensor
 
     def of(self, expert: int) -> tuple[Tensor, Tensor]:
         """The tokens of one expert, [n] int64, and its weight for each, [n]."""
-        there = self.index == expert
+        there = self.chosen == expert
         rows = there.any(1).nonzero()[:, 0]
         return rows, torch.where(there, self.weight, 0.0).sum(1)[rows]
 
@@ -169,7 +169,7 @@ def _as_thought(module: nn.Module, mixture: Mixture, args: Any, kwargs: Any, out
     try:
         x, routing = read_call(mixture, args, kwargs)
         assert routing is not None
-        if not mixture.stacked and routing.index.shape != routing.weight.shape:
+        if not mixture.stacked and routing.chosen.shape != routing.weight.shape:
             return False
         wanted = read_output(mixture, output).float()
         got = together(module, mixture.experts, x, routing)
