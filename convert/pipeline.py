@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -265,10 +264,8 @@ def distill_modules(context: Context) -> Modules:
             pairs = calibrator.pairs(mlp) if calibrator else next(independent)[1]
             title = f"{mlp.module} ({number} of {len(mlps)})"
             if module is None:
-                fit: Any = (
-                    partial(fit_mixture, corrected=bool(calibrator)) if isinstance(mlp, Mixture) else _fit
-                )
-                module = fit(context, mlp, pairs, title)
+                fit: Any = fit_mixture if isinstance(mlp, Mixture) else _fit
+                module = fit(context, mlp, pairs, title, corrected=bool(calibrator))
                 _keep(context, module)  # before what may fail
             if config.redistill and not isinstance(mlp, Mixture):
                 module = _attacked(context, module, pairs, title)
@@ -333,7 +330,7 @@ def _phases(
     ]
 
 
-def _fit(context: Context, mlp: MLP, pairs: Activations, title: str) -> _Module:
+def _fit(context: Context, mlp: MLP, pairs: Activations, title: str, corrected: bool) -> _Module:
     started = time.monotonic()
     recipe = context.config.recipe(gated=mlp.gated)
     recipe = replace(recipe, seed=recipe.seed + mlp.layer)
