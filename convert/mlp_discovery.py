@@ -80,7 +80,11 @@ def find_mlps(model: PreTrainedModel, pattern: str | None = None) -> list[MLP]:
             and any(p.dim() > 1 for p in model.get_submodule(name).parameters())
             and not any(within(mixture, [name]) for mixture in experts)
         ]
-        routed = [mixture for mixture in routed if wanted.search(mixture.module)]
+        routed = [
+            mixture
+            for mixture in routed
+            if any(wanted.search(name) for name in (mixture.module, mixture.module.rpartition(".")[0]))
+        ]
     else:
         wanted = None
         whole = [
@@ -150,7 +154,7 @@ def check_dense(
     held = sum(p.numel() for name in experts for p in model.get_submodule(name).parameters())
     held -= sum(mlp.params for mlp in mlps if within(mlp.module, experts))
     return (
-        f"{len(experts)} of the model's {count} MLPs are mixtures of experts of an unknown kind and are not locked: "
+        f"{len(experts)} of the model's {count} MLPs are mixtures of experts and are not locked: "
         f"{100 * held / model.num_parameters():.0f}% of the original's parameters, as trainable as before"
     )
 

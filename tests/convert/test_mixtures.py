@@ -225,12 +225,12 @@ def test_llama_4_with_several_experts_a_token_is_told(text: Path, tmp_path: Path
 
 def test_unknown_mixtures_are_named() -> None:
     """What is called in another way is found to be so by running it, and no lock of the model."""
-    model = tiny_model("mixtral")
+    model = tiny_model("deepseek_v3")
     experts = model.model.layers[1].mlp.experts
     stock = experts.forward
     experts.forward = lambda x, index, weight: stock(x, index, weight.square())
     mlps = find_mlps(model)
-    assert [mlp.layer for mlp in mlps] == [0]
-    with pytest.raises(DLRError, match=r"1 of the model's 2 MLPs .* \(MixtralSparseMoeBlock\).*--layers 0"):
+    assert not any(isinstance(mlp, Mixture) for mlp in mlps) and [mlp.layer for mlp in mlps] == [0, 1]
+    with pytest.raises(DLRError, match=r"1 of the model's 3 MLPs .* \(DeepseekV3MoE\).*--layers 0-1"):
         check_dense(model, mlps, layers=None, pattern=None)
     assert "not locked" in str(check_dense(model, mlps, layers="0", pattern=None))
