@@ -22,6 +22,5 @@ def test_a_step_through_experts_chains_of_their_size_is_longer_and_saves_more() 
             count_step(lambda x, module=module: module(x, index, weight), x, [*module.parameters()])
             for module in (stock, chains)
         )
-    print(before, after)
-    assert 0.9 < after.flops / before.flops < 1.1  # as many products, in many more dependent steps
-    assert after.dependent > 2 * before.dependent and after.saved > 2 * before.saved
+    assert 1 <= after.flops / before.flops < 1.4  # about as many products, in many more dependent steps
+    assert after.dependent > 4 * before.dependent and after.saved > 1.8 * before.saved
