@@ -83,6 +83,8 @@ def prepare_server(
     chosen = installed_engine(engine)
     _check_port(flags, "" if chosen == "vllm" else "localhost")
     folder = checked_folder(path, hashes=hashes)
+    if chosen == "vllm" and read_config(folder).mixtures:
+        raise DLRError(NO_MIXTURES)
     if chosen == "vllm":
         command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *flags]
     else:
@@ -103,8 +105,6 @@ def checked_folder(path: str | Path, *, hashes: bool = True) -> Path:
     lock = read_config(folder)
     check_readable(folder, "config.json", "*.safetensors", "*.index.json")
     check_tensors(folder, lock)
-    if chosen == "vllm" and lock.mixtures:
-        raise DLRError(NO_MIXTURES)
     if hashes and (folder / MANIFEST).is_file() and (faults := verify(folder)):
         raise DLRError(f"{folder} is not what was written: {'; '.join(faults)}")
     return folder

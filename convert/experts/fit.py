@@ -162,7 +162,7 @@ def fit_mixture(
         )
     chain = config.spec_for(mixture.hidden_size, mixture.expert_params)
     spec = ExpertsSpec(chain, mixture.experts, kept)
-    recipe = config.recipe()
+    recipe = config.recipe(gated=mixture.gated)
     nets: list[DLRNet] = []
     found: list[tuple[int, Fidelity]] = []  # held-out tokens, figures
     attacks: dict[int, tuple[DLRNet, ExpertPairs, Recipe]] = {}
