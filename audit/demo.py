@@ -187,6 +187,7 @@ def run_demo(
             say("completing a sentence with both ...")
             completions = [generate(m, tokenizer, PROMPT, max_new_tokens=40) for m in (locked, original)]
         module = report.modules[0]
+        assert isinstance(module.spec, DLRSpec)  # the demo's model has no mixtures
         return DemoResult(
             report=report,
             locked=costs[1],

@@ -100,6 +100,11 @@ def _audited(
     folder = model_folder(locked)
     facts = inspect(folder)
     conversion = facts.get("conversion", {})
+    if any("experts" in spec for spec in facts["lock"]["modules"].values()):
+        raise DLRError(
+            f"{locked} has locked mixtures of experts, whose training is not priced yet: the conversion's report has "
+            "the attack on each, and audit.meters.count_step counts a training step of one"
+        )
     progress("reading the models", 0, 2)
     ours = load(folder, dtype=torch.float32, device=device)
     progress("reading the models", 1, 2)

@@ -7,8 +7,6 @@ them. A layer that does not fit alone is kept in memory-mapped files.
 from __future__ import annotations
 
 import copy
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from operator import attrgetter
@@ -19,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import DLRError
-from ..common.hooks import StopForward, first_argument, submodule, watch_pass
+from ..common.hooks import StopForward, submodule, watch_pass
 from ..common.progress import Count, no_count
-from ..common.weights import drop_pages
-from ..runtime import DLRNet
+from ..common.weights import drop_pages, storage
+from ..runtime import DLRExperts, DLRNet
 from .evaluate import relative_error
+from .experts.routing import Routing, read_call, read_output
 from .layer_runner import LayerRunner, Seen, Sum
 
 if TYPE_CHECKING:
@@ -46,7 +45,10 @@ class Activations:
         first: [N] bool, true at the first token of each sequence.
         mapped: Whether x and y are mapped files.
         scratch: The folder of such files; None where they are in memory.
+        routing: Of a mixture, which experts each token is given to; None of an MLP.
     """
+
+    routing: Routing | None = None
 
     def __init__(
         self, x: Tensor, y: Tensor, first: Tensor, mapped: bool, scratch: Path | None = None
@@ -59,6 +61,16 @@ class Activations:
 
     def __len__(self) -> int:
         return len(self.first)
+
+    def route(self, rows: slice, part: Routing | None) -> None:
+        """Takes note of the routing of some tokens."""
+        if part is None:
+            return
+        if self.routing is None:
+            k = part.chosen.shape[1]
+            self.routing = Routing(torch.zeros(len(self), k, dtype=torch.int64), torch.zeros(len(self), k))
+        for whole, piece in zip(self.routing, part, strict=True):
+            whole[rows] = piece.cpu().to(whole.dtype)
 
     @property
     def x(self) -> Tensor:
@@ -186,32 +198,6 @@ def _bytes(mlp: MLP, tokens: int, dtype: torch.dtype) -> int:
     return 2 * tokens * mlp.hidden_size * dtype.itemsize
 
 
-def storage(rows: int, width: int, dtype: torch.dtype, scratch: Path | None) -> Tensor:
-    """[rows, width], in memory, or in a nameless file in `scratch` that vanishes with the process.
-
-    Raises:
-        DLRError: Where the disk has no room for it.
-    """
-    if scratch is None:
-        return torch.empty(rows, width, dtype=dtype)
-    size = rows * width * dtype.itemsize
-    try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix="activations-", dir=scratch)
-        try:
-            # Take the space now: a mapped file that meets a full disk later kills the process (SIGBUS).
-            os.posix_fallocate(descriptor, 0, size)
-            return torch.from_file(name, shared=True, size=rows * width, dtype=dtype).view(rows, width)
-        finally:
-            os.close(descriptor)
-            os.unlink(name)  # the mapping keeps the data; nothing is left behind, even by kill -9
-    except OSError as error:
-        raise DLRError(
-            f"{scratch}: no room for {size / 2**20:,.0f} MiB of activations ({error.strerror}); "
-            "allow more --max-memory or use fewer --tokens"
-        ) from error
-
-
 def _fill(
     model: PreTrainedModel,
     group: Sequence[MLP],
@@ -237,6 +223,9 @@ def _fill(
                     f"{mlp.module} is called more than once in a pass: such a module cannot be replaced"
                 )
             part = held[index].x if side == "input" else held[index].y
+            if side == "input":
+                value, routing = value
+                held[index].route(rows, routing)
             checked_store(part[rows], value, f"the {side} of {mlp.module if side == 'input' else mlp.output}")
             wanted.remove((mlp.module, side))
             if not wanted:
@@ -290,13 +279,13 @@ def _check_calls(model: PreTrainedModel, mlps: Sequence[MLP], tokens: Tensor) ->
 def _forward(
     model: PreTrainedModel, mlps: Sequence[MLP], tokens: Tensor, keep: Callable[[int, str, Any], None]
 ) -> None:
-    """One forward pass of the body; calls keep(index of the MLP, "input" or "output", value) for each."""
+    """One forward pass of the body; calls keep(index of the MLP, "input", (x, routing)), keep(index, "output", y)."""
 
     def before(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keep(index, "input", first_argument(args, kwargs))
+        keep(index, "input", read_call(mlps[index], args, kwargs))
 
     def after(index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        keep(index, "output", output)
+        keep(index, "output", read_output(mlps[index], output))
 
     inputs, outputs = (
         [submodule(model, name(mlp)) for mlp in mlps] for name in (attrgetter("module"), attrgetter("output"))
@@ -351,6 +340,8 @@ class SequentialCalibrator:
         self._teacher = storage(count, d, torch.float32, self._scratch).view(*tokens.shape, d)
         self._locked = self._teacher  # the same until something is locked
         self._layer = 0
+        self._mlps = mlps
+        self._placed: dict[str, DLRNet | DLRExperts] = {}  # chains of the layer that both streams are before
         # Modules whose targets are the original's outputs, for no Sum was found.
         self.uncorrected: set[str] = set()
         self._first = torch.zeros(tokens.shape, dtype=torch.bool)
@@ -369,40 +360,47 @@ class SequentialCalibrator:
         self._go_to(mlp)
         count, d, n = self._tokens.numel(), mlp.hidden_size, self._tokens.shape[1]
         x, y = (storage(count, d, torch.bfloat16, self._scratch) for _ in "xy")
+        pairs = Activations(x, y, self._first.flatten(), self._scratch is not None)
         where = self._runner.find_sum(mlp, self._of(self._teacher, slice(0, 1)))
         if where is None:
             self.uncorrected.add(mlp.module)
         for rows in self._batches():
             ours = theirs = self._runner.look(mlp, self._of(self._teacher, rows), where)
-            if self._locked is not self._teacher:
-                ours = self._runner.look(mlp, self._of(self._locked, rows), where)
+            if self._locked is not self._teacher or self._placed:
+                ours = self._runner.look(mlp, self._of(self._locked, rows), where, self._placed)
             at = slice(rows.start * n, rows.stop * n)
             checked_store(x[at], ours.x, f"the input of {mlp.module}")
+            pairs.route(at, ours.routing)
             checked_store(y[at], _wanted(theirs, ours, where), f"the output of {mlp.output}")
             self._forget(x, y)
-        return Activations(x, y, self._first.flatten(), self._scratch is not None, self._scratch)
+        return pairs
 
-    def put(self, mlp: MLP, net: DLRNet) -> float:
-        """Takes the fitted chain in the MLP's place and moves on behind its layer.
+    def put(self, mlp: MLP, net: DLRNet | DLRExperts) -> float | None:
+        """Takes the fitted chain in the MLP's place and, where it is the last of its layer, moves on behind that.
 
         Returns:
             How far the locked stream is from the original's there: the mean over tokens of
-            |locked - original|^2 / |original|^2.
+            |locked - original|^2 / |original|^2; None where more of the layer's MLPs are to come.
         """
         self._go_to(mlp)
+        self._placed[mlp.module] = copy.deepcopy(net).to(self._device)
+        layer_of = self._runner.layer_of
+        here = [other.module for other in self._mlps if layer_of[other.module] == layer_of[mlp.module]]
+        if here[-1] != mlp.module:
+            return None
         before = self._locked
         if before is self._teacher:
             size = self._tokens.numel(), mlp.hidden_size
             self._locked = storage(*size, torch.float32, self._scratch).view_as(before)
-        chain = copy.deepcopy(net).to(self._device)
         drift = 0.0
         for rows in self._batches():
-            out = self._runner.look(mlp, self._of(before, rows), instead=lambda x, y: chain(x)).out
+            out = self._runner.look(mlp, self._of(before, rows), instead=self._placed).out
             truth = self._runner.run(self._layer, self._of(self._teacher, rows))
             drift += relative_error(out.float().flatten(0, 1), truth.float().flatten(0, 1)).sum().item()
             self._locked[rows].copy_(out)
             self._teacher[rows].copy_(truth)
         self._layer += 1
+        self._placed = {}
         return drift / self._tokens.numel()
 
     def _go_to(self, mlp: MLP) -> None:

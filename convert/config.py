@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 
 INITS = ("mixed", "random")
 ACROSS = ("sequential", "independent")
+STARVED = ("nearest", "leave")
 
 _WARMUP = 0.125  # share of the training tokens, and at most 150 steps
 _DECAY = 0.5  # share of the training tokens, at the end, over which the rate falls to 0
 _BATCH = 512  # tokens
+_EXPERT_TOKENS = 2048
 _ON_A_GPU = {"tokens": 8, "train_tokens": 20, "end_to_end": 64}  # times what an effort means on a CPU
 _FIRST = 4 / 512  # share of a batch that is drawn from first tokens, beside those that come by chance
 
@@ -147,10 +149,10 @@ class Effort:
 
 # The words are of a 135M model on two CPU cores; the error is the relative one on held-out text.
 EFFORTS = {
-    "quick": Effort("half a minute a layer, error 0.24: a first look", 81_920, 102_400, 0, 0.0),
-    "standard": Effort("five minutes a layer, error 0.17: for a few layers", 163_840, 409_600, 0, 0.25),
+    "quick": Effort("half a minute a layer, error 0.19: a first look", 81_920, 102_400, 0, 0.0),
+    "standard": Effort("five minutes a layer, error 0.14: for a few layers", 163_840, 409_600, 0, 0.25),
     "best": Effort(
-        "about an hour a layer, error 0.14, and an hour or two at the end",
+        "about an hour a layer, error 0.13, and an hour or two at the end",
         491_520,
         1_638_400,
         262_144,
@@ -216,6 +218,15 @@ class ConversionConfig:
         "sequential: modules correct one another's errors; independent: they do not.",
         "sequential, where the model allows it",
     )
+    expert_tokens: int | None = option(
+        None,
+        "Tokens of calibration text that each expert of a mixture is fitted on, at least.",
+        f"{_EXPERT_TOKENS}",
+    )
+    starved: str = option(
+        "nearest",
+        "Experts that the router gives fewer: nearest (tokens that it scores highest for them, too) or leave (as is).",
+    )
     batch: int | None = option(None, "Tokens a batch.", str(_BATCH))
     seed: int = option(0, "Seed of initialisations, batches and sampled text.")
     temperature: float = option(1.0, "Temperature of text sampled by --data self.")
@@ -247,6 +258,7 @@ class ConversionConfig:
         named: dict[str, Any] = {
             "effort": known_name(self.effort, EFFORTS, "effort"),
             "init": known_name(self.init, INITS, "init"),
+            "starved": known_name(self.starved, STARVED, "way with starved experts"),
             "across": self.across and known_name(self.across, ACROSS, "way across the layers"),
             "dtype": known_name(self.dtype, ("auto", *DTYPES), "dtype"),
             "act": known_name(self.act, sorted(ACTIVATIONS), "activation"),
@@ -254,7 +266,9 @@ class ConversionConfig:
             "data": "self" if str(self.data).lower() == "self" else self.data,
         }
         effort = EFFORTS[named["effort"]].on(device)
-        for name in ("tokens", "heldout", "train_tokens", "batch", "lanes", "depth", "rank", "sequence"):
+        for name in (
+            "tokens", "heldout", "train_tokens", "batch", "lanes", "depth", "rank", "sequence", "expert_tokens",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise DLRError(f"{flag(name)} must be at least 1, not {value}")
@@ -280,6 +294,7 @@ class ConversionConfig:
             end_to_end=effort.end_to_end if self.end_to_end is None else self.end_to_end,
             redistill=effort.redistill if self.redistill is None else self.redistill,
             batch=self.batch or _BATCH,
+            expert_tokens=self.expert_tokens or _EXPERT_TOKENS,
             device=str(device),
             max_memory=memory_bytes(self.max_memory),
         )

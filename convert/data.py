@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import DLRError
-from ..common.hooks import frozen
+from ..common.hooks import frozen, is_paired
 from ..common.progress import Count, Progress, no_count
 from ..common.splits import hold_out
 from ..common.text_sources import open_text
@@ -308,6 +308,8 @@ def _sample(
         raise DLRError("text can be sampled only from a model: give one with 'self'")
     if not temperature > 0:
         raise DLRError(f"temperature {temperature:g}: it must be above 0")
+    if is_paired(model):
+        raise DLRError("an encoder-decoder writes nothing of its own accord: give it a text, --data text.txt")
     device = model.device
     generator = torch.Generator(device=device).manual_seed(seed)
     at_once = max(1, min(_MAX_SAMPLED_AT_ONCE, _CACHE_BYTES // (n * _cache_bytes_per_token(model))))

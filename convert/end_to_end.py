@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..common.errors import DLRError
-from ..common.hooks import removed, run_body
+from ..common.hooks import removed, run_body, text_inputs
 from ..common.progress import Count, no_count
 from ..reporting.lock_verdict import LOCKED_GAP
-from ..runtime import DLRNet
+from ..runtime import DLRExperts, DLRNet
 from ..runtime.quantizer import replace_module
-from ..triton_kernels import chain_reference, flattened_reference
+from ..triton_kernels import backend, chain_reference, flattened_reference
 from .context import Context
 from .evaluate import (
     CHUNK,
@@ -86,15 +86,15 @@ class TrainableChain(DLRNet):
 
 def train_end_to_end(
     model: PreTrainedModel,
-    chains: Mapping[str, DLRNet],
+    chains: Mapping[str, DLRNet | DLRExperts],
     identity: list[str],
     tokens: Tensor,
     plan: EndToEndPlan,
     *,
     progress: Count = no_count,
     watch: Callable[[int, float], None] | None = None,
-) -> dict[str, DLRNet]:
-    """Trains all chains at once, in their places in the model.
+) -> dict[str, DLRNet | DLRExperts]:
+    """Trains all chains at once, in their places in the model; those of experts are in their places, too, and stay.
 
     Args:
         model: The original, which is left as it is.
@@ -111,12 +111,16 @@ def train_end_to_end(
     Raises:
         DLRError: Where the loss is not finite.
     """
-    places = {name: TrainableChain(net, model.device) for name, net in chains.items()}
+    places = {
+        name: TrainableChain(net, model.device) if isinstance(net, DLRNet) else net
+        for name, net in chains.items()
+    }
     student = with_chains(model, places, identity)
     optimizer = Muon(
         [
             {"params": [p for p in place.parameters() if p.requires_grad], "lr": plan.rate}
             for place in places.values()
+            if isinstance(place, TrainableChain)
         ],
         momentum=plan.momentum,
     )
@@ -135,8 +139,9 @@ def train_end_to_end(
             if len(order) < at_once:
                 order = torch.randperm(sequences, generator=generator)
             ids, order = tokens[order[:at_once]].to(model.device), order[at_once:]
-            loss = distance(student, model, ids) / parts
-            loss.backward()
+            with backend("naive"):  # gradients go through experts' chains, too
+                loss = distance(student, model, ids) / parts
+                loss.backward()
             total += loss.item()
         if not math.isfinite(total):
             raise DLRError("the end-to-end phase diverged: try a lower rate")
@@ -146,7 +151,10 @@ def train_end_to_end(
         progress(min(trained, plan.train_tokens), plan.train_tokens)
         if watch is not None:
             watch(trained, total)
-    return {name: _stored(places[name], net) for name, net in chains.items()}
+    return {
+        name: _stored(place, net) if isinstance(place := places[name], TrainableChain) else net
+        for name, net in chains.items()
+    }
 
 
 def distance(student: nn.Module, original: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -182,7 +190,7 @@ def _kl(got: Tensor, wanted: Tensor) -> Tensor:
 
 def _output(model: Any, ids: Tensor) -> Tensor:
     """Logits [T, V], or last hidden states [T, d], in float32."""
-    states = model(input_ids=ids).logits if predicts_next(model) else run_body(model, ids)[0]
+    states = model(**text_inputs(model, ids)).logits if predicts_next(model) else run_body(model, ids)[0]
     return states.float().flatten(0, 1)
 
 
@@ -237,8 +245,12 @@ def flatten_gaps(model: PreTrainedModel, chains: Mapping[str, DLRNet], tokens: T
     return {name: torch.cat(parts).mean().item() for name, parts in seen.items()}
 
 
-def _stored(place: TrainableChain, net: DLRNet) -> DLRNet:
-    trained = DLRNet(net.spec, dtype=net.dlr_A.dtype)
+def _dense(chains: Mapping[str, DLRNet | DLRExperts]) -> dict[str, DLRNet]:
+    return {name: net for name, net in chains.items() if isinstance(net, DLRNet)}
+
+
+def _stored(place: TrainableChain, net: DLRNet | DLRExperts) -> DLRNet:
+    trained = DLRNet(place.spec, dtype=net.dlr_A.dtype)
     trained.assign({name: weight.detach().cpu() for name, weight in place.named_parameters()})
     return trained
 
@@ -254,6 +266,9 @@ def run_end_to_end(context: Context, modules: Modules) -> EndToEndReport | None:
     """
     if not context.config.end_to_end:
         return None
+    if not _dense(modules.chains):
+        context.notes.append("there was no end-to-end phase, for it trains no experts' chains")
+        return None
     started = time.monotonic()
     model, text = context.model, context.text
     modules.chains = dict(modules.chains)  # all of them are in work from here on
@@ -261,7 +276,7 @@ def run_end_to_end(context: Context, modules: Modules) -> EndToEndReport | None:
     def figures(what: str) -> tuple[Evaluation | StateEvaluation, dict[str, float]]:
         locked = with_chains(model, modules.chains, context.identity)
         evaluation = compare(locked, model, text.heldout, context.count(f"measuring {what}"))
-        return evaluation, flatten_gaps(locked, modules.chains, text.heldout)
+        return evaluation, flatten_gaps(locked, _dense(modules.chains), text.heldout)
 
     before, fitted = figures("the modules"), modules.chains
     try:
@@ -291,7 +306,7 @@ def run_end_to_end(context: Context, modules: Modules) -> EndToEndReport | None:
     weaker = _unlocked(before[1], after[1]) or _weaker(done)
     if not weaker and context.config.redistill:
         try:
-            attacks = _attacked(context, modules, weakest, fitted[weakest])
+            attacks = _attacked(context, modules, weakest, _dense(fitted)[weakest])
         except DLRError as error:  # it says nothing of the chains
             context.notes.append(f"the attack on {weakest} after the end-to-end phase failed: {error}")
         else:
@@ -312,7 +327,7 @@ def _attacked(
     report = next(report for report in modules.reports if report.module == name)
     done = []
     for _, pairs in context.capture([mlp]):
-        for when, net in {"before": fitted, "after": modules.chains[name]}.items():
+        for when, net in {"before": fitted, "after": _dense(modules.chains)[name]}.items():
             progress = context.count(f"redistilling {name}, as it was {when} the end-to-end phase")
             done.append(attack_module(context, net, report, pairs, progress))
     before, after = done

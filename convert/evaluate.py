@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import DLRError
-from ..common.hooks import frozen, run_body
+from ..common.hooks import frozen, is_paired, run_body, text_inputs
 from ..common.progress import Count, no_count
 from ..reporting.lock_verdict import UNDONE_RATIO, attack_words, error_ratio
 from ..runtime import DLRNet
@@ -372,7 +372,7 @@ def evaluate_states(
 def _pass_by_pass(model: PreTrainedModel, tokens: Tensor, at_once: int) -> Iterator[Any]:
     for ids in tokens.split(at_once):
         with frozen(model):  # not around the yield: it would be the caller's, too
-            output = model(input_ids=ids.to(model.device))
+            output = model(**text_inputs(model, ids))
         yield output
 
 
@@ -381,7 +381,8 @@ def _logits(output: Any, ids: Tensor, model: PreTrainedModel) -> Tensor:
     logits = getattr(output, "logits", None)
     if logits is None or logits.dim() != 3 or logits.shape[:2] != ids.shape:
         raise DLRError(f"{type(model).__name__} has no language-model head: its loss on text is not defined")
-    return logits[:, :-1].flatten(0, 1)
+    # A decoder that was fed one token late says token t at place t, a language model token t + 1.
+    return (logits[:, 1:] if is_paired(model) else logits[:, :-1]).flatten(0, 1)
 
 
 def _cross_entropy(log_probs: Tensor, targets: Tensor) -> float:

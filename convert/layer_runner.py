@@ -7,7 +7,7 @@ each layer must begin with what the one before gave.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import DLRError
-from ..common.hooks import StopForward, first_argument, frozen, removed, watch_pass
+from ..common.hooks import StopForward, frozen, is_paired, removed, watch_pass
+from .experts.routing import Routing, read_call, read_output
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
 
@@ -55,12 +57,14 @@ class Seen:
         x, y: Input and output of its MLP, [b, n, d].
         total: The total of its `Sum`, [b, n, d]; None where none was asked for.
         out: The layer's output, [b, n, d].
+        routing: Of a mixture, which experts each of the b n tokens is given to.
     """
 
     x: Tensor
     y: Tensor
     total: Tensor | None
     out: Tensor
+    routing: Routing | None = None
 
 
 class Unrepeatable(DLRError):
@@ -88,11 +92,12 @@ class LayerRunner:
         tokens: Tensor,
         like: LayerRunner | None = None,
     ) -> None:
-        if getattr(model.config, "is_encoder_decoder", False):
+        if is_paired(model):
             raise Unrepeatable("its decoder's layers are given what the encoder read")
         self._model = model
         self._tokens = tokens
         self._layers, places = _layers_of(model, mlps)
+        self._outputs = {mlp.module: mlp.output for mlp in mlps}
         self._names = {id(module): name for name, module in model.named_modules()}
         self._extras: dict[int, list[_Call]] = {}
         self.layer_of = places
@@ -135,7 +140,7 @@ class LayerRunner:
         mlp: Placed,
         hidden: Tensor,
         where: Sum | None = None,
-        instead: Callable[[Tensor, Tensor], Tensor] | None = None,
+        instead: Mapping[str, nn.Module] | None = None,
     ) -> Seen:
         """Runs one MLP's layer and watches.
 
@@ -143,18 +148,15 @@ class LayerRunner:
             mlp: The MLP.
             hidden: [b, n, d], the hidden states in front of its layer.
             where: The sum whose total is wanted, None for none.
-            instead: What gives the MLP's output from its own x and y, None to leave it.
+            instead: What is called for MLPs of the layer, by their modules' names: what it gives counts.
         """
-        seen: dict[str, Tensor] = {}
+        seen: dict[str, Any] = {}
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen["x"] = first_argument(args, kwargs)
+            seen["x"], seen["routing"] = read_call(mlp, args, kwargs)
 
-        def leave(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
-            seen["y"] = y.clone()  # the layer may add to it in place
-            if instead is None:
-                return None
-            return instead(seen["x"], y).to(y.dtype).view_as(y)
+        def leave(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+            seen["y"] = read_output(mlp, y).clone()  # the layer may add to it in place
 
         def meet(module: nn.Module, args: tuple[Any, ...]) -> None:
             seen["total"] = args[0]
@@ -164,12 +166,30 @@ class LayerRunner:
             self._model.get_submodule(mlp.module).register_forward_pre_hook(enter, with_kwargs=True),
             self._model.get_submodule(mlp.output).register_forward_hook(leave),
         ]
+        for name, module in (instead or {}).items():
+            hooks += self._run_instead(name, module)
         if where is not None and where.module is not None:
             hooks.append(self._model.get_submodule(where.module).register_forward_pre_hook(meet))
         with removed(hooks):
             out = self.run(self.layer_of[mlp.module], hidden)
         total = out if where is not None and where.module is None else seen.get("total")
-        return Seen(seen["x"], seen["y"], total, out)
+        return Seen(seen["x"], seen["y"], total, out, seen["routing"])
+
+    def _run_instead(self, name: str, instead: nn.Module) -> list[RemovableHandle]:
+        """Hooks by which `instead` gives the output of the MLP whose module is `name`."""
+        given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given[:] = [(args, kwargs)]
+
+        def leave(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+            args, kwargs = given[0]
+            return instead(*args, **kwargs).to(y.dtype).view_as(y)
+
+        return [
+            self._model.get_submodule(name).register_forward_pre_hook(enter, with_kwargs=True),
+            self._model.get_submodule(self._outputs[name]).register_forward_hook(leave),
+        ]
 
     def find_sum(self, mlp: Placed, hidden: Tensor) -> Sum | None:
         """Where y is added to the rest, found by changing y and looking what changes by as much.
@@ -349,8 +369,6 @@ def _layers_of(model: nn.Module, mlps: Sequence[Placed]) -> tuple[list[nn.Module
         holder = min(above, key=len)
         holders.add(holder)
         places[mlp.module] = int(mlp.module[len(holder) + 1 :].split(".")[0])
-    if len(set(places.values())) < len(mlps):
-        raise Unrepeatable("a layer holds more than one MLP")
     if len(holders) > 1:
         raise Unrepeatable(f"its MLPs are in several lists of layers ({', '.join(sorted(holders))})")
     return list(lists[holders.pop()]), places

@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..common.errors import DLRError, first_line
+from ..common.errors import DLRError
 from ..common.hooks import frozen, removed
+from .experts.routing import Mixture, find_mixtures
 from .mlp_matching import (
     ACT_NAME,
     MLP,
@@ -35,6 +37,7 @@ from .mlp_matching import (
     look_inside,
     mixtures,
     module_names,
+    one_pass,
     shape_of,
     sizes_of,
     structure_of,
@@ -62,6 +65,7 @@ def find_mlps(model: PreTrainedModel, pattern: str | None = None) -> list[MLP]:
         DLRError: Where none is found, and where an MLP is used more than once in a pass.
     """
     experts = mixtures(model)
+    routed = find_mixtures(model)[0] if experts else []
     if pattern is not None:
         try:
             wanted = re.compile(pattern)
@@ -76,11 +80,11 @@ def find_mlps(model: PreTrainedModel, pattern: str | None = None) -> list[MLP]:
             and any(p.dim() > 1 for p in model.get_submodule(name).parameters())
             and not any(within(mixture, [name]) for mixture in experts)
         ]
-        if not whole and any(wanted.search(mixture) for mixture in experts):
-            raise DLRError(
-                f"what --mlps {pattern!r} matches are mixtures of experts, which are not supported: only dense MLPs "
-                "can be locked"
-            )
+        routed = [
+            mixture
+            for mixture in routed
+            if any(wanted.search(name) for name in (mixture.module, mixture.module.rpartition(".")[0]))
+        ]
     else:
         wanted = None
         whole = [
@@ -106,10 +110,11 @@ def find_mlps(model: PreTrainedModel, pattern: str | None = None) -> list[MLP]:
             taken.append(name)
         if wanted is None:
             found += [_mlp(model, name, parts, inside) for name, parts, inside in calls.loose(taken)]
+    found += routed
     if not found:
         raise DLRError(_nothing(model, pattern))
     for mlp in found:
-        if calls.count[mlp.module] > 1:
+        if calls.count.get(mlp.module, 1) > 1:
             raise DLRError(
                 f"{mlp.module} is used {calls.count[mlp.module]} times in one pass: "
                 "a model whose layers share their MLP cannot be locked"
@@ -122,12 +127,12 @@ def check_dense(
 ) -> str | None:
     """Whether a lock of the MLPs found leaves none of those out that were meant.
 
-    A model whose other MLPs are mixtures of experts is locked in its dense ones only where the caller names them: an
-    owner who asks for a lock of the model would else get one of a few layers.
+    A model whose other MLPs are mixtures of experts of an unknown kind is locked in what is known only where the caller
+    names the layers: an owner who asks for a lock of the model would else get one of a few layers.
 
     Args:
         model: Any transformers model.
-        mlps: Its dense MLPs.
+        mlps: Its MLPs, as `find_mlps` found them.
         layers, pattern: What was asked for, as `select_layers` and `find_mlps` take it.
 
     Returns:
@@ -136,14 +141,15 @@ def check_dense(
     Raises:
         DLRError: Where mixtures were meant, too.
     """
-    experts = mixtures(model)
+    experts = unknown_mixtures(model, mlps)
     if not experts:
         return None
     count = len(experts) + len(mlps)
     if layers is None and any(pattern is None or re.search(pattern, name) for name in experts):
         raise DLRError(
-            f"{len(experts)} of the model's {count} MLPs are mixtures of experts, which cannot be locked: to lock "
-            f"dense ones alone, name their layers, --layers {_ranges({mlp.layer for mlp in mlps})}"
+            f"{len(experts)} of the model's {count} MLPs are mixtures of experts of a kind that cannot be locked "
+            f"({', '.join(_kinds(model, experts))}): to lock the others alone, name their layers, "
+            f"--layers {_ranges({mlp.layer for mlp in mlps})}"
         )
     held = sum(p.numel() for name in experts for p in model.get_submodule(name).parameters())
     held -= sum(mlp.params for mlp in mlps if within(mlp.module, experts))
@@ -151,6 +157,17 @@ def check_dense(
         f"{len(experts)} of the model's {count} MLPs are mixtures of experts and are not locked: "
         f"{100 * held / model.num_parameters():.0f}% of the original's parameters, as trainable as before"
     )
+
+
+def unknown_mixtures(model: nn.Module, mlps: Sequence[MLP]) -> list[str]:
+    """The mixtures of a model that are not among its MLPs found."""
+    known = [mlp.module for mlp in mlps if isinstance(mlp, Mixture)]
+    return [name for name in mixtures(model) if not any(within(module, [name]) for module in known)]
+
+
+def _kinds(model: nn.Module, experts: Sequence[str]) -> list[str]:
+    """The classes of mixtures, each once."""
+    return sorted({type(model.get_submodule(name)).__name__ for name in experts})
 
 
 def select_layers(mlps: Sequence[MLP], layers: str | None) -> list[MLP]:
@@ -162,10 +179,10 @@ def select_layers(mlps: Sequence[MLP], layers: str | None) -> list[MLP]:
     if layers is None:
         return list(mlps)
     if last := re.fullmatch(r"\s*last-(\d+)\s*", layers):
-        count = int(last[1])
-        if not 1 <= count <= len(mlps):
-            raise DLRError(f"layers {layers!r}: the model has {len(mlps)} MLPs")
-        return list(mlps[-count:])
+        count, numbers = int(last[1]), sorted({mlp.layer for mlp in mlps})
+        if not 1 <= count <= len(numbers):
+            raise DLRError(f"layers {layers!r}: the model has MLPs in {len(numbers)} layers")
+        return [mlp for mlp in mlps if mlp.layer in numbers[-count:]]
     wanted: set[int] = set()
     for part in layers.split(","):
         ends = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
@@ -227,9 +244,13 @@ def _numbered(model: nn.Module, found: list[MLP]) -> list[MLP]:
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     found = sorted(found, key=lambda mlp: order[mlp.module])
     numbers = [layer_number(model, mlp.module) for mlp in found]
-    if len(set(numbers)) < len(numbers):
+    # An encoder's layer 0 and a decoder's are two layers; a mixture and the MLP beside it are in one.
+    if len({(_prefix(mlp.module), n) for mlp, n in zip(found, numbers, strict=True)}) > len(set(numbers)):
         numbers = list(range(len(found)))
-    return [MLP(**{**vars(mlp), "layer": number}) for mlp, number in zip(found, numbers, strict=True)]
+    return [
+        replace(mlp, layer=0 if number is None else number)
+        for mlp, number in zip(found, numbers, strict=True)
+    ]
 
 
 def _nothing(model: nn.Module, pattern: str | None) -> str:
@@ -249,15 +270,11 @@ def _nothing(model: nn.Module, pattern: str | None) -> str:
     if pattern is not None:
         said = f"no module that --mlps {pattern!r} matches maps [.., d] to [.., d] token by token"
     elif any("experts" in name for name, _ in [*model.named_modules(), *model.named_parameters()]):
-        return (
-            "the model's MLPs are mixtures of experts, which are not supported: only dense MLPs can be locked"
-        )
+        kinds = ", ".join(_kinds(model, mixtures(model)))
+        return f"the model's MLPs are mixtures of experts of a kind that cannot be locked ({kinds})"
     else:
         said = "the model's MLPs are not recognised"
     return f"{said}; found {there}{more}; name the modules by a pattern such as --mlps 'layers\\.\\d+\\.ffn$'"
-
-
-_TOKENS = 8
 
 
 class Trial:
@@ -284,7 +301,7 @@ class Trial:
             self.count[name] = 0
             hooks.append(model.get_submodule(name).register_forward_hook(self._hook(name), with_kwargs=True))
         with removed(hooks):
-            _one_pass(model)
+            one_pass(model)
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -330,29 +347,12 @@ class Trial:
                 yield first[0], (act, second[0]), inside
 
 
-def _one_pass(model: PreTrainedModel) -> None:
-    try:
-        table = model.get_input_embeddings()
-        rows, device = len(table.weight), table.weight.device
-    except (NotImplementedError, AttributeError, TypeError) as error:
-        raise DLRError(
-            f"a {type(model).__name__} takes no text: only language models can be locked"
-        ) from error
-    ids = torch.randint(rows, (1, _TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
-    # An encoder-decoder is fed on both sides.
-    both = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
-    try:
-        model(input_ids=ids, **both)
-    except Exception as error:
-        raise DLRError(f"the model does not run on text alone: {first_line(error)}") from error
-
-
 def _same(a: Tensor, b: Tensor) -> bool:
-    """The same values: the tensor itself, or a copy, as dropout may make. (Both are kept alive, so the same
-    address is the same tensor, even where the activation then wrote over it.)"""
+    """The same values: the tensor itself, or a copy, as dropout may make, of which zeros say nothing. (Both are kept
+    alive, so the same address is the same tensor, even where the activation then wrote over it.)"""
     if a.numel() != b.numel() or a.dtype != b.dtype:
         return False
-    return a.data_ptr() == b.data_ptr() or torch.equal(a.flatten(), b.flatten())
+    return a.data_ptr() == b.data_ptr() or (bool(a.any()) and torch.equal(a.flatten(), b.flatten()))
 
 
 def _prefix(name: str) -> str:

@@ -7,16 +7,22 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.pytorch_utils import Conv1D
 
+from ..common.errors import DLRError, first_line
+from ..common.hooks import text_inputs
 from ..common.weights import awake
 from ..triton_kernels.activations import COMMON_ACTS
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_EXPERTS = re.compile(r"(^|\.)(local_)?experts(\.|$)")
 # Last part of the name of what may be an activation of no class known to us: act_fn, activation, gelu_impl.
 ACT_NAME = re.compile(r"(act|gelu)[^.]*$")
 
@@ -118,9 +124,12 @@ def sizes_of(module: Any) -> tuple[int, int]:
 
 
 def module_names(model: nn.Module) -> list[str]:
-    """Every module's name, in model order; experts and adapters are passed over."""
+    """Every module's name, in model order; adapters are passed over, and a mixture's experts, but not an expert that
+    all tokens share."""
     return [
-        name for name, _ in model.named_modules() if name and "expert" not in name and "lora_" not in name
+        name
+        for name, _ in model.named_modules()
+        if name and not _EXPERTS.search(name) and "lora_" not in name
     ]
 
 
@@ -339,3 +348,24 @@ def _acts(module: nn.Module) -> list[tuple[str, Act]]:
     if found:
         return [(act_name(act), act) for act in found]
     return [(name, ACT2FN[name]) for name in COMMON_ACTS]
+
+
+def one_pass(model: PreTrainedModel) -> None:
+    """Runs 8 random tokens through a model. Raises DLRError, in a line, where it does not take text alone."""
+    if model.main_input_name != "input_ids":
+        raise DLRError(
+            f"a {type(model).__name__} reads {model.main_input_name}, and calibration is on text alone: only models "
+            "that read text can be locked"
+        )
+    try:
+        table = model.get_input_embeddings()
+        rows = len(table.weight)
+    except (NotImplementedError, AttributeError, TypeError) as error:
+        raise DLRError(
+            f"a {type(model).__name__} takes no text: only language models can be locked"
+        ) from error
+    ids = torch.randint(rows, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
+    try:
+        model(**text_inputs(model, ids))
+    except Exception as error:
+        raise DLRError(f"the model does not run on text alone: {first_line(error)}") from error

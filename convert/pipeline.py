@@ -20,7 +20,7 @@ from ..common.progress import Phase, Progress, expect, no_progress, say
 from ..common.resume import ResumeStore, run_lock
 from ..common.side_files import carry_over, licence
 from ..common.version import __version__
-from ..runtime import DLRNet
+from ..runtime import DLRExperts, DLRNet, ExpertsSpec
 from ..runtime.checkpoint import write_manifest
 from .activations import Activations, SequentialCalibrator
 from .config import ConversionConfig, Recipe
@@ -28,15 +28,17 @@ from .context import Context
 from .data import calibration_text, digest, poor_text
 from .distill import Weights, distill
 from .end_to_end import run_end_to_end
+from .experts.fit import check_sizes, fit_mixture
+from .experts.routing import Mixture
 from .layer_runner import Unrepeatable
-from .mlp_discovery import check_dense, find_mlps, select_layers
-from .mlp_matching import MLP, mixtures, teacher_weights
+from .mlp_discovery import check_dense, find_mlps, select_layers, unknown_mixtures
+from .mlp_matching import MLP, teacher_weights
 from .redistill import INITS, attack_module, attack_tokens
 from .report import ConversionReport, ModuleReport, Modules, model_card
 from .source import compute_dtype, open_source, public_name, unplaced_tensors, weight_files
 from .writing import KeptChains, measure_checkpoint, restored, write_checkpoint, write_words
 
-_Module = tuple[DLRNet, ModuleReport]
+_Module = tuple[DLRNet | DLRExperts, ModuleReport]
 
 # Layer 11 of SmolLM2 writes 600,000 times the usual |y|^2 at first tokens. A chain with an error of 0.19 there is a
 # sound part of the model; with 0.95, and 0.23 over all tokens, the loss went from 2.61 to 3.26.
@@ -109,13 +111,10 @@ def _prepared(
     scratch.mkdir()
     with _shown(progress, "reading the model"):
         original = open_source(source, dtype=compute_dtype(device), device=device, room=_room(config, device))
-        if getattr(original.model.config, "is_encoder_decoder", False):
-            raise DLRError(f"{original.name} is an encoder-decoder model, which is not supported")
         every = find_mlps(original.model, config.mlps)
         notes = [check_dense(original.model, every, layers=config.layers, pattern=config.mlps)]
         mlps = select_layers(every, config.layers)
-        for mlp in mlps:
-            config.spec_for(mlp.hidden_size, mlp.params)  # raises where there is no such chain
+        check_sizes(config, mlps)
         stored = DTYPES.get(config.dtype) or original.dtype
         weights = {file.name for file in weight_files(original.path)}
         notes.append(carry_over(original.path, work, weights))
@@ -154,7 +153,7 @@ def _prepared(
     resume = ResumeStore(target, facts, started)
     said = [note for note in notes if note]
     context = Context(original, mlps, text, config, stored, resume, scratch, progress, said)
-    return context, len(every) + len(mixtures(original.model))
+    return context, len(every) + len(unknown_mixtures(original.model, every))
 
 
 def _room(config: ConversionConfig, device: torch.device) -> int:
@@ -203,7 +202,7 @@ def distill_modules(context: Context) -> Modules:
             not allow it.
     """
     config, mlps = context.config, context.mlps
-    chains = KeptChains(context.resume, context.stored)
+    chains = KeptChains(context.resume, context.model, context.stored)
     done = Modules(chains, [], config.across or "sequential")
     calibrator: SequentialCalibrator | None = None
     if done.across == "sequential":
@@ -215,20 +214,24 @@ def distill_modules(context: Context) -> Modules:
             done.across = "independent"
             context.notes.append(f"modules were distilled independently: {error}")
     done.runner = calibrator.runner if calibrator else None
-    before = {mlp.module: _report_of(restored(context.resume, mlp.module, context.stored)) for mlp in mlps}
+    before = {
+        mlp.module: _report_of(restored(context.resume, context.model, mlp.module, context.stored))
+        for mlp in mlps
+    }
     todo = [mlp for mlp in mlps if not _finished(before[mlp.module], config)]
     _say_what_is_kept(context, before, todo)
     expect(context.progress, _phases(context, before, todo, one_by_one=calibrator is not None))
     independent = context.capture(todo if calibrator is None else [])
     for number, mlp in enumerate(mlps, 1):
-        module = restored(context.resume, mlp.module, context.stored)
+        module = restored(context.resume, context.model, mlp.module, context.stored)
         if not _finished(_report_of(module), config):
             pairs = calibrator.pairs(mlp) if calibrator else next(independent)[1]
             title = f"{mlp.module} ({number} of {len(mlps)})"
             if module is None:
-                module = _fit(context, mlp, pairs, title)
+                fit: Any = fit_mixture if isinstance(mlp, Mixture) else _fit
+                module = fit(context, mlp, pairs, title, corrected=bool(calibrator))
                 _keep(context, module)  # before what may fail
-            if config.redistill:
+            if config.redistill and not isinstance(mlp, Mixture):
                 module = _attacked(context, module, pairs, title)
                 _keep(context, module)
             pairs.close()
@@ -239,7 +242,7 @@ def distill_modules(context: Context) -> Modules:
         chains.add(mlp.module)
         done.reports.append(report)
         context.notes.extend(report.notes)
-    unknown = [mlp.module for mlp in mlps if mlp.up is None]
+    unknown = [mlp.module for mlp in mlps if mlp.up is None and not isinstance(mlp, Mixture)]
     if unknown and config.init == "mixed":
         context.notes.append(
             f"the inside of {', '.join(unknown)} is unknown: a chain in its place started at random, which fits worse"
@@ -291,7 +294,7 @@ def _phases(
     ]
 
 
-def _fit(context: Context, mlp: MLP, pairs: Activations, title: str) -> _Module:
+def _fit(context: Context, mlp: MLP, pairs: Activations, title: str, corrected: bool) -> _Module:
     started = time.monotonic()
     recipe = context.config.recipe(gated=mlp.gated)
     recipe = replace(recipe, seed=recipe.seed + mlp.layer)
@@ -364,6 +367,7 @@ def fit_chain(
 def _attacked(context: Context, module: _Module, pairs: Activations, title: str) -> _Module:
     """The module with the attack's outcome; without one, and a note, where the attack itself failed."""
     net, report = module
+    assert isinstance(net, DLRNet)
     try:
         found = attack_module(context, net, report, pairs, context.count(f"redistilling {title}"))
     except DLRError as error:
@@ -383,8 +387,8 @@ def _report_of(module: _Module | None) -> ModuleReport | None:
 
 
 def _finished(report: ModuleReport | None, config: ConversionConfig) -> bool:
-    if report is None or not config.redistill:
-        return report is not None
+    if report is None or not config.redistill or isinstance(report.spec, ExpertsSpec):
+        return report is not None  # a mixture's attack comes with its fit
     found = report.redistillation  # one of another share is not the attack that is asked for
     return found is not None and found.train_tokens == attack_tokens(config.redistill, report.train_tokens)
 

@@ -10,7 +10,8 @@ from ..reporting import Section, Table, headings
 from ..reporting.lock_verdict import LockVerdict, error_ratio, lock_status, lock_words
 from ..reporting.markdown import markdown
 from ..reporting.words import bytes_words, cell
-from ..runtime import DLRNet, DLRSpec
+from ..runtime import DLRExperts, DLRNet, DLRSpec, ExpertsSpec
+from ..runtime.experts import spec_from
 from .config import EFFORTS, ConversionConfig
 from .evaluate import Evaluation, Fidelity, Redistillation, StateEvaluation
 from .layer_runner import LayerRunner
@@ -31,7 +32,7 @@ class ModuleReport:
 
     module: str
     layer: int
-    spec: DLRSpec
+    spec: DLRSpec | ExpertsSpec
     params_original: int
     fidelity: Fidelity
     train_tokens: int
@@ -61,7 +62,7 @@ class ModuleReport:
     def from_dict(cls, values: dict[str, Any]) -> "ModuleReport":
         """The inverse of `to_dict`."""
         own: dict[str, Any] = {f.name: values.get(f.name) for f in fields(cls)}
-        own |= {"spec": DLRSpec.from_dict(values["spec"]), "notes": tuple(values["notes"])}
+        own |= {"spec": spec_from(values["spec"]), "notes": tuple(values["notes"])}
         own["fidelity"] = Fidelity(**{f.name: values[f.name] for f in fields(Fidelity)})
         if attack := values["redistillation"]:
             own["redistillation"] = Redistillation(**{f.name: attack[f.name] for f in fields(Redistillation)})
@@ -80,7 +81,7 @@ class Modules:
         runner: Of the original's layers, where these can be run one at a time and that was asked for.
     """
 
-    chains: Mapping[str, DLRNet]
+    chains: Mapping[str, DLRNet | DLRExperts]
     reports: list[ModuleReport]
     across: str
     runner: LayerRunner | None = None
@@ -291,13 +292,13 @@ def facts_sections(facts: Mapping[str, Any]) -> list[Section]:
             f"Made by {facts['program']} from {made['source']} (fingerprint {made['fingerprint'][:16]}): "
             f"{len(made['modules'])} of {made['mlps']} MLPs were converted; {len(facts['files'])} files."
         )
-    specs = {name: DLRSpec.from_dict(spec) for name, spec in facts["lock"]["modules"].items()}
+    specs = {name: spec_from(spec) for name, spec in facts["lock"]["modules"].items()}
     if made["modules"]:
         origin = lock_status({m["module"]: _verdict_of(m)[0] for m in made["modules"]}) + "\n" + origin
     return [Section("Locked modules", origin, _modules(specs, made["modules"]))]
 
 
-def _modules(specs: Mapping[str, DLRSpec], measured: Iterable[Mapping[str, Any]]) -> Table:
+def _modules(specs: Mapping[str, DLRSpec | ExpertsSpec], measured: Iterable[Mapping[str, Any]]) -> Table:
     """A row a chain. measured: what `ModuleReport.to_dict` says of it, or a manifest, which may be older."""
     found = {m["module"]: m for m in measured}
     rows = []

@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import math
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -27,8 +26,10 @@ from ..common.dtypes import dtype_name
 from ..common.errors import DLRError, first_line
 from ..common.files import check_readable, hash_files, permission_is_an_error, read_json, whole_directory
 from ..common.hub import PICKLES, model_folder
+from ..common.quiet import quiet
 from ..common.side_files import listed
 from ..common.weights import OnDemand
+from .sources.quantised import dequantised, refused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -115,6 +116,11 @@ def open_source(
         folder, fingerprint = model_folder(source, files=files), None
     check_readable(folder, "config.json", "*.safetensors", "*.index.json")
     check_config(folder)
+    words = folder  # the tokenizer's place
+    if quantization := read_json(folder / "config.json").get("quantization_config"):
+        fingerprint = _fingerprint(folder)
+        with quiet():
+            folder = dequantised(folder, quantization, dtype, _check_missing)
     content = _fingerprint(folder)
     stored, weights = _dtype(folder), None
     with quiet():
@@ -125,7 +131,7 @@ def open_source(
             model, unplaced = _load(folder, stored)
             weights = _on_demand(model, folder, stored, dtype, torch.device(device), room)
         model = model.eval().requires_grad_(False)
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(words)
     _check_finite(model, folder, weights)
     return Source(
         model, tokenizer, str(source), fingerprint or content, folder, stored, content, unplaced, weights
@@ -237,7 +243,10 @@ def check_config(folder: Path) -> None:
     file = folder / "config.json"
     if not file.is_file():
         if (folder / "adapter_config.json").is_file():
-            raise DLRError(f"{folder} holds an adapter, not a model: merge it into its base model first")
+            raise DLRError(
+                f"{folder} holds an adapter, not a model: merge it into its base model first, with the package peft: "
+                "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
+            )
         raise DLRError(f"{folder} has no config.json: give a directory that save_pretrained wrote")
     if (folder / "adapter_config.json").is_file():
         raise DLRError(
@@ -246,10 +255,10 @@ def check_config(folder: Path) -> None:
     config = read_json(file)
     quantization = config.get("quantization_config")
     if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        if method == "dlr":
+        if isinstance(quantization, dict) and quantization.get("quant_method") == "dlr":
             raise DLRError(f"{folder} is already locked: give the original model")
-        raise DLRError(f"{folder} is quantised ({method or 'unknown method'}): dequantise it first")
+        if why := refused(folder, quantization):
+            raise DLRError(why)
     kind = config.get("model_type")
     if kind not in CONFIG_MAPPING:
         code = "; it brings code of its own, which is never run" if "auto_map" in config else ""
@@ -272,7 +281,8 @@ def weight_files(folder: Path) -> list[Path]:
         if pickled:
             raise DLRError(
                 f"{folder} has its weights as a pickle only ({pickled[0]}), which is never opened: "
-                "convert it to safetensors"
+                "convert it to safetensors, where you trust it: AutoModelForCausalLM.from_pretrained(...)"
+                ".save_pretrained(...)"
             )
         raise DLRError(f"{folder} has no weights: model.safetensors, or shards with their index, is needed")
     for file in files:
@@ -382,13 +392,21 @@ def unplaced_tensors(source: Source, locked: Iterable[str]) -> tuple[dict[str, T
         name: part[...] for name, part in stored_parts(source.path) if name in source.unplaced
     }
     parameters = (p for name in locked for p in source.model.get_submodule(name).parameters())
-    matrices = {tuple(sorted(parameter.shape)) for parameter in parameters if parameter.dim() > 1}
+    matrices = {shape for parameter in parameters if parameter.dim() > 1 for shape in _matrices_in(parameter)}
     if any(tuple(sorted(tensor.shape)) in matrices for tensor in tensors.values()):
         return {}, (
             f"left behind, for a {type(source.model).__name__} has no place for them and some have the shape of the "
             f"MLPs' matrices: tensors {listed(sorted(tensors))}"
         )
     return tensors, None
+
+
+def _matrices_in(parameter: Tensor) -> Iterator[tuple[int, ...]]:
+    """Its shape, sorted; of fused experts also that of one expert's matrix and of the halves, gate and up, of it."""
+    yield tuple(sorted(parameter.shape))
+    if parameter.dim() == 3:
+        _, a, b = parameter.shape
+        yield from (tuple(sorted(shape)) for shape in ((a, b), (a // 2, b), (a, b // 2)))
 
 
 def _check_finite(model: PreTrainedModel, where: Path, weights: OnDemand | None = None) -> None:
@@ -416,32 +434,3 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise DLRError(f"the tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """transformers without warnings and progress bars."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        with no_bars(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-
-
-@contextmanager
-def no_bars() -> Iterator[None]:
-    """transformers without progress bars, which would stand in the way of ours; its warnings are shown."""
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if bars:
-            logging.enable_progress_bar()

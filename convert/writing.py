@@ -13,37 +13,38 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils
 
 from ..common.errors import DLRError, first_line
+from ..common.quiet import no_bars, quiet
 from ..common.resume import ResumeStore
-from ..common.weights import OnDemand, drop_mapped, drop_pages
-from ..runtime import DLRNet, load, lock
-from .activations import storage
+from ..common.weights import OnDemand, awake, drop_mapped, drop_pages, storage
+from ..runtime import DLRExperts, DLRNet, ExpertsSpec, load, lock
 from .context import Context
 from .evaluate import Evaluation, StateEvaluation, compare
 from .layer_runner import LayerRunner, layer_by_layer
 from .report import ModuleReport
-from .source import Source, no_bars, quiet, unplaced_tensors
+from .source import Source, unplaced_tensors
 
 SHARD = "4GB"  # of the checkpoint: as much of what it is written from is in memory
 
 
-class KeptChains(Mapping[str, DLRNet]):
+class KeptChains(Mapping[str, DLRNet | DLRExperts]):
     """The chains of the finished modules, in the resume store: one is in memory while it is used.
 
     Args:
         resume: The store.
+        model: The original, of whose mixtures some experts may stay.
         dtype: Of the checkpoint.
     """
 
-    def __init__(self, resume: ResumeStore, dtype: torch.dtype) -> None:
-        self._resume, self._dtype = resume, dtype
+    def __init__(self, resume: ResumeStore, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        self._resume, self._model, self._dtype = resume, model, dtype
         self._names: list[str] = []
 
     def add(self, name: str) -> None:
         """Takes a module in, which the store has by now."""
         self._names.append(name)
 
-    def __getitem__(self, name: str) -> DLRNet:
-        module = restored(self._resume, name, self._dtype) if name in self._names else None
+    def __getitem__(self, name: str) -> DLRNet | DLRExperts:
+        module = restored(self._resume, self._model, name, self._dtype) if name in self._names else None
         if module is None:
             raise KeyError(name)
         return module[0]
@@ -55,7 +56,9 @@ class KeptChains(Mapping[str, DLRNet]):
         return len(self._names)
 
 
-def restored(resume: ResumeStore, name: str, dtype: torch.dtype) -> tuple[DLRNet, ModuleReport] | None:
+def restored(
+    resume: ResumeStore, model: PreTrainedModel, name: str, dtype: torch.dtype
+) -> tuple[DLRNet | DLRExperts, ModuleReport] | None:
     """A module that was finished, its weights in their mapped file; None where it was not.
 
     Raises:
@@ -66,6 +69,10 @@ def restored(resume: ResumeStore, name: str, dtype: torch.dtype) -> tuple[DLRNet
         return None
     try:
         report = ModuleReport.from_dict(found[1])
+        if isinstance(report.spec, ExpertsSpec):
+            experts = DLRExperts(report.spec, awake(model.get_submodule(name)), dtype=dtype)
+            experts.assign(found[0])
+            return experts, report
         net = DLRNet(report.spec, dtype=dtype, device="meta")
         for key, parameter in net.named_parameters():
             tensor = found[0][key]
@@ -77,7 +84,7 @@ def restored(resume: ResumeStore, name: str, dtype: torch.dtype) -> tuple[DLRNet
     return net, report
 
 
-def write_checkpoint(context: Context, chains: Mapping[str, DLRNet], work: Path) -> int:
+def write_checkpoint(context: Context, chains: Mapping[str, DLRNet | DLRExperts], work: Path) -> int:
     """Saves the source, read again in the checkpoint's dtype, with the chains in place; returns its parameters.
 
     Read again, because casting a loaded model would also cast what must stay in float32 (rotary frequencies).

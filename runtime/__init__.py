@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .checkpoint import inspect, load, verify
     from .config import DLRConfig
     from .device import best_device
+    from .experts import DLRExperts, ExpertsSpec
     from .module import DLRNet
     from .quantizer import lock, locked_modules
     from .spec import DLRSpec
@@ -18,8 +19,10 @@ __getattr__, __dir__ = lazy_names(
     {
         "DLRConfig": ".config",
         "DLRError": "..common.errors",
+        "DLRExperts": ".experts",
         "DLRNet": ".module",
         "DLRSpec": ".spec",
+        "ExpertsSpec": ".experts",
         "best_device": ".device",
         "inspect": ".checkpoint",
         "load": ".checkpoint",
@@ -32,8 +35,10 @@ __getattr__, __dir__ = lazy_names(
 __all__ = [
     "DLRConfig",
     "DLRError",
+    "DLRExperts",
     "DLRNet",
     "DLRSpec",
+    "ExpertsSpec",
     "best_device",
     "inspect",
     "load",

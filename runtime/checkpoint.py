@@ -17,7 +17,7 @@ from ..common.hub import model_folder
 from ..common.version import __version__
 from .config import DLRConfig
 from .device import usable_device
-from .quantizer import locked_modules
+from .quantizer import locked
 
 MANIFEST_FORMAT = 1
 _WORDS = ["config.json", MANIFEST]  # all that a repository is asked for before its weights are
@@ -55,7 +55,7 @@ def load(
     except (OSError, RuntimeError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         hint = "; dlr-lock verify names a bad file" if (folder / MANIFEST).is_file() else ""
         raise DLRError(f"{folder} does not load: {first_line(error)}{hint}") from error
-    if not locked_modules(model):
+    if not locked(model):
         raise DLRError(f"{folder} holds no DLR-Net")
     if model.device != place:  # a move makes the Gram blocks anew
         model.to(place)

@@ -1,6 +1,6 @@
 """What config.json says of a lock, under transformers' `quantization_config`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -8,16 +8,18 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from dlr_lock_autoload import METHOD
 
 from ..common.errors import DLRError
+from .experts import ExpertsSpec, spec_from
 from .spec import DLRSpec
 
-FORMAT = 1  # of the checkpoint; a reader refuses a newer one
+FORMAT = 2  # of the checkpoint; a reader refuses a newer one
+_WITHOUT_EXPERTS = 1  # what is written where no mixture is locked, for readers of before
 
 
 class DLRConfig(QuantizationConfigMixin):
     """Which modules of a transformers model are DLR-Nets. Names are those of the class in `architectures`.
 
     Args:
-        modules: Module name to its DLRSpec, or to that as plain values.
+        modules: Module name to its DLRSpec, of a mixture's experts to its ExpertsSpec, or to that as plain values.
         identity: The modules that became the identity, where the MLP had no module of its own (OPT's activation_fn
             and fc2).
         tripwires: Stock weights that are stored with a shape that no MLP has, on which a transformers without dlr_lock
@@ -31,14 +33,14 @@ class DLRConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        modules: dict[str, dict[str, Any] | DLRSpec] | None = None,
+        modules: Mapping[str, dict[str, Any] | DLRSpec | ExpertsSpec] | None = None,
         identity: list[str] | None = None,
         tripwires: list[str] | None = None,
-        format: int = FORMAT,
+        format: int | None = None,
         quant_method: str = METHOD,
         **unknown: Any,
     ) -> None:
-        if not isinstance(format, int) or format > FORMAT:
+        if format is not None and (not isinstance(format, int) or format > FORMAT):
             raise DLRError(
                 f"the checkpoint has format {format}, this dlr-lock reads up to {FORMAT}: upgrade dlr-lock"
             )
@@ -49,13 +51,18 @@ class DLRConfig(QuantizationConfigMixin):
         if not isinstance(modules, dict) or not modules:
             raise DLRError("config.json's quantization_config names no modules")
         self.quant_method = quant_method
-        self.format = format
         self.modules = {
-            name: spec if isinstance(spec, DLRSpec) else DLRSpec.from_dict(spec)
+            name: spec if isinstance(spec, DLRSpec | ExpertsSpec) else spec_from(spec)
             for name, spec in modules.items()
         }
+        self.format = format or (FORMAT if self.mixtures else _WITHOUT_EXPERTS)
         self.identity = list(identity or [])
         self.tripwires = list(tripwires or [])
+
+    @property
+    def mixtures(self) -> list[str]:
+        """The modules that are the experts of a mixture."""
+        return [name for name, spec in self.modules.items() if isinstance(spec, ExpertsSpec)]
 
     def rename(self, to: Callable[[str], str]) -> None:
         """Gives every module and tripwire another name."""

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from ..common.errors import DLRError, first_line
+from ..common.hooks import is_paired
 
 
 class _Pieces(TextStreamer):
@@ -64,7 +65,7 @@ def generate(
     """The completion of a prompt, handed over as it grows.
 
     Args:
-        model: Any causal language model.
+        model: Any model that generates text.
         tokenizer: Its tokenizer.
         prompt: The text to go on from.
         max_new_tokens: Tokens to generate at most.
@@ -101,7 +102,9 @@ def generate(
     if inputs["input_ids"].shape[1] == 0:
         raise DLRError("the prompt is empty")
     check_vocabulary(inputs["input_ids"], model, tokenizer)
-    limit, wanted = positions(model.config), inputs["input_ids"].shape[1] + max_new_tokens
+    paired = is_paired(model)  # the prompt is the encoder's, the new tokens are the decoder's
+    lengths = (inputs["input_ids"].shape[1], max_new_tokens)
+    limit, wanted = positions(model.config), max(lengths) if paired else sum(lengths)
     if limit is not None and wanted > limit:
         raise DLRError(f"prompt and new tokens make {wanted} tokens, the model takes {limit}: ask for fewer")
     sampling: dict[str, Any] = {"do_sample": False}
@@ -121,7 +124,7 @@ def generate(
             else tokenizer.eos_token_id,
             **{name: value for name, value in sampling.items() if value is not None},
         )
-    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    return tokenizer.decode(output[0, 0 if paired else ids.shape[1] :], skip_special_tokens=True)
 
 
 def _check_sampling(

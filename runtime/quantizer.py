@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
@@ -24,7 +25,9 @@ from dlr_lock_autoload import METHOD, StandIn
 from ..common.errors import DLRError
 from ..triton_kernels import current_backend
 from .config import DLRConfig
+from .experts import DLRExperts, empty_chains
 from .module import DLRNet
+from .spec import DLRSpec
 
 logger = logging.get_logger(__name__)
 
@@ -70,7 +73,7 @@ class DLRQuantizer(HfQuantizer):
                 "no weight of this locked model requires gradients: attach adapters, or call "
                 "model.requires_grad_(True)"
             )
-        if not any(p.requires_grad for _, net in locked_modules(model) for p in net.parameters()):
+        if not any(p.requires_grad for _, net in locked(model) for p in net.parameters()):
             logger.warning_once(
                 "The chains of this locked model stay as they are: adapters such as PEFT's are put on linear layers, "
                 "also by target_modules='all-linear', and chains have none."
@@ -92,6 +95,8 @@ class DLRQuantizer(HfQuantizer):
         install(model, config)
         ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
         ignored.update(rf"(^|\.){re.escape(name)}$" for name in config.tripwires)
+        # transformers reports an expert's tripwire by the name of the fused weight that it would have made of it
+        ignored.update(rf"(^|\.){re.escape(name)}\.(?!dlr_)" for name in config.mixtures)
         model._keys_to_ignore_on_load_unexpected = ignored
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> PreTrainedModel:
@@ -105,6 +110,9 @@ class DLRQuantizer(HfQuantizer):
             and not parameter.is_meta
             and name not in tied
         }
+        # Sinusoids that a class makes anew (Marian's) are weights by their kind alone.
+        unsaved = [re.compile(key) for key in getattr(model, "_keys_to_ignore_on_save", None) or ()]
+        absent = {name: p for name, p in absent.items() if not any(key.search(name) for key in unsaved)}
         saved = _names_of_the_saved(model) if absent else set()
         for name in absent:
             if name.rpartition(".")[2].startswith("dlr_") or _bare(name, model) in saved:
@@ -112,7 +120,7 @@ class DLRQuantizer(HfQuantizer):
         model.requires_grad_(False)  # loading re-wraps every weight as trainable
         for parameter in absent.values():
             parameter.requires_grad_(True)
-        for _, net in locked_modules(model):
+        for _, net in locked(model):
             for vector in (net.dlr_scale, net.dlr_bias):
                 # Float32 in every file, they are parts of it in memory: of a bfloat16 checkpoint loaded as float32 they
                 # alone would keep it mapped, 257 MiB resident beside 516 of weights.
@@ -124,6 +132,12 @@ class DLRQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         _refuse_gated(self.quantization_config)
         tripwires = {name: torch.zeros(1) for name in self.quantization_config.tripwires}
+        for name, experts in locked_experts(model):
+            for wire in tripwires:
+                if wire.rpartition(".")[0] == name:  # a rule of Qwen3-VL's looks up its shape in the model
+                    vars(experts)[wire.rpartition(".")[2]] = nn.Parameter(
+                        tripwires[wire], requires_grad=False
+                    )
         return model.state_dict() | self.unplaced | tripwires, {}
 
 
@@ -145,20 +159,21 @@ register()
 
 
 def install(model: nn.Module, config: DLRConfig) -> None:
-    """Puts a DLRNet, in the default dtype and device, in the place of every module that `config` names.
+    """Puts a DLRNet, or DLRExperts, in the default dtype and device, in the place of every module that `config` names.
 
     Raises:
         DLRError: Where the model has no such module.
     """
     for name, spec in config.modules.items():
-        replace_module(model, name, DLRNet(spec))
+        stock = model.get_submodule(name) if _has(model, name) else None
+        replace_module(model, name, empty_chains(spec, stock))
     for name in config.identity:
         replace_module(model, name, nn.Identity())
 
 
 def lock(
     model: PreTrainedModel,
-    chains: Mapping[str, DLRNet],
+    chains: Mapping[str, DLRNet | DLRExperts],
     identity: list[str],
     unplaced: dict[str, Tensor] | None = None,
 ) -> None:
@@ -166,14 +181,14 @@ def lock(
 
     Args:
         model: Any transformers model.
-        chains: Module name to the filled DLRNet that takes its place.
+        chains: Module name to the filled DLRNet, or DLRExperts, that takes its place.
         identity: Modules that become nn.Identity besides.
         unplaced: Tensors that the model's class has no place for and that are saved with it.
 
     Raises:
         DLRError: Where a chain is gated, which is no lock, and where the model has no such module.
     """
-    tripwires = [f"{name}.{_first_weight(model.get_submodule(name))}" for name in chains]
+    tripwires = [_tripwire(model, name) for name in chains]
     config = DLRConfig({name: net.spec for name, net in chains.items()}, identity, [*tripwires, HINT])
     _refuse_gated(config)
     for name, net in chains.items():
@@ -188,25 +203,45 @@ def lock(
     model.requires_grad_(False)
 
 
+def locked(model: nn.Module) -> list[tuple[str, DLRNet | DLRExperts]]:
+    """All that was put into a model, with the modules' names."""
+    return [*locked_modules(model), *locked_experts(model)]
+
+
 def locked_modules(model: nn.Module) -> list[tuple[str, DLRNet]]:
     """The DLRNets of a model with their names, in the model's order."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, DLRNet)]
 
 
+def locked_experts(model: nn.Module) -> list[tuple[str, DLRExperts]]:
+    """The mixtures of chains of a model with their names, in the model's order."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, DLRExperts)]
+
+
 def _refuse_gated(config: DLRConfig) -> None:
     for name, spec in config.modules.items():
-        if spec.gated:
+        if isinstance(spec, DLRSpec) and spec.gated:
             raise DLRError(
                 f"{name} is a chain of gated steps, which is not saved: measured, it fits 3% worse and is no lock "
                 "(docs/experiments/lock-strength.md); convert the original again"
             )
 
 
-def _first_weight(module: nn.Module) -> str:
-    """A stock weight to store as the tripwire: one that no renaming rule of transformers touches, if any."""
-    names = [name for name, parameter in module.named_parameters() if parameter.dim() > 1]
+def _tripwire(model: PreTrainedModel, module: str) -> str:
+    """The stock weight of a module to store as its tripwire, by its name in a file: one that no renaming rule of
+    transformers touches, if any; of fused experts, one of the weights that they are made of."""
+    parameters = dict(model.get_submodule(module).named_parameters())
+    names = [name for name, parameter in parameters.items() if parameter.dim() > 1]
     plain = [n for n in names if not re.search("gate|up_proj|experts", n)]
-    return (plain or names)[0]
+    first = (plain or names)[0]
+    name = f"{module}.{first}"
+    if parameters[first].dim() != 3:
+        return name
+    return min(revert_weight_conversion(model, {name: parameters[first].detach()}), key=_numbers)
+
+
+def _numbers(name: str) -> tuple[int, str]:
+    return len(name), name
 
 
 def _names_in(model: PreTrainedModel, config: DLRConfig) -> Callable[[str], str]:

@@ -25,7 +25,7 @@ from ..common.options import known_name
 from .checkpoint import read_config, verify
 from .config import DLRConfig
 from .device import best_device
-from .module import DLRNet
+from .experts import NO_MIXTURES, chain_shapes
 
 ENGINES = ("vllm", "transformers")
 PLUGINS = "vllm.general_plugins"  # the entry point group, in which ours is called
@@ -83,6 +83,8 @@ def prepare_server(
     chosen = installed_engine(engine)
     _check_port(flags, "" if chosen == "vllm" else "localhost")
     folder = checked_folder(path, hashes=hashes)
+    if chosen == "vllm" and read_config(folder).mixtures:
+        raise DLRError(NO_MIXTURES)
     if chosen == "vllm":
         command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *flags]
     else:
@@ -136,8 +138,8 @@ def check_tensors(folder: Path, lock: DLRConfig) -> None:
                 f"{file} cannot be read: {first_line(error)}; fetch the checkpoint again"
             ) from error
     for module, spec in lock.modules.items():
-        for name, parameter in DLRNet(spec, device="meta").named_parameters():
-            found, wanted = shapes.get(f"{module}.{name}"), list(parameter.shape)
+        for name, wanted in chain_shapes(spec).items():
+            found = shapes.get(f"{module}.{name}")
             if found is None:
                 raise DLRError(f"{folder} has no {module}.{name}: it is incomplete, fetch it again")
             if list(found) != wanted:

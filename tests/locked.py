@@ -4,19 +4,37 @@ from typing import Any
 
 import torch
 from tiny import tiny_model
-from torch import nn
+from torch import Tensor, nn
 
+from dlr_lock.convert.experts.routing import Mixture
 from dlr_lock.convert.mlp_discovery import find_mlps
-from dlr_lock.runtime import DLRNet, DLRSpec, lock
+from dlr_lock.runtime import DLRExperts, DLRNet, DLRSpec, ExpertsSpec, lock
+from dlr_lock.runtime.experts import empty_chains
 
 
-def lock_randomly(model: nn.Module, gated: bool = False) -> dict[str, DLRNet]:
-    """Puts random chains of some strength in the place of all MLPs; returns them."""
+class Given(nn.Module):
+    """Gives what it was made with, whatever it gets."""
+
+    def __init__(self, y: Tensor) -> None:
+        super().__init__()
+        self.y = y
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.y
+
+
+def lock_randomly(
+    model: nn.Module, gated: bool = False, kept: tuple[int, ...] = ()
+) -> dict[str, DLRNet | DLRExperts]:
+    """Puts random chains of some strength in the place of all MLPs; returns them. kept: experts that have none."""
     mlps = find_mlps(model)
-    chains = {}
+    chains: dict[str, DLRNet | DLRExperts] = {}
     for mlp in mlps:
-        spec = DLRSpec(hidden_size=mlp.hidden_size, lanes=2, depth=3, rank=16, gated=gated)
-        net = DLRNet(spec, dtype=model.dtype)
+        mixture = isinstance(mlp, Mixture)
+        spec: Any = DLRSpec(mlp.hidden_size, 1 if mixture else 2, depth=3, rank=16, gated=gated)
+        if mixture:
+            spec = ExpertsSpec(spec, mlp.experts, kept)
+        net = empty_chains(spec, model.get_submodule(mlp.module), dtype=model.dtype)
         net.assign({name: torch.randn_like(p) / 8 for name, p in net.named_parameters()})
         chains[mlp.module] = net
     lock(model, chains, [name for mlp in mlps for name in mlp.identity])

@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 VOCABULARY = 320
 HIDDEN = 64
@@ -43,10 +50,27 @@ _GPT2 = {
     "n_positions": POSITIONS,
 }
 _MOE = {**_LLAMA, "num_experts_per_tok": 2}
-_T5 = {"d_model": "hidden", "d_ff": "intermediate", "num_layers": "layers", "num_heads": HEADS, "d_kv": 16}
+_T5 = {
+    "d_model": "hidden",
+    "d_ff": "intermediate",
+    "num_layers": "layers",
+    "num_heads": HEADS,
+    "d_kv": 16,
+    "decoder_start_token_id": 2,
+}
 
 _SIZES: dict[str, dict[str, Any]] = {
     "albert": {**_PLAIN, "embedding_size": 32},
+    "bart": {
+        "d_model": "hidden",
+        **{f"{side}_layers": "layers" for side in ("encoder", "decoder")},
+        **{f"{side}_ffn_dim": "intermediate" for side in ("encoder", "decoder")},
+        **{f"{side}_attention_heads": HEADS for side in ("encoder", "decoder")},
+        "max_position_embeddings": POSITIONS,
+        "decoder_start_token_id": 1,
+        "forced_eos_token_id": None,
+        "init_std": 0.1,
+    },
     "bert": _PLAIN,
     "bitnet": _LLAMA,
     "bloom": {"hidden_size": "hidden", "n_layer": "layers", "n_head": HEADS},
@@ -54,7 +78,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {
         **_PLAIN,
         "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
+        "moe_intermediate_size": 96,
         "n_routed_experts": 4,
         "n_group": 1,
         "topk_group": 1,
@@ -73,6 +97,8 @@ _SIZES: dict[str, dict[str, Any]] = {
         "alibi": False,
     },
     "gemma": _LLAMA,
+    "gpt_oss": {**_MOE, "num_local_experts": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "granitemoe": {**_MOE, "num_local_experts": 4},
     "gemma2": {**_LLAMA, "query_pre_attn_scalar": 16, "sliding_window": 32},
     "gemma3_text": {**_LLAMA, "query_pre_attn_scalar": 16, "sliding_window": 32},
     "glm": {**_LLAMA, "attention_bias": True},
@@ -81,23 +107,40 @@ _SIZES: dict[str, dict[str, Any]] = {
     "gptj": {**_GPT2, "rotary_dim": 8},
     "helium": _LLAMA,
     "llama": _LLAMA,
+    "llama4_text": {
+        **_MOE,
+        "num_experts_per_tok": 1,
+        "num_local_experts": 4,
+        "intermediate_size_mlp": "intermediate",
+        "interleave_moe_layer_step": 2,
+        "moe_layers": None,
+    },
     "mamba": {"hidden_size": "hidden", "num_hidden_layers": "layers", "state_size": 8},
     "mistral": _LLAMA,
     "mixtral": {**_MOE, "num_local_experts": 4},
     "mpt": {"d_model": "hidden", "n_layers": "layers", "n_heads": HEADS, "max_seq_len": POSITIONS},
     "nemotron": _LLAMA,
     "olmo2": _LLAMA,
+    "olmoe": {**_MOE, "num_experts": 4},
     "opt": {**_PLAIN, "ffn_dim": "intermediate", "word_embed_proj_dim": "hidden"},
     "phi": _PLAIN,
     "phi3": _LLAMA,
     "qwen2": _LLAMA,
+    "qwen2_moe": {
+        **_MOE,
+        "num_experts": 4,
+        "moe_intermediate_size": 96,
+        "shared_expert_intermediate_size": 96,
+    },
     "qwen3": _LLAMA,
+    "qwen3_moe": {**_MOE, "num_experts": 4, "moe_intermediate_size": 96},
     "stablelm": {**_PLAIN, "num_key_value_heads": KV_HEADS, "use_qkv_bias": True},
     "starcoder2": _LLAMA,
     "t5": {**_T5, "feed_forward_proj": "gated-gelu"},
 }
 
 ENCODERS = ("albert", "bert")
+PAIRED = ("bart", "t5")  # an encoder and a decoder
 ARCHITECTURES = tuple(_SIZES)
 
 
@@ -106,7 +149,7 @@ def tiny_config(arch: str, layers: int = 2, **overrides: Any) -> Any:
     sizes = {"hidden": HIDDEN, "intermediate": INTERMEDIATE, "layers": layers}
     fields = {k: sizes[v] if isinstance(v, str) and v in sizes else v for k, v in _SIZES[arch].items()}
     fields |= {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    if arch != "t5":
+    if arch not in PAIRED:
         fields["initializer_range"] = 0.1
     return AutoConfig.for_model(arch, **{**fields, **overrides})
 
@@ -114,10 +157,12 @@ def tiny_config(arch: str, layers: int = 2, **overrides: Any) -> Any:
 def tiny_model(arch: str, seed: int = 0, layers: int = 2, **overrides: Any) -> PreTrainedModel:
     """A random model of `arch` (one of ARCHITECTURES) in eval mode, float32, on the CPU.
 
-    A causal language model, but for ENCODERS, whose bare encoder it is. Global random state is left alone.
+    A causal language model, but for ENCODERS, whose bare encoder it is, and PAIRED, which have a head,
+    too. Global random state is left alone.
     """
     config = tiny_config(arch, layers, **overrides)
-    family = AutoModel if arch in (*ENCODERS, "t5") else AutoModelForCausalLM
+    paired = AutoModelForSeq2SeqLM if arch in PAIRED else AutoModelForCausalLM
+    family = AutoModel if arch in ENCODERS else paired
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = family.from_config(config)
@@ -125,6 +170,8 @@ def tiny_model(arch: str, seed: int = 0, layers: int = 2, **overrides: Any) -> P
             for name, parameter in model.named_parameters():
                 if name.endswith("bias"):
                     parameter.normal_(0, 0.05)
+                elif "experts" in name and parameter.dim() == 3:  # Llama 4's start at zero
+                    parameter.normal_(0, 0.1)
     return model.eval()
 
 

@@ -19,6 +19,7 @@ from .native import MOST_TOKENS, native_reason, run_native
 from .plain import run_plain
 from .reference import chain_reference, run_steps
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights that the kernels take
 _SCHEMA = (
     "dlr_net(Tensor x, Tensor A, Tensor B, Tensor scale, Tensor bias, Tensor? G, str act, Tensor? gram, "
     "str backend) -> Tensor"
@@ -66,15 +67,18 @@ def compile_native(chain: ChainWeights) -> None:
 
 def unsupported_reason(x: Tensor, chain: ChainWeights) -> str | None:
     """Why the Triton kernels cannot run a chain on x's device, as the end of a sentence; None where they can."""
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    return chain.refused(x, "a CUDA or ROCm device", x.is_cuda, KERNEL_ACTS, dtypes)
+    return chain.refused(x, "a CUDA or ROCm device", x.is_cuda, KERNEL_ACTS, DTYPES)
 
 
 def _run(
     x: Tensor, A: Tensor, B: Tensor, scale: Tensor, bias: Tensor, G: Tensor | None, act: str,
     gram: Tensor | None, backend: str,
 ) -> Tensor:  # fmt: skip
-    chain = ChainWeights(A, B, scale, bias, G, act)
+    return run_chain(x, ChainWeights(A, B, scale, bias, G, act), gram, backend)
+
+
+def run_chain(x: Tensor, chain: ChainWeights, gram: Tensor | None, backend: str) -> Tensor:
+    """`dlr_net` by a backend that is not 'naive', of tensors that no gradient is wanted of."""
     _check(x, chain, gram)
     reason = unsupported_reason(x, chain) if x.is_cuda or backend == "triton" else None
     if reason and backend == "triton":
@@ -87,14 +91,14 @@ def _run(
     # Triton launches on the current device, whatever the tensors'.
     device = torch.cuda.device(x.device) if x.is_cuda else nullcontext()
     with device, without_autocast(x.device.type):
-        if G is not None:
+        if chain.G is not None:
             return run_steps(x, chain)
         if native and not lacking:
             return run_native(x, chain)
         if backend == "plain" or (backend == "auto" and not x.is_cuda):
             return run_plain(x, chain)
         if gram is None:
-            gram = gram_blocks(A, B, block=gram_width(A))
+            gram = gram_blocks(chain.A, chain.B, block=gram_width(chain.A))
         if reason or backend == "lookahead":
             return run_blocks(x, chain, gram)
         # Imported at the first use: Triton is Linux only, and takes half a second.
@@ -132,6 +136,13 @@ def _fake(
 
 
 def _autograd(*args: Tensor | str | None) -> Tensor:
+    refuse_gradients(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.dlr_lock.dlr_net(*args)
+
+
+def refuse_gradients(*args: Tensor | str | None) -> None:
+    """Raises RuntimeError where a gradient would be wanted of an op's arguments."""
     tensors = [t for t in args if isinstance(t, Tensor)]
     dual = forward_ad._current_level >= 0 and any(
         forward_ad.unpack_dual(t).tangent is not None for t in tensors
@@ -142,12 +153,10 @@ def _autograd(*args: Tensor | str | None) -> Tensor:
             "the plain chain, forward and backward within `with dlr_lock.backend('naive'):` or with "
             "DLR_LOCK_BACKEND=naive"
         )
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.dlr_lock.dlr_net(*args)
 
 
-_library = torch.library.Library("dlr_lock", "DEF")
-_library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-_library.impl("dlr_net", _run, "CompositeExplicitAutograd")  # every device
-_library.impl("dlr_net", _autograd, "Autograd")
-torch.library.register_fake("dlr_lock::dlr_net", _fake, lib=_library)
+library = torch.library.Library("dlr_lock", "DEF")
+library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+library.impl("dlr_net", _run, "CompositeExplicitAutograd")  # every device
+library.impl("dlr_net", _autograd, "Autograd")
+torch.library.register_fake("dlr_lock::dlr_net", _fake, lib=library)

@@ -48,11 +48,39 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
+def is_paired(model: nn.Module) -> bool:
+    """Whether a model is an encoder and a decoder, each of which reads a text."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def text_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    """What a model is called with to read a text.
+
+    An encoder-decoder's encoder reads it, and so does its decoder, one token late, as in a text that it gives back:
+    every MLP sees every token, each as often.
+
+    Args:
+        model: Any transformers model.
+        ids: [b, n] int64.
+
+    Returns:
+        Arguments by name, on the model's device.
+    """
+    ids = ids.to(model.device)
+    if not is_paired(model):
+        return {"input_ids": ids}
+    names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+    known = (getattr(model.config, name, None) for name in names)
+    start = next((token for token in known if isinstance(token, int)), 0)
+    late = torch.cat([ids.new_full((len(ids), 1), start), ids[:, :-1]], 1)
+    return {"input_ids": ids, "decoder_input_ids": late}
+
+
 def run_body(model: PreTrainedModel, ids: Tensor) -> Any:
     """The model's body on ids [b, n], without a cache; of a model with a head, no logits are worked out."""
     body = model.base_model
     options = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
-    return body(input_ids=ids.to(model.device), **options)
+    return body(**text_inputs(model, ids), **options)
 
 
 def watch_pass(model: PreTrainedModel, ids: Tensor, hooks: Sequence[RemovableHandle]) -> None:

@@ -9,8 +9,10 @@ with the number of layers.
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import sys
+import tempfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -19,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .errors import DLRError
 
 _SMALL = 2**20  # numbers of a parameter outside the layers that stays in memory
 _DONTNEED = 4  # Linux' MADV_DONTNEED
@@ -203,3 +207,29 @@ def _layer_of(model: nn.Module, name: str) -> str | None:
             return ".".join(path[: at + 1])
         parent = parent.get_submodule(part) if part else parent
     return None
+
+
+def storage(rows: int, width: int, dtype: torch.dtype, scratch: Path | None) -> Tensor:
+    """[rows, width], in memory, or in a nameless file in `scratch` that vanishes with the process.
+
+    Raises:
+        DLRError: Where the disk has no room for it.
+    """
+    if scratch is None:
+        return torch.empty(rows, width, dtype=dtype)
+    size = rows * width * dtype.itemsize
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix="activations-", dir=scratch)
+        try:
+            # Take the space now: a mapped file that meets a full disk later kills the process (SIGBUS).
+            os.posix_fallocate(descriptor, 0, size)
+            return torch.from_file(name, shared=True, size=rows * width, dtype=dtype).view(rows, width)
+        finally:
+            os.close(descriptor)
+            os.unlink(name)  # the mapping keeps the data; nothing is left behind, even by kill -9
+    except OSError as error:
+        raise DLRError(
+            f"{scratch}: no room for {size / 2**20:,.0f} MiB of activations ({error.strerror}); "
+            "allow more --max-memory or use fewer --tokens"
+        ) from error

@@ -15,6 +15,7 @@ from torch import nn
 from ..common.errors import DLRError, first_line
 from ..common.files import check_readable, permission_is_an_error
 from ..common.hub import HUB_NAME, model_folder
+from ..common.quiet import quiet
 from ..convert.config import ConversionConfig
 from ..convert.mlp_discovery import check_dense, select_layers
 from ..convert.mlp_matching import (
@@ -28,7 +29,7 @@ from ..convert.mlp_matching import (
     sizes_of,
     within,
 )
-from ..convert.source import check_config, quiet, stored_parts
+from ..convert.source import check_config, stored_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

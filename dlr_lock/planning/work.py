@@ -274,6 +274,10 @@ class Amounts:
         for spec in self.specs:
             for init in INITS:
                 student = DLRSpec(spec.hidden_size, 1, 1, spec.lanes * spec.depth * spec.rank, spec.act)
+                if init == "linear":
+                    half = -(-spec.depth // 2)
+                    steps = -(-spec.depth // half)
+                    student = DLRSpec(spec.hidden_size, spec.lanes, steps, half * spec.rank, spec.act)
                 if init == "random":
                     student = DLRSpec.of_params(
                         spec.hidden_size, spec.params, depth=1, act="silu", gated=True

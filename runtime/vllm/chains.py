@@ -36,6 +36,7 @@ class Chains:
         self._lock = lock
         self._nets: dict[str, DLRNet | None] = {}
         for name, spec in lock.modules.items():
+            assert isinstance(spec, DLRSpec)  # mixtures are refused before
             self._nets[name] = self._put(name, partial(ServedChain, spec))
         for name in lock.identity:
             self._put(name, ServedIdentity)

@@ -16,9 +16,11 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.models.registry import ModelRegistry
 
+from ...common.errors import DLRError
 from ...common.version import __version__
 from ...triton_kernels import current_backend
 from ..config import METHOD, DLRConfig
+from ..experts import NO_MIXTURES
 from .lifetime import end_with_server
 
 PREFIX = "DLR"  # before the name of a class of vLLM's: the subclass with chains in it
@@ -69,6 +71,8 @@ class DLRQuantizationConfig(QuantizationConfig):
         """
         if (hf_quant_cfg or {}).get("quant_method") != METHOD or hf_config is None:
             return None
+        if DLRConfig(**hf_quant_cfg).mixtures:
+            raise DLRError(NO_MIXTURES)
         stock = list(hf_config.architectures or [])
         if not stock or stock[0].startswith(PREFIX):
             return METHOD

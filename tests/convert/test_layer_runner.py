@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from locked import Given
 from test_mlp_discovery import EXPECTED
 from tiny import VOCABULARY, tiny_model
 
@@ -48,7 +49,7 @@ def test_the_sum_is_found(arch: str) -> None:
         return
     assert where is not None and where.factor == pytest.approx(1, abs=1e-4)
     before = stack.look(mlps[1], hidden, where)
-    after = stack.look(mlps[1], hidden, where, instead=lambda x, y: 2 * y - 3)
+    after = stack.look(mlps[1], hidden, where, instead={mlps[1].module: Given(2 * before.y - 3)})
     assert before.total is not None and after.total is not None
     moved = (after.total - before.total).view_as(before.y)
     assert torch.allclose(moved, before.y - 3, atol=1e-4)

@@ -267,34 +267,26 @@ def test_pattern_takes_the_outermost_and_only_what_keeps_the_width():
         find_mlps(model, "layers(")
 
 
-def test_experts():
-    with pytest.raises(DLRError, match="experts, which are not supported"):
-        find_mlps(tiny_model("mixtral"))
-    # The first layer is dense, the others are mixtures with a shared expert.
-    assert [mlp.module for mlp in find_mlps(tiny_model("deepseek_v3", layers=3))] == ["model.layers.0.mlp"]
-
-
-def test_a_pattern_takes_no_mixture_of_experts():
+def test_a_pattern_names_a_mixture_by_its_experts_or_by_its_block():
     model = tiny_model("deepseek_v3", layers=3)
-    assert [mlp.module for mlp in find_mlps(model, r"mlp$")] == ["model.layers.0.mlp"]
-    for arch, pattern in (("deepseek_v3", r"layers\.[12]\.mlp$"), ("mixtral", r"mlp$")):
-        with pytest.raises(DLRError, match="matches are mixtures of experts"):
-            find_mlps(tiny_model(arch, layers=3), pattern)
+    experts = [f"model.layers.{n}.mlp.experts" for n in (1, 2)]
+    assert [mlp.module for mlp in find_mlps(model, r"mlp$")] == ["model.layers.0.mlp", *experts]
+    assert [mlp.module for mlp in find_mlps(model, r"\.experts$")] == experts
 
 
-def test_a_lock_of_the_dense_layers_alone_has_to_be_asked_for():
+def test_a_lock_without_its_mixtures_has_to_be_asked_for():
     model = tiny_model("deepseek_v3", layers=3)
-    mlps = find_mlps(model)
+    dense = find_mlps(model, r"layers\.0\.mlp$")
     for pattern in (None, "mlp$"):
         with pytest.raises(DLRError, match=r"2 of the model's 3 MLPs are mixtures of .* --layers 0$"):
-            check_dense(model, mlps, layers=None, pattern=pattern)
+            check_dense(model, dense, layers=None, pattern=pattern)
     share = re.compile(r"2 of the model's 3 MLPs are mixtures of experts and are not locked: (\d+)% of the")
     for asked in ({"layers": "0", "pattern": None}, {"layers": None, "pattern": r"layers\.0\.mlp$"}):
-        found = share.match(check_dense(model, mlps, **asked))
+        found = share.match(check_dense(model, dense, **asked))
         experts = sum(p.numel() for n, p in model.named_parameters() if re.search(r"layers\.[12]\.mlp\.", n))
         assert int(found[1]) == round(100 * experts / model.num_parameters())
-    dense = tiny_model("llama")
-    assert check_dense(dense, find_mlps(dense), layers=None, pattern=None) is None
+    for whole in (model, tiny_model("llama")):
+        assert check_dense(whole, find_mlps(whole), layers=None, pattern=None) is None
 
 
 @pytest.mark.parametrize("arch", ["vit", "clip"])
@@ -302,7 +294,8 @@ def test_what_takes_no_text_is_told_in_a_line(arch):
     tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     towers = {"text_config": tower, "vision_config": {**tower, "image_size": 32, "patch_size": 8}}
     config = AutoConfig.for_model(arch, **(towers if arch == "clip" else tower))
-    with pytest.raises(DLRError, match=r"Model takes no text: only language models can be locked"):
+    why = "ViTModel reads pixel_values" if arch == "vit" else "CLIPModel takes no text"
+    with pytest.raises(DLRError, match=why):
         find_mlps(AutoModel.from_config(config))
 
 

@@ -357,13 +357,6 @@ def test_chains_start_at_what_the_mlp_reads_unless_told_otherwise(text: Path, tm
     assert near[0] == near[1] > 0.95 and near[2] < 0.8
 
 
-def test_an_encoder_decoder_is_refused(text: Path, tmp_path: Path) -> None:
-    save_tiny("t5", tmp_path / "source")
-    with pytest.raises(DLRError, match="is an encoder-decoder model, which is not supported"):
-        convert_model(tmp_path / "source", tmp_path / "out", data=str(text), **QUICK)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
-
-
 def test_the_dense_layers_of_a_mixture_are_locked_only_where_they_are_named(
     text: Path, tmp_path: Path
 ) -> None:

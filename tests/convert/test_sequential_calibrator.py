@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from locked import Given
 from tiny import VOCABULARY, tiny_model
 
 from dlr_lock.convert.activations import SequentialCalibrator, capture
@@ -56,11 +57,11 @@ def test_a_module_that_does_as_asked_repairs_the_hidden_states(
 
     stack = LayerRunner(model, mlps, ids)
     true = stack.run(1, stack.run(0, stack.embed(ids)))
-    bent = stack.look(mlps[0], stack.embed(ids), instead=lambda x, y: chain(x)).out
+    bent = stack.look(mlps[0], stack.embed(ids), instead={mlps[0].module: chain}).out
     assert torch.allclose(
         pairs.x.float().flatten(), stack.look(mlps[1], bent).x.flatten(), rtol=2e-2, atol=1e-2
     )
-    repaired = stack.look(mlps[1], bent, instead=lambda x, y: pairs.y.float()).out
+    repaired = stack.look(mlps[1], bent, instead={mlps[1].module: Given(pairs.y.float())}).out
     spoilt = stack.look(mlps[1], bent).out
     assert (repaired - true).norm() < 0.02 * (spoilt - true).norm()
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,7 +168,7 @@ def test_locked_and_quantised(folder):
     edit_config(folder, quantization_config={"quant_method": "dlr", "format": 1})
     assert "is already locked" in refused(folder)
     edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "is quantised (gptq): dequantise it first" in refused(folder)
+    assert "is quantised (gptq), which is not undone here" in refused(folder)
 
 
 def test_damaged_weights(folder):
@@ -282,3 +283,38 @@ def test_gguf_without_its_packages(package, tmp_path, monkeypatch):
     file.write_bytes(b"GGUF")
     monkeypatch.setitem(sys.modules, package, None)  # importing it raises ImportError
     assert "pip install 'dlr-lock[gguf]'" in refused(file, gguf_dir=tmp_path)
+
+
+def quantise(folder: Path) -> None:
+    """The matrices of a saved model's layers in fp8, in blocks of 32 by 32, as such models are published."""
+    tensors = load_file(folder / "model.safetensors")
+    for name, w in list(tensors.items()):
+        if "layers" in name and w.dim() == 2:
+            rows, columns = w.shape
+            blocks = w.view(rows // 32, 32, columns // 32, 32)
+            scale = blocks.abs().amax((1, 3)) / 448
+            small = (blocks / scale[:, None, :, None]).view(rows, columns)
+            tensors |= {name: small.to(torch.float8_e4m3fn), f"{name}_scale_inv": scale.contiguous()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_quantised_source_is_dequantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By transformers, into a copy in the cache that the next run finds."""
+    monkeypatch.setenv("DLR_LOCK_CACHE", str(tmp_path / "cache"))
+    folder = save_tiny("llama", tmp_path / "source")
+    original = open_source(folder, dtype=torch.float32, device="cpu").model.state_dict()
+    quantise(folder)
+    for _ in range(2):
+        source = open_source(folder, dtype=torch.float32, device="cpu")
+        name = "model.layers.1.mlp.down_proj.weight"
+        weight = source.model.state_dict()[name]
+        assert 0 < (weight - original[name]).norm() < 0.05 * original[name].norm()
+        assert source.tokenizer is not None and source.dtype == torch.float32
+        assert getattr(source.model.config, "quantization_config", None) is None
+    (copy,) = (tmp_path / "cache").rglob("config.json")
+    assert "quantization_config" not in json.loads(copy.read_text())

@@ -1,0 +1,1 @@
+"""Sources that are made into a plain directory first."""
