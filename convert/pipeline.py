@@ -143,7 +143,10 @@ def _prepared(
     )  # fmt: skip
     chosen = {name: value for name, value in config.to_dict().items() if name not in free}
     facts = chosen | {
-        "recipe": [asdict(config.recipe(gated=gated)) for gated in (False, True)],
+        "recipe": [
+            {name: value for name, value in asdict(config.recipe(gated=gated)).items() if name not in chosen}
+            for gated in (False, True)
+        ],
         "source": original.fingerprint,
         "layers": [mlp.module for mlp in mlps],
         "text": digest(text.train, text.heldout),

@@ -78,13 +78,13 @@ def test_load_without_a_manifest_says_what_is_wrong_too(checkpoint: Path) -> Non
 
 def test_newer_formats_are_refused(checkpoint: Path) -> None:
     manifest = json.loads((checkpoint / MANIFEST).read_text())
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest | {"format": 2}))
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest | {"format": 3}))
     for reader in (verify, load, inspect):
         with pytest.raises(DLRError, match="upgrade dlr-lock"):
             reader(checkpoint)
     (checkpoint / MANIFEST).unlink()
     config = json.loads((checkpoint / "config.json").read_text())
-    config["quantization_config"]["format"] = 2
+    config["quantization_config"]["format"] = 3
     (checkpoint / "config.json").write_text(json.dumps(config))
     for reader in (load, inspect):
         with pytest.raises(DLRError, match="upgrade dlr-lock"):
