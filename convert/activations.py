@@ -360,7 +360,7 @@ class SequentialCalibrator:
         self._go_to(mlp)
         count, d, n = self._tokens.numel(), mlp.hidden_size, self._tokens.shape[1]
         x, y = (storage(count, d, torch.bfloat16, self._scratch) for _ in "xy")
-        pairs = Activations(x, y, self._first.flatten(), self._scratch is not None)
+        pairs = Activations(x, y, self._first.flatten(), self._scratch is not None, self._scratch)
         where = self._runner.find_sum(mlp, self._of(self._teacher, slice(0, 1)))
         if where is None:
             self.uncorrected.add(mlp.module)

@@ -113,6 +113,11 @@ def teacher_weights(model: nn.Module, mlp: MLP) -> TeacherWeights | None:
     return TeacherWeights(weight(mlp.up), None if mlp.gate is None else weight(mlp.gate), weight(mlp.down))
 
 
+def has_experts(model: nn.Module) -> bool:
+    """Whether a model has modules that are called experts."""
+    return any(_EXPERTS.search(name) for name, _ in model.named_modules())
+
+
 def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 

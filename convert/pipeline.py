@@ -142,6 +142,8 @@ def _prepared(
         "redistill",
     )  # fmt: skip
     chosen = {name: value for name, value in config.to_dict().items() if name not in free}
+    if any(isinstance(mlp, Mixture) for mlp in mlps):
+        chosen["redistill"] = config.redistill  # a mixture's attack comes with its fit
     facts = chosen | {
         "recipe": [
             {name: value for name, value in asdict(config.recipe(gated=gated)).items() if name not in chosen}
@@ -253,7 +255,7 @@ def distill_modules(context: Context) -> Modules:
     if calibrator and calibrator.uncorrected:
         context.notes.append(
             f"{len(calibrator.uncorrected)} of {len(mlps)} modules were fitted to the original's outputs and correct "
-            "no errors before them, for a norm follows their MLPs"
+            "no errors before them, for what follows them in their layer is no plain sum: a norm, a gate"
         )
     return done
 

@@ -70,7 +70,8 @@ def restored(
     try:
         report = ModuleReport.from_dict(found[1])
         if isinstance(report.spec, ExpertsSpec):
-            experts = DLRExperts(report.spec, awake(model.get_submodule(name)), dtype=dtype)
+            stock = awake(model.get_submodule(name)) if report.spec.kept else None
+            experts = DLRExperts(report.spec, stock, dtype=dtype)
             experts.assign(found[0])
             return experts, report
         net = DLRNet(report.spec, dtype=dtype, device="meta")

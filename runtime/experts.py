@@ -126,7 +126,7 @@ class DLRExperts(nn.Module):
         if spec.kept:
             if stock is None:
                 raise DLRError("experts that stay as they are must be given")
-            self.dlr_kept = _some(stock, spec)
+            self.dlr_kept = _some(stock, spec, dtype)
         self._places: Tensor | None = None
 
     @property
@@ -237,11 +237,13 @@ def chain_shapes(spec: DLRSpec | ExpertsSpec) -> dict[str, list[int]]:
     return shapes
 
 
-def _some(stock: nn.Module, spec: ExpertsSpec) -> nn.Module:
+def _some(stock: nn.Module, spec: ExpertsSpec, dtype: torch.dtype | None) -> nn.Module:
     """A copy of a mixture's experts that has those alone that stay as they are."""
     some = copy.copy(stock)
     some._parameters = {
-        name: p if p is None else nn.Parameter(p.detach()[list(spec.kept)].clone(), requires_grad=False)
+        name: p
+        if p is None
+        else nn.Parameter(p.detach()[list(spec.kept)].to(dtype or p.dtype, copy=True), requires_grad=False)
         for name, p in stock._parameters.items()
     }
     vars(some)["num_experts"] = len(spec.kept)

@@ -7,8 +7,10 @@ failed".
 """
 
 import os
+import re
 import socket
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import entry_points, version
 from importlib.util import find_spec
@@ -137,13 +139,32 @@ def check_tensors(folder: Path, lock: DLRConfig) -> None:
             raise DLRError(
                 f"{file} cannot be read: {first_line(error)}; fetch the checkpoint again"
             ) from error
+    wanted_names = {
+        f"{module}.{name}" for module, spec in lock.modules.items() for name in chain_shapes(spec)
+    }
+    renamed = _by_place(shapes.keys() - wanted_names)
     for module, spec in lock.modules.items():
         for name, wanted in chain_shapes(spec).items():
             found = shapes.get(f"{module}.{name}")
+            if found is None:  # of some classes transformers saves modules under other names than they have
+                others = [shapes[other] for other in renamed.get(_place(f"{module}.{name}"), [])]
+                found = next((shape for shape in others if list(shape) == wanted), next(iter(others), None))
             if found is None:
                 raise DLRError(f"{folder} has no {module}.{name}: it is incomplete, fetch it again")
             if list(found) != wanted:
                 raise DLRError(f"{folder}: {module}.{name} is {list(found)}, config.json says {wanted}")
+
+
+def _place(name: str) -> tuple[tuple[str, ...], str]:
+    """A tensor's layer, and every other number in its name, and its last part: what renaming leaves."""
+    return tuple(re.findall(r"\d+", name)), name.rpartition(".")[2]
+
+
+def _by_place(names: Iterable[str]) -> dict[tuple[tuple[str, ...], str], list[str]]:
+    found: dict[tuple[tuple[str, ...], str], list[str]] = {}
+    for name in sorted(names):
+        found.setdefault(_place(name), []).append(name)
+    return found
 
 
 def installed_engine(name: str | None) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..common.errors import DLRError, first_line
 from ..common.files import check_readable, permission_is_an_error
+from ..common.hooks import is_paired
 from ..common.hub import HUB_NAME, model_folder
 from ..common.quiet import quiet
 from ..convert.config import ConversionConfig
@@ -21,6 +22,7 @@ from ..convert.mlp_discovery import check_dense, select_layers
 from ..convert.mlp_matching import (
     ACT_NAME,
     MLP,
+    has_experts,
     is_act,
     is_linear,
     layer_number,
@@ -129,8 +131,11 @@ def _skeleton(folder: Path) -> PreTrainedModel:
     except Exception as error:
         # Fields of the wrong type or size: every architecture fails in its own way.
         raise DLRError(f"{folder / 'config.json'} makes no model: {first_line(error)}") from error
-    if getattr(config, "is_encoder_decoder", False):
-        raise DLRError(f"{folder} is an encoder-decoder model, which is not supported")
+    kind = (
+        "an encoder-decoder" if is_paired(model) else "a mixture of experts" if has_experts(model) else None
+    )
+    if kind:
+        raise DLRError(f"{folder} is {kind}: convert locks it, but what that takes is not reckoned yet")
     return model.eval()
 
 

@@ -7,19 +7,21 @@ from typing import Any
 import pytest
 import torch
 from locked import lock_randomly
+from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, save_tiny, tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from dlr_lock import DLRError, convert_model, load
+from dlr_lock import DLRError, DLRSpec, convert_model, load
 from dlr_lock.audit import audit_model
 from dlr_lock.convert.activations import SequentialCalibrator, capture
 from dlr_lock.convert.data import english_topics
 from dlr_lock.convert.experts.routing import Mixture, find_mixtures, router_of, teacher_of, together
 from dlr_lock.convert.mlp_discovery import check_dense, find_mlps, select_layers
-from dlr_lock.runtime import verify
+from dlr_lock.runtime import DLRExperts, ExpertsSpec, verify
 from dlr_lock.runtime.experts import one_expert
 from dlr_lock.runtime.quantizer import locked_experts
+from dlr_lock.runtime.serving import checked_folder
 
 QUICK: dict[str, Any] = {
     "tokens": 1536, "heldout": 512, "train_tokens": 2048, "batch": 128, "depth": 3, "rank": 16, "redistill": 0.0,
@@ -234,3 +236,25 @@ def test_unknown_mixtures_are_named() -> None:
     with pytest.raises(DLRError, match=r"1 of the model's 3 MLPs .* \(DeepseekV3MoE\).*--layers 0-1"):
         check_dense(model, mlps, layers=None, pattern=None)
     assert "not locked" in str(check_dense(model, mlps, layers="0", pattern=None))
+
+
+def test_a_checkpoint_whose_tensors_are_saved_under_other_names_is_whole(text: Path, tmp_path: Path) -> None:
+    """transformers saves Mixtral's modules as block_sparse_moe."""
+    save_tiny("mixtral", tmp_path / "source")
+    convert_model(tmp_path / "source", tmp_path / "out", data=str(text), **QUICK)
+    assert checked_folder(tmp_path / "out") == tmp_path / "out"
+    weights = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors[next(name for name in tensors if name.endswith("dlr_B"))]
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(DLRError, match=r"dlr_B: it is incomplete"):
+        checked_folder(tmp_path / "out", hashes=False)
+
+
+def test_kept_experts_have_the_checkpoints_dtype() -> None:
+    model = tiny_model("mixtral")
+    mixture = next(mlp for mlp in find_mlps(model) if isinstance(mlp, Mixture))
+    stock = model.get_submodule(mixture.module)
+    spec = ExpertsSpec(DLRSpec(64, 1, 3, 16), mixture.experts, tuple(range(mixture.experts - 1)))
+    kept = DLRExperts(spec, stock, dtype=torch.bfloat16).dlr_kept
+    assert kept is not None and {p.dtype for p in kept.parameters()} == {torch.bfloat16}

@@ -102,3 +102,10 @@ def test_errors_are_corrected_along_the_way(tmp_path: Path) -> None:
     independent = [streams.put(mlp, chain) for mlp, chain in zip(mlps, chains, strict=True)]
     assert sequential[0] == pytest.approx(independent[0], rel=0.02)  # nothing to correct yet
     assert sequential[-1] < independent[-1]
+
+
+def test_pairs_beyond_the_memory_lie_in_files_and_so_does_what_is_made_of_them(tmp_path: Path) -> None:
+    model = tiny_model("llama", layers=2)
+    mlps = find_mlps(model)
+    pairs = SequentialCalibrator(model, mlps, tokens(), max_memory=1000, scratch=tmp_path).pairs(mlps[0])
+    assert pairs.mapped and pairs.scratch == tmp_path

@@ -182,3 +182,12 @@ def test_weights_that_are_cut_short_are_refused(folder: Path, tmp_path: Path) ->
 def test_an_unknown_gpu_names_those_that_are_known(folder: Path) -> None:
     with pytest.raises(DLRError, match="h200"):
         plan_conversion(folder, device="h900")
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind"), [("mixtral", "a mixture of experts"), ("t5", "an encoder-decoder")]
+)
+def test_what_is_not_reckoned_says_so(arch: str, kind: str, tmp_path: Path) -> None:
+    save_tiny(arch, tmp_path / arch)
+    with pytest.raises(DLRError, match=f"is {kind}: convert locks it, but"):
+        planned(tmp_path / arch)
