@@ -32,8 +32,8 @@ _FIRST = 4 / 512  # share of a batch that is drawn from first tokens, beside tho
 
 # Of an MLP with a gate. A chain that moves its state by a quarter as much fits it better, and without weight decay it
 # is undone no sooner: layer 12 of SmolLM2 at 204,800 training tokens has a relative error of 0.186 at a scale of 1 and
-# a decay of 0.03, 0.147 at 3 and none, 0.144 at 4. An MLP without a gate goes the other way: the last layer of MiniLM
-# has 0.026 at a scale of 1, 0.041 at 2, 0.071 at 4 (docs/experiments/lock-strength.md).
+# a decay of 0.03, 0.147 at 3 and none, 0.144 at 4. Of MLPs without a gate two layers of MiniLM disagree: the last has
+# 0.026 at a scale of 1, 0.041 at 2, 0.071 at 4, the second 0.177 at 1, 0.149 at 4 (docs/experiments/lock-strength.md).
 _GATED = {"scale": 4.0, "weight_decay": 0.0}
 
 
