@@ -330,7 +330,7 @@ class SequentialCalibrator:
         scratch: Path,
         progress: Count = no_count,
     ) -> None:
-        self.runner = self._runner = LayerRunner(model, mlps, tokens)
+        self.runner = LayerRunner(model, mlps, tokens)
         self._tokens = tokens
         self._device = model.device
         self._progress = progress
@@ -347,7 +347,7 @@ class SequentialCalibrator:
         self._first = torch.zeros(tokens.shape, dtype=torch.bool)
         self._first[:, 0] = True
         for rows in self._batches():
-            self._teacher[rows].copy_(self._runner.embed(tokens[rows]))
+            self._teacher[rows].copy_(self.runner.embed(tokens[rows]))
 
     @staticmethod
     def passes(mlps: Sequence[MLP]) -> int:
@@ -361,13 +361,13 @@ class SequentialCalibrator:
         count, d, n = self._tokens.numel(), mlp.hidden_size, self._tokens.shape[1]
         x, y = (storage(count, d, torch.bfloat16, self._scratch) for _ in "xy")
         pairs = Activations(x, y, self._first.flatten(), self._scratch is not None, self._scratch)
-        where = self._runner.find_sum(mlp, self._of(self._teacher, slice(0, 1)))
+        where = self.runner.find_sum(mlp, self._of(self._teacher, slice(0, 1)))
         if where is None:
             self.uncorrected.add(mlp.module)
         for rows in self._batches():
-            ours = theirs = self._runner.look(mlp, self._of(self._teacher, rows), where)
+            ours = theirs = self.runner.look(mlp, self._of(self._teacher, rows), where)
             if self._locked is not self._teacher or self._placed:
-                ours = self._runner.look(mlp, self._of(self._locked, rows), where, self._placed)
+                ours = self.runner.look(mlp, self._of(self._locked, rows), where, self._placed)
             at = slice(rows.start * n, rows.stop * n)
             checked_store(x[at], ours.x, f"the input of {mlp.module}")
             pairs.route(at, ours.routing)
@@ -384,7 +384,7 @@ class SequentialCalibrator:
         """
         self._go_to(mlp)
         self._placed[mlp.module] = copy.deepcopy(net).to(self._device)
-        layer_of = self._runner.layer_of
+        layer_of = self.runner.layer_of
         here = [other.module for other in self._mlps if layer_of[other.module] == layer_of[mlp.module]]
         if here[-1] != mlp.module:
             return None
@@ -394,8 +394,8 @@ class SequentialCalibrator:
             self._locked = storage(*size, torch.float32, self._scratch).view_as(before)
         drift = 0.0
         for rows in self._batches():
-            out = self._runner.look(mlp, self._of(before, rows), instead=self._placed).out
-            truth = self._runner.run(self._layer, self._of(self._teacher, rows))
+            out = self.runner.look(mlp, self._of(before, rows), instead=self._placed).out
+            truth = self.runner.run(self._layer, self._of(self._teacher, rows))
             drift += relative_error(out.float().flatten(0, 1), truth.float().flatten(0, 1)).sum().item()
             self._locked[rows].copy_(out)
             self._teacher[rows].copy_(truth)
@@ -405,14 +405,14 @@ class SequentialCalibrator:
 
     def _go_to(self, mlp: MLP) -> None:
         """Both streams through the layers before mlp's, which keep their MLPs."""
-        while self._layer < self._runner.layer_of[mlp.module]:
+        while self._layer < self.runner.layer_of[mlp.module]:
             for stream in {id(s): s for s in (self._teacher, self._locked)}.values():
                 for rows in self._batches():
-                    stream[rows].copy_(self._runner.run(self._layer, self._of(stream, rows)))
+                    stream[rows].copy_(self.runner.run(self._layer, self._of(stream, rows)))
             self._layer += 1
 
     def _of(self, stream: Tensor, rows: slice) -> Tensor:
-        return stream[rows].to(self._device, self._runner.dtype)
+        return stream[rows].to(self._device, self.runner.dtype)
 
     def _batches(self) -> Iterator[slice]:
         sequences, n = self._tokens.shape

@@ -194,23 +194,15 @@ def fit_student(
     return student
 
 
-def flattened(net: DLRNet, reads: dict[str, Tensor] | None = None) -> DLRNet:
-    """The MLP that a chain is when every step reads x: one step of rank L K r.
-
-    Args:
-        net: The chain.
-        reads: What its steps read x with instead of their A (and G), [L, K, r, d] each, as `linear_reads` gives them.
-
-    Returns:
-        A chain of one step, in float32, on the chain's device.
-    """
+def flattened(net: DLRNet) -> DLRNet:
+    """The MLP that a chain is when every step reads x: one step of rank L K r, in float32, on the chain's device."""
     spec = net.spec
     flat = DLRNet(
         DLRSpec(spec.hidden_size, 1, 1, spec.lanes * spec.depth * spec.rank, spec.act, spec.gated),
         dtype=torch.float32,
         device=net.dlr_A.device,
     )
-    tensors = dict(net.named_parameters()) | (reads or {})
+    tensors = dict(net.named_parameters())
     flat.assign({name: tensors[name].reshape(p.shape) for name, p in flat.named_parameters()})
     return flat
 
@@ -221,7 +213,8 @@ def merged(net: DLRNet, group: int, reads: dict[str, Tensor] | None = None) -> D
     Args:
         net: The chain, L x K x r.
         group: How many; more than K count as K.
-        reads: As for `flattened`, from `linear_reads` with the same group.
+        reads: What its steps read with instead of their A (and G), [L, K, r, d] each, as `linear_reads` gives them for
+            the same group.
 
     Returns:
         A chain of L x ceil(K / group) x (group r), in float32, on the chain's device. A last group of fewer steps is

@@ -24,12 +24,12 @@ from torch import Tensor
 from ..common.cache import cache_folder
 from ..common.dtypes import dtype_name
 from ..common.errors import DLRError, first_line
-from ..common.files import check_readable, hash_files, permission_is_an_error, read_json, whole_directory
+from ..common.files import check_readable, hash_files, permission_is_an_error, read_json
 from ..common.hub import PICKLES, model_folder
 from ..common.quiet import quiet
 from ..common.side_files import listed
 from ..common.weights import OnDemand
-from .sources.quantised import dequantised, refused
+from .sources.quantised import dequantised, refused, unpacked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -213,19 +213,12 @@ def _from_gguf(file: Path, fingerprint: str, dtype: torch.dtype | str, cache: Pa
         _check_finite(model, file)
         if hash_files([file]) != fingerprint:
             raise DLRError(f"{file} changed while it was read: run again when it is whole")
-        try:
-            # Renamed when whole: a crash leaves nothing that a later run would take for a model.
-            with whole_directory(folder) as work:
-                model.save_pretrained(work)
-                tokenizer.save_pretrained(work)
-                if terms := gguf.GGUFReader(file).get_field("general.license"):
-                    card = f"---\nlicense: {json.dumps(str(terms.contents()))}\n---\n"
-                    (work / "README.md").write_text(card, encoding="utf-8")
-        except DLRError:
-            if not folder.is_dir():  # else another run was faster
-                raise
-        except (OSError, SafetensorError) as error:
-            raise DLRError(f"{file} cannot be unpacked to {cache}: {first_line(error)}") from error
+        with unpacked(file, folder) as work:
+            model.save_pretrained(work)
+            tokenizer.save_pretrained(work)
+            if terms := gguf.GGUFReader(file).get_field("general.license"):
+                card = f"---\nlicense: {json.dumps(str(terms.contents()))}\n---\n"
+                (work / "README.md").write_text(card, encoding="utf-8")
     return folder
 
 

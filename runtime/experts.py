@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..common.errors import DLRError
 from ..triton_kernels import ExpertChains, dlr_experts, grouped
-from .module import DLRNet
+from .module import ChainModule, DLRNet
 from .spec import DLRSpec
 
 # vLLM's own mixtures take a router's logits, where transformers' take its choice; chains in their place are to come.
@@ -87,7 +87,7 @@ def spec_from(values: dict[str, Any]) -> DLRSpec | ExpertsSpec:
     return (ExpertsSpec if "experts" in values else DLRSpec).from_dict(values)
 
 
-class DLRExperts(nn.Module):
+class DLRExperts(ChainModule):
     """The chains of a mixture's experts, called as the experts of transformers are.
 
     The weights dlr_A and dlr_B are [E', K, r, d] in `dtype` (torch's default dtype if None), E' being the experts that
@@ -191,27 +191,6 @@ class DLRExperts(nn.Module):
 
     def prepare(self) -> None:
         """Nothing: the grouped call wants no Gram blocks. Here because a DLRNet has it."""
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "DLRExperts":
-        vectors = {name: getattr(self, name).data for name in ("dlr_scale", "dlr_bias")}
-        super()._apply(fn, recurse)
-        for name, vector in vectors.items():  # float32 whatever the rest becomes
-            parameter = getattr(self, name)
-            if parameter.dtype != torch.float32:
-                parameter.data = vector.to(parameter.device)
-        return self
-
-    @torch.no_grad()
-    def assign(self, tensors: dict[str, Tensor]) -> None:
-        """Copies tensors (names as the parameters') into the module.
-
-        Raises KeyError where one is missing, ValueError where one has another shape.
-        """
-        for name, parameter in self.named_parameters():
-            if tensors[name].shape != parameter.shape:
-                raise ValueError(f"{name} is {list(tensors[name].shape)}, not {list(parameter.shape)}")
-        for name, parameter in self.named_parameters():
-            parameter.copy_(tensors[name])
 
     def extra_repr(self) -> str:
         reason = "no linear layer is in it, and adapters fit linear layers alone"  # for PEFT's refusal

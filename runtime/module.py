@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,32 @@ from ..triton_kernels import (
 from .spec import DLRSpec
 
 
-class DLRNet(nn.Module):
+class ChainModule(nn.Module):
+    """What the modules of chains have in common: parameters that tensors are assigned to, and vectors in float32."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        vectors = {name: getattr(self, name).data for name in ("dlr_scale", "dlr_bias")}
+        super()._apply(fn, recurse)
+        for name, vector in vectors.items():  # float32 whatever the rest becomes
+            parameter = getattr(self, name)
+            if parameter.dtype != torch.float32:
+                parameter.data = vector.to(parameter.device)
+        return self
+
+    @torch.no_grad()
+    def assign(self, tensors: dict[str, Tensor]) -> None:
+        """Copies tensors (names as the parameters') into the module.
+
+        Raises KeyError where one is missing, ValueError where one has another shape.
+        """
+        for name, parameter in self.named_parameters():
+            if tensors[name].shape != parameter.shape:
+                raise ValueError(f"{name} is {list(tensors[name].shape)}, not {list(parameter.shape)}")
+        for name, parameter in self.named_parameters():
+            parameter.copy_(tensors[name])
+
+
+class DLRNet(ChainModule):
     """A DLR-Net: [..., d] -> [..., d], for any leading shape, in the input's dtype.
 
     The weights dlr_A, dlr_B and, for gated steps, dlr_G are [L, K, r, d] in `dtype` (torch's default dtype
@@ -108,12 +133,7 @@ class DLRNet(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DLRNet":
         # Prepared on a CPU, too, where that makes no blocks: what is compiled after a move computes none by itself.
         prepared, self.dlr_gram = self.dlr_gram is not None or bool(self._prepared), None
-        vectors = {name: getattr(self, name).data for name in ("dlr_scale", "dlr_bias")}
         super()._apply(fn, recurse)
-        for name, vector in vectors.items():  # float32 whatever the rest becomes
-            parameter = getattr(self, name)
-            if parameter.dtype != torch.float32:
-                parameter.data = vector.to(parameter.device)
         if prepared:
             self.prepare()
         return self
@@ -123,18 +143,6 @@ class DLRNet(nn.Module):
             **self.__dict__,
             "_prepared": [],
         }  # a copy has weights of its own, and references cannot be pickled
-
-    @torch.no_grad()
-    def assign(self, tensors: dict[str, Tensor]) -> None:
-        """Copies tensors (names as the parameters') into the module.
-
-        Raises KeyError where one is missing, ValueError where one has another shape.
-        """
-        for name, parameter in self.named_parameters():
-            if tensors[name].shape != parameter.shape:
-                raise ValueError(f"{name} is {list(tensors[name].shape)}, not {list(parameter.shape)}")
-        for name, parameter in self.named_parameters():
-            parameter.copy_(tensors[name])
 
     def extra_repr(self) -> str:
         # PEFT's refusal of a module that its adapters do not fit shows the module, so that this is its reason.

@@ -28,6 +28,16 @@ VOCABULARY = 320
 HIDDEN = 64
 INTERMEDIATE = 160
 HEADS = 4
+MIXTURES = [
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "deepseek_v3",
+    "gpt_oss",
+    "olmoe",
+    "granitemoe",
+    "llama4_text",
+]
 KV_HEADS = 2
 POSITIONS = 256
 

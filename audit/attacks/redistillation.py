@@ -225,20 +225,18 @@ def merge_steps(
         float32 on the CPU: the chain itself where no shorter one does.
     """
     depth, found = chain.spec.depth, []
-    for group in dict.fromkeys(-(-depth // steps) for steps in _merged_depths(depth)):
-        net = (
-            merged(chain, group, linear_reads(chain, x, group)) if group > 1 else copy.deepcopy(chain).float()
-        )
-        found.append(Merge(net.spec.depth, error(net) if group > 1 else chain_error))
-        if group == 1 or error_ratio(found[-1].error, chain_error) <= UNDONE_RATIO:
-            break
-    return found, net.cpu()
+    for group in _groups(depth):
+        net = merged(chain, group, linear_reads(chain, x, group))
+        found.append(Merge(net.spec.depth, error(net)))
+        if error_ratio(found[-1].error, chain_error) <= UNDONE_RATIO:
+            return found, net.cpu()
+    return [*found, Merge(depth, chain_error)], copy.deepcopy(chain).float().cpu()
 
 
-def _merged_depths(depth: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, ... below the depth, and the depth itself."""
+def _groups(depth: int) -> list[int]:
+    """Steps to merge into one, more than one, that leave 1, 2, 3, 4, 6, 8, 12, ... of a chain's."""
     shorter = sorted(m * 2**n for n in range(depth.bit_length()) for m in (1, 3) if m * 2**n < depth)
-    return [*shorter, depth]
+    return [group for group in dict.fromkeys(-(-depth // steps) for steps in shorter) if group > 1]
 
 
 def _distance_left(context: AuditContext, module: str, net: DLRNet) -> float:

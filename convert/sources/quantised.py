@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +83,24 @@ def dequantised(
     check(info, folder)
     model.config.dtype = kind
     model._weight_conversions = None  # or what undid the quantisation is undone when it is saved
+    with unpacked(folder, copy) as work:
+        model.save_pretrained(work)
+    return copy
+
+
+@contextmanager
+def unpacked(source: Path, copy: Path) -> Iterator[Path]:
+    """Where a source's copy with plain weights is written: it is `copy` once it is whole, so that a crash leaves
+    nothing that a later run would take for a model.
+
+    Raises:
+        DLRError: Where it cannot be written.
+    """
     try:
         with whole_directory(copy) as work:
-            model.save_pretrained(work)
+            yield work
     except DLRError:
         if not copy.is_dir():  # else another run was faster
             raise
     except (OSError, SafetensorError) as error:
-        raise DLRError(f"{folder} cannot be unpacked to {copy.parent}: {first_line(error)}") from error
-    return copy
+        raise DLRError(f"{source} cannot be unpacked to {copy.parent}: {first_line(error)}") from error

@@ -8,7 +8,7 @@ import pytest
 import torch
 from locked import lock_randomly
 from safetensors.torch import load_file, save_file
-from tiny import VOCABULARY, save_tiny, tiny_model
+from tiny import MIXTURES, VOCABULARY, save_tiny, tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -27,16 +27,6 @@ QUICK: dict[str, Any] = {
     "tokens": 1536, "heldout": 512, "train_tokens": 2048, "batch": 128, "depth": 3, "rank": 16, "redistill": 0.0,
     "expert_tokens": 64,
 }  # fmt: skip
-FAMILIES = [
-    "mixtral",
-    "qwen2_moe",
-    "qwen3_moe",
-    "deepseek_v3",
-    "gpt_oss",
-    "olmoe",
-    "granitemoe",
-    "llama4_text",
-]
 GATED_ALIKE = ["mixtral", "deepseek_v3", "granitemoe", "llama4_text"]
 
 
@@ -51,7 +41,7 @@ def tokens(sequences: int = 4, n: int = 32) -> Tensor:
     return torch.randint(3, VOCABULARY, (sequences, n))
 
 
-@pytest.mark.parametrize("arch", FAMILIES)
+@pytest.mark.parametrize("arch", MIXTURES)
 def test_found(arch: str) -> None:
     """Every mixture, and the dense MLPs before and beside them; layers by their numbers."""
     model = tiny_model(arch)

@@ -6,7 +6,7 @@ import torch
 from dlr_lock.common.errors import DLRError
 from dlr_lock.convert.activations import Activations
 from dlr_lock.convert.evaluate import measure
-from dlr_lock.convert.redistill import fit_student, flattened, linear_reads, redistill
+from dlr_lock.convert.redistill import fit_student, flattened, linear_reads, merged, redistill
 from dlr_lock.runtime import DLRNet, DLRSpec
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def test_the_linear_start_sees_through_a_state_that_is_linear_in_x(lanes: int) -
     data = pairs(net)
     with torch.no_grad():
         seen, blind = (
-            ((flattened(net, reads)(data.x) - data.y).norm() / data.y.norm()).item()
+            ((merged(net, net.spec.depth, reads)(data.x) - data.y).norm() / data.y.norm()).item()
             for reads in (linear_reads(net, data.x), None)
         )
     assert seen < 1e-2 < 0.1 < blind
@@ -80,7 +80,9 @@ def test_the_linear_start_is_not_thrown_off_by_tokens_that_move_far() -> None:
         net.dlr_A[0, 0, 0] = 30 * torch.eye(D)[0]  # a unit that only the rare tokens wake
         net.dlr_B[0, 0, 0] = 30 * torch.randn(D)
         usual = x[x[:, 0] < 0]
-        error = (flattened(net, linear_reads(net, x))(usual) - net(usual)).norm() / net(usual).norm()
+        error = (merged(net, net.spec.depth, linear_reads(net, x))(usual) - net(usual)).norm() / net(
+            usual
+        ).norm()
     assert error < 0.1
 
 

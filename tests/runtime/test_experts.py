@@ -11,7 +11,7 @@ import pytest
 import torch
 from locked import lock_randomly
 from safetensors import safe_open
-from tiny import VOCABULARY, tiny_model, tiny_tokenizer
+from tiny import MIXTURES, VOCABULARY, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -21,17 +21,6 @@ from dlr_lock.runtime.experts import one_expert
 from dlr_lock.runtime.generation import generate
 from dlr_lock.runtime.quantizer import locked_experts
 from dlr_lock.triton_kernels import chain_reference
-
-FAMILIES = [
-    "mixtral",
-    "qwen2_moe",
-    "qwen3_moe",
-    "deepseek_v3",
-    "gpt_oss",
-    "olmoe",
-    "granitemoe",
-    "llama4_text",
-]
 
 
 def ids() -> Tensor:
@@ -52,7 +41,7 @@ def random_experts(
     return chains
 
 
-@pytest.mark.parametrize("arch", FAMILIES)
+@pytest.mark.parametrize("arch", MIXTURES)
 @pytest.mark.parametrize("kept", [(), (1,)], ids=["all", "one kept"])
 def test_a_locked_mixture_is_loaded_as_it_was_saved(arch: str, kept: tuple[int, ...], tmp_path: Path) -> None:
     """By plain from_pretrained, and saved and loaded once more; the router is the original's."""
