@@ -26,21 +26,21 @@ from torch import Tensor
 from ..common.cache import cache_folder
 from .activations import NATIVE_ACTS
 from .chain import ChainWeights
-from .reference import chain_output
 
-MOST_TOKENS = 16  # of a call; torch's products are the faster ones from 32 on
+MOST_TOKENS = 64  # of a call; torch's products are the faster ones from 128 on, of wide MLPs from 64 on
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi")
 _VECTORS = {  # by what torch runs on this processor
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
     "AVX2": ("-mavx2", "-mfma"),
 }
+_PAIRS = "-mavx512bf16"
+_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def native_reason(x: Tensor, chain: ChainWeights) -> str | None:
     """Why the function cannot run a chain on x, as the end of a sentence; None where it can."""
     _, _, rank, hidden = chain.A.shape
-    cpu, dtypes = x.device.type == "cpu", (torch.float32, torch.bfloat16)
-    if reason := chain.refused(x, "a CPU", cpu, NATIVE_ACTS, dtypes):
+    if reason := chain.refused(x, "a CPU", x.device.type == "cpu", NATIVE_ACTS, _DTYPES):
         return reason
     if hidden % 16 or rank % 16:
         return f"wants features and a rank in multiples of 16, not {hidden} and {rank}"
@@ -52,19 +52,20 @@ def native_reason(x: Tensor, chain: ChainWeights) -> str | None:
 def run_native(x: Tensor, chain: ChainWeights) -> Tensor:
     """`chain_reference` for tokens and a chain that were checked and for which `native_reason` gives None."""
     function, _ = library(chain.act)
-    lanes, depth, rank, hidden = chain.A.shape
-    start = x.reshape(-1, hidden).to(torch.float32).contiguous()
-    update = torch.empty_like(start)
-    threads = torch.get_num_threads()
-    for first in range(0, len(start), MOST_TOKENS):
-        part, out = start[first : first + MOST_TOKENS], update[first : first + MOST_TOKENS]
+    A, B, (lanes, depth, rank, hidden) = chain.A, chain.B, chain.A.shape
+    scale, bias = (v.to(torch.float32).contiguous() for v in (chain.scale, chain.bias))
+    start = x.contiguous() if x.dtype in _DTYPES else x.to(torch.float32).contiguous()
+    y = torch.empty_like(start)
+    tokens, row = x.numel() // hidden, hidden * start.itemsize
+    for first in range(0, tokens, MOST_TOKENS):
         failed = function(
-            part.data_ptr(), chain.A.data_ptr(), chain.B.data_ptr(), out.data_ptr(),
-            lanes, depth, rank, hidden, len(part), chain.A.itemsize, threads,
+            start.data_ptr() + first * row, A.data_ptr(), B.data_ptr(), scale.data_ptr(), bias.data_ptr(),
+            y.data_ptr() + first * row, lanes, depth, rank, hidden, min(MOST_TOKENS, tokens - first),
+            start.dtype == torch.bfloat16, A.dtype == torch.bfloat16, torch.get_num_threads(),
         )  # fmt: skip
         if failed:
-            raise MemoryError(f"no memory for {len(part)} tokens of {hidden} features in {threads} threads")
-    return chain_output(x, chain, update)
+            raise MemoryError(f"no memory for {tokens} tokens of {hidden} features")
+    return y.to(x.dtype)
 
 
 @cache
@@ -79,8 +80,7 @@ def library(act: str) -> tuple[Any, str | None]:
     if compiler is None:
         return None, "needs a C++ compiler: g++, clang++, or what CXX names"
     source = Path(__file__).with_suffix(".cpp")
-    vectors = _VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())
-    compile_ = [compiler, *_FLAGS, *vectors, f"-DACTIVATE={NATIVE_ACTS[act]}", "-c", str(source)]
+    compile_ = [compiler, *_FLAGS, *vector_flags(), f"-DACTIVATE={NATIVE_ACTS[act]}", "-c", str(source)]
     try:
         key = hashlib.sha256(source.read_bytes() + repr((compile_, torch.__version__)).encode()).hexdigest()[
             :16
@@ -94,6 +94,13 @@ def library(act: str) -> tuple[Any, str | None]:
             f"the native operator {reason}; chains run in plain torch, which is slower", stacklevel=2
         )
         return None, reason
+
+
+def vector_flags() -> tuple[str, ...]:
+    """What tells the compiler which instructions this processor has, none on one that is not known."""
+    flags = _VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())
+    pairs = "-mavx512f" in flags and torch.cpu._is_avx512_bf16_supported()
+    return (*flags, _PAIRS) if pairs else flags
 
 
 def _load(compile_: list[str], name: str) -> Any:
@@ -114,5 +121,5 @@ def _load(compile_: list[str], name: str) -> Any:
                 shutil.copyfile(path, beside)
                 beside.replace(kept)
         function = ctypes.CDLL(str(path)).dlr_chain
-    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 5 + [ctypes.c_int] * 2
+    function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 5 + [ctypes.c_int] * 3
     return function
