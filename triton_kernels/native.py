@@ -76,9 +76,9 @@ def library(act: str) -> tuple[Any, str | None]:
     """
     if not sys.platform.startswith("linux"):
         return None, "is made for Linux alone"
-    compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
+    compiler = shutil.which(os.environ.get("CXX") or "g++")  # clang calls an OpenMP that is not torch's
     if compiler is None:
-        return None, "needs a C++ compiler: g++, clang++, or what CXX names"
+        return None, "needs a C++ compiler: g++, or what CXX names"
     source = Path(__file__).with_suffix(".cpp")
     compile_ = [compiler, *_FLAGS, *vector_flags(), f"-DACTIVATE={NATIVE_ACTS[act]}", "-c", str(source)]
     try:

@@ -60,7 +60,7 @@ def test_gram_blocks_are_made_once_for_all_that_follows(
 
 
 @pytest.mark.skipif(
-    not (sys.platform == "linux" and (shutil.which("g++") or shutil.which("clang++"))),
+    not (sys.platform == "linux" and shutil.which("g++")),
     reason="no C++ compiler",
 )
 def test_what_runs_few_tokens_is_compiled_when_a_model_is_loaded(

@@ -15,7 +15,7 @@ from torch import Tensor
 from dlr_lock.triton_kernels import ACTIVATIONS, ChainWeights, backend, chain_reference, dlr_net, native
 from dlr_lock.triton_kernels.activations import NATIVE_ACTS
 
-COMPILER = sys.platform.startswith("linux") and (shutil.which("g++") or shutil.which("clang++"))
+COMPILER = sys.platform.startswith("linux") and shutil.which("g++")
 compiled = pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
 
 
