@@ -16,7 +16,7 @@ from ..common.progress import Progress, no_progress
 from ..runtime import load
 from ..runtime.checkpoint import is_locked
 from ..runtime.device import usable_device
-from ..runtime.generation import check_vocabulary, generate
+from ..runtime.generation import check_choices, check_vocabulary, generate
 from .data import read_text, sequence_length
 from .evaluate import Evaluation, evaluate
 from .source import compute_dtype, load_tokenizer, open_source
@@ -125,6 +125,7 @@ def complete(
     Raises:
         DLRError: Where the model cannot be loaded, and as `generate` does.
     """
+    check_choices(prompt, **choices)  # before a model is loaded
     with opened(model, device=device) as (loaded, tokenizer):
         if tokenizer is None:
             raise DLRError(f"{model} has no tokenizer, so it cannot complete a text")

@@ -88,13 +88,16 @@ def generate(
     """
     if not model.can_generate():
         raise DLRError(f"a {type(model).__name__} cannot generate text")
-    if max_new_tokens < 1:
-        raise DLRError(f"at least one new token is needed, not {max_new_tokens}")
-    _check_sampling(temperature, top_p, top_k, repetition_penalty, seed)
-    try:
-        f"{prompt}{system or ''}".encode()
-    except UnicodeEncodeError as error:  # an argument's undecodable bytes are lone surrogates here
-        raise DLRError("the prompt is not UTF-8 text: convert it, for example with iconv -t UTF-8") from error
+    check_choices(
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        system=system,
+    )
     if chat or system is not None:
         inputs = _templated(tokenizer, prompt, system)
     else:
@@ -127,9 +130,25 @@ def generate(
     return tokenizer.decode(output[0, 0 if paired else ids.shape[1] :], skip_special_tokens=True)
 
 
-def _check_sampling(
-    temperature: float, top_p: float | None, top_k: int | None, penalty: float | None, seed: int
+def check_choices(
+    prompt: str,
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    repetition_penalty: float | None = None,
+    seed: int = 0,
+    system: str | None = None,
+    **others: Any,
 ) -> None:
+    """Raises DLRError on what `generate` would refuse of its choices whatever the model: nothing need be loaded."""
+    try:
+        f"{prompt}{system or ''}".encode()
+    except UnicodeEncodeError as error:  # an argument's undecodable bytes are lone surrogates here
+        raise DLRError("the prompt is not UTF-8 text: convert it, for example with iconv -t UTF-8") from error
+    if max_new_tokens < 1:
+        raise DLRError(f"at least one new token is needed, not {max_new_tokens}")
     if not (temperature == 0 or 1e-3 <= temperature <= 1e3):
         raise DLRError(f"the temperature must be 0 or from 0.001 to 1000, not {temperature:g}")
     if temperature == 0 and not (top_p is None and top_k is None):
@@ -138,8 +157,10 @@ def _check_sampling(
         raise DLRError(f"top-p must be above 0 and at most 1, not {top_p:g}")
     if top_k is not None and top_k < 0:
         raise DLRError(f"top-k must be 0 (all tokens) or more, not {top_k}")
-    if penalty is not None and not 1e-3 <= penalty <= 1e3:
-        raise DLRError(f"the repetition penalty must be from 0.001 to 1000 (1 for none), not {penalty:g}")
+    if repetition_penalty is not None and not 1e-3 <= repetition_penalty <= 1e3:
+        raise DLRError(
+            f"the repetition penalty must be from 0.001 to 1000 (1 for none), not {repetition_penalty:g}"
+        )
     if not 0 <= seed < 2**62:
         raise DLRError(f"the seed must be from 0 to {2**62 - 1}, not {seed}")
 

@@ -128,6 +128,10 @@ def test_an_altered_file_is_named(converted: dict, folder: Path) -> None:
         (("generate", "{}/out", "x", "--device", "cuda:77"), "cuda:77"),
         (("generate", "{}/out", "x", "--temperature", "nan"), "temperature"),
         (("generate", "{}/out", "x", "--top-p", "0.9"), "give a temperature above 0"),
+        (
+            ("generate", "{}/nowhere", "x", "--max-new-tokens", "0"),
+            "at least one new token",
+        ),  # before a model is loaded
         (("generate", "{}/out", "x", "--temperature", "1", "--top-p", "nan"), "top-p must be"),
         (("generate", "{}/out", "x", "--temperature", "1", "--top-k", "-1"), "top-k must be"),
         (("generate", "{}/out", "x", "--repetition-penalty", "0"), "repetition penalty"),
