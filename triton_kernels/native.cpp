@@ -87,7 +87,7 @@ struct Widened {  // to float32: nothing is rounded
     typedef V Vector;
     static constexpr int WIDTH = W, ROWS = 1;
     template <typename N> static Vector vector(const N* p, Int) { return load(p); }
-    static Vector spread(const Number* h) { return V{} + *h; }
+    static Vector spread(const Number* h) { return *h - V{}; }  // of V{} + *h the sum would be done, for its sign of 0
     static V plus(V s, Vector a, Vector b) { return s + a * b; }
     static void block(const Weight* B, Int, Int left, Vector& a, Vector& b) {
         a = load(B);
