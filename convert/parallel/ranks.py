@@ -1,0 +1,242 @@
+"""The processes of one conversion and what they exchange; nothing here knows what for."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ...common.errors import DLRError, first_line
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+T = TypeVar("T")
+
+_LONGEST_WAIT = timedelta(days=7)  # of others for a process that measures: a closed connection ends it at once
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torch.distributed's own names
+
+
+class Ranks:
+    """One process alone: every exchange gives back what it got.
+
+    Attributes:
+        rank: This process's number, from 0.
+        size: How many there are.
+        local_rank, local_size: The same among those of this machine.
+    """
+
+    rank, size, local_rank, local_size = 0, 1, 0, 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def agreed(self, make: Callable[[], T]) -> T:
+        """What the first process made, in all of them; also its DLRError."""
+        return make()
+
+    def gathered(self, value: T) -> list[T]:
+        """Every process's value, by their numbers."""
+        return [value]
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Tensors of one dtype and device become their sums over all processes, by one all-reduce."""
+
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        """Tensors of one dtype and device become the first process's."""
+
+    def spread(self, work: Callable[[Tensor], Tensor], blocks: Tensor) -> Tensor:
+        """What `work` makes of independent matrices, [.., m, d] -> [.., m, d]: each process does its part of them."""
+        return work(blocks)
+
+    def barrier(self) -> None:
+        """Waits for all."""
+
+    def check_device(self, device: torch.device) -> None:
+        """Raises DLRError where the processes of a machine cannot have a device each."""
+
+
+ALONE = Ranks()
+
+
+class Group(Ranks):
+    """Several processes, by torch.distributed.
+
+    Raises:
+        DLRError: From every exchange, where another process has ended.
+    """
+
+    def __init__(self, group: Any, store: Any) -> None:
+        from torch import distributed
+
+        self._group, self._store = group, store
+        self.rank, self.size = distributed.get_rank(group), distributed.get_world_size(group)
+        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+
+    def agreed(self, make: Callable[[], T]) -> T:
+        from torch import distributed
+
+        box: list[Any] = [None, None]
+        cause: DLRError | None = None
+        if self.first:
+            try:
+                box[0] = make()
+            except DLRError as error:
+                box[1], cause = str(error), error
+        with _lost_is_an_error():
+            distributed.broadcast_object_list(box, group=self._group, group_src=0)
+        if box[1] is not None:
+            raise DLRError(box[1]) from cause
+        return box[0]
+
+    def gathered(self, value: T) -> list[T]:
+        from torch import distributed
+
+        found: list[Any] = [None] * self.size
+        with _lost_is_an_error():
+            distributed.all_gather_object(found, value, group=self._group)
+        return found
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        import torch
+        from torch import distributed
+
+        if not tensors:
+            return
+        together = torch.cat([t.reshape(-1) for t in tensors])
+        with _lost_is_an_error():
+            distributed.all_reduce(together, group=self._group)
+        _put_back(together, tensors)
+
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        import torch
+        from torch import distributed
+
+        if not tensors:
+            return
+        together = torch.cat([t.reshape(-1) for t in tensors])
+        with _lost_is_an_error():
+            distributed.broadcast(together, group=self._group, group_src=0)
+        _put_back(together, tensors)
+
+    def spread(self, work: Callable[[Tensor], Tensor], blocks: Tensor) -> Tensor:
+        from torch import distributed
+
+        flat = blocks.reshape(-1, *blocks.shape[-2:])
+        each = -(-len(flat) // self.size)
+        mine = flat[self.rank * each : (self.rank + 1) * each]
+        part = flat.new_zeros(each, *flat.shape[1:])
+        if len(mine):
+            part[: len(mine)] = work(mine)
+        whole = flat.new_empty(self.size * each, *flat.shape[1:])
+        with _lost_is_an_error():
+            distributed.all_gather(list(whole.split(each)), part, group=self._group)
+        return whole[: len(flat)].view(blocks.shape)
+
+    def barrier(self) -> None:
+        self.gathered(None)
+
+    def check_device(self, device: torch.device) -> None:
+        import torch
+
+        if device.type != "cuda":
+            return
+        here = torch.cuda.device_count()
+        if self.local_size > here:
+            raise DLRError(
+                f"{self.local_size} processes on {socket.gethostname()}, which has {here} GPUs: start as many as it "
+                "has (torchrun --nproc-per-node gpu)"
+            )
+        if device.index is not None and device.index != self.local_rank:
+            raise DLRError(
+                f"--device {device} is one GPU, and there are {self.local_size} processes here: leave it out, each "
+                "takes one of its own"
+            )
+
+    def may_tell(self) -> bool:
+        """Whether nobody has said yet why all end, so that this process should."""
+        with suppress(Exception):
+            return self._store.add("told", 1) == 1
+        return self.rank == 1  # the store was the first process's, which is gone
+
+
+_joined: Ranks | None = None
+
+
+def several() -> bool:
+    """Whether a launcher started more processes than this one, by torch.distributed's environment variables."""
+    launched = all(os.environ.get(name) for name in _LAUNCHED)
+    return launched and os.environ["WORLD_SIZE"] != "1"
+
+
+def joined() -> Ranks:
+    """This process among those that a launcher started with it, once they have found one another.
+
+    Raises:
+        DLRError: Where they do not.
+    """
+    global _joined
+    if _joined is None:
+        _joined = _group() if several() else ALONE
+    return _joined
+
+
+def present() -> Ranks | None:
+    """What `joined` gave, None where it was not asked for."""
+    return _joined
+
+
+def leave() -> None:
+    """Ends the connections, at the end of all work."""
+    global _joined
+    if isinstance(_joined, Group):
+        from torch import distributed
+
+        distributed.destroy_process_group()
+        _joined = None
+
+
+def _group() -> Group:
+    import torch
+    from torch import distributed
+
+    cuda = torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if cuda and (local := int(os.environ.get("LOCAL_RANK", 0))) < torch.cuda.device_count():
+        torch.cuda.set_device(local)
+    try:
+        if distributed.is_initialized():  # by a program that calls convert_model
+            return Group(distributed.new_group(backend=backend, timeout=_LONGEST_WAIT), None)
+        store, rank, size = next(distributed.rendezvous("env://"))
+        distributed.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=_LONGEST_WAIT,
+        )
+        return Group(None, distributed.PrefixStore("dlr-lock", store))
+    except (RuntimeError, ValueError, OSError) as error:
+        raise DLRError(f"the processes of this run do not find one another: {first_line(error)}") from error
+
+
+def _put_back(together: Tensor, tensors: Sequence[Tensor]) -> None:
+    for tensor, part in zip(tensors, together.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+@contextmanager
+def _lost_is_an_error() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # torch.distributed's own are such, too
+        raise DLRError(
+            f"another process of this run has ended ({first_line(error)}): the same command goes on from what is kept"
+        ) from error
