@@ -24,6 +24,7 @@ from ..runtime import DLRExperts, DLRNet
 from .evaluate import relative_error
 from .experts.routing import Routing, read_call, read_output
 from .layer_runner import LayerRunner, Seen, Sum
+from .parallel.share import WHOLE, Rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,9 +47,11 @@ class Activations:
         mapped: Whether x and y are mapped files.
         scratch: The folder of such files; None where they are in memory.
         routing: Of a mixture, which experts each token is given to; None of an MLP.
+        share: Which rows these are of those of all processes.
     """
 
     routing: Routing | None = None
+    share: Rows = WHOLE
 
     def __init__(
         self, x: Tensor, y: Tensor, first: Tensor, mapped: bool, scratch: Path | None = None
@@ -315,6 +318,7 @@ class SequentialCalibrator:
         max_memory: Bytes for both streams, float32; beyond them they lie in files in `scratch`.
         scratch: The folder of these files.
         progress: Called with (sequences done, S) in every pass through a layer.
+        share: What `tokens` are of the text of all processes.
 
     Raises:
         Unrepeatable: Where the model's layers cannot be run one at a time.
@@ -329,7 +333,9 @@ class SequentialCalibrator:
         max_memory: int,
         scratch: Path,
         progress: Count = no_count,
+        share: Rows = WHOLE,
     ) -> None:
+        self._share = share
         self.runner = LayerRunner(model, mlps, tokens)
         self._tokens = tokens
         self._device = model.device
@@ -361,7 +367,9 @@ class SequentialCalibrator:
         count, d, n = self._tokens.numel(), mlp.hidden_size, self._tokens.shape[1]
         x, y = (storage(count, d, torch.bfloat16, self._scratch) for _ in "xy")
         pairs = Activations(x, y, self._first.flatten(), self._scratch is not None, self._scratch)
-        where = self.runner.find_sum(mlp, self._of(self._teacher, slice(0, 1)))
+        pairs.share = self._share
+        one = self._of(self._teacher, slice(0, 1))
+        where = self._share.ranks.agreed(lambda: self.runner.find_sum(mlp, one))
         if where is None:
             self.uncorrected.add(mlp.module)
         for rows in self._batches():
@@ -401,7 +409,8 @@ class SequentialCalibrator:
             self._teacher[rows].copy_(truth)
         self._layer += 1
         self._placed = {}
-        return drift / self._tokens.numel()
+        drift, count = self._share.ranks.total(drift, self._tokens.numel())
+        return drift / count
 
     def _go_to(self, mlp: MLP) -> None:
         """Both streams through the layers before mlp's, which keep their MLPs."""

@@ -18,7 +18,10 @@ from .activations import Activations, SequentialCalibrator, capture
 from .config import ConversionConfig
 from .data import CalibrationText
 from .evaluate import Fidelity, measure
+from .layer_runner import Unrepeatable
 from .mlp_matching import MLP
+from .parallel.ranks import ALONE, Ranks
+from .parallel.share import Share
 from .source import Source
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ class Context:
         scratch: A folder for what does not fit into memory.
         progress: Called with (what is being done, done, total).
         notes: What the owner should know, a sentence each; parts add to it.
+        ranks: The processes that do this together.
     """
 
     source: Source
@@ -50,6 +54,7 @@ class Context:
     scratch: Path
     progress: Progress
     notes: list[str] = field(default_factory=list)
+    ranks: Ranks = ALONE
 
     @property
     def model(self) -> PreTrainedModel:
@@ -80,24 +85,45 @@ class Context:
         """The progress of one thing."""
         return partial(self.progress, what)
 
-    def capture(self, mlps: Sequence[MLP]) -> Iterator[tuple[MLP, Activations]]:
-        """The original's activations at each of `mlps`, one after the other; see `activations.capture`."""
-        return capture(self.model, mlps, self.tokens, **self._room)
+    def capture(self, mlps: Sequence[MLP], share: Share | None = None) -> Iterator[tuple[MLP, Activations]]:
+        """The original's activations at each of `mlps`, one after the other, on the whole text or a share of it; see
+        `activations.capture`."""
+        tokens = self.tokens if share is None else share.tokens
+        for mlp, pairs in capture(self.model, mlps, tokens, **self._room):
+            if share is not None:
+                pairs.share = share
+            yield mlp, pairs
+
+    def share(self) -> Share:
+        """What of the text is this process's, where it is spread over all."""
+        return Share(self.ranks, self.text.train, self.text.heldout)
 
     def fidelity(self, net: DLRNet, pairs: Activations) -> Fidelity:
         """What a chain makes of the held-out rows of its module's activations."""
-        held = torch.arange(self.train_rows, len(pairs))
-        return measure(net, *pairs.rows(held), self.device, pairs.first[held])
+        held = pairs.share.held(self.train_rows, len(pairs))
+        return measure(net, *pairs.rows(held), self.device, pairs.first[held], pairs.share.ranks)
 
     def calibrator(self) -> SequentialCalibrator:
-        """Both models' hidden states in front of the first layer. Raises Unrepeatable, see `SequentialCalibrator`."""
-        return SequentialCalibrator(self.model, self.mlps, self.tokens, **self._room)
+        """Both models' hidden states in front of the first layer, of this process's share of the text.
+
+        Raises:
+            Unrepeatable: In all processes, where it is in one; see `SequentialCalibrator`.
+        """
+        share, made, why = self.share(), None, ""
+        try:
+            made = SequentialCalibrator(self.model, self.mlps, share.tokens, share=share, **self._room)
+        except Unrepeatable as error:
+            why = str(error)
+        if whys := [words for words in self.ranks.gathered(why) if words]:
+            raise Unrepeatable(whys[0])
+        assert made is not None
+        return made
 
     @property
     def _room(self) -> dict[str, Any]:
         """Where activations are kept, and who hears of it."""
         return {
-            "max_memory": int(self.config.max_memory or 0),
+            "max_memory": int(self.config.max_memory or 0) // self.ranks.local_size,
             "scratch": self.scratch,
             "progress": self.count("activations"),
         }

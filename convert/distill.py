@@ -60,8 +60,8 @@ def distill(
     A fit whose loss rises or is not a number goes on from its last good state at half the rate, at most twice.
 
     Args:
-        activations: x and y of the MLP, [N, d] each.
-        tokens: How many of the rows, from the first, are trained on.
+        activations: x and y of the MLP, [N, d] each, or a process's share of them.
+        tokens: How many of the rows of all, from the first, are trained on.
         spec: The chain.
         recipe: How long, in which steps, from where.
         name: The module's, for errors.
@@ -79,7 +79,8 @@ def distill(
     Raises:
         DLRError: Where the fit diverges even so, and where the MLP's input or output is zero.
     """
-    sample = activations.rows(random_rows(tokens, _ROWS, recipe.seed))
+    share, ranks = activations.share, activations.share.ranks
+    sample = share.sample(activations.rows, random_rows(tokens, _ROWS, recipe.seed))
     rms_x, rms_y = (_typical_rms(t) for t in sample)
     if not (rms_x and rms_y):
         side = "output" if rms_x else "input"
@@ -99,27 +100,32 @@ def distill(
     else:
         weights = random_init(spec, generator)
     weights = {key: w.to(device) for key, w in weights.items()}
-    read = activations.rows(random_rows(tokens, _PRECONDITIONER_TOKENS, recipe.seed))[0]
+    ranks.broadcast([*weights.values()])
+    read, _ = share.sample(activations.rows, random_rows(tokens, _PRECONDITIONER_TOKENS, recipe.seed))
     preconditioner = reading_preconditioner(read.to(device, torch.float32), recipe.preconditioner_exponent)
     # B's steps are as large in the output as they are at the recipe's scale.
     reach = (scale.square().mean().sqrt() / recipe.scale).item()
-    optimizer = Muon(muon_groups(weights, recipe, preconditioner, reach), momentum=recipe.momentum)
+    groups = muon_groups(weights, recipe, preconditioner, reach)
+    optimizer = Muon(groups, momentum=recipe.momentum, ranks=ranks)
     peaks = [group["lr"] for group in optimizer.param_groups]
 
     def stored() -> Weights:
         # Back to the scale of the model: z runs on x itself, so A reads x / rms_x and B writes rms_x.
         tensors = {key: w.cpu() * (rms_x if key == "dlr_B" else 1 / rms_x) for key, w in weights.items()}
-        return tensors | {"dlr_scale": scale * (rms_y / rms_x), "dlr_bias": bias * rms_y}
+        tensors |= {"dlr_scale": scale * (rms_y / rms_x), "dlr_bias": bias * rms_y}
+        ranks.broadcast([*tensors.values()])
+        return tensors
 
-    first = activations.first[:tokens].nonzero()[:, 0]
+    first = share.first(activations.first, tokens)
     guard = _Guard(recipe, optimizer, weights, name, note)
     trained = 0
     with Gradients(spec, scale.to(device), bias.to(device)) as gradients:
         for rows in recipe.batches(tokens, first, generator):
-            x, y = (t.to(device, torch.float32) for t in activations.rows(rows))
+            x, y = (t.to(device, torch.float32) for t in activations.rows(share.mine(rows)))
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * guard.share * recipe.schedule(trained + len(rows) / 2)
-            loss = gradients.fill(weights, x / rms_x, y / rms_y)
+            loss = gradients.fill(weights, x / rms_x, y / rms_y, len(rows))
+            ranks.add([loss, *(w.grad for w in weights.values() if w.grad is not None)])
             optimizer.step()
             trained += len(rows)
             if guard.look(trained, loss) and watch is not None:
@@ -238,10 +244,11 @@ class Gradients:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown()
 
-    def fill(self, weights: Weights, x: Tensor, y: Tensor) -> Tensor:
-        """Sets `.grad` of every weight, for x, y [T, d] at unit scale, and returns the loss, a scalar tensor."""
+    def fill(self, weights: Weights, x: Tensor, y: Tensor, tokens: int) -> Tensor:
+        """Sets `.grad` of every weight, for x, y [T, d] at unit scale, and returns the loss, a scalar tensor: their
+        sums over these tokens, divided by `tokens`, the batch's."""
         jobs = [
-            (weights, xp, yp, len(x))
+            (weights, xp, yp, tokens)
             for xp, yp in zip(x.chunk(self._parts), y.chunk(self._parts), strict=True)
         ]
         run = map if self._parts == 1 else self._pool.map

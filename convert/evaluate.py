@@ -17,6 +17,7 @@ from ..common.progress import Count, no_count
 from ..reporting.lock_verdict import UNDONE_RATIO, attack_words, error_ratio
 from ..runtime import DLRNet
 from ..triton_kernels import chain_reference, flattened_reference, lane_updates
+from .parallel.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,7 +98,14 @@ class Redistillation:
 
 
 @torch.no_grad()
-def measure(net: DLRNet, x: Tensor, y: Tensor, device: torch.device, first: Tensor | None = None) -> Fidelity:
+def measure(
+    net: DLRNet,
+    x: Tensor,
+    y: Tensor,
+    device: torch.device,
+    first: Tensor | None = None,
+    ranks: Ranks = ALONE,
+) -> Fidelity:
     """Compares a chain, with its weights as stored but in float32, with its MLP on held-out tokens.
 
     Args:
@@ -106,9 +114,11 @@ def measure(net: DLRNet, x: Tensor, y: Tensor, device: torch.device, first: Tens
         y: [N, d], its output.
         device: Where the chain is run.
         first: [N] bool, which tokens are the first of their sequences; None where that is not asked.
+        ranks: Who else has such tokens; the figures are of all of them.
     """
     weights = net.chain.to(device, torch.float32)
-    errors, gap, update, size = [], 0.0, 0.0, 0.0
+    errors = [torch.zeros(0)]
+    gap = update = size = 0.0
     for start in range(0, len(x), _ROWS):
         xb, yb = (t[start : start + _ROWS].to(device, torch.float32) for t in (x, y))
         chain = chain_reference(xb, weights)
@@ -117,12 +127,16 @@ def measure(net: DLRNet, x: Tensor, y: Tensor, device: torch.device, first: Tens
         gap += ((flat - chain).square().sum(1) / size_of(yb)).sum().item()
         update += lane_updates(xb, weights).square().mean(0).sum().item()
         size += xb.square().sum().item()
-    error = torch.cat(errors)
+    error = torch.cat(errors).double()
+    firsts = error[first] if first is not None else error[:0]
+    total, gap, update, size, tokens, of_first, starts = ranks.total(
+        _bounded(error).sum().item(), gap, update, size, len(x), firsts.sum().item(), len(firsts)
+    )
     return Fidelity(
-        mean_error(error),
-        gap / len(x),
+        total / tokens,
+        gap / tokens,
         math.sqrt(update / size) if size else 0.0,
-        error[first].mean().item() if first is not None and first.any() else None,
+        of_first / starts if starts else None,
     )
 
 
@@ -133,7 +147,11 @@ def mean_error(errors: Tensor) -> float:
     measured against its MLP, the mean was 324, for the first tokens' 164,000 and 0.32 elsewhere. Where nothing of the
     kind happens the bound changes little: one token in 10,000 is beyond 1, and 0.261 becomes 0.259.
     """
-    return errors.clamp(max=1).mean().item()
+    return _bounded(errors).mean().item()
+
+
+def _bounded(errors: Tensor) -> Tensor:
+    return errors.clamp(max=1)
 
 
 def relative_error(y: Tensor, wanted: Tensor) -> Tensor:

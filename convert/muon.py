@@ -4,10 +4,13 @@ Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024):
 replaced by the nearest semi-orthogonal matrix, so that every direction moves equally fast.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .parallel.ranks import ALONE, Ranks
 
 # Four rounds of Polar Express (Amsel et al., arXiv 2505.16932) for singular values of 1e-3 to 1; all but the last
 # carry its safety factor of 1.01. As exact as Jordan's five rounds (0.5% less error) and one round cheaper.
@@ -29,9 +32,13 @@ class Muon(torch.optim.Optimizer):
             orthogonalised by itself, for the iteration's FLOPs grow with the cube of a block's rows; and
             `weight_decay`, which shrinks a parameter by lr * weight_decay a step.
         momentum: From 0 to 1.
+        ranks: Who takes the same steps, with the same gradients; each orthogonalises its part of the blocks.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], momentum: float = 0.95) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], momentum: float = 0.95, ranks: Ranks = ALONE
+    ) -> None:
+        self._ranks = ranks
         super().__init__(
             groups, {"momentum": momentum, "preconditioner": None, "rows": None, "weight_decay": 0.0}
         )
@@ -46,7 +53,8 @@ class Muon(torch.optim.Optimizer):
                 momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                 direction = torch.lerp(parameter.grad, momentum, group["momentum"])
                 blocks = _blocks(direction, group["rows"])
-                update = orthogonalised(blocks, group["preconditioner"]).view_as(parameter)
+                of = partial(orthogonalised, preconditioner=group["preconditioner"])
+                update = self._ranks.spread(of, blocks).view_as(parameter)
                 if group["weight_decay"]:
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.sub_(update, alpha=group["lr"])

@@ -85,8 +85,8 @@ def redistill(
 
     Args:
         net: The chain.
-        activations: What the chain was fitted to: x, and the y that it should give, [N, d] each.
-        tokens: How many of the rows, from the first, are the attacker's text.
+        activations: What the chain was fitted to: x, and the y that it should give, [N, d] each, or a process's share.
+        tokens: How many of the rows of all, from the first, are the attacker's text.
         train_tokens: The attacker's training tokens for each student.
         conversion: Those that the chain cost.
         name, device, seed, progress: As for `fit_student`.
@@ -97,8 +97,10 @@ def redistill(
     """
     outputs = activations.like_y()
     _run(net, activations.x, device, outputs)
-    own = Activations(activations.x, outputs, activations.first, activations.mapped, activations.scratch)
-    held = torch.arange(tokens, len(activations))
+    given = activations
+    own = Activations(given.x, outputs, given.first, given.mapped, given.scratch)
+    own.share = given.share
+    held, ranks = given.share.held(tokens, len(given)), given.share.ranks
     best: tuple[float, str, DLRNet] | None = (
         None  # one student at a time beside it: they are as large as the chain
     )
@@ -119,13 +121,15 @@ def redistill(
             if number + 1 == len(inits) and best is None:
                 raise
             continue
-        found = measure(student, *own.rows(held), device).rel_error
+        found = measure(student, *own.rows(held), device, ranks=ranks).rel_error
         if best is None or found < best[0]:
             best = found, init, student
         del student
     assert best is not None
     student_error, init, student = best
-    error, chain_error = (measure(one, *activations.rows(held), device).rel_error for one in (student, net))
+    error, chain_error = (
+        measure(one, *given.rows(held), device, ranks=ranks).rel_error for one in (student, net)
+    )
     return Redistillation(train_tokens, conversion, error, chain_error, student_error, init)
 
 
@@ -171,7 +175,8 @@ def fit_student(
     else:
         if init == "linear":
             half = -(-net.spec.depth // 2)
-            x = activations.rows(random_rows(tokens, FIT_TOKENS, seed))[0]
+            rows = random_rows(tokens, FIT_TOKENS, seed)
+            x, _ = activations.share.sample(activations.rows, rows)
             start = merged(net, half, linear_reads(net, x.to(device, torch.float32), half))
         else:
             start = flattened(net)

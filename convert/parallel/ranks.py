@@ -48,6 +48,10 @@ class Ranks:
     def add(self, tensors: Sequence[Tensor]) -> None:
         """Tensors of one dtype and device become their sums over all processes, by one all-reduce."""
 
+    def total(self, *numbers: float) -> list[float]:
+        """The numbers' sums over all processes."""
+        return list(numbers)
+
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Tensors of one dtype and device become the first process's."""
 
@@ -114,6 +118,13 @@ class Group(Ranks):
         with _lost_is_an_error():
             distributed.all_reduce(together, group=self._group)
         _put_back(together, tensors)
+
+    def total(self, *numbers: float) -> list[float]:
+        import torch
+
+        sums = torch.tensor(numbers, dtype=torch.float64)
+        self.add([sums])
+        return sums.tolist()
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         import torch

@@ -149,7 +149,7 @@ def _fit_rate(device: torch.device, spec: DLRSpec, recipe: Recipe) -> float:
     with Gradients(spec, ones, 0 * ones) as gradients:
 
         def step() -> None:
-            gradients.fill(weights, x, y)
+            gradients.fill(weights, x, y, len(x))
             optimizer.step()
 
         return step_of(spec, recipe, parts).flops / _seconds(step, device)

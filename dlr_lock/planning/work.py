@@ -12,18 +12,17 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
-from torch import Tensor
 
 from ..audit.meters import Meter
 from ..convert.config import ConversionConfig, Recipe
 from ..convert.data import SEQUENCE_LENGTH
 from ..convert.distill import muon_groups
-from ..convert.evaluate import CHUNK, LOGIT_BYTES, predicts_next, relative_error
+from ..convert.evaluate import CHUNK, LOGIT_BYTES, predicts_next
 from ..convert.muon import Muon
+from ..convert.parallel.balance import trial_gradients
 from ..convert.redistill import BATCH, FIT_TOKENS, INITS, attack_tokens
 from ..runtime import DLRNet, DLRSpec
 from ..runtime.generation import positions
-from ..triton_kernels import ChainWeights, chain_reference
 from .subject import Subject
 
 _BATCH_TOKENS = 4096  # of one pass through a layer
@@ -92,11 +91,9 @@ def step_of(spec: DLRSpec, recipe: Recipe, parts: int) -> Step:
         x = torch.empty(max(1, tokens // parts), d)
         optimizer = Muon(muon_groups(weights, recipe, torch.empty(d, d)), momentum=recipe.momentum)
         with meter:
-            gradients = _gradients(weights, x, spec.act)
+            trial_gradients(weights, x, spec.act)
         passes, of_passes = meter.take().flops, meter.peak
-        own = sum(g.nbytes for g in gradients)
-        for weight, gradient in zip(weights.values(), gradients, strict=True):
-            weight.grad = gradient
+        own = sum(w.grad.nbytes for w in weights.values() if w.grad is not None)
         with meter:
             optimizer.step()
         steps, of_step = meter.take().flops, meter.peak
@@ -107,14 +104,6 @@ def step_of(spec: DLRSpec, recipe: Recipe, parts: int) -> Step:
     # Weights, the last good state, momentum (of which the meter sees the first step's), and the parts' gradients.
     held = 2 * size + max(parts * of_passes + size + (parts > 1) * own, of_step + (parts - 1) * own)
     return Step(passes * parts + steps, held)
-
-
-def _gradients(weights: dict[str, Tensor], x: Tensor, act: str) -> list[Tensor]:
-    leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
-    one, zero = torch.ones(x.shape[1]), torch.zeros(x.shape[1])
-    chain = ChainWeights(leaves["dlr_A"], leaves["dlr_B"], one, zero, leaves.get("dlr_G"), act)
-    relative_error(chain_reference(x, chain), x).sum().backward()
-    return [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
 
 
 @dataclass(frozen=True)
