@@ -40,6 +40,7 @@ from .evaluate import (
     vocabulary,
 )
 from .muon import Muon
+from .parallel.ranks import ALONE, Ranks
 from .redistill import attack_module
 from .report import EndToEndReport, Modules
 
@@ -93,6 +94,7 @@ def train_end_to_end(
     *,
     progress: Count = no_count,
     watch: Callable[[int, float], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, DLRNet | DLRExperts]:
     """Trains all chains at once, in their places in the model; those of experts are in their places, too, and stay.
 
@@ -104,6 +106,7 @@ def train_end_to_end(
         plan: How long and how fast.
         progress: Called with (training tokens done, in all).
         watch: Called after every batch with (training tokens done, its loss).
+        ranks: The processes that do this together, each with its part of every step's sequences.
 
     Returns:
         New chains, in the dtype of the old, on the CPU.
@@ -116,13 +119,15 @@ def train_end_to_end(
         for name, net in chains.items()
     }
     student = with_chains(model, places, identity)
+    chains_weights = [
+        [p for p in place.parameters() if p.requires_grad]
+        for place in places.values()
+        if isinstance(place, TrainableChain)
+    ]
     optimizer = Muon(
-        [
-            {"params": [p for p in place.parameters() if p.requires_grad], "lr": plan.rate}
-            for place in places.values()
-            if isinstance(place, TrainableChain)
-        ],
+        [{"params": weights, "lr": plan.rate} for weights in chains_weights],
         momentum=plan.momentum,
+        ranks=ranks,
     )
     generator = torch.Generator().manual_seed(plan.seed)
     sequences, n = tokens.shape
@@ -134,15 +139,22 @@ def train_end_to_end(
         done = (step + 0.5) / steps
         for group in optimizer.param_groups:
             group["lr"] = plan.rate * min(1.0, (step + 1) / max(1, steps // 10), 2 * (1 - done))
-        total = 0.0
+        total, drawn = 0.0, []
         for _ in range(parts):
             if len(order) < at_once:
                 order = torch.randperm(sequences, generator=generator)
-            ids, order = tokens[order[:at_once]].to(model.device), order[at_once:]
+            drawn.append(order[:at_once])
+            order = order[at_once:]
+        mine = torch.cat(drawn)[ranks.rank :: ranks.size]
+        for part in mine.split(at_once) if len(mine) else ():
             with backend("naive"):  # gradients go through experts' chains, too
-                loss = distance(student, model, ids) / parts
+                loss = distance(student, model, tokens[part].to(model.device))
+                loss = loss / (parts * at_once / len(part))  # the mean over all processes' sequences
                 loss.backward()
             total += loss.item()
+        (total,) = ranks.total(total)
+        for weights in chains_weights:  # a chain at a time: all gradients twice would be much memory
+            ranks.add([_gradient(weight) for weight in weights])
         if not math.isfinite(total):
             raise DLRError("the end-to-end phase diverged: try a lower rate")
         optimizer.step()
@@ -155,6 +167,13 @@ def train_end_to_end(
         name: _stored(place, net) if isinstance(place := places[name], TrainableChain) else net
         for name, net in chains.items()
     }
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    """A weight's gradient, zeros where this process had no sequence of the step."""
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad
 
 
 def distance(student: nn.Module, original: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -274,9 +293,12 @@ def run_end_to_end(context: Context, modules: Modules) -> EndToEndReport | None:
     modules.chains = dict(modules.chains)  # all of them are in work from here on
 
     def figures(what: str) -> tuple[Evaluation | StateEvaluation, dict[str, float]]:
-        locked = with_chains(model, modules.chains, context.identity)
-        evaluation = compare(locked, model, text.heldout, context.count(f"measuring {what}"))
-        return evaluation, flatten_gaps(locked, _dense(modules.chains), text.heldout)
+        def look() -> tuple[Evaluation | StateEvaluation, dict[str, float]]:
+            locked = with_chains(model, modules.chains, context.identity)
+            evaluation = compare(locked, model, text.heldout, context.count(f"measuring {what}"))
+            return evaluation, flatten_gaps(locked, _dense(modules.chains), text.heldout)
+
+        return context.ranks.agreed(look)
 
     before, fitted = figures("the modules"), modules.chains
     try:
@@ -287,6 +309,7 @@ def run_end_to_end(context: Context, modules: Modules) -> EndToEndReport | None:
             text.train,
             EndToEndPlan(context.config.end_to_end, seed=context.config.seed),
             progress=context.count("end-to-end phase"),
+            ranks=context.ranks,
         )
         after = figures("the end-to-end phase")
     except DLRError as error:
@@ -326,7 +349,7 @@ def _attacked(
     mlp = next(mlp for mlp in context.mlps if mlp.module == name)
     report = next(report for report in modules.reports if report.module == name)
     done = []
-    for _, pairs in context.capture([mlp]):
+    for _, pairs in context.capture([mlp], context.share()):
         for when, net in {"before": fitted, "after": _dense(modules.chains)[name]}.items():
             progress = context.count(f"redistilling {name}, as it was {when} the end-to-end phase")
             done.append(attack_module(context, net, report, pairs, progress))

@@ -35,9 +35,7 @@ class Muon(torch.optim.Optimizer):
         ranks: Who takes the same steps, with the same gradients; each orthogonalises its part of the blocks.
     """
 
-    def __init__(
-        self, groups: list[dict[str, Any]], momentum: float = 0.95, ranks: Ranks = ALONE
-    ) -> None:
+    def __init__(self, groups: list[dict[str, Any]], momentum: float = 0.95, ranks: Ranks = ALONE) -> None:
         self._ranks = ranks
         super().__init__(
             groups, {"momentum": momentum, "preconditioner": None, "rows": None, "weight_decay": 0.0}

@@ -4,39 +4,40 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..common.dtypes import DTYPES, dtype_name
+from ..common.dtypes import dtype_name
 from ..common.errors import DLRError
-from ..common.files import check_space, check_target, permission_is_an_error, whole_directory
-from ..common.progress import Phase, Progress, expect, no_progress, say
-from ..common.resume import ResumeStore, run_lock
-from ..common.side_files import carry_over, licence
+from ..common.files import permission_is_an_error
+from ..common.progress import Phase, Progress, expect, no_progress, say, shown
+from ..common.side_files import licence
 from ..common.version import __version__
 from ..runtime import DLRExperts, DLRNet, ExpertsSpec
 from ..runtime.checkpoint import write_manifest
 from .activations import Activations, SequentialCalibrator
 from .config import ConversionConfig, Recipe
 from .context import Context
-from .data import calibration_text, digest, poor_text
+from .data import poor_text
 from .distill import Weights, distill
 from .end_to_end import run_end_to_end
-from .experts.fit import check_sizes, fit_mixture
+from .experts.fit import fit_mixture
 from .experts.routing import Mixture
 from .layer_runner import Unrepeatable
-from .mlp_discovery import check_dense, find_mlps, select_layers, unknown_mixtures
 from .mlp_matching import MLP, teacher_weights
+from .parallel.balance import dealt, fit_flops
+from .parallel.output import shared_output
+from .parallel.ranks import joined
 from .redistill import INITS, attack_module, attack_tokens
-from .report import ConversionReport, ModuleReport, Modules, model_card
-from .source import compute_dtype, open_source, public_name, unplaced_tensors, weight_files
-from .writing import KeptChains, measure_checkpoint, restored, write_checkpoint, write_words
+from .report import ConversionReport, EndToEndReport, ModuleReport, Modules, model_card
+from .source import public_name
+from .sources.preparation import prepared
+from .writing import KeptChains, measure_checkpoint, restored, write_checkpoint
 
 _Module = tuple[DLRNet | DLRExperts, ModuleReport]
 
@@ -56,23 +57,26 @@ def convert_model(
     """Locks a model: replaces its MLPs by DLR-Nets fitted to them and writes the checkpoint `out`.
 
     `out` appears whole, at the end. Finished modules are kept in `<out>.partial` until then: the same call goes on
-    from there after a failure or Ctrl-C.
+    from there after a failure or Ctrl-C. Of several processes that a launcher started (see `parallel`), all must call
+    this, with the same arguments; the first one writes.
 
     Args:
         source: A transformers directory, a hub id or a .gguf file.
         out: The directory of the checkpoint.
         overwrite: Whether a locked checkpoint that is there already is replaced.
-        progress: Called with (what is being done, done, total) as the work goes on.
+        progress: Called with (what is being done, done, total) as the work goes on, in the first process.
         **options: The fields of `ConversionConfig`.
 
     Returns:
-        What was done and measured.
+        What was done and measured, in every process.
 
     Raises:
         DLRError: On everything that the user can correct.
     """
     started = time.monotonic()
+    ranks = joined()
     config = ConversionConfig.of(options).resolved()
+    ranks.check_device(torch.device(str(config.device)))
     target = Path(out).expanduser().absolute()
     given = Path(source).expanduser().resolve()
     with permission_is_an_error():
@@ -82,97 +86,30 @@ def convert_model(
             raise DLRError(
                 f"the source {source} and the output {out} lie in one another; choose another output"
             )
-        check_target(target, overwrite=overwrite)
-        with run_lock(target):
-            # It checks the target again, now that nobody else writes.
-            with whole_directory(target, overwrite=overwrite) as work:
-                context, mlps = _prepared(source, target, work, config, progress, started)
-                report = _converted(context, mlps, work, str(out))
-            context.resume.remove()
+        with shared_output(ranks, target, overwrite=overwrite) as (work, kept):
+            told = progress if ranks.first else no_progress
+            context, mlps = prepared(source, target, work, config, told, started, ranks)
+            kept.append(context.resume)
+            report = _converted(context, mlps, work, str(out))
     return report
-
-
-def _prepared(
-    source: str | Path,
-    target: Path,
-    work: Path,
-    config: ConversionConfig,
-    progress: Progress,
-    started: float,
-) -> tuple[Context, int]:
-    """All that the work needs, and how many MLPs the model has; raises DLRError before any long work.
-
-    started: when the run began.
-
-    What is carried over from the source is in `work` afterwards.
-    """
-    device = torch.device(str(config.device))
-    scratch = work / ".scratch"  # hidden files are not carried over: nothing of the source's is called so
-    scratch.mkdir()
-    with _shown(progress, "reading the model"):
-        original = open_source(source, dtype=compute_dtype(device), device=device, room=_room(config, device))
-        every = find_mlps(original.model, config.mlps)
-        notes = [check_dense(original.model, every, layers=config.layers, pattern=config.mlps)]
-        mlps = select_layers(every, config.layers)
-        check_sizes(config, mlps)
-        stored = DTYPES.get(config.dtype) or original.dtype
-        weights = {file.name for file in weight_files(original.path)}
-        notes.append(carry_over(original.path, work, weights))
-        replaced = [name for mlp in mlps for name in (mlp.module, *mlp.identity)]
-        notes.append(unplaced_tensors(original, replaced)[1])
-        write_words(original, work)
-        check_space(target, original.model.num_parameters() * stored.itemsize)
-    if original.weights is not None and config.end_to_end:
-        size = original.model.num_parameters() * original.model.dtype.itemsize
-        raise DLRError(
-            f"the end-to-end phase wants all {size / 2**30:,.1f} GiB of the model in memory: allow them by "
-            "--max-memory, or leave it out by --end-to-end 0"
-        )
-    if config.data == "self" and (device.type == "cpu" or original.weights is not None):
-        where = "on a CPU" if original.weights is None else "with weights that are read from the disk"
-        say(
-            progress,
-            f"--data self: {(config.tokens or 0) + (config.heldout or 0):,} tokens are sampled from the model first, "
-            f"which {where} takes longer than everything else; --data with a text file is faster, and fits better",
-        )
-    text = calibration_text(original, config, progress)
-    # All that the modules of a conversion depend on; a module made with other facts is not reused.
-    free = (
-        "device", "max_memory", "end_to_end", "data", "heldout", "layers", "dtype", "effort", "temperature",
-        "redistill",
-    )  # fmt: skip
-    chosen = {name: value for name, value in config.to_dict().items() if name not in free}
-    if any(isinstance(mlp, Mixture) for mlp in mlps):
-        chosen["redistill"] = config.redistill  # a mixture's attack comes with its fit
-    facts = chosen | {
-        "recipe": [
-            {name: value for name, value in asdict(config.recipe(gated=gated)).items() if name not in chosen}
-            for gated in (False, True)
-        ],
-        "source": original.fingerprint,
-        "layers": [mlp.module for mlp in mlps],
-        "text": digest(text.train, text.heldout),
-        "dtype": dtype_name(stored),
-        "program": __version__,
-    }
-    resume = ResumeStore(target, facts, started)
-    said = [note for note in notes if note]
-    context = Context(original, mlps, text, config, stored, resume, scratch, progress, said)
-    return context, len(every) + len(unknown_mixtures(original.model, every))
-
-
-def _room(config: ConversionConfig, device: torch.device) -> int:
-    """Bytes for a model's weights: as much as activations may take, or half of what a GPU has free."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    return int(config.max_memory or 0)
 
 
 def _converted(context: Context, mlps: int, work: Path, out: str) -> ConversionReport:
     """Writes the checkpoint into `work`, which will be `out`. mlps: how many the original has."""
     modules = distill_modules(context)
     end_to_end = run_end_to_end(context, modules)
-    with _shown(context.progress, "writing the checkpoint"):
+    return context.ranks.agreed(lambda: _written(context, modules, end_to_end, mlps, work, out))
+
+
+def _written(
+    context: Context,
+    modules: Modules,
+    end_to_end: EndToEndReport | None,
+    mlps: int,
+    work: Path,
+    out: str,
+) -> ConversionReport:
+    with shown(context.progress, "writing the checkpoint"):
         locked_parameters = write_checkpoint(context, modules.chains, work)
         shutil.rmtree(context.scratch)
     original, model = context.source, context.model
@@ -219,27 +156,23 @@ def distill_modules(context: Context) -> Modules:
             done.across = "independent"
             context.notes.append(f"modules were distilled independently: {error}")
     done.runner = calibrator.runner if calibrator else None
-    before = {
-        mlp.module: _report_of(restored(context.resume, context.model, mlp.module, context.stored))
-        for mlp in mlps
-    }
+    before = context.ranks.agreed(
+        lambda: {mlp.module: _report_of(_restored(context, mlp.module)) for mlp in mlps}
+    )
+    context.resume.await_parts(name for name, report in before.items() if report is not None)
     todo = [mlp for mlp in mlps if not _finished(before[mlp.module], config)]
     _say_what_is_kept(context, before, todo)
-    expect(context.progress, _phases(context, before, todo, one_by_one=calibrator is not None))
-    independent = context.capture(todo if calibrator is None else [])
-    for number, mlp in enumerate(mlps, 1):
-        module = restored(context.resume, context.model, mlp.module, context.stored)
-        if not _finished(_report_of(module), config):
-            pairs = calibrator.pairs(mlp) if calibrator else next(independent)[1]
-            title = f"{mlp.module} ({number} of {len(mlps)})"
-            if module is None:
-                fit: Any = fit_mixture if isinstance(mlp, Mixture) else _fit
-                module = fit(context, mlp, pairs, title, corrected=bool(calibrator))
-                _keep(context, module)  # before what may fail
-            if config.redistill and not isinstance(mlp, Mixture):
-                module = _attacked(context, module, pairs, title)
-                _keep(context, module)
+    if calibrator is None:
+        _fit_apart(context, before, todo)
+    else:
+        expect(context.progress, _phases(context, before, todo, one_by_one=True))
+    for mlp in mlps:
+        if calibrator and mlp in todo:
+            pairs = calibrator.pairs(mlp)
+            module = _finish(context, mlp, pairs, fitted=before[mlp.module] is not None, corrected=True)
             pairs.close()
+        else:
+            module = _restored(context, mlp.module)
         assert module is not None
         net, report = module
         if calibrator:
@@ -247,6 +180,7 @@ def distill_modules(context: Context) -> Modules:
         chains.add(mlp.module)
         done.reports.append(report)
         context.notes.extend(report.notes)
+    context.resume.await_parts(chains)
     unknown = [mlp.module for mlp in mlps if mlp.up is None and not isinstance(mlp, Mixture)]
     if unknown and config.init == "mixed":
         context.notes.append(
@@ -258,6 +192,49 @@ def distill_modules(context: Context) -> Modules:
             "no errors before them, for what follows them in their layer is no plain sum: a norm, a gate"
         )
     return done
+
+
+def _fit_apart(context: Context, before: dict[str, ModuleReport | None], todo: list[MLP]) -> None:
+    """Fits the modules that are to be done, independently, each in one of the processes."""
+    ranks = context.ranks
+    flops = fit_flops(todo, context.config, context.model.config.get_text_config())
+    mine = [todo[job] for job in dealt(flops, ranks.size)[ranks.rank]]
+    expect(context.progress, _phases(context, before, mine, one_by_one=False))
+    begin = len(context.notes)
+    for mlp, pairs in context.capture(mine):
+        _finish(context, mlp, pairs, fitted=before[mlp.module] is not None, corrected=False)
+    if ranks.size > 1:
+        context.progress("waiting for the other processes", 0, 1)
+    context.notes[begin:] = [note for notes in ranks.gathered(context.notes[begin:]) for note in notes]
+    context.resume.await_parts(mlp.module for mlp in todo)
+
+
+def _finish(context: Context, mlp: MLP, pairs: Activations, *, fitted: bool, corrected: bool) -> _Module:
+    """An MLP's chain and the attack on it, as far as they are to do, kept as soon as they are done.
+
+    fitted: Whether the chain is kept already. corrected: Whether modules correct one another; all processes have a part
+    in each then, and the first one keeps it.
+    """
+    module = _restored(context, mlp.module) if fitted else None
+    title = f"{mlp.module} ({context.mlps.index(mlp) + 1} of {len(context.mlps)})"
+
+    def keep(module: _Module) -> None:
+        net, report = module
+        if context.ranks.first or not corrected:
+            context.resume.put(report.module, net.state_dict(), report.to_dict())
+
+    if module is None:
+        fit: Any = fit_mixture if isinstance(mlp, Mixture) else _fit
+        module = fit(context, mlp, pairs, title, corrected=corrected)
+        keep(module)  # before what may fail
+    if context.config.redistill and not isinstance(mlp, Mixture):
+        module = _attacked(context, module, pairs, title)
+        keep(module)
+    return module
+
+
+def _restored(context: Context, name: str) -> _Module | None:
+    return restored(context.resume, context.model, name, context.stored)
 
 
 def _say_what_is_kept(context: Context, before: dict[str, ModuleReport | None], todo: list[MLP]) -> None:
@@ -382,11 +359,6 @@ def _attacked(context: Context, module: _Module, pairs: Activations, title: str)
     return net, replace(report, redistillation=found)
 
 
-def _keep(context: Context, module: _Module) -> None:
-    net, report = module
-    context.resume.put(report.module, net.state_dict(), report.to_dict())
-
-
 def _report_of(module: _Module | None) -> ModuleReport | None:
     return None if module is None else module[1]
 
@@ -396,11 +368,3 @@ def _finished(report: ModuleReport | None, config: ConversionConfig) -> bool:
         return report is not None  # a mixture's attack comes with its fit
     found = report.redistillation  # one of another share is not the attack that is asked for
     return found is not None and found.train_tokens == attack_tokens(config.redistill, report.train_tokens)
-
-
-@contextmanager
-def _shown(progress: Progress, what: str) -> Iterator[None]:
-    """Work whose progress is only that it is done."""
-    progress(what, 0, 1)
-    yield
-    progress(what, 1, 1)

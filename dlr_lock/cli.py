@@ -4,6 +4,7 @@ What takes torch is imported by the commands themselves: a page of help takes ne
 """
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -18,7 +19,8 @@ from .common.options import flag
 from .common.version import __version__
 from .compare.config import SpeedConfig
 from .convert.config import ConversionConfig
-from .exits import interrupt, one_line_errors, what_is_kept
+from .convert.parallel.ranks import joined, leave, several
+from .exits import STOPS, interrupt, one_line_errors, what_is_kept
 from .options import choice, options_of
 from .progress import Steps
 from .reporting import Section, print_sections
@@ -47,6 +49,10 @@ def _start(
     if version:
         print(f"dlr-lock {__version__}")
         raise typer.Exit
+    if several() and context.invoked_subcommand not in (None, "convert"):
+        from .common.errors import DLRError
+
+        raise DLRError(f"{context.invoked_subcommand} runs in one process: start it without torchrun")
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit
@@ -391,14 +397,22 @@ def bench_model(
 def main() -> None:
     """Runs the command line. Exit status 2, and one line on standard error, for all that the user can correct."""
     set_defaults(QUIET)
-    for name in ("SIGTERM", "SIGHUP"):  # a stopped job cleans up like one that is interrupted
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), interrupt)
+    for name in STOPS:  # a stopped job cleans up like one that is interrupted
+        signal.signal(getattr(signal, name), interrupt)
     with one_line_errors():
+        _join()
         result = app(standalone_mode=False)
         if result == 130:  # typer's own way to say KeyboardInterrupt
             raise KeyboardInterrupt
+        leave()
         sys.exit(result if isinstance(result, int) else 0)
+
+
+def _join() -> None:
+    """Where a launcher started several processes: finds them, before anything can fail; the first one alone speaks."""
+    if several() and not joined().first:
+        _screen.quiet = True
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the end)
 
 
 def _print(sections: list[Section]) -> None:

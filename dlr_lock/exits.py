@@ -1,5 +1,7 @@
 """How the command line ends: exit status 2 and one line on standard error for all that the user can correct."""
 
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +11,8 @@ import typer
 
 from .common.options import flag, old_name
 from .convert.config import GONE, RENAMED
+
+STOPS = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @contextmanager
@@ -52,8 +56,22 @@ def one_line_errors() -> Iterator[None]:
 
 
 def fail(message: str) -> NoReturn:
-    """Ends the process: the message on standard error, in one line, and exit status 2."""
-    print(f"dlr-lock: {' '.join(message.split())}", file=sys.stderr)
+    """Ends the process: the message on standard error, in one line, and exit status 2.
+
+    Of several processes of one run the first to fail says why.
+    """
+    from .convert.parallel.ranks import Group, present, several
+
+    ranks = present()
+    if isinstance(ranks, Group):
+        for name in STOPS:  # the launcher's, which ends the others, too
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    first = ranks.may_tell() if isinstance(ranks, Group) else not (several() and os.environ["RANK"] != "0")
+    if first:
+        print(f"dlr-lock: {' '.join(message.split())}", file=sys.stderr)
+    if isinstance(ranks, Group):
+        sys.stderr.flush()
+        os._exit(2)  # what is left of the connections may wait for processes that are gone
     sys.exit(2)
 
 

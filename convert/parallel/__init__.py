@@ -1,4 +1,4 @@
-"""One conversion by many processes, on one machine or on several: `torchrun --nproc-per-node 8 -m dlr_lock convert ...`.
+"""One conversion by many processes, on one machine or several: `torchrun --nproc-per-node 8 -m dlr_lock convert ...`.
 
 Every process runs the same pipeline, from `convert_model` to the end, and holds a `Ranks` (ranks.py) in its `Context`:
 what it is, and the few exchanges that there are. A process alone has the plain `Ranks`, whose exchanges give back what

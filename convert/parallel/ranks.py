@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_LONGEST_WAIT = timedelta(days=7)  # of others for a process that measures: a closed connection ends it at once
+_LONGEST_WAIT = timedelta(
+    days=7
+)  # of others for a process that measures: a closed connection ends it at once
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torch.distributed's own names
 
 
@@ -39,6 +41,10 @@ class Ranks:
 
     def agreed(self, make: Callable[[], T]) -> T:
         """What the first process made, in all of them; also its DLRError."""
+        return make()
+
+    def in_turn(self, make: Callable[[], T]) -> T:
+        """What each process makes for itself, once the first one has made its own; also the first one's DLRError."""
         return make()
 
     def gathered(self, value: T) -> list[T]:
@@ -99,6 +105,11 @@ class Group(Ranks):
         if box[1] is not None:
             raise DLRError(box[1]) from cause
         return box[0]
+
+    def in_turn(self, make: Callable[[], T]) -> T:
+        made: list[T] = []
+        self.agreed(lambda: made.append(make()))
+        return made[0] if self.first else make()
 
     def gathered(self, value: T) -> list[T]:
         from torch import distributed

@@ -1,6 +1,7 @@
 """How long work says how far it is: a callback, which may also want to know what a job is made of."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 Progress = Callable[[str, int, int], None]  # (what is being done, done, total)
@@ -32,6 +33,14 @@ def say(progress: Progress, sentence: str) -> None:
     """Tells a progress that has a method of this name what its user should know now."""
     if (told := getattr(progress, "say", None)) is not None:
         told(sentence)
+
+
+@contextmanager
+def shown(progress: Progress, what: str) -> Iterator[None]:
+    """Work whose progress is only that it is done."""
+    progress(what, 0, 1)
+    yield
+    progress(what, 1, 1)
 
 
 def no_progress(what: str, done: int, total: int) -> None:

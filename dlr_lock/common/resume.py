@@ -4,10 +4,11 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -34,7 +35,10 @@ def run_lock(target: Path) -> Iterator[None]:
     made = [parent for parent in folder.parents if not parent.exists()]
     claim = folder / _CLAIM
     try:
-        with exclusive(claim, f"another run is writing to {folder}: choose another output"):
+        with (
+            interrupted_words(target),
+            exclusive(claim, f"another run is writing to {folder}: choose another output"),
+        ):
             try:
                 yield
             finally:
@@ -42,20 +46,30 @@ def run_lock(target: Path) -> Iterator[None]:
                     claim.unlink()
                 with suppress(OSError):  # not empty: something is kept
                     folder.rmdir()
-    except KeyboardInterrupt as stop:
-        if not (count := _count(folder)):
-            raise
-        raise KeyboardInterrupt(
-            f"interrupted; {count} finished parts are kept in {folder}: the same command goes on from there"
-        ) from stop
     finally:
         with suppress(OSError):
             for parent in made:
                 parent.rmdir()
 
 
+@contextmanager
+def interrupted_words(target: Path) -> Iterator[None]:
+    """A Ctrl-C in the block says what is kept of an output's finished parts."""
+    folder = _folder(target)
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if not (count := _count(folder)):
+            raise
+        raise KeyboardInterrupt(
+            f"interrupted; {count} finished parts are kept in {folder}: the same command goes on from there"
+        ) from stop
+
+
 class ResumeStore:
     """The finished parts of one run, in `<target>.partial` beside what is to be written; to be used within `run_lock`.
+
+    Several processes of one run may have a store each; one of them has the lock.
 
     Args:
         target: What is to be written.
@@ -70,13 +84,14 @@ class ResumeStore:
         self.folder = _folder(target)
         self._began = time.monotonic() if began is None else began
         self._about = json.dumps(facts, sort_keys=True, default=str)
+        self._mine = uuid4().hex[:8]  # in the names of files that are not whole yet
         if self.folder.exists() and not (self.folder / _ABOUT).is_file():
             if not self.folder.is_dir() or any(
                 not path.name.endswith(".part") for path in self.folder.iterdir()
             ):
                 raise DLRError(f"{self.folder} is in the way and not of an interrupted run: move it away")
         elif self.folder.exists() and not self.count:
-            (self.folder / _ABOUT).unlink()  # it was interrupted before its first part
+            (self.folder / _ABOUT).unlink(missing_ok=True)  # it was interrupted before its first part
         elif self.folder.exists():
             before = read_json(self.folder / _ABOUT)
             other = sorted(
@@ -105,6 +120,25 @@ class ResumeStore:
     def has(self, part: str) -> bool:
         """Whether a part is finished."""
         return self._path(part).is_file()
+
+    def await_parts(self, parts: Iterable[str], seconds: float = 120.0) -> None:
+        """Waits until parts that other processes have finished are seen here, too.
+
+        A network's file system may show another machine's files late: NFS after up to 60 s.
+
+        Raises:
+            DLRError: Where they are not seen in so many seconds.
+        """
+        until = time.monotonic() + seconds
+        while missing := [part for part in parts if not self.has(part)]:
+            if time.monotonic() > until:
+                raise DLRError(
+                    f"{self.folder} does not show {missing[0]}, which another process has finished: the output must "
+                    "be on a file system that all processes see"
+                )
+            time.sleep(0.05)
+            with suppress(OSError):
+                os.listdir(self.folder)  # asks for what is new
 
     def get(self, part: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """A part's tensors and the figures kept with it; None where it is not finished."""
@@ -158,7 +192,7 @@ class ResumeStore:
                     ),
                     (path, lambda p: save_file(tensors, p)),  # last: it is what says that the part is there
                 ):
-                    unfinished = file.with_name(f"{file.name}.part")
+                    unfinished = file.with_name(f"{file.name}.{self._mine}.part")
                     write(unfinished)
                     os.replace(unfinished, file)
         except SafetensorError as error:

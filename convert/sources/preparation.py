@@ -1,0 +1,123 @@
+"""What a conversion needs, read and checked before any long work."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...common.dtypes import DTYPES, dtype_name
+from ...common.errors import DLRError
+from ...common.files import check_space
+from ...common.progress import Progress, say, shown
+from ...common.resume import ResumeStore
+from ...common.side_files import carry_over
+from ...common.version import __version__
+from ..config import ConversionConfig
+from ..context import Context
+from ..data import calibration_text, digest
+from ..experts.fit import check_sizes
+from ..experts.routing import Mixture
+from ..mlp_discovery import check_dense, find_mlps, select_layers, unknown_mixtures
+from ..parallel.ranks import Ranks
+from ..source import compute_dtype, open_source, unplaced_tensors, weight_files
+from ..writing import write_words
+
+
+def prepared(
+    source: str | Path,
+    target: Path,
+    work: Path,
+    config: ConversionConfig,
+    progress: Progress,
+    started: float,
+    ranks: Ranks,
+) -> tuple[Context, int]:
+    """All that the work needs, and how many MLPs the model has; raises DLRError before any long work.
+
+    started: when the run began.
+
+    What is carried over from the source is in `work` afterwards.
+    """
+    device = torch.device(str(config.device))
+    scratch = work / ".scratch"  # hidden files are not carried over: nothing of the source's is called so
+    scratch.mkdir(exist_ok=True)
+    with shown(progress, "reading the model"):
+        room = _room(config, device) // (1 if device.type == "cuda" else ranks.local_size)
+        read: Any = partial(open_source, source, dtype=compute_dtype(device), device=device, room=room)
+        # What is fetched or unpacked first is so once.
+        original = read() if Path(source).expanduser().is_dir() else ranks.in_turn(read)
+        every = find_mlps(original.model, config.mlps)
+        notes = [check_dense(original.model, every, layers=config.layers, pattern=config.mlps)]
+        mlps = select_layers(every, config.layers)
+        check_sizes(config, mlps)
+        if ranks.size > 1 and config.across != "independent" and any(isinstance(m, Mixture) for m in mlps):
+            raise DLRError(
+                "a mixture of experts is distilled sequentially by one process alone so far: --across independent "
+                "spreads its modules over several"
+            )
+        stored = DTYPES.get(config.dtype) or original.dtype
+        weights = {file.name for file in weight_files(original.path)}
+        notes.append(ranks.agreed(lambda: carry_over(original.path, work, weights)))
+        replaced = [name for mlp in mlps for name in (mlp.module, *mlp.identity)]
+        notes.append(unplaced_tensors(original, replaced)[1])
+        ranks.agreed(lambda: write_words(original, work))
+        check_space(target, original.model.num_parameters() * stored.itemsize)
+    if original.weights is not None and config.end_to_end:
+        size = original.model.num_parameters() * original.model.dtype.itemsize
+        raise DLRError(
+            f"the end-to-end phase wants all {size / 2**30:,.1f} GiB of the model in memory: allow them by "
+            "--max-memory, or leave it out by --end-to-end 0"
+        )
+    if config.data == "self" and (device.type == "cpu" or original.weights is not None):
+        where = "on a CPU" if original.weights is None else "with weights that are read from the disk"
+        say(
+            progress,
+            f"--data self: {(config.tokens or 0) + (config.heldout or 0):,} tokens are sampled from the model first, "
+            f"which {where} takes longer than everything else; --data with a text file is faster, and fits better",
+        )
+    text = ranks.agreed(lambda: calibration_text(original, config, progress))
+    if len(text.train) < ranks.size:
+        raise DLRError(
+            f"{len(text.train)} sequences of calibration text are fewer than the {ranks.size} processes: give more "
+            "--tokens, or start fewer"
+        )
+    # All that the modules of a conversion depend on; a module made with other facts is not reused.
+    free = (
+        "device", "max_memory", "end_to_end", "data", "heldout", "layers", "dtype", "effort", "temperature",
+        "redistill",
+    )  # fmt: skip
+    chosen = {name: value for name, value in config.to_dict().items() if name not in free}
+    if any(isinstance(mlp, Mixture) for mlp in mlps):
+        chosen["redistill"] = config.redistill  # a mixture's attack comes with its fit
+    facts = chosen | {
+        "recipe": [
+            {name: value for name, value in asdict(config.recipe(gated=gated)).items() if name not in chosen}
+            for gated in (False, True)
+        ],
+        "source": original.fingerprint,
+        "layers": [mlp.module for mlp in mlps],
+        "text": digest(text.train, text.heldout),
+        "dtype": dtype_name(stored),
+        "program": __version__,
+    }
+    if len({json.dumps(other, sort_keys=True, default=str) for other in ranks.gathered(facts)}) > 1:
+        raise DLRError(
+            "the processes of this run do not convert the same model by the same choices: give all of them the same "
+            "source, options and version of this program"
+        )
+    resume = ranks.in_turn(lambda: ResumeStore(target, facts, started))
+    said = [note for note in notes if note]
+    context = Context(original, mlps, text, config, stored, resume, scratch, progress, said, ranks)
+    return context, len(every) + len(unknown_mixtures(original.model, every))
+
+
+def _room(config: ConversionConfig, device: torch.device) -> int:
+    """Bytes for a model's weights: as much as activations may take, or half of what a GPU has free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return int(config.max_memory or 0)
