@@ -410,7 +410,12 @@ def main() -> None:
 
 def _join() -> None:
     """Where a launcher started several processes: finds them, before anything can fail; the first one alone speaks."""
-    if several() and not joined().first:
+    if not several():
+        return
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # connections that close, with the C++ stack of each
+    if not joined().first:
         _screen.quiet = True
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the end)
 

@@ -71,6 +71,7 @@ def fail(message: str) -> NoReturn:
         print(f"dlr-lock: {' '.join(message.split())}", file=sys.stderr)
     if isinstance(ranks, Group):
         sys.stderr.flush()
+        ranks.part()
         os._exit(2)  # what is left of the connections may wait for processes that are gone
     sys.exit(2)
 

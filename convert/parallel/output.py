@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ...common.errors import DLRError
-from ...common.files import check_target, whole_directory
+from ...common.files import check_target, full_disk_is_an_error, whole_directory
 from ...common.resume import ResumeStore, interrupted_words, run_lock
 from .ranks import Ranks
 
@@ -29,6 +29,7 @@ def shared_output(ranks: Ranks, target: Path, *, overwrite: bool) -> Iterator[tu
     with ExitStack() as lock:
         if not ranks.first:
             lock.enter_context(interrupted_words(target))
+            lock.enter_context(full_disk_is_an_error(target))
         with ExitStack() as directory:
 
             def opened() -> Path:

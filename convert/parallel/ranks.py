@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...common.errors import DLRError, first_line
@@ -20,6 +22,7 @@ T = TypeVar("T")
 _LONGEST_WAIT = timedelta(
     days=7
 )  # of others for a process that measures: a closed connection ends it at once
+_GRACE = 3.0  # seconds; who was killed does not answer
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torch.distributed's own names
 
 
@@ -186,7 +189,20 @@ class Group(Ranks):
         """Whether nobody has said yet why all end, so that this process should."""
         with suppress(Exception):
             return self._store.add("told", 1) == 1
-        return self.rank == 1  # the store was the first process's, which is gone
+        return self.rank == 1  # the store was the first process's, which was killed
+
+    def part(self) -> None:
+        """Before an end in failure: lets the others know, and keeps the store up until they have looked into it."""
+        from torch import distributed
+
+        with suppress(Exception):
+            self._store.add("ended", 1)
+            if self.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                # Those who wait for this process find the connection closed; it may itself wait for who is gone.
+                Thread(target=distributed.destroy_process_group, daemon=True).start()
+                until = time.monotonic() + _GRACE
+                while self._store.add("ended", 0) < self.size and time.monotonic() < until:
+                    time.sleep(0.05)
 
 
 _joined: Ranks | None = None
@@ -260,5 +276,5 @@ def _lost_is_an_error() -> Iterator[None]:
         yield
     except RuntimeError as error:  # torch.distributed's own are such, too
         raise DLRError(
-            f"another process of this run has ended ({first_line(error)}): the same command goes on from what is kept"
+            "another process of this run has ended or is out of reach: the same command goes on from what is kept"
         ) from error

@@ -1,0 +1,142 @@
+"""A conversion by several processes, as its users see it: the same model, by whatever number, whoever is killed."""
+
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launched import Launched, command
+from safetensors.torch import load_file
+from tiny import save_tiny
+
+from dlr_lock import convert_model
+from dlr_lock.convert.data import english_topics
+from dlr_lock.runtime import verify
+
+OPTIONS: dict[str, Any] = {
+    "tokens": 2048,
+    "heldout": 384,
+    "train_tokens": 4096,
+    "batch": 256,
+    "depth": 3,
+    "rank": 16,
+    "sequence": 128,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source, a text, and what one process makes of them in either way."""
+    path = tmp_path_factory.mktemp("parallel")
+    save_tiny("llama", path / "source", layers=3)
+    (path / "topics.txt").write_text(english_topics()[:40_000], encoding="utf-8")
+    for across in ("independent", "sequential"):
+        convert_model(path / "source", path / across, **options(path, across))
+    return path
+
+
+def options(folder: Path, across: str, **more: Any) -> dict[str, Any]:
+    return (
+        OPTIONS
+        | {"data": str(folder / "topics.txt"), "across": across, "redistill": 0.25, "end_to_end": 0}
+        | more
+    )
+
+
+def words(folder: Path, out: Path, across: str, **more: Any) -> list[str]:
+    """The same, as the command line takes it."""
+    given = [str(folder / "source"), str(out)]
+    for name, value in options(folder, across, **more).items():
+        given += [f"--{name.replace('_', '-')}", str(value)]
+    return ["convert", *given]
+
+
+def start(size: int, given: list[str], log: Path, **more: Any) -> Launched:
+    return Launched(size, command, *given, log=log, **more)
+
+
+def facts(out: Path) -> dict[str, Any]:
+    return json.loads((out / "dlr_manifest.json").read_text())["conversion"]
+
+
+def same_bits(one: Path, two: Path) -> bool:
+    a, b = (load_file(path / "model.safetensors") for path in (one, two))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_modules_dealt_out_give_the_same_bits(folder: Path, tmp_path: Path) -> None:
+    run = start(3, words(folder, tmp_path / "out", "independent"), tmp_path / "log")
+    assert run.ended() == [0, 0, 0], run.said()
+    assert same_bits(folder / "independent", tmp_path / "out") and verify(tmp_path / "out") == []
+    ours, theirs = facts(tmp_path / "out"), facts(folder / "independent")
+    for one, two in zip(ours["modules"], theirs["modules"], strict=True):
+        assert {**one, "seconds": 0} == {**two, "seconds": 0}
+    assert ours["evaluation"] == theirs["evaluation"] and ours["warnings"] == theirs["warnings"]
+    assert "written to" in run.said()[0] and run.said()[1:] == ["", ""]
+    assert run.said()[0].count("redistilling model") == 1  # the others did the rest
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_text_dealt_out_gives_the_same_chains_but_for_rounding(
+    size: int, folder: Path, tmp_path: Path
+) -> None:
+    run = start(size, words(folder, tmp_path / "out", "sequential"), tmp_path / "log")
+    assert run.ended() == [0] * size, run.said()
+    ours, theirs = facts(tmp_path / "out"), facts(folder / "sequential")
+    for one, two in zip(ours["modules"], theirs["modules"], strict=True):
+        for figure in ("rel_error", "first_error", "drift", "coupling"):
+            assert one[figure] == pytest.approx(two[figure], rel=1e-4), (one, two)
+        for figure in ("error", "chain_error"):
+            assert one["redistillation"][figure] == pytest.approx(two["redistillation"][figure], rel=1e-3)
+    assert ours["evaluation"]["kl"] == pytest.approx(theirs["evaluation"]["kl"], rel=1e-3)
+    assert ours["warnings"] == theirs["warnings"]
+
+
+@pytest.mark.parametrize("across", ["independent", "sequential"])
+def test_killed_at_random_it_goes_on_to_the_same_bits(across: str, folder: Path, tmp_path: Path) -> None:
+    """Every run but the last loses one of its processes, at a moment and of a number that nobody chose."""
+    given, out = words(folder, tmp_path / "out", across), tmp_path / "out"
+    draw = random.Random()
+    for number in range(2):
+        run = start(3, given, tmp_path / f"log{number}")
+        time.sleep(draw.uniform(0.2, 2.0))
+        victim = draw.randrange(3)
+        run.kill(victim)
+        statuses = run.ended()
+        if statuses == [0, 0, 0]:  # it was faster
+            break
+        assert statuses[victim] == -9 and {s for n, s in enumerate(statuses) if n != victim} == {2}, (
+            run.said()
+        )
+        assert len(run.lines()) == 1 and "Traceback" not in "".join(run.said()), run.said()
+        assert not out.exists()
+    else:
+        assert start(3, given, tmp_path / "log").ended() == [0, 0, 0]
+    unbroken = tmp_path / "unbroken"
+    assert start(3, words(folder, unbroken, across), tmp_path / "logu").ended() == [0, 0, 0]
+    assert same_bits(out, unbroken)
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith("log")) == ["out", "unbroken"]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_is_wrong_is_said_once(alone: bool, folder: Path, tmp_path: Path) -> None:
+    for number, (given, says) in enumerate(
+        (
+            (["convert", "--depht", "3"], "No such option: --depht"),
+            (words(folder, tmp_path / "out", "sequential", rank=24), "multiple of 16, not 24"),
+            (
+                words(folder, tmp_path / "out", "sequential", tokens=256),
+                "2 sequences of calibration text are fewer",
+            ),
+            (words(folder, folder / "sequential", "sequential"), "exists; choose another output"),
+            (["inspect", str(folder / "sequential")], "inspect runs in one process"),
+        )
+    ):
+        run = start(3, given, tmp_path / f"log{number}", alone=alone)
+        assert run.ended() == [2, 2, 2]
+        (line,) = run.lines()
+        assert says in line and "Traceback" not in "".join(run.said())
