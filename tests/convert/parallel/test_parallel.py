@@ -3,6 +3,8 @@
 import json
 import random
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,15 @@ import torch
 from launched import Launched, command
 from safetensors.torch import load_file
 from tiny import save_tiny
+from torch import distributed
 
-from dlr_lock import convert_model
+from dlr_lock import DLRSpec, convert_model
+from dlr_lock.convert.activations import Activations
+from dlr_lock.convert.config import Recipe
 from dlr_lock.convert.data import english_topics
+from dlr_lock.convert.distill import distill
+from dlr_lock.convert.parallel.ranks import joined, leave
+from dlr_lock.convert.parallel.share import Share
 from dlr_lock.runtime import verify
 
 OPTIONS: dict[str, Any] = {
@@ -65,6 +73,52 @@ def facts(out: Path) -> dict[str, Any]:
 def same_bits(one: Path, two: Path) -> bool:
     a, b = (load_file(path / "model.safetensors") for path in (one, two))
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def count_exchanges(log: Path) -> None:
+    """What one process of a fit holds, and what it exchanges in fits of different lengths, as JSON into `log`."""
+    ranks = joined()
+    calls: Counter[str] = Counter()
+    for name in ("all_reduce", "all_gather", "broadcast"):
+        setattr(distributed, name, counted(getattr(distributed, name), calls, name))
+    text = torch.arange(12)[:, None].expand(12, 16)  # sequence s holds s in every place
+    share = Share(ranks, text[:10], text[10:])
+    generator = torch.Generator().manual_seed(1)
+    table = torch.randn(12, 16, 32, generator=generator)
+    x = table[share.tokens[:, 0]].flatten(0, 1)
+    pairs = Activations(x, x.square(), torch.arange(len(x)) % 16 == 0, mapped=False)
+    pairs.share = share
+    spec = DLRSpec(32, 1, 2, 16, "silu", False)
+    found = []
+    for steps in (10, 20):
+        calls.clear()
+        fitted = distill(pairs, 160, spec, Recipe(64 * steps, 64, "random"), name="it", device=torch.device("cpu"))
+        found.append(dict(calls))
+    sums = [w.double().sum().item() for w in fitted.values()]
+    leave()
+    facts = {"rows": len(x), "calls": found, "weights": sums}
+    (log / f"facts{ranks.rank}.json").write_text(json.dumps(facts))
+
+
+def counted(call: Callable[..., Any], calls: Counter[str], name: str) -> Callable[..., Any]:
+    def one(*args: Any, **named: Any) -> Any:
+        calls[name] += 1
+        return call(*args, **named)
+
+    return one
+
+
+def test_a_process_holds_its_share_and_a_step_has_three_exchanges(tmp_path: Path) -> None:
+    """One sum of gradients, and one gathering of Muon's blocks for each of A and B."""
+    run = Launched(3, count_exchanges, tmp_path, log=tmp_path / "log")
+    assert run.ended() == [0, 0, 0], run.said()
+    facts = [json.loads((tmp_path / f"facts{rank}.json").read_text()) for rank in range(3)]
+    assert [f["rows"] for f in facts] == [16 * 5, 16 * 4, 16 * 3]  # of 10 and 2 sequences
+    assert all(f["weights"] == facts[0]["weights"] for f in facts)  # the same bits
+    for one, two in (f["calls"] for f in facts):
+        assert two["all_reduce"] - one["all_reduce"] == 10
+        assert two["all_gather"] - one["all_gather"] == 20
+        assert two["broadcast"] == one["broadcast"] == 2  # where it starts, and where it ends
 
 
 def test_modules_dealt_out_give_the_same_bits(folder: Path, tmp_path: Path) -> None:
