@@ -11,7 +11,7 @@ from pathlib import Path
 from ...common.errors import DLRError
 from ...common.files import check_target, full_disk_is_an_error, whole_directory
 from ...common.resume import ResumeStore, interrupted_words, run_lock
-from .ranks import Ranks
+from .ranks import LOST, Ranks
 
 
 @contextmanager
@@ -44,7 +44,12 @@ def shared_output(ranks: Ranks, target: Path, *, overwrite: bool) -> Iterator[tu
                     f"{blind[0]} cannot write to {target.parent} as the first process does: the output must be on a "
                     "file system that all processes share"
                 )
-            yield work, stores
+            try:
+                yield work, stores
+            except Exception as error:
+                if isinstance(error, DLRError) or work.is_dir():
+                    raise
+                raise DLRError(LOST) from error  # the first process, which has removed it
         if ranks.first:
             for store in stores:
                 store.remove()

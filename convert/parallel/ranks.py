@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+LOST = "another process of this run has ended or is out of reach: the same command goes on from what is kept"
 _LONGEST_WAIT = timedelta(
     days=7
 )  # of others for a process that measures: a closed connection ends it at once
-_GRACE = 3.0  # seconds; who was killed does not answer
+_GRACE = 2.0  # seconds; who was killed does not answer
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torch.distributed's own names
 
 
@@ -185,9 +186,13 @@ class Group(Ranks):
                 "takes one of its own"
             )
 
-    def may_tell(self) -> bool:
-        """Whether nobody has said yet why all end, so that this process should."""
+    def may_tell(self, message: str) -> bool:
+        """Whether nobody has said yet why all end, so that this process should; who has only lost another one gives who
+        knows more the time to."""
         with suppress(Exception):
+            until = time.monotonic() + _GRACE * (message == LOST)
+            while time.monotonic() < until and not self._store.add("told", 0):
+                time.sleep(0.05)
             return self._store.add("told", 1) == 1
         return self.rank == 1  # the store was the first process's, which was killed
 
@@ -275,6 +280,4 @@ def _lost_is_an_error() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch.distributed's own are such, too
-        raise DLRError(
-            "another process of this run has ended or is out of reach: the same command goes on from what is kept"
-        ) from error
+        raise DLRError(LOST) from error

@@ -11,55 +11,26 @@ from typing import Any
 import pytest
 import torch
 from launched import Launched, command
-from safetensors.torch import load_file
-from tiny import save_tiny
+from parallel_runs import make_source, options, same_bits, words
 from torch import distributed
 
 from dlr_lock import DLRSpec, convert_model
 from dlr_lock.convert.activations import Activations
 from dlr_lock.convert.config import Recipe
-from dlr_lock.convert.data import english_topics
 from dlr_lock.convert.distill import distill
 from dlr_lock.convert.parallel.ranks import joined, leave
 from dlr_lock.convert.parallel.share import Share
 from dlr_lock.runtime import verify
-
-OPTIONS: dict[str, Any] = {
-    "tokens": 2048,
-    "heldout": 384,
-    "train_tokens": 4096,
-    "batch": 256,
-    "depth": 3,
-    "rank": 16,
-    "sequence": 128,
-}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A source, a text, and what one process makes of them in either way."""
     path = tmp_path_factory.mktemp("parallel")
-    save_tiny("llama", path / "source", layers=3)
-    (path / "topics.txt").write_text(english_topics()[:40_000], encoding="utf-8")
+    make_source(path)
     for across in ("independent", "sequential"):
         convert_model(path / "source", path / across, **options(path, across))
     return path
-
-
-def options(folder: Path, across: str, **more: Any) -> dict[str, Any]:
-    return (
-        OPTIONS
-        | {"data": str(folder / "topics.txt"), "across": across, "redistill": 0.25, "end_to_end": 0}
-        | more
-    )
-
-
-def words(folder: Path, out: Path, across: str, **more: Any) -> list[str]:
-    """The same, as the command line takes it."""
-    given = [str(folder / "source"), str(out)]
-    for name, value in options(folder, across, **more).items():
-        given += [f"--{name.replace('_', '-')}", str(value)]
-    return ["convert", *given]
 
 
 def start(size: int, given: list[str], log: Path, **more: Any) -> Launched:
@@ -68,11 +39,6 @@ def start(size: int, given: list[str], log: Path, **more: Any) -> Launched:
 
 def facts(out: Path) -> dict[str, Any]:
     return json.loads((out / "dlr_manifest.json").read_text())["conversion"]
-
-
-def same_bits(one: Path, two: Path) -> bool:
-    a, b = (load_file(path / "model.safetensors") for path in (one, two))
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def count_exchanges(log: Path) -> None:
@@ -92,7 +58,9 @@ def count_exchanges(log: Path) -> None:
     found = []
     for steps in (10, 20):
         calls.clear()
-        fitted = distill(pairs, 160, spec, Recipe(64 * steps, 64, "random"), name="it", device=torch.device("cpu"))
+        fitted = distill(
+            pairs, 160, spec, Recipe(64 * steps, 64, "random"), name="it", device=torch.device("cpu")
+        )
         found.append(dict(calls))
     sums = [w.double().sum().item() for w in fitted.values()]
     leave()
