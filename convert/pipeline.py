@@ -167,7 +167,8 @@ def distill_modules(context: Context) -> Modules:
     else:
         expect(context.progress, _phases(context, before, todo, one_by_one=True))
     for mlp in mlps:
-        if calibrator and mlp in todo:
+        module: _Module | None
+        if calibrator and not _finished(before[mlp.module], config):
             pairs = calibrator.pairs(mlp)
             module = _finish(context, mlp, pairs, fitted=before[mlp.module] is not None, corrected=True)
             pairs.close()

@@ -66,7 +66,9 @@ def fail(message: str) -> NoReturn:
     if isinstance(ranks, Group):
         for name in STOPS:  # the launcher's, which ends the others, too
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    first = ranks.may_tell(message) if isinstance(ranks, Group) else not (several() and os.environ["RANK"] != "0")
+    first = (
+        ranks.may_tell(message) if isinstance(ranks, Group) else not (several() and os.environ["RANK"] != "0")
+    )
     if first:
         print(f"dlr-lock: {' '.join(message.split())}", file=sys.stderr)
     if isinstance(ranks, Group):

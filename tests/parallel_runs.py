@@ -31,7 +31,8 @@ def options(folder: Path, across: str, **more: Any) -> dict[str, Any]:
     """The choices of a conversion, as `convert_model` takes them."""
     return (
         OPTIONS
-        | {"data": str(folder / "topics.txt"), "across": across, "redistill": 0.25, "end_to_end": 0}
+        | {"data": str(folder / "topics.txt"), "across": across, "redistill": 0.25}
+        | {"end_to_end": 4096 if across == "sequential" else 0}
         | more
     )
 

@@ -1,7 +1,10 @@
 """A conversion by several processes, as its users see it: the same model, by whatever number, whoever is killed."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -102,46 +105,85 @@ def test_modules_dealt_out_give_the_same_bits(folder: Path, tmp_path: Path) -> N
     assert not (tmp_path / "out.partial").exists()
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_text_dealt_out_gives_the_same_chains_but_for_rounding(
-    size: int, folder: Path, tmp_path: Path
-) -> None:
-    run = start(size, words(folder, tmp_path / "out", "sequential"), tmp_path / "log")
+@pytest.fixture(scope="module", params=[2, 3])
+def in_sequence(request: pytest.FixtureRequest, folder: Path) -> tuple[int, Path]:
+    """What so many processes make of the source, its text dealt out."""
+    size, out = request.param, folder / f"by{request.param}"
+    run = start(size, words(folder, out, "sequential"), folder / "log")
     assert run.ended() == [0] * size, run.said()
-    ours, theirs = facts(tmp_path / "out"), facts(folder / "sequential")
+    return size, out
+
+
+def test_text_dealt_out_gives_the_same_chains_but_for_rounding(
+    in_sequence: tuple[int, Path], folder: Path
+) -> None:
+    ours, theirs = facts(in_sequence[1]), facts(folder / "sequential")
     for one, two in zip(ours["modules"], theirs["modules"], strict=True):
         for figure in ("rel_error", "first_error", "drift", "coupling"):
             assert one[figure] == pytest.approx(two[figure], rel=1e-4), (one, two)
         for figure in ("error", "chain_error"):
             assert one["redistillation"][figure] == pytest.approx(two["redistillation"][figure], rel=1e-3)
-    assert ours["evaluation"]["kl"] == pytest.approx(theirs["evaluation"]["kl"], rel=1e-3)
+    assert ours["end_to_end"]["evaluation_after"]["kl"] < ours["end_to_end"]["evaluation_before"]["kl"]
+    for one, two in zip(
+        (ours["evaluation"], *_looks(ours)), (theirs["evaluation"], *_looks(theirs)), strict=True
+    ):
+        assert one["kl"] == pytest.approx(two["kl"], rel=1e-3)
     assert ours["warnings"] == theirs["warnings"]
 
 
-@pytest.mark.parametrize("across", ["independent", "sequential"])
-def test_killed_at_random_it_goes_on_to_the_same_bits(across: str, folder: Path, tmp_path: Path) -> None:
-    """Every run but the last loses one of its processes, at a moment and of a number that nobody chose."""
-    given, out = words(folder, tmp_path / "out", across), tmp_path / "out"
+def _looks(made: dict[str, Any]) -> tuple[Any, Any]:
+    return made["end_to_end"]["evaluation_before"], made["end_to_end"]["evaluation_after"]
+
+
+def interrupted(given: list[str], out: Path, size: int, log: Path) -> None:
+    """Two runs that lose a process, at a moment and of a number that nobody chose, and one to the end."""
     draw = random.Random()
     for number in range(2):
-        run = start(3, given, tmp_path / f"log{number}")
-        time.sleep(draw.uniform(0.2, 2.0))
-        victim = draw.randrange(3)
+        run = start(size, given, log / str(number))
+        time.sleep(draw.uniform(0.1, 1.5))
+        victim = draw.randrange(size)
         run.kill(victim)
         statuses = run.ended()
-        if statuses == [0, 0, 0]:  # it was faster
-            break
-        assert statuses[victim] == -9 and {s for n, s in enumerate(statuses) if n != victim} == {2}, (
+        if statuses == [0] * size:  # it was faster
+            return
+        assert statuses[victim] == -9 and all(s == 2 for n, s in enumerate(statuses) if n != victim), (
             run.said()
         )
         assert len(run.lines()) == 1 and "Traceback" not in "".join(run.said()), run.said()
         assert not out.exists()
-    else:
-        assert start(3, given, tmp_path / "log").ended() == [0, 0, 0]
-    unbroken = tmp_path / "unbroken"
-    assert start(3, words(folder, unbroken, across), tmp_path / "logu").ended() == [0, 0, 0]
-    assert same_bits(out, unbroken)
-    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith("log")) == ["out", "unbroken"]
+    assert start(size, given, log / "last").ended() == [0] * size
+
+
+def test_modules_dealt_out_go_on_to_the_same_bits_whoever_was_killed(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    interrupted(words(folder, tmp_path / "out", "independent"), tmp_path / "out", 3, tmp_path / "log")
+    assert same_bits(tmp_path / "out", folder / "independent")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "out"]
+
+
+def test_text_dealt_out_goes_on_to_the_same_bits_whoever_was_killed(
+    in_sequence: tuple[int, Path], folder: Path, tmp_path: Path
+) -> None:
+    size, unbroken = in_sequence
+    (tmp_path / "log").mkdir()
+    interrupted(words(folder, tmp_path / "out", "sequential"), tmp_path / "out", size, tmp_path / "log")
+    assert same_bits(tmp_path / "out", unbroken)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "out"]
+
+
+def test_torchrun_starts_it(folder: Path, tmp_path: Path) -> None:
+    few = {"layers": "0", "train_tokens": 512, "redistill": 0.0}
+    given = words(folder, tmp_path / "out", "sequential", **few)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "-m", "dlr_lock", *given],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written to") == 1 and done.stderr.count("distilling model") == 1
+    assert verify(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize("alone", [False, True])
