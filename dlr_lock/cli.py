@@ -20,7 +20,7 @@ from .common.version import __version__
 from .compare.config import SpeedConfig
 from .convert.config import ConversionConfig
 from .convert.parallel.ranks import joined, leave, several
-from .exits import STOPS, interrupt, one_line_errors, what_is_kept
+from .exits import STOPS, end_with_the_others, interrupt, one_line_errors, what_is_kept
 from .options import choice, options_of
 from .progress import Steps
 from .reporting import Section, print_sections
@@ -415,6 +415,7 @@ def _join() -> None:
     os.environ.setdefault(
         "TORCH_CPP_LOG_LEVEL", "ERROR"
     )  # connections that close, with the C++ stack of each
+    end_with_the_others()
     if not joined().first:
         _screen.quiet = True
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the end)

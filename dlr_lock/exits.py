@@ -1,8 +1,11 @@
 """How the command line ends: exit status 2 and one line on standard error for all that the user can correct."""
 
 import os
+import select
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -11,6 +14,9 @@ import typer
 
 from .common.options import flag, old_name
 from .convert.config import GONE, RENAMED
+
+_LISTENS = 1.0  # seconds between two looks
+_PATIENCE = 5.0  # seconds
 
 STOPS = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -62,20 +68,42 @@ def fail(message: str) -> NoReturn:
     """
     from .convert.parallel.ranks import Group, present, several
 
-    ranks = present()
-    if isinstance(ranks, Group):
+    line = f"dlr-lock: {' '.join(message.split())}"
+    if not several():
+        print(line, file=sys.stderr)
+        sys.exit(2)
+    if threading.current_thread() is threading.main_thread():
         for name in STOPS:  # the launcher's, which ends the others, too
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    first = (
-        ranks.may_tell(message) if isinstance(ranks, Group) else not (several() and os.environ["RANK"] != "0")
-    )
-    if first:
-        print(f"dlr-lock: {' '.join(message.split())}", file=sys.stderr)
+    ranks = present()
+    if ranks.may_tell(message) if isinstance(ranks, Group) else os.environ["RANK"] == "0":
+        print(line, file=sys.stderr, flush=True)
     if isinstance(ranks, Group):
-        sys.stderr.flush()
         ranks.part()
-        os._exit(2)  # what is left of the connections may wait for processes that are gone
-    sys.exit(2)
+    os._exit(2)  # what is left of the connections may wait for processes that are gone
+
+
+def end_with_the_others() -> None:
+    """From now on this process ends where another one has said why all do, or a signal ends it, even while it waits in
+    a call of torch.distributed: such a call hears no signal, and gloo's may wait for ever for a process that is gone.
+
+    It has five seconds to end by itself, which leaves nothing behind.
+    """
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    threading.Thread(target=_listen, args=(heard,), daemon=True).start()
+
+
+def _listen(heard: int) -> None:
+    from .convert.parallel.ranks import LOST, Group, present
+
+    while not select.select([heard], [], [], _LISTENS)[0]:
+        ranks = present()
+        if isinstance(ranks, Group) and ranks.told():
+            break
+    time.sleep(_PATIENCE)
+    fail(LOST)
 
 
 def interrupt(signum: int, frame: Any) -> None:

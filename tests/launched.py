@@ -4,6 +4,7 @@ the store by which they find one another, and an end to all once one has failed.
 They fork from a server that has imported the program once, so that a run of a tiny model takes seconds.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -76,6 +77,9 @@ class Launched:
             time.sleep(0.05)
         hung = [number for number, process in enumerate(self.processes) if process.is_alive()]
         for number in hung:
+            os.kill(self.processes[number].pid or 0, signal.SIGUSR1)  # where it is
+        time.sleep(bool(hung))
+        for number in hung:
             self.kill(number)
         assert not hung, f"processes {hung} did not end: {self.said()}"
         return [process.exitcode for process in self.processes]
@@ -96,6 +100,7 @@ def _run(variables: dict[str, str], log: Path, work: Callable[..., None], argume
             os.dup2(file.fileno(), number)
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR1)
     import torch
 
     torch.set_num_threads(1)

@@ -196,6 +196,12 @@ class Group(Ranks):
             return self._store.add("told", 1) == 1
         return self.rank == 1  # the store was the first process's, which was killed
 
+    def told(self) -> bool:
+        """Whether somebody has said why all end."""
+        with suppress(Exception):
+            return self._store.add("told", 0) > 0
+        return False  # at the end of all work nobody has the store any more
+
     def part(self) -> None:
         """Before an end in failure: lets the others know, and keeps the store up until they have looked into it."""
         from torch import distributed
