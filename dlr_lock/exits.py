@@ -66,7 +66,7 @@ def fail(message: str) -> NoReturn:
 
     Of several processes of one run the first to fail says why.
     """
-    from .convert.parallel.ranks import Group, present, several
+    from .convert.parallel.ranks import may_tell, part, several
 
     line = f"dlr-lock: {' '.join(message.split())}"
     if not several():
@@ -75,11 +75,9 @@ def fail(message: str) -> NoReturn:
     if threading.current_thread() is threading.main_thread():
         for name in STOPS:  # the launcher's, which ends the others, too
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    ranks = present()
-    if ranks.may_tell(message) if isinstance(ranks, Group) else os.environ["RANK"] == "0":
+    if may_tell(message):
         print(line, file=sys.stderr, flush=True)
-    if isinstance(ranks, Group):
-        ranks.part()
+    part()
     os._exit(2)  # what is left of the connections may wait for processes that are gone
 
 
@@ -96,12 +94,10 @@ def end_with_the_others() -> None:
 
 
 def _listen(heard: int) -> None:
-    from .convert.parallel.ranks import LOST, Group, present
+    from .convert.parallel.ranks import LOST, told
 
-    while not select.select([heard], [], [], _LISTENS)[0]:
-        ranks = present()
-        if isinstance(ranks, Group) and ranks.told():
-            break
+    while not select.select([heard], [], [], _LISTENS)[0] and not told():
+        pass
     time.sleep(_PATIENCE)
     fail(LOST)
 

@@ -49,6 +49,8 @@ class Launched:
             del self._store
         self._alone = alone
         log.mkdir(exist_ok=True)
+        for file in log.iterdir():
+            file.unlink()
         self._log = log
         self.processes = []
         for rank in range(size):
@@ -65,6 +67,13 @@ class Launched:
         """kill -9."""
         if (pid := self.processes[rank].pid) is not None and self.processes[rank].is_alive():
             os.kill(pid, signal.SIGKILL)
+
+    def await_words(self) -> None:
+        """Waits until the first one says something: all have found one another then."""
+        until = time.monotonic() + PATIENCE
+        while not self.said()[0]:
+            assert time.monotonic() < until
+            time.sleep(0.01)
 
     def ended(self) -> list[int | None]:
         """Waits for all; their exit statuses, negative for a signal. Fails where they do not end."""
@@ -86,7 +95,8 @@ class Launched:
 
     def said(self) -> list[str]:
         """What each wrote."""
-        return [(self._log / str(rank)).read_text(encoding="utf-8") for rank in range(len(self.processes))]
+        files = [self._log / str(rank) for rank in range(len(self.processes))]
+        return [file.read_text(encoding="utf-8") if file.exists() else "" for file in files]
 
     def lines(self) -> list[str]:
         """The lines in which the program says why it ended."""

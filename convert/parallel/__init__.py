@@ -31,5 +31,5 @@ The end-to-end phase spreads the sequences of each step in the same way, whateve
 What is kept is the same in all of these, so that an interrupted conversion goes on with any number of processes.
 
 Ends. Whoever fails first says why, in one line; the others find the connection closed, or are told to end by the
-launcher, and are silent (`Group.may_tell`, `dlr_lock/exits.py`).
+launcher, and are silent (`may_tell` in ranks.py, `dlr_lock/exits.py`).
 """

@@ -86,10 +86,10 @@ class Group(Ranks):
         DLRError: From every exchange, where another process has ended.
     """
 
-    def __init__(self, group: Any, store: Any) -> None:
+    def __init__(self, group: Any) -> None:
         from torch import distributed
 
-        self._group, self._store = group, store
+        self._group = group
         self.rank, self.size = distributed.get_rank(group), distributed.get_world_size(group)
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
@@ -186,36 +186,8 @@ class Group(Ranks):
                 "takes one of its own"
             )
 
-    def may_tell(self, message: str) -> bool:
-        """Whether nobody has said yet why all end, so that this process should; who has only lost another one gives who
-        knows more the time to."""
-        with suppress(Exception):
-            until = time.monotonic() + _GRACE * (message == LOST)
-            while time.monotonic() < until and not self._store.add("told", 0):
-                time.sleep(0.05)
-            return self._store.add("told", 1) == 1
-        return self.rank == 1  # the store was the first process's, which was killed
 
-    def told(self) -> bool:
-        """Whether somebody has said why all end."""
-        with suppress(Exception):
-            return self._store.add("told", 0) > 0
-        return False  # at the end of all work nobody has the store any more
-
-    def part(self) -> None:
-        """Before an end in failure: lets the others know, and keeps the store up until they have looked into it."""
-        from torch import distributed
-
-        with suppress(Exception):
-            self._store.add("ended", 1)
-            if self.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-                # Those who wait for this process find the connection closed; it may itself wait for who is gone.
-                Thread(target=distributed.destroy_process_group, daemon=True).start()
-                until = time.monotonic() + _GRACE
-                while self._store.add("ended", 0) < self.size and time.monotonic() < until:
-                    time.sleep(0.05)
-
-
+_store: Any = None  # the launcher's, from the moment that it is reached
 _joined: Ranks | None = None
 
 
@@ -237,9 +209,41 @@ def joined() -> Ranks:
     return _joined
 
 
-def present() -> Ranks | None:
-    """What `joined` gave, None where it was not asked for."""
-    return _joined
+def may_tell(message: str) -> bool:
+    """Whether nobody has said yet why all end, so that this process should.
+
+    Who has only lost another one gives who knows more the time to.
+    """
+    rank = int(os.environ["RANK"])
+    if _store is None:
+        return rank == 0
+    with suppress(Exception):
+        until = time.monotonic() + _GRACE * (message == LOST)
+        while time.monotonic() < until and not _store.add("told", 0):
+            time.sleep(0.05)
+        return _store.add("told", 1) == 1
+    return rank == 1  # the store was the first process's, which was killed
+
+
+def told() -> bool:
+    """Whether somebody has said why all end."""
+    with suppress(Exception):
+        return _store.add("told", 0) > 0
+    return False  # there is no store yet, or no more
+
+
+def part() -> None:
+    """Before an end in failure: lets the others know, and keeps the store up until they have looked into it."""
+    from torch import distributed
+
+    with suppress(Exception):
+        _store.add("ended", 1)
+        if os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            # Those who wait for this process find the connection closed; it may itself wait for who is gone.
+            Thread(target=distributed.destroy_process_group, daemon=True).start()
+            until = time.monotonic() + _GRACE
+            while _store.add("ended", 0) < int(os.environ["WORLD_SIZE"]) and time.monotonic() < until:
+                time.sleep(0.05)
 
 
 def leave() -> None:
@@ -253,6 +257,7 @@ def leave() -> None:
 
 
 def _group() -> Group:
+    global _store
     import torch
     from torch import distributed
 
@@ -262,8 +267,9 @@ def _group() -> Group:
         torch.cuda.set_device(local)
     try:
         if distributed.is_initialized():  # by a program that calls convert_model
-            return Group(distributed.new_group(backend=backend, timeout=_LONGEST_WAIT), None)
+            return Group(distributed.new_group(backend=backend, timeout=_LONGEST_WAIT))
         store, rank, size = next(distributed.rendezvous("env://"))
+        _store = distributed.PrefixStore("dlr-lock", store)
         distributed.init_process_group(
             backend,
             store=store,
@@ -271,7 +277,7 @@ def _group() -> Group:
             world_size=size,
             timeout=_LONGEST_WAIT,
         )
-        return Group(None, distributed.PrefixStore("dlr-lock", store))
+        return Group(None)
     except (RuntimeError, ValueError, OSError) as error:
         raise DLRError(f"the processes of this run do not find one another: {first_line(error)}") from error
 

@@ -45,11 +45,10 @@ def fill(disk: Path) -> None:
             return
 
 
-@pytest.mark.parametrize("across", ["independent", "sequential"])
-def test_a_full_disk_is_one_line_and_it_goes_on(across: str, small_disk: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_it_goes_on(small_disk: Path, tmp_path: Path) -> None:
     make_source(tmp_path)
     out = small_disk / "out"
-    given = words(tmp_path, out, across)
+    given = words(tmp_path, out, "independent", redistill=0.0)
     run = Launched(3, command, *given, log=tmp_path / "log")
     once_it_keeps(out, lambda: fill(small_disk))
     assert run.ended() == [2, 2, 2], run.said()
@@ -59,9 +58,8 @@ def test_a_full_disk_is_one_line_and_it_goes_on(across: str, small_disk: Path, t
     again = Launched(2, command, *given, log=tmp_path / "again")
     assert again.ended() == [0, 0], again.said()
     assert "of an interrupted run" in again.said()[0]
-    if across == "independent":
-        convert_model(tmp_path / "source", tmp_path / "one", **dict(pairs(given)))
-        assert same_bits(out, tmp_path / "one")
+    convert_model(tmp_path / "source", tmp_path / "one", **dict(pairs(given)))
+    assert same_bits(out, tmp_path / "one")
 
 
 def pairs(given: list[str]) -> Iterator[tuple[str, object]]:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -105,19 +106,27 @@ def test_modules_dealt_out_give_the_same_bits(folder: Path, tmp_path: Path) -> N
     assert not (tmp_path / "out.partial").exists()
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def in_sequence(request: pytest.FixtureRequest, folder: Path) -> tuple[int, Path]:
-    """What so many processes make of the source, its text dealt out."""
-    size, out = request.param, folder / f"by{request.param}"
-    run = start(size, words(folder, out, "sequential"), folder / "log")
-    assert run.ended() == [0] * size, run.said()
-    return size, out
+@pytest.fixture(scope="module")
+def by_three(folder: Path) -> Path:
+    """What three processes make of the source, its text dealt out."""
+    run = start(3, words(folder, folder / "three", "sequential"), folder / "log")
+    assert run.ended() == [0, 0, 0], run.said()
+    return folder / "three"
 
 
+@pytest.fixture(scope="module")
+def by_two(folder: Path) -> Path:
+    """The same of two."""
+    run = start(2, words(folder, folder / "two", "sequential"), folder / "log")
+    assert run.ended() == [0, 0], run.said()
+    return folder / "two"
+
+
+@pytest.mark.parametrize("by", ["by_two", "by_three"])
 def test_text_dealt_out_gives_the_same_chains_but_for_rounding(
-    in_sequence: tuple[int, Path], folder: Path
+    by: str, folder: Path, request: pytest.FixtureRequest
 ) -> None:
-    ours, theirs = facts(in_sequence[1]), facts(folder / "sequential")
+    ours, theirs = facts(request.getfixturevalue(by)), facts(folder / "sequential")
     for one, two in zip(ours["modules"], theirs["modules"], strict=True):
         for figure in ("rel_error", "first_error", "drift", "coupling"):
             assert one[figure] == pytest.approx(two[figure], rel=1e-4), (one, two)
@@ -140,7 +149,8 @@ def interrupted(given: list[str], out: Path, size: int, log: Path) -> None:
     draw = random.Random()
     for number in range(2):
         run = start(size, given, log / str(number))
-        time.sleep(draw.uniform(0.1, 1.5))
+        run.await_words()
+        time.sleep(draw.uniform(0.0, 1.5))
         victim = draw.randrange(size)
         run.kill(victim)
         statuses = run.ended()
@@ -162,45 +172,44 @@ def test_modules_dealt_out_go_on_to_the_same_bits_whoever_was_killed(folder: Pat
 
 
 def test_text_dealt_out_goes_on_to_the_same_bits_whoever_was_killed(
-    in_sequence: tuple[int, Path], folder: Path, tmp_path: Path
+    by_three: Path, folder: Path, tmp_path: Path
 ) -> None:
-    size, unbroken = in_sequence
     (tmp_path / "log").mkdir()
-    interrupted(words(folder, tmp_path / "out", "sequential"), tmp_path / "out", size, tmp_path / "log")
-    assert same_bits(tmp_path / "out", unbroken)
+    interrupted(words(folder, tmp_path / "out", "sequential"), tmp_path / "out", 3, tmp_path / "log")
+    assert same_bits(tmp_path / "out", by_three)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "out"]
 
 
-def test_torchrun_starts_it(folder: Path, tmp_path: Path) -> None:
-    few = {"layers": "0", "train_tokens": 512, "redistill": 0.0}
-    given = words(folder, tmp_path / "out", "sequential", **few)
+def test_torchrun_starts_it_and_what_is_wrong_is_said_once(folder: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    given = words(folder, folder / "no", "sequential")
     done = subprocess.run(
-        [*launcher, "-m", "dlr_lock", *given],
+        [*launcher, "-m", "dlr_lock", *given, "--depht", "3"],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("written to") == 1 and done.stderr.count("distilling model") == 1
-    assert verify(tmp_path / "out") == []
+    lines = [line for line in done.stderr.splitlines() if line.startswith("dlr-lock:")]
+    assert done.returncode and len(lines) == 1 and "No such option: --depht" in lines[0]
+    assert len(re.findall(r"exitcode +: 2 ", done.stderr)) == 2
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_what_is_wrong_is_said_once(alone: bool, folder: Path, tmp_path: Path) -> None:
-    for number, (given, says) in enumerate(
+def test_what_is_wrong_is_said_once(folder: Path, tmp_path: Path) -> None:
+    """Also where the first process has the store, and nobody ends the others."""
+    for number, (given, says, alone) in enumerate(
         (
-            (["convert", "--depht", "3"], "No such option: --depht"),
-            (words(folder, tmp_path / "out", "sequential", rank=24), "multiple of 16, not 24"),
+            (["convert", "--depht", "3"], "No such option: --depht", True),
+            (words(folder, tmp_path / "out", "sequential", rank=24), "multiple of 16, not 24", True),
             (
                 words(folder, tmp_path / "out", "sequential", tokens=256),
-                "2 sequences of calibration text are fewer",
+                "2 sequences of calibration text",
+                False,
             ),
-            (words(folder, folder / "sequential", "sequential"), "exists; choose another output"),
-            (["inspect", str(folder / "sequential")], "inspect runs in one process"),
+            (words(folder, folder / "sequential", "sequential"), "exists; choose another output", False),
+            (["inspect", str(folder / "sequential")], "inspect runs in one process", False),
         )
     ):
         run = start(3, given, tmp_path / f"log{number}", alone=alone)
-        assert run.ended() == [2, 2, 2]
+        assert run.ended() == [2, 2, 2], run.said()
         (line,) = run.lines()
         assert says in line and "Traceback" not in "".join(run.said())
