@@ -198,8 +198,10 @@ def distill_modules(context: Context) -> Modules:
 def _fit_apart(context: Context, before: dict[str, ModuleReport | None], todo: list[MLP]) -> None:
     """Fits the modules that are to be done, independently, each in one of the processes."""
     ranks = context.ranks
-    flops = fit_flops(todo, context.config, context.model.config.get_text_config())
-    mine = [todo[job] for job in dealt(flops, ranks.size)[ranks.rank]]
+    mine = todo
+    if ranks.size > 1:
+        flops = fit_flops(todo, context.config, context.model.config.get_text_config())
+        mine = [todo[job] for job in dealt(flops, ranks.size)[ranks.rank]]
     expect(context.progress, _phases(context, before, mine, one_by_one=False))
     begin = len(context.notes)
     for mlp, pairs in context.capture(mine):

@@ -412,9 +412,8 @@ def _join() -> None:
     """Where a launcher started several processes: finds them, before anything can fail; the first one alone speaks."""
     if not several():
         return
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # connections that close, with the C++ stack of each
+    # Or it tells of connections that close, with the C++ stack of each.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     end_with_the_others()
     if not joined().first:
         _screen.quiet = True

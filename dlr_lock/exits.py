@@ -73,7 +73,7 @@ def fail(message: str) -> NoReturn:
         print(line, file=sys.stderr)
         sys.exit(2)
     if threading.current_thread() is threading.main_thread():
-        for name in STOPS:  # the launcher's, which ends the others, too
+        for name in (*STOPS, "SIGINT"):  # the launcher's, which ends the others, too
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if may_tell(message):
         print(line, file=sys.stderr, flush=True)

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LOST = "another process of this run has ended or is out of reach: the same command goes on from what is kept"
-_LONGEST_WAIT = timedelta(
-    days=7
-)  # of others for a process that measures: a closed connection ends it at once
+# Of others for a process that measures, or fits more than they do. A connection that is closed ends it at once.
+_LONGEST_WAIT = timedelta(days=7)
 _GRACE = 2.0  # seconds; who was killed does not answer
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torch.distributed's own names
 
