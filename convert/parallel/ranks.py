@@ -30,7 +30,7 @@ class Ranks:
     """One process alone: every exchange gives back what it got.
 
     Attributes:
-        rank: This process's number, from 0.
+        rank: This process's number, from 0, as torch.distributed calls it; not a step's rank.
         size: How many there are.
         local_rank, local_size: The same among those of this machine.
     """
