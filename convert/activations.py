@@ -350,10 +350,16 @@ class SequentialCalibrator:
             self._teacher[rows].copy_(self.runner.embed(tokens[rows]))
 
     @staticmethod
-    def passes(mlps: Sequence[MLP]) -> int:
-        """Passes through a layer until every one of `mlps`, in model order, has its chain: each stream is led through
-        every layer once, and once more through those that are locked."""
-        return mlps[0].layer + 2 * (mlps[-1].layer - mlps[0].layer + 1 + len(mlps))
+    def rounds(mlps: Sequence[MLP], todo: Sequence[MLP]) -> int:
+        """How often the whole text is gone through, each time told to the progress from its beginning.
+
+        Args:
+            mlps: All that are locked, in model order.
+            todo: Those of them whose pairs are wanted.
+        """
+        layers = sorted({mlp.layer for mlp in mlps})
+        between = layers[-1] - layers[0] + 1 - len(layers)  # with MLPs of their own: each stream apart
+        return 1 + layers[0] + len(todo) + len(layers) + 2 * between
 
     def pairs(self, mlp: MLP) -> Activations:
         """What an MLP's chain is to be fitted to: x of the locked model and y*, [S n, d] each in bfloat16."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,16 +13,19 @@ from torch import Tensor
 
 from ..common.progress import Count, Progress
 from ..common.resume import ResumeStore
+from ..common.scalars import Scalars, no_scalars
 from ..runtime import DLRNet
 from .activations import Activations, SequentialCalibrator, capture
 from .config import ConversionConfig
 from .data import CalibrationText
-from .evaluate import Fidelity, measure
+from .evaluate import Evaluation, Fidelity, StateEvaluation, measure
 from .mlp_matching import MLP
 from .source import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from .outlook.amounts import Amounts
 
 
 @dataclass(slots=True)
@@ -39,6 +42,8 @@ class Context:
         scratch: A folder for what does not fit into memory.
         progress: Called with (what is being done, done, total).
         notes: What the owner should know, a sentence each; parts add to it.
+        amounts: What the work was reckoned to be; None where that was not asked.
+        scalars: Takes figures for a log.
     """
 
     source: Source
@@ -50,6 +55,8 @@ class Context:
     scratch: Path
     progress: Progress
     notes: list[str] = field(default_factory=list)
+    amounts: Amounts | None = None
+    scalars: Scalars = no_scalars
 
     @property
     def model(self) -> PreTrainedModel:
@@ -79,6 +86,23 @@ class Context:
     def count(self, what: str) -> Count:
         """The progress of one thing."""
         return partial(self.progress, what)
+
+    def log_of(self, mlp: MLP) -> Callable[[int, Mapping[str, float | None]], None]:
+        """Takes figures by name of one module at a step; those that are None were not measured. A figure is a group of
+        the log, with a tag for each module, in the order of the layers."""
+
+        def put(step: int, figures: Mapping[str, float | None]) -> None:
+            for name, value in figures.items():
+                if value is not None:
+                    self.scalars(f"{name}/{mlp.layer:03}-{mlp.module}", value, step)
+
+        return put
+
+    def log_model(self, evaluation: Evaluation | StateEvaluation, step: int) -> None:
+        """Takes what was measured of the locked model after so many training tokens of all chains together."""
+        for name, value in evaluation.to_dict().items():
+            if value is not None and name != "tokens":
+                self.scalars(f"model/{name}", float(value), step)
 
     def capture(self, mlps: Sequence[MLP]) -> Iterator[tuple[MLP, Activations]]:
         """The original's activations at each of `mlps`, one after the other; see `activations.capture`."""

@@ -16,8 +16,9 @@ import torch
 from ..common.dtypes import DTYPES, dtype_name
 from ..common.errors import DLRError
 from ..common.files import check_space, check_target, permission_is_an_error, whole_directory
-from ..common.progress import Phase, Progress, expect, no_progress, say
+from ..common.progress import Progress, expect, no_progress, say
 from ..common.resume import ResumeStore, run_lock
+from ..common.scalars import Scalars, scalar_log
 from ..common.side_files import carry_over, licence
 from ..common.version import __version__
 from ..runtime import DLRExperts, DLRNet, ExpertsSpec
@@ -28,12 +29,15 @@ from .context import Context
 from .data import calibration_text, digest, poor_text
 from .distill import Weights, distill
 from .end_to_end import run_end_to_end
-from .experts.fit import check_sizes, fit_mixture
+from .experts.fit import fit_mixture
 from .experts.routing import Mixture
 from .layer_runner import Unrepeatable
 from .mlp_discovery import check_dense, find_mlps, select_layers, unknown_mixtures
 from .mlp_matching import MLP, teacher_weights
-from .redistill import INITS, attack_module, attack_tokens
+from .outlook.amounts import reckoned
+from .outlook.checks import check_choices
+from .outlook.phases import to_come
+from .redistill import attack_module, attack_tokens
 from .report import ConversionReport, ModuleReport, Modules, model_card
 from .source import compute_dtype, open_source, public_name, unplaced_tensors, weight_files
 from .writing import KeptChains, measure_checkpoint, restored, write_checkpoint, write_words
@@ -51,6 +55,7 @@ def convert_model(
     *,
     overwrite: bool = False,
     progress: Progress = no_progress,
+    log_dir: str | Path | None = None,
     **options: Any,
 ) -> ConversionReport:
     """Locks a model: replaces its MLPs by DLR-Nets fitted to them and writes the checkpoint `out`.
@@ -63,6 +68,7 @@ def convert_model(
         out: The directory of the checkpoint.
         overwrite: Whether a locked checkpoint that is there already is replaced.
         progress: Called with (what is being done, done, total) as the work goes on.
+        log_dir: A folder for figures of the work as it goes on, for TensorBoard; None for none.
         **options: The fields of `ConversionConfig`.
 
     Returns:
@@ -82,11 +88,15 @@ def convert_model(
             raise DLRError(
                 f"the source {source} and the output {out} lie in one another; choose another output"
             )
+        if log_dir is not None and Path(log_dir).expanduser().resolve().is_relative_to(target.resolve()):
+            raise DLRError(
+                f"--log-dir {log_dir} is in the output {out}, which a conversion replaces: choose another"
+            )
         check_target(target, overwrite=overwrite)
-        with run_lock(target):
+        with run_lock(target), scalar_log(log_dir) as scalars:
             # It checks the target again, now that nobody else writes.
             with whole_directory(target, overwrite=overwrite) as work:
-                context, mlps = _prepared(source, target, work, config, progress, started)
+                context, mlps = _prepared(source, target, work, config, progress, scalars, started)
                 report = _converted(context, mlps, work, str(out))
             context.resume.remove()
     return report
@@ -98,6 +108,7 @@ def _prepared(
     work: Path,
     config: ConversionConfig,
     progress: Progress,
+    scalars: Scalars,
     started: float,
 ) -> tuple[Context, int]:
     """All that the work needs, and how many MLPs the model has; raises DLRError before any long work.
@@ -114,7 +125,10 @@ def _prepared(
         every = find_mlps(original.model, config.mlps)
         notes = [check_dense(original.model, every, layers=config.layers, pattern=config.mlps)]
         mlps = select_layers(every, config.layers)
-        check_sizes(config, mlps)
+        check_choices(
+            config, original.model, mlps, size=original.model.num_parameters() * original.model.dtype.itemsize,
+            whole=original.weights is None, words=original.tokenizer is not None,
+        )  # fmt: skip
         stored = DTYPES.get(config.dtype) or original.dtype
         weights = {file.name for file in weight_files(original.path)}
         notes.append(carry_over(original.path, work, weights))
@@ -122,12 +136,6 @@ def _prepared(
         notes.append(unplaced_tensors(original, replaced)[1])
         write_words(original, work)
         check_space(target, original.model.num_parameters() * stored.itemsize)
-    if original.weights is not None and config.end_to_end:
-        size = original.model.num_parameters() * original.model.dtype.itemsize
-        raise DLRError(
-            f"the end-to-end phase wants all {size / 2**30:,.1f} GiB of the model in memory: allow them by "
-            "--max-memory, or leave it out by --end-to-end 0"
-        )
     if config.data == "self" and (device.type == "cpu" or original.weights is not None):
         where = "on a CPU" if original.weights is None else "with weights that are read from the disk"
         say(
@@ -135,6 +143,8 @@ def _prepared(
             f"--data self: {(config.tokens or 0) + (config.heldout or 0):,} tokens are sampled from the model first, "
             f"which {where} takes longer than everything else; --data with a text file is faster, and fits better",
         )
+    amounts = reckoned(original, mlps, every, config)
+    expect(progress, to_come(amounts))
     text = calibration_text(original, config, progress)
     # All that the modules of a conversion depend on; a module made with other facts is not reused.
     free = (
@@ -157,7 +167,7 @@ def _prepared(
     }
     resume = ResumeStore(target, facts, started)
     said = [note for note in notes if note]
-    context = Context(original, mlps, text, config, stored, resume, scratch, progress, said)
+    context = Context(original, mlps, text, config, stored, resume, scratch, progress, said, amounts, scalars)
     return context, len(every) + len(unknown_mixtures(original.model, every))
 
 
@@ -176,6 +186,8 @@ def _converted(context: Context, mlps: int, work: Path, out: str) -> ConversionR
         locked_parameters = write_checkpoint(context, modules.chains, work)
         shutil.rmtree(context.scratch)
     original, model = context.source, context.model
+    evaluation = measure_checkpoint(context, work, modules.runner)
+    context.log_model(evaluation, end_to_end.train_tokens if end_to_end else 0)
     report = ConversionReport(
         source=public_name(original.name),
         out=out,
@@ -184,7 +196,7 @@ def _converted(context: Context, mlps: int, work: Path, out: str) -> ConversionR
         mlps=mlps,
         params_original=model.num_parameters(),
         params_locked=locked_parameters,
-        evaluation=measure_checkpoint(context, work, modules.runner),
+        evaluation=evaluation,
         seconds=context.resume.seconds,
         across=modules.across,
         end_to_end=end_to_end,
@@ -225,7 +237,7 @@ def distill_modules(context: Context) -> Modules:
     }
     todo = [mlp for mlp in mlps if not _finished(before[mlp.module], config)]
     _say_what_is_kept(context, before, todo)
-    expect(context.progress, _phases(context, before, todo, one_by_one=calibrator is not None))
+    _expect(context, before, todo, sequential=calibrator is not None)
     independent = context.capture(todo if calibrator is None else [])
     for number, mlp in enumerate(mlps, 1):
         module = restored(context.resume, context.model, mlp.module, context.stored)
@@ -246,6 +258,7 @@ def distill_modules(context: Context) -> Modules:
             report = replace(report, drift=calibrator.put(mlp, net))
         chains.add(mlp.module)
         done.reports.append(report)
+        _log(context, mlp, report)
         context.notes.extend(report.notes)
     unknown = [mlp.module for mlp in mlps if mlp.up is None and not isinstance(mlp, Mixture)]
     if unknown and config.init == "mixed":
@@ -258,6 +271,17 @@ def distill_modules(context: Context) -> Modules:
             "no errors before them, for what follows them in their layer is no plain sum: a norm, a gate"
         )
     return done
+
+
+def _expect(
+    context: Context, before: dict[str, ModuleReport | None], todo: list[MLP], *, sequential: bool
+) -> None:
+    """Says what there is to do."""
+    amounts = context.amounts or reckoned(context.source, context.mlps, context.mlps, context.config)
+    if not sequential:
+        amounts = replace(amounts, config=replace(amounts.config, across="independent"))
+    fits = {name for name, report in before.items() if report is None}
+    expect(context.progress, to_come(amounts, fits, {mlp.module for mlp in todo}))
 
 
 def _say_what_is_kept(context: Context, before: dict[str, ModuleReport | None], todo: list[MLP]) -> None:
@@ -274,29 +298,6 @@ def _say_what_is_kept(context: Context, before: dict[str, ModuleReport | None], 
         f"{context.resume.folder} keeps {len(kept)} of {len(before)} modules of an interrupted run{without}: they are "
         f"not distilled again; {goes_on}",
     )
-
-
-def _phases(
-    context: Context, before: dict[str, ModuleReport | None], todo: list[MLP], *, one_by_one: bool
-) -> list[Phase]:
-    """What a conversion still has to do. Work is in tokens that pass a layer; a training token counts as three."""
-    config, mlps = context.config, context.mlps
-    fits = sum(before[mlp.module] is None for mlp in todo)
-    attacks = len(todo) if config.redistill else 0
-    trained, share, together = (
-        float(v or 0) for v in (config.train_tokens, config.redistill, config.end_to_end)
-    )
-    layers = getattr(context.model.config.get_text_config(), "num_hidden_layers", None) or len(mlps)
-    passes = SequentialCalibrator.passes(mlps) if one_by_one else layers
-    looks = 1 + 2 * bool(together)
-    return [
-        Phase("activations", float(passes * context.tokens.numel()), passes if one_by_one else 1),
-        Phase("distilling", 3 * fits * trained, fits),
-        Phase("redistilling", 3 * attacks * len(INITS) * share * trained, attacks),
-        Phase("end-to-end", 3 * together * layers, 1),
-        Phase("writing", float(context.tokens.numel())),
-        Phase("measuring", float(looks * 2 * layers * context.text.heldout.numel()), looks),
-    ]
 
 
 def _fit(context: Context, mlp: MLP, pairs: Activations, title: str, corrected: bool) -> _Module:
@@ -362,6 +363,7 @@ def fit_chain(
         teacher=teacher_weights(context.model, mlp) if recipe.init == "mixed" else None,
         progress=context.count(f"{title}, {spec}"),
         watch=watch,
+        log=context.log_of(mlp),
         note=note,
     )
     net = DLRNet(spec, dtype=context.stored)
@@ -380,6 +382,19 @@ def _attacked(context: Context, module: _Module, pairs: Activations, title: str)
         context.notes.append(f"the attack on {report.module} failed: {error}")
         return module
     return net, replace(report, redistillation=found)
+
+
+def _log(context: Context, mlp: MLP, report: ModuleReport) -> None:
+    """What was measured of a module: beside its training, and as a point of a curve over the layers."""
+    fidelity, attack = report.fidelity, report.redistillation
+    found = {
+        "error": fidelity.rel_error, "flatten_gap": fidelity.flatten_gap, "coupling": fidelity.coupling,
+        "hidden_states": report.drift, "student_over_chain": attack.ratio if attack else None,
+    }  # fmt: skip
+    context.log_of(mlp)(report.train_tokens, found)
+    for name, value in found.items():
+        if value is not None:
+            context.scalars(f"layers/{name}", value, mlp.layer)
 
 
 def _keep(context: Context, module: _Module) -> None:

@@ -416,12 +416,17 @@ def _check_finite(model: PreTrainedModel, where: Path, weights: OnDemand | None 
             raise DLRError(f"{where}: {names[id(parameter)]} has NaN or infinity in its weights (as {kind})")
 
 
+def has_words(folder: Path) -> bool:
+    """Whether there is a tokenizer in a model's directory."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer in a model's directory, None where there is none; raises DLRError where it is damaged."""
     from transformers import AutoTokenizer
 
     check_readable(folder, *_TOKENIZER_FILES)
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not has_words(folder):
         return None
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

@@ -20,6 +20,7 @@ from .compare.config import SpeedConfig
 from .convert.config import ConversionConfig
 from .exits import interrupt, one_line_errors, what_is_kept
 from .options import choice, options_of
+from .planning.gpus import NAMES
 from .progress import Steps
 from .reporting import Section, print_sections
 
@@ -74,6 +75,10 @@ def convert(
     source: Annotated[str, typer.Argument(help="A transformers directory, a hub id or a .gguf file.")],
     out: Annotated[Path, typer.Argument(help="The directory to write the locked checkpoint to.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a locked checkpoint.")] = False,
+    log_dir: Annotated[
+        Path | None,
+        choice("Write figures of the work into this folder as it goes on, for TensorBoard.", "none"),
+    ] = None,
     as_json: Json = False,
     **config: Any,
 ) -> None:
@@ -84,7 +89,7 @@ def convert(
     if not as_json:
         _screen.print(choices(ConversionConfig(**config).resolved()), markup=False)
     with what_is_kept(), Steps(_screen) as steps:
-        report = convert_model(source, out, overwrite=overwrite, progress=steps, **config)
+        report = convert_model(source, out, overwrite=overwrite, progress=steps, log_dir=log_dir, **config)
     if as_json:
         _print_json(report.to_dict())
     else:
@@ -98,7 +103,7 @@ def plan(
     source: Annotated[str, typer.Argument(help="A transformers directory or a hub id.")],
     device: Annotated[
         str | None,
-        choice("cpu, cuda, ..., or a GPU that is not here: h200, h100, b200, a100.", "the best there is"),
+        choice(f"cpu, cuda, ..., or a GPU that is not here: {NAMES}.", "the best there is"),
     ] = None,
     as_json: Json = False,
     **config: Any,

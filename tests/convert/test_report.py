@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from dlr_lock.audit.demo import DemoResult, ModelCost, SlotTraining, demo_sections
-from dlr_lock.audit.meters import Counts, StepCounts, StepSeconds
+from dlr_lock.audit.meters import StepCounts, StepSeconds
 from dlr_lock.audit.strategies.slot import StrategyCost
 from dlr_lock.convert.config import ConversionConfig
 from dlr_lock.convert.evaluate import Evaluation, Fidelity, Redistillation, StateEvaluation
@@ -26,6 +26,7 @@ from dlr_lock.convert.report import (
 from dlr_lock.reporting import Section, print_sections
 from dlr_lock.reporting.lock_verdict import LockVerdict, lock_status
 from dlr_lock.runtime import DLRSpec
+from dlr_lock.triton_kernels.meter import Counts
 
 BEFORE = Evaluation(3.52, 33.78, 8176, 3.1, 22.2, 0.42, 0.462, 0.21)
 
