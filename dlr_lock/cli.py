@@ -95,6 +95,10 @@ def convert(
     else:
         _print(conversion_sections(report)[::-1])
         print(f"written to {out}")
+        if report.not_the_original:
+            Console(highlight=False).print(
+                f"Warning: {report.not_the_original}.", style="bold red", markup=False
+            )
 
 
 @app.command()

@@ -108,7 +108,7 @@ def to_come(
     again = 2 * bool(a.config.end_to_end and a.config.redistill)  # the weakest module, before and after
     known = {
         _text(a): 1,
-        _activations(a): rounds,
+        _activations(a): rounds + bool(again),
         _distilling(a, fitted): sum(c.count for c in fitted),
         _redistilling(a, attacked): len(attacked) + again,
         _end_to_end(a): 1,

@@ -13,7 +13,7 @@ import torch
 
 from ..common.errors import DLRError
 from ..common.options import flag
-from ..convert.config import EFFORTS, ConversionConfig
+from ..convert.config import EFFORTS, ERRORS_ADD_UP, ConversionConfig
 from ..convert.mlp_discovery import unknown_mixtures
 from ..convert.outlook.amounts import Amounts
 from ..convert.outlook.checks import check_choices
@@ -188,6 +188,8 @@ def _again(
 
 
 def _warnings(made: Plan) -> Iterator[str]:
+    if len(made.modules) > 1:
+        yield f"how far the locked model will be from the original is not foretold; {ERRORS_ADD_UP}"
     memory = made.rates.memory
     if memory is not None and made.device > 0.95 * memory:
         yield (
