@@ -98,6 +98,11 @@ class Context:
 
         return put
 
+    def log_end_to_end(self, step: int, figures: Mapping[str, float]) -> None:
+        """Takes figures by name of all chains' training together."""
+        for name, value in figures.items():
+            self.scalars(f"end-to-end/{name}", value, step)
+
     def log_model(self, evaluation: Evaluation | StateEvaluation, step: int) -> None:
         """Takes what was measured of the locked model after so many training tokens of all chains together."""
         for name, value in evaluation.to_dict().items():

@@ -296,9 +296,7 @@ def run_end_to_end(context: Context, modules: Modules) -> EndToEndReport | None:
             text.train,
             EndToEndPlan(context.config.end_to_end, seed=context.config.seed),
             progress=context.count("end-to-end phase"),
-            log=lambda trained, seen: [
-                context.scalars(f"end-to-end/{n}", v, trained) for n, v in seen.items()
-            ],
+            log=context.log_end_to_end,
         )
         after = figures("the end-to-end phase")
     except DLRError as error:

@@ -137,8 +137,8 @@ class Amounts:
         """FLOPs of a token in a layer: its matrices, and attention to a whole sequence; a decoder's also to what its
         encoder read."""
         text = self.subject.model.config.get_text_config()
-        heads = getattr(text, "num_attention_heads", None) or getattr(text, "num_heads", 1)
-        own = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or self.hidden // heads
+        heads = getattr(text, "num_attention_heads", 0) or getattr(text, "num_heads", 1)
+        own = getattr(text, "head_dim", 0) or getattr(text, "d_kv", 0) or self.hidden // heads
         attentions = 1.5 if is_paired(self.subject.model) else 1
         return 2 * self.subject.body_matrices / self.layers + attentions * 4 * self.length * heads * own
 

@@ -21,7 +21,7 @@ def over_layers(modules: Sequence[tuple[str, float, float]]) -> list[Section]:
     """
     if len(modules) < 2:
         return []
-    errors, gaps = ([module[at] for module in modules] for at in (1, 2))
+    errors, gaps = [error for _, error, _ in modules], [gap for _, _, gap in modules]
     lengths = [math.log(max(gap, _LEAST_GAP) / _LEAST_GAP) for gap in gaps]
     rows = [
         (name, bar(error, max(errors)), f"{error:.4f}", bar(length, max(lengths)), f"{gap:.2f}")
