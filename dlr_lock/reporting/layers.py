@@ -30,7 +30,9 @@ def over_layers(modules: Sequence[tuple[str, float, float]]) -> list[Section]:
     columns = ("module", "error, drawn", "relative error", "gap, drawn", "flatten gap")
     return [
         Section(
-            "Over the layers", f"Gaps are drawn in logarithms, from {_LEAST_GAP:g} up.", Table(columns, rows)
+            "Over the layers",
+            f"Gaps are drawn in logarithms, from {_LEAST_GAP:g} up.",
+            Table(columns, rows, left=(columns[1], columns[3])),
         )
     ]
 

@@ -103,6 +103,7 @@ def test_the_layers_are_drawn_in_terminal_and_card(report: ConversionReport) -> 
     card = model_card(replace(report, modules=[report.modules[0], small]))
     for bar in (piece for row in drawn for piece in row):
         assert bar in printed(sections) and bar in card
+    assert "|---|---|---:|---|---:|" in card  # bars grow to the right
     assert "Over the layers" not in printed(conversion_sections(replace(report, modules=[small])))
 
 
