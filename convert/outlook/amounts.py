@@ -222,10 +222,9 @@ class Amounts:
         """Whether modules correct one another; of models that do not allow it encoder-decoders alone are known here."""
         return self.config.across != "independent" and not is_paired(self.subject.model)
 
-    @property
-    def groups(self) -> list[list[MLP]]:
-        """Which MLPs share a pass, where modules are independent."""
-        return group_layers(self.subject.mlps, self.tokens, int(self.config.max_memory or 0))
+    def groups(self, mlps: list[MLP]) -> list[list[MLP]]:
+        """Which of some MLPs share a pass, where modules are independent."""
+        return group_layers(mlps, self.tokens, int(self.config.max_memory or 0))
 
     @property
     def activation_bytes(self) -> float:

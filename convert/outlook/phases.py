@@ -14,6 +14,7 @@ from ...common import progress
 from ...runtime import DLRSpec
 from ..activations import SequentialCalibrator
 from ..config import Recipe
+from ..mlp_matching import MLP
 from ..redistill import FIT_TOKENS, INITS, half_of, regression_flops
 from .amounts import Amounts, Chains
 from .steps import step_of
@@ -75,7 +76,7 @@ def phases(a: Amounts) -> list[Phase]:
     done = [
         _with(Phase("reading", moved=2 * a.subject.disk + made, disk=a.subject.disk), a, model, fused),
         _with(_text(a), a, model, fused),
-        _with(_activations(a), a, model, fused, chain),
+        _with(_activations(a, a.subject.mlps), a, model, fused, chain),
         _with(_distilling(a, a.chains), a, model, fused, chain),
         _with(_redistilling(a, a.chains), a, model, fused, chain),
         _with(_end_to_end(a), a, model, fused),
@@ -100,11 +101,11 @@ def to_come(
         [c for c in a.chains if attacks is None or c.mlp.module in attacks] if a.config.redistill else []
     )
     todo = [c.mlp for c in a.chains if c in fitted or c in attacked]
-    rounds = SequentialCalibrator.rounds(a.subject.mlps, todo) if a.sequential else len(a.groups)
-    again = 2 * bool(a.config.end_to_end and a.config.redistill)  # the weakest module, before and after
+    rounds = SequentialCalibrator.rounds(a.subject.mlps, todo) if a.sequential else len(a.groups(todo))
+    again = 2 * bool(_end_to_end(a).flops and a.config.redistill)  # the weakest module, before and after
     known = {
         _text(a): 1,
-        _activations(a): rounds + bool(again),
+        _activations(a, todo): rounds + bool(again),
         _distilling(a, fitted): sum(c.count for c in fitted),
         _redistilling(a, attacked): len(attacked) + again,
         _end_to_end(a): 1,
@@ -137,16 +138,18 @@ def _text(a: Amounts) -> Phase:
     return Phase(name, narrow=a.tokens * a.pass_flops, disk=disk, **_place(a, a.logit_bytes))
 
 
-def _activations(a: Amounts) -> Phase:
+def _activations(a: Amounts, todo: list[MLP]) -> Phase:
+    """todo: the modules whose activations are wanted."""
     mlps = a.subject.mlps
     if a.sequential:
         # Each module is looked at in both streams, but the first in one; each layer from the first on is passed twice.
         layers = sorted({mlp.layer for mlp in mlps})
-        passes = float(layers[0] + 2 * len(mlps) - 1 + 2 * (layers[-1] - layers[0] + 1))
+        looks = 2 * len(todo) - (mlps[0] in todo)
+        passes = float(layers[0] + looks + 2 * (layers[-1] - layers[0] + 1))
         extra = 2.0 * a.length * a.layers  # whether layers can be run one at a time
         chains = sum(2.0 * c.active for c in a.chains)
     else:
-        passes = float(sum(group[-1].layer + 1 for group in a.groups))
+        passes = float(sum(group[-1].layer + 1 for group in a.groups(todo)))
         extra, chains = 8.0 * a.layers, 0.0
     work = 4.0 * _BATCH_TOKENS * (4 * a.hidden + 2 * max(m.intermediate_size for m in mlps))
     place = _place(a, work)

@@ -130,3 +130,21 @@ def test_each_kind_of_work_is_begun_as_often_as_it_was_told(
     assert heard.first is not None and heard.first[0] == "calibration text"
     told = {name: phase.times for name, phase in heard.phases.items() if phase.work}
     assert {name: heard.begun[name] for name in told} == told
+
+
+def test_what_is_done_is_not_expected_again(source: Path, tmp_path: Path) -> None:
+    def stop(what: str, done: int, total: int) -> None:
+        if what.startswith("redistilling model.layers.1.mlp"):
+            raise KeyboardInterrupt
+
+    whole, rest = Heard(), Heard()
+    choices = CHOICES | {"data": str(tmp_path / "topics.txt")}
+    with pytest.raises(KeyboardInterrupt):
+        convert_model(source, tmp_path / "out", progress=stop, **choices)
+    convert_model(source, tmp_path / "out", progress=rest, **choices)
+    convert_model(source, tmp_path / "again", progress=whole, **choices)
+    told = {name: phase.times for name, phase in rest.phases.items() if phase.work}
+    assert {name: rest.begun[name] for name in told} == told
+    share = {name: rest.phases[name].work / phase.work for name, phase in whole.phases.items() if phase.work}
+    assert share["distilling"] == pytest.approx(1 / 3) and share["redistilling"] == pytest.approx(2 / 3)
+    assert 0.5 < share["activations"] < 1 and share["measuring"] == 1
