@@ -46,8 +46,9 @@ def check_choices(
         except Unrepeatable as error:
             raise DLRError(f"the model cannot be distilled sequentially: {error}") from error
     if config.end_to_end and not whole:
+        how = "allow them by --max-memory" if config.device == "cpu" else "take a GPU with twice as much free"
         raise DLRError(
-            f"the end-to-end phase wants all {bytes_words(size)} of the model in memory: allow them by --max-memory, "
-            "or leave the phase out by --end-to-end 0"
+            f"the end-to-end phase wants all {bytes_words(size)} of the model in memory: {how}, or leave the phase out "
+            "by --end-to-end 0"
         )
     check_text(config, model, words=words)

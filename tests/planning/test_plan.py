@@ -296,3 +296,23 @@ def test_all_gpus_are_named_in_help_and_in_the_refusal(folder: Path) -> None:
         plan_conversion(folder, device="h900")
     help = CliRunner().invoke(app, ["plan", "--help"]).output
     assert all(name in str(error.value) and name in help for name in GPUS)
+
+
+def test_layers_that_share_their_mlp_are_refused_as_by_a_conversion(tmp_path: Path) -> None:
+    save_tiny("albert", tmp_path / "source")
+    for refused in (plan_conversion, lambda source, **more: convert_model(source, tmp_path / "out", **more)):
+        with pytest.raises(DLRError, match="whose layers share their MLP cannot be locked"):
+            refused(tmp_path / "source", data="text.txt", **CHOICES)
+
+
+def test_a_gpu_too_small_for_the_last_phase_is_no_matter_of_max_memory(tmp_path: Path) -> None:
+    config = tiny_config(
+        "llama", layers=40, hidden_size=8192, intermediate_size=28672, num_attention_heads=64, head_dim=128,
+        num_key_value_heads=8, vocab_size=128256,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    save_file({"w": torch.zeros(8, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    with pytest.raises(DLRError, match="take a GPU with twice as much free, or leave the phase out"):
+        plan_conversion(tmp_path, device="h100", data="text.txt", effort="best")
+    assert plan_conversion(tmp_path, device="h100", data="text.txt", effort="best", end_to_end=0).modules
