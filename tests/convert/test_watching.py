@@ -3,6 +3,7 @@
 import builtins
 import math
 from collections import defaultdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ CHOICES: dict[str, Any] = {
 }  # fmt: skip
 
 
+watched = pytest.mark.skipif(find_spec("tensorboard") is None, reason="needs dlr-lock[log]")
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     (tmp_path / "topics.txt").write_text(english_topics()[:40_000], encoding="utf-8")
@@ -27,11 +31,13 @@ def source(tmp_path: Path) -> Path:
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """(step, value) by tag, as TensorBoard reads them."""
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing import event_accumulator as accumulator
+
     read = accumulator.EventAccumulator(str(folder)).Reload()
     return {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
 
 
+@watched
 def test_scalars_are_those_of_the_report(source: Path, tmp_path: Path) -> None:
     report = convert_model(
         source, tmp_path / "out", data=str(tmp_path / "topics.txt"), log_dir=tmp_path / "log", end_to_end=1024,
@@ -56,6 +62,7 @@ def test_scalars_are_those_of_the_report(source: Path, tmp_path: Path) -> None:
     assert str(tmp_path / "log") not in (tmp_path / "out" / "dlr_manifest.json").read_text()
 
 
+@watched
 def test_an_interrupted_run_goes_on_in_the_same_log(source: Path, tmp_path: Path) -> None:
     def stop(what: str, done: int, total: int) -> None:
         if what.startswith("distilling model.layers.2.mlp"):
