@@ -224,7 +224,8 @@ def _expect(context: AuditContext, train_tokens: dict[str, int]) -> None:
             f"{len(context.mlps) - len(todo)} of {len(context.mlps)} modules among them: they are not done again",
         )
     fits = len(todo) * len(INITS)
-    passes = SequentialCalibrator.passes(context.mlps) if context.across == "sequential" else 1
+    sequential = context.across == "sequential"
+    passes = SequentialCalibrator.rounds(context.mlps, todo) if sequential else 1
     expect(
         context.progress,
         [

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..common.errors import DLRError
 from ..common.hooks import StopForward, submodule, watch_pass
 from ..common.progress import Count, no_count
-from ..common.weights import drop_pages, storage
+from ..common.weights import checked_store, drop_pages, storage
 from ..runtime import DLRExperts, DLRNet
 from .evaluate import relative_error
 from .experts.routing import Routing, read_call, read_output
@@ -242,22 +242,6 @@ def _fill(
         progress(min(begin + at_once, sequences), sequences)
 
 
-def checked_store(part: Tensor, value: Any, what: str) -> None:
-    """Copies value [..., d] to part [rows, d], casting it.
-
-    Raises:
-        DLRError: Where it does not fit or is not finite; `what` names it.
-    """
-    if not isinstance(value, Tensor) or value.shape[-1] != part.shape[-1] or value.numel() != part.numel():
-        shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise DLRError(f"{what} is {shape}, not one row of {part.shape[-1]} for each of {len(part)} tokens")
-    part.copy_(value.reshape(part.shape))
-    if not part.isfinite().all():
-        if value.isfinite().all():
-            raise DLRError(f"{what} exceeds the range of {part.dtype}: capture in bfloat16 or float32")
-        raise DLRError(f"{what} contains NaN or infinity: are the model's weights sound?")
-
-
 def _check_calls(model: PreTrainedModel, mlps: Sequence[MLP], tokens: Tensor) -> None:
     """Run a few tokens through the whole body and count how often each MLP is called, before the work starts.
 
@@ -356,10 +340,16 @@ class SequentialCalibrator:
             self._teacher[rows].copy_(self.runner.embed(tokens[rows]))
 
     @staticmethod
-    def passes(mlps: Sequence[MLP]) -> int:
-        """Passes through a layer until every one of `mlps`, in model order, has its chain: each stream is led through
-        every layer once, and once more through those that are locked."""
-        return mlps[0].layer + 2 * (mlps[-1].layer - mlps[0].layer + 1 + len(mlps))
+    def rounds(mlps: Sequence[MLP], todo: Sequence[MLP]) -> int:
+        """How often the whole text is gone through, each time told to the progress from its beginning.
+
+        Args:
+            mlps: All that are locked, in model order.
+            todo: Those of them whose pairs are wanted.
+        """
+        layers = sorted({mlp.layer for mlp in mlps})
+        between = layers[-1] - layers[0] + 1 - len(layers)  # with MLPs of their own: each stream apart
+        return 1 + layers[0] + len(todo) + len(layers) + 2 * between
 
     def pairs(self, mlp: MLP) -> Activations:
         """What an MLP's chain is to be fitted to: x of the locked model and y*, [S n, d] each in bfloat16."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ..common.progress import Count, Progress
 from ..common.resume import ResumeStore
+from ..common.scalars import Scalars, no_scalars
 from ..runtime import DLRNet
 from .activations import Activations, SequentialCalibrator, capture
 from .config import ConversionConfig
 from .data import CalibrationText
-from .evaluate import Fidelity, measure
+from .evaluate import Evaluation, Fidelity, StateEvaluation, measure
 from .layer_runner import Unrepeatable
 from .mlp_matching import MLP
 from .parallel.ranks import ALONE, Ranks
@@ -26,6 +27,8 @@ from .source import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from .outlook.amounts import Amounts
 
 
 @dataclass(slots=True)
@@ -42,6 +45,8 @@ class Context:
         scratch: A folder for what does not fit into memory.
         progress: Called with (what is being done, done, total).
         notes: What the owner should know, a sentence each; parts add to it.
+        amounts: What the work was reckoned to be; None where that was not asked.
+        scalars: Takes figures for a log.
         ranks: The processes that do this together.
     """
 
@@ -54,6 +59,8 @@ class Context:
     scratch: Path
     progress: Progress
     notes: list[str] = field(default_factory=list)
+    amounts: Amounts | None = None
+    scalars: Scalars = no_scalars
     ranks: Ranks = ALONE
 
     @property
@@ -84,6 +91,28 @@ class Context:
     def count(self, what: str) -> Count:
         """The progress of one thing."""
         return partial(self.progress, what)
+
+    def log_of(self, mlp: MLP) -> Callable[[int, Mapping[str, float | None]], None]:
+        """Takes figures by name of one module at a step; those that are None were not measured. A figure is a group of
+        the log, with a tag for each module, in the order of the layers."""
+
+        def put(step: int, figures: Mapping[str, float | None]) -> None:
+            for name, value in figures.items():
+                if value is not None:
+                    self.scalars(f"{name}/{mlp.layer:03}-{mlp.module}", value, step)
+
+        return put
+
+    def log_end_to_end(self, step: int, figures: Mapping[str, float]) -> None:
+        """Takes figures by name of all chains' training together."""
+        for name, value in figures.items():
+            self.scalars(f"end-to-end/{name}", value, step)
+
+    def log_model(self, evaluation: Evaluation | StateEvaluation, step: int) -> None:
+        """Takes what was measured of the locked model after so many training tokens of all chains together."""
+        for name, value in evaluation.to_dict().items():
+            if value is not None and name != "tokens":
+                self.scalars(f"model/{name}", float(value), step)
 
     def capture(self, mlps: Sequence[MLP], share: Share | None = None) -> Iterator[tuple[MLP, Activations]]:
         """The original's activations at each of `mlps`, one after the other, on the whole text or a share of it; see

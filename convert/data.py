@@ -22,7 +22,7 @@ from ..common.errors import DLRError
 from ..common.hooks import frozen, is_paired
 from ..common.progress import Count, Progress, no_count
 from ..common.splits import hold_out
-from ..common.text_sources import open_text
+from ..common.text_sources import check_there, open_text
 from ..runtime.generation import check_vocabulary, positions
 from .config import ConversionConfig
 from .source import Source
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 SEQUENCE_LENGTH = 512  # tokens of a sequence of calibration text, where the model can take as many
 DIVERSE = 0.5  # share of distinct 4-grams below which a calibration text is called poor
+
+_NO_WORDS = "the model comes without a tokenizer, so text cannot be turned into tokens: use --data self"
+_NOT_OF_ITS_OWN = "an encoder-decoder writes nothing of its own accord: give it a text, --data text.txt"
+_NO_HEAD = "text cannot be sampled: the model has no language-model head; give it a text, --data text.txt"
 
 # Keys and values of one batch of sampled sequences stay below this.
 _CACHE_BYTES = 2 * 2**30
@@ -87,12 +91,7 @@ def load_text(
         DLRError: Where the text cannot be read or there is too little of it.
     """
     n = sequence_length
-    if n < 2:
-        raise DLRError(
-            f"sequence length {n} is too short: there is nothing to predict in fewer than 2 tokens"
-        )
-    if tokens < n:
-        raise DLRError(f"{tokens} calibration tokens are less than one sequence of {n}: ask for at least {n}")
+    _check_lengths(n, tokens)
     train, heldout = tokens // n, max(1, heldout_tokens // n)
     total = train + heldout
 
@@ -102,9 +101,7 @@ def load_text(
         label = f"sampled from the model itself (temperature {temperature:g}, seed {seed})"
     else:
         if tokenizer is None:
-            raise DLRError(
-                "the model comes without a tokenizer, so text cannot be turned into tokens: use --data self"
-            )
+            raise DLRError(_NO_WORDS)
         documents, label = open_text(name)
         packed = _pack(
             documents, tokenizer, total, n, label, wanted=(train * n, heldout * n), progress=progress
@@ -118,13 +115,10 @@ def calibration_text(original: Source, config: ConversionConfig, progress: Progr
     """The text that a resolved configuration names, in the model's tokens.
 
     Raises:
-        DLRError: As `load_text` does, and where the model cannot take sequences of the length that is asked for or has
-            no embedding of a token.
+        DLRError: As `check_text` and `load_text` do, and where the model has no embedding of a token.
     """
     assert config.tokens and config.heldout  # resolved
-    room = positions(original.model.config)
-    if config.sequence and room and config.sequence > room:
-        raise DLRError(f"--sequence {config.sequence}: the model takes at most {room} tokens")
+    check_text(config, original.model, words=original.tokenizer is not None)
     text = load_text(
         config.data,
         original.tokenizer,
@@ -138,6 +132,42 @@ def calibration_text(original: Source, config: ConversionConfig, progress: Progr
     )
     check_vocabulary(torch.cat([text.train, text.heldout]), original.model, original.tokenizer)
     return text
+
+
+def check_text(config: ConversionConfig, model: PreTrainedModel, *, words: bool) -> None:
+    """Looks at what a resolved configuration says of the text, before a token is read.
+
+    Args:
+        config: It.
+        model: The original, or its class on the meta device.
+        words: Whether it has a tokenizer.
+
+    Raises:
+        DLRError: Where there is no such text, it cannot be had of the model, or the model cannot take sequences of the
+            length that is asked for.
+    """
+    room = positions(model.config)
+    if config.sequence and room and config.sequence > room:
+        raise DLRError(f"--sequence {config.sequence}: the model takes at most {room} tokens")
+    _check_lengths(config.sequence or sequence_length(model), config.tokens or 0)
+    if config.data != "self":
+        if not words:
+            raise DLRError(_NO_WORDS)
+        check_there(config.data)
+    elif is_paired(model):
+        raise DLRError(_NOT_OF_ITS_OWN)
+    elif model.get_output_embeddings() is None:
+        raise DLRError(_NO_HEAD)
+
+
+def _check_lengths(n: int, tokens: int) -> None:
+    """Raises DLRError where so many tokens make no sequence of n."""
+    if n < 2:
+        raise DLRError(
+            f"sequence length {n} is too short: there is nothing to predict in fewer than 2 tokens"
+        )
+    if tokens < n:
+        raise DLRError(f"{tokens} calibration tokens are less than one sequence of {n}: ask for at least {n}")
 
 
 def sequence_length(model: PreTrainedModel) -> int:
@@ -309,7 +339,7 @@ def _sample(
     if not temperature > 0:
         raise DLRError(f"temperature {temperature:g}: it must be above 0")
     if is_paired(model):
-        raise DLRError("an encoder-decoder writes nothing of its own accord: give it a text, --data text.txt")
+        raise DLRError(_NOT_OF_ITS_OWN)
     device = model.device
     generator = torch.Generator(device=device).manual_seed(seed)
     at_once = max(1, min(_MAX_SAMPLED_AT_ONCE, _CACHE_BYTES // (n * _cache_bytes_per_token(model))))
@@ -326,7 +356,7 @@ def _sample(
                 output = model(input_ids=ids if cache is None else ids[:, -1:], use_cache=True, **state)
                 cache = getattr(output, "past_key_values", None)
                 if getattr(output, "logits", None) is None:
-                    raise DLRError("text cannot be sampled: the model has no language-model head")
+                    raise DLRError(_NO_HEAD)
                 chances = (output.logits[:, -1].float() / temperature).softmax(-1)
                 if not chances.isfinite().all():
                     raise DLRError("text cannot be sampled: the model's logits contain NaN or infinity")

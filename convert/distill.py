@@ -9,6 +9,7 @@ error. B at twice the rate makes the gap larger.
 """
 
 import math
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -39,6 +40,7 @@ _PRECONDITIONER_TOKENS = 40_000
 _MUON_ROWS = 64
 
 Weights = dict[str, Tensor]
+Log = Callable[[int, dict[str, float]], None]  # (training tokens done, figures by name)
 
 
 def distill(
@@ -53,6 +55,7 @@ def distill(
     init: Weights | None = None,
     progress: Count = no_count,
     watch: Callable[[int, Weights], None] | None = None,
+    log: Log = lambda trained, figures: None,
     note: Callable[[str], object] = lambda sentence: None,
 ) -> Weights:
     """Fits a chain to y = mlp(x) and returns DLRNet's tensors in float32 on the CPU.
@@ -71,6 +74,8 @@ def distill(
             brought to the recipe's. What several steps write they read again, so that theirs is kept.
         progress: Called with (training tokens done, in all).
         watch: Called up to 32 times with (training tokens done, the tensors so far).
+        log: Called as often with (training tokens done, figures by name): the mean relative error on the batches since
+            the last time, the rate of A and tokens a second.
         note: Called with a sentence each time that the fit diverges and goes on.
 
     Returns:
@@ -118,7 +123,7 @@ def distill(
 
     first = share.first(activations.first, tokens)
     guard = _Guard(recipe, optimizer, weights, name, note)
-    trained = 0
+    trained, seen, began = 0, 0, time.monotonic()
     with Gradients(spec, scale.to(device), bias.to(device)) as gradients:
         for rows in recipe.batches(tokens, first, generator):
             x, y = (t.to(device, torch.float32) for t in activations.rows(share.mine(rows)))
@@ -128,8 +133,13 @@ def distill(
             ranks.add([loss, *(w.grad for w in weights.values() if w.grad is not None)])
             optimizer.step()
             trained += len(rows)
-            if guard.look(trained, loss) and watch is not None:
-                watch(trained, stored())
+            if (error := guard.look(trained, loss)) is not None:
+                rate = optimizer.param_groups[0]["lr"]
+                speed = (trained - seen) / max(time.monotonic() - began, 1e-9)
+                log(trained, {"training_error": error, "learning_rate": rate, "tokens_per_second": speed})
+                if guard.sound and watch is not None:
+                    watch(trained, stored())
+                seen, began = trained, time.monotonic()
             progress(trained, recipe.train_tokens)
     return stored()
 
@@ -177,6 +187,7 @@ class _Guard:
         self, recipe: Recipe, optimizer: Muon, weights: Weights, name: str, note: Callable[[str], object]
     ) -> None:
         self.share = 1.0  # of the recipe's rate
+        self.sound = True  # at the last look
         self._note = note
         self._learnt = False
         self._recipe, self._optimizer, self._weights, self._name = recipe, optimizer, weights, name
@@ -187,23 +198,24 @@ class _Guard:
         self._left = _RESTARTS
         self._keep()
 
-    def look(self, trained: int, loss: Tensor) -> bool:
-        """Takes note of a batch's loss; true at one of the looks, where all is well."""
+    def look(self, trained: int, loss: Tensor) -> float | None:
+        """Takes note of a batch's loss; the mean since the last look at one of them, else None."""
         if self._best is None:
             self._best = loss.item()  # of the initialisation
         self._losses.append(loss)
         if trained < min(self._next, self._recipe.train_tokens):
-            return False
+            return None
         self._next = trained + self._every
         mean = torch.stack(self._losses).mean().item()
         self._losses.clear()
         # A finite loss before a step says nothing of the weights after it.
-        sound = all(bool(w.isfinite().all()) for w in self._weights.values())
-        if sound and mean <= max(1.0, _RISE * self._best):
+        finite = all(bool(w.isfinite().all()) for w in self._weights.values())
+        self.sound = finite and mean <= max(1.0, _RISE * self._best)
+        if self.sound:
             self._best = min(mean, self._best)
             self._keep()
             self._learnt = True
-            return True
+            return mean
         ended = trained >= self._recipe.train_tokens and not self._learnt
         if not self._left or ended:
             raise DLRError(
@@ -219,7 +231,7 @@ class _Guard:
             for key, weight in self._weights.items():
                 weight.copy_(self._good[key])
         self._optimizer.state.clear()  # the momentum led astray
-        return False
+        return mean
 
     def _keep(self) -> None:
         self._good = {key: w.detach().clone() for key, w in self._weights.items()}

@@ -26,6 +26,7 @@ from ..runtime import DLRExperts, DLRNet
 from ..runtime.quantizer import replace_module
 from ..triton_kernels import backend, chain_reference, flattened_reference
 from .context import Context
+from .distill import Log
 from .evaluate import (
     CHUNK,
     LOGIT_BYTES,
@@ -94,6 +95,7 @@ def train_end_to_end(
     *,
     progress: Count = no_count,
     watch: Callable[[int, float], None] | None = None,
+    log: Log = lambda trained, figures: None,
     ranks: Ranks = ALONE,
 ) -> dict[str, DLRNet | DLRExperts]:
     """Trains all chains at once, in their places in the model; those of experts are in their places, too, and stay.
@@ -106,6 +108,7 @@ def train_end_to_end(
         plan: How long and how fast.
         progress: Called with (training tokens done, in all).
         watch: Called after every batch with (training tokens done, its loss).
+        log: Called as often with (training tokens done, figures by name): the loss, the rate and tokens a second.
         ranks: The processes that do this together, each with its part of every step's sequences.
 
     Returns:
@@ -135,6 +138,7 @@ def train_end_to_end(
     parts = max(1, round(plan.batch / (n * at_once)))
     order = torch.empty(0, dtype=torch.int64)
     steps = max(1, math.ceil(plan.train_tokens / (n * at_once * parts)))
+    began = time.monotonic()
     for step in range(steps):
         done = (step + 0.5) / steps
         for group in optimizer.param_groups:
@@ -163,6 +167,10 @@ def train_end_to_end(
         progress(min(trained, plan.train_tokens), plan.train_tokens)
         if watch is not None:
             watch(trained, total)
+        speed = parts * at_once * n / max(time.monotonic() - began, 1e-9)
+        rate = optimizer.param_groups[0]["lr"]
+        log(trained, {"training_loss": total, "learning_rate": rate, "tokens_per_second": speed})
+        began = time.monotonic()
     return {
         name: _stored(place, net) if isinstance(place := places[name], TrainableChain) else net
         for name, net in chains.items()
@@ -301,6 +309,7 @@ def run_end_to_end(context: Context, modules: Modules) -> EndToEndReport | None:
         return context.ranks.agreed(look)
 
     before, fitted = figures("the modules"), modules.chains
+    context.log_model(before[0], 0)
     try:
         modules.chains = train_end_to_end(
             model,
@@ -309,6 +318,7 @@ def run_end_to_end(context: Context, modules: Modules) -> EndToEndReport | None:
             text.train,
             EndToEndPlan(context.config.end_to_end, seed=context.config.seed),
             progress=context.count("end-to-end phase"),
+            log=context.log_end_to_end,
             ranks=context.ranks,
         )
         after = figures("the end-to-end phase")

@@ -71,6 +71,13 @@ class Unrepeatable(DLRError):
     """The model's layers cannot be run one at a time."""
 
 
+def check_one_text(model: nn.Module) -> None:
+    """Raises Unrepeatable where a model's layers get more that depends on the text than hidden states, as is known
+    without running it."""
+    if is_paired(model):
+        raise Unrepeatable("its decoder's layers are given what the encoder read")
+
+
 class LayerRunner:
     """The layers that hold some MLPs, run one at a time on sequences of one length.
 
@@ -92,8 +99,7 @@ class LayerRunner:
         tokens: Tensor,
         like: LayerRunner | None = None,
     ) -> None:
-        if is_paired(model):
-            raise Unrepeatable("its decoder's layers are given what the encoder read")
+        check_one_text(model)
         self._model = model
         self._tokens = tokens
         self._layers, places = _layers_of(model, mlps)

@@ -15,7 +15,7 @@ token-wise. `mlp_matching.py` holds what needs one module alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -65,12 +65,9 @@ def find_mlps(model: PreTrainedModel, pattern: str | None = None) -> list[MLP]:
         DLRError: Where none is found, and where an MLP is used more than once in a pass.
     """
     experts = mixtures(model)
-    routed = find_mixtures(model)[0] if experts else []
+    routed = mixtures_in(model, pattern)
     if pattern is not None:
-        try:
-            wanted = re.compile(pattern)
-        except re.error as error:
-            raise DLRError(f"--mlps {pattern!r} is not a regular expression: {error}") from error
+        wanted = named_by(pattern)
         whole = [
             name
             for name in module_names(model)
@@ -79,11 +76,6 @@ def find_mlps(model: PreTrainedModel, pattern: str | None = None) -> list[MLP]:
             # a norm also maps [.., d] to [.., d]; what has no matrix is no MLP
             and any(p.dim() > 1 for p in model.get_submodule(name).parameters())
             and not any(within(mixture, [name]) for mixture in experts)
-        ]
-        routed = [
-            mixture
-            for mixture in routed
-            if any(wanted.search(name) for name in (mixture.module, mixture.module.rpartition(".")[0]))
         ]
     else:
         wanted = None
@@ -113,13 +105,35 @@ def find_mlps(model: PreTrainedModel, pattern: str | None = None) -> list[MLP]:
     found += routed
     if not found:
         raise DLRError(_nothing(model, pattern))
-    for mlp in found:
-        if calls.count.get(mlp.module, 1) > 1:
+    check_used_once(found, calls.count)
+    return numbered(model, found)
+
+
+def check_used_once(mlps: Sequence[MLP], calls: Mapping[str, int]) -> None:
+    """Raises DLRError where a pass calls an MLP more than once. calls: how often, by the modules' names."""
+    for mlp in mlps:
+        if calls.get(mlp.module, 1) > 1:
             raise DLRError(
-                f"{mlp.module} is used {calls.count[mlp.module]} times in one pass: "
+                f"{mlp.module} is used {calls[mlp.module]} times in one pass: "
                 "a model whose layers share their MLP cannot be locked"
             )
-    return _numbered(model, found)
+
+
+def named_by(pattern: str) -> re.Pattern[str]:
+    """--mlps as it is searched for in module names. Raises DLRError where it is no regular expression."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise DLRError(f"--mlps {pattern!r} is not a regular expression: {error}") from error
+
+
+def mixtures_in(model: PreTrainedModel, pattern: str | None) -> list[Mixture]:
+    """The mixtures of a model that can be locked, of those that a pattern names; None for all."""
+    found = find_mixtures(model)[0] if mixtures(model) else []
+    if pattern is None:
+        return found
+    wanted = named_by(pattern)
+    return [m for m in found if any(wanted.search(n) for n in (m.module, m.module.rpartition(".")[0]))]
 
 
 def check_dense(
@@ -240,7 +254,8 @@ def _mlp(model: nn.Module, module: str, identity: tuple[str, ...], inside: Insid
     )
 
 
-def _numbered(model: nn.Module, found: list[MLP]) -> list[MLP]:
+def numbered(model: nn.Module, found: list[MLP]) -> list[MLP]:
+    """The MLPs in model order, each with its layer."""
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     found = sorted(found, key=lambda mlp: order[mlp.module])
     numbers = [layer_number(model, mlp.module) for mlp in found]

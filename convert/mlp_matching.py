@@ -355,8 +355,8 @@ def _acts(module: nn.Module) -> list[tuple[str, Act]]:
     return [(name, ACT2FN[name]) for name in COMMON_ACTS]
 
 
-def one_pass(model: PreTrainedModel) -> None:
-    """Runs 8 random tokens through a model. Raises DLRError, in a line, where it does not take text alone."""
+def trial_tokens(model: PreTrainedModel) -> Tensor:
+    """8 random tokens of a model, [1, 8] int64. Raises DLRError, in a line, where it takes no text."""
     if model.main_input_name != "input_ids":
         raise DLRError(
             f"a {type(model).__name__} reads {model.main_input_name}, and calibration is on text alone: only models "
@@ -369,7 +369,12 @@ def one_pass(model: PreTrainedModel) -> None:
         raise DLRError(
             f"a {type(model).__name__} takes no text: only language models can be locked"
         ) from error
-    ids = torch.randint(rows, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
+    return torch.randint(rows, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+def one_pass(model: PreTrainedModel) -> None:
+    """Runs 8 random tokens through a model. Raises DLRError, in a line, where it does not take text alone."""
+    ids = trial_tokens(model)
     try:
         model(**text_inputs(model, ids))
     except Exception as error:

@@ -15,7 +15,8 @@ import torch
 from ..common.dtypes import dtype_name
 from ..common.errors import DLRError
 from ..common.files import permission_is_an_error
-from ..common.progress import Phase, Progress, expect, no_progress, say, shown
+from ..common.progress import Progress, expect, no_progress, say, shown
+from ..common.scalars import scalar_log
 from ..common.side_files import licence
 from ..common.version import __version__
 from ..runtime import DLRExperts, DLRNet, ExpertsSpec
@@ -30,10 +31,12 @@ from .experts.fit import fit_mixture
 from .experts.routing import Mixture
 from .layer_runner import Unrepeatable
 from .mlp_matching import MLP, teacher_weights
-from .parallel.balance import dealt, fit_flops
+from .outlook.amounts import Amounts, reckoned
+from .outlook.phases import module_flops, to_come
+from .parallel.balance import dealt
 from .parallel.output import shared_output
 from .parallel.ranks import joined
-from .redistill import INITS, attack_module, attack_tokens
+from .redistill import attack_module, attack_tokens
 from .report import ConversionReport, EndToEndReport, ModuleReport, Modules, model_card
 from .source import public_name
 from .sources.preparation import prepared
@@ -52,6 +55,7 @@ def convert_model(
     *,
     overwrite: bool = False,
     progress: Progress = no_progress,
+    log_dir: str | Path | None = None,
     **options: Any,
 ) -> ConversionReport:
     """Locks a model: replaces its MLPs by DLR-Nets fitted to them and writes the checkpoint `out`.
@@ -65,6 +69,7 @@ def convert_model(
         out: The directory of the checkpoint.
         overwrite: Whether a locked checkpoint that is there already is replaced.
         progress: Called with (what is being done, done, total) as the work goes on, in the first process.
+        log_dir: A folder for figures of the work as it goes on, for TensorBoard, in the first process; None for none.
         **options: The fields of `ConversionConfig`.
 
     Returns:
@@ -86,9 +91,16 @@ def convert_model(
             raise DLRError(
                 f"the source {source} and the output {out} lie in one another; choose another output"
             )
-        with shared_output(ranks, target, overwrite=overwrite) as (work, kept):
+        if log_dir is not None and Path(log_dir).expanduser().resolve().is_relative_to(target.resolve()):
+            raise DLRError(
+                f"--log-dir {log_dir} is in the output {out}, which a conversion replaces: choose another"
+            )
+        with (
+            shared_output(ranks, target, overwrite=overwrite) as (work, kept),
+            scalar_log(log_dir if ranks.first else None) as scalars,
+        ):
             told = progress if ranks.first else no_progress
-            context, mlps = prepared(source, target, work, config, told, started, ranks)
+            context, mlps = prepared(source, target, work, config, told, scalars, started, ranks)
             kept.append(context.resume)
             report = _converted(context, mlps, work, str(out))
     return report
@@ -113,6 +125,8 @@ def _written(
         locked_parameters = write_checkpoint(context, modules.chains, work)
         shutil.rmtree(context.scratch)
     original, model = context.source, context.model
+    evaluation = measure_checkpoint(context, work, modules.runner)
+    context.log_model(evaluation, end_to_end.train_tokens if end_to_end else 0)
     report = ConversionReport(
         source=public_name(original.name),
         out=out,
@@ -121,7 +135,7 @@ def _written(
         mlps=mlps,
         params_original=model.num_parameters(),
         params_locked=locked_parameters,
-        evaluation=measure_checkpoint(context, work, modules.runner),
+        evaluation=evaluation,
         seconds=context.resume.seconds,
         across=modules.across,
         end_to_end=end_to_end,
@@ -165,7 +179,7 @@ def distill_modules(context: Context) -> Modules:
     if calibrator is None:
         _fit_apart(context, before, todo)
     else:
-        expect(context.progress, _phases(context, before, todo, one_by_one=True))
+        _expect(context, before, todo, sequential=True)
     for mlp in mlps:
         module: _Module | None
         if calibrator and not _finished(before[mlp.module], config):
@@ -180,6 +194,7 @@ def distill_modules(context: Context) -> Modules:
             report = replace(report, drift=calibrator.put(mlp, net))
         chains.add(mlp.module)
         done.reports.append(report)
+        _log(context, mlp, report)
         context.notes.extend(report.notes)
     context.resume.await_parts(chains)
     unknown = [mlp.module for mlp in mlps if mlp.up is None and not isinstance(mlp, Mixture)]
@@ -200,9 +215,10 @@ def _fit_apart(context: Context, before: dict[str, ModuleReport | None], todo: l
     ranks = context.ranks
     mine = todo
     if ranks.size > 1:
-        flops = fit_flops(todo, context.config, context.model.config.get_text_config())
+        amounts = _amounts(context)
+        flops = [module_flops(amounts, mlp.module) for mlp in todo]
         mine = [todo[job] for job in dealt(flops, ranks.size)[ranks.rank]]
-    expect(context.progress, _phases(context, before, mine, one_by_one=False))
+    _expect(context, before, mine, sequential=False)
     begin = len(context.notes)
     for mlp, pairs in context.capture(mine):
         _finish(context, mlp, pairs, fitted=before[mlp.module] is not None, corrected=False)
@@ -240,6 +256,21 @@ def _restored(context: Context, name: str) -> _Module | None:
     return restored(context.resume, context.model, name, context.stored)
 
 
+def _expect(
+    context: Context, before: dict[str, ModuleReport | None], todo: list[MLP], *, sequential: bool
+) -> None:
+    """Says what there is to do."""
+    amounts = _amounts(context)
+    if not sequential:
+        amounts = replace(amounts, config=replace(amounts.config, across="independent"))
+    fits = {mlp.module for mlp in todo if before[mlp.module] is None}
+    expect(context.progress, to_come(amounts, fits, {mlp.module for mlp in todo}))
+
+
+def _amounts(context: Context) -> Amounts:
+    return context.amounts or reckoned(context.source, context.mlps, context.mlps, context.config)
+
+
 def _say_what_is_kept(context: Context, before: dict[str, ModuleReport | None], todo: list[MLP]) -> None:
     """Of an interrupted run: what was found, and what is not done again."""
     kept = [name for name, report in before.items() if report is not None]
@@ -254,29 +285,6 @@ def _say_what_is_kept(context: Context, before: dict[str, ModuleReport | None], 
         f"{context.resume.folder} keeps {len(kept)} of {len(before)} modules of an interrupted run{without}: they are "
         f"not distilled again; {goes_on}",
     )
-
-
-def _phases(
-    context: Context, before: dict[str, ModuleReport | None], todo: list[MLP], *, one_by_one: bool
-) -> list[Phase]:
-    """What a conversion still has to do. Work is in tokens that pass a layer; a training token counts as three."""
-    config, mlps = context.config, context.mlps
-    fits = sum(before[mlp.module] is None for mlp in todo)
-    attacks = len(todo) if config.redistill else 0
-    trained, share, together = (
-        float(v or 0) for v in (config.train_tokens, config.redistill, config.end_to_end)
-    )
-    layers = getattr(context.model.config.get_text_config(), "num_hidden_layers", None) or len(mlps)
-    passes = SequentialCalibrator.passes(mlps) if one_by_one else layers
-    looks = 1 + 2 * bool(together)
-    return [
-        Phase("activations", float(passes * context.tokens.numel()), passes if one_by_one else 1),
-        Phase("distilling", 3 * fits * trained, fits),
-        Phase("redistilling", 3 * attacks * len(INITS) * share * trained, attacks),
-        Phase("end-to-end", 3 * together * layers, 1),
-        Phase("writing", float(context.tokens.numel())),
-        Phase("measuring", float(looks * 2 * layers * context.text.heldout.numel()), looks),
-    ]
 
 
 def _fit(context: Context, mlp: MLP, pairs: Activations, title: str, corrected: bool) -> _Module:
@@ -342,6 +350,7 @@ def fit_chain(
         teacher=teacher_weights(context.model, mlp) if recipe.init == "mixed" else None,
         progress=context.count(f"{title}, {spec}"),
         watch=watch,
+        log=context.log_of(mlp),
         note=note,
     )
     net = DLRNet(spec, dtype=context.stored)
@@ -360,6 +369,19 @@ def _attacked(context: Context, module: _Module, pairs: Activations, title: str)
         context.notes.append(f"the attack on {report.module} failed: {error}")
         return module
     return net, replace(report, redistillation=found)
+
+
+def _log(context: Context, mlp: MLP, report: ModuleReport) -> None:
+    """What was measured of a module: beside its training, and as a point of a curve over the layers."""
+    fidelity, attack = report.fidelity, report.redistillation
+    found = {
+        "error": fidelity.rel_error, "flatten_gap": fidelity.flatten_gap, "coupling": fidelity.coupling,
+        "hidden_states": report.drift, "student_over_chain": attack.ratio if attack else None,
+    }  # fmt: skip
+    context.log_of(mlp)(report.train_tokens, found)
+    for name, value in found.items():
+        if value is not None:
+            context.scalars(f"layers/{name}", value, mlp.layer)
 
 
 def _report_of(module: _Module | None) -> ModuleReport | None:

@@ -174,7 +174,7 @@ def fit_student(
         spec = DLRSpec.of_params(net.spec.hidden_size, net.spec.params, depth=1, act="silu", gated=True)
     else:
         if init == "linear":
-            half = -(-net.spec.depth // 2)
+            half = half_of(net.spec)
             rows = random_rows(tokens, FIT_TOKENS, seed)
             x, _ = activations.share.sample(activations.rows, rows)
             start = merged(net, half, linear_reads(net, x.to(device, torch.float32), half))
@@ -197,6 +197,11 @@ def fit_student(
     student = DLRNet(spec, dtype=torch.float32)
     student.assign(tensors)
     return student
+
+
+def half_of(chain: DLRSpec) -> int:
+    """Steps of a chain that the linear start makes into one: it has two, or one of a chain of one."""
+    return -(-chain.depth // 2)
 
 
 def flattened(net: DLRNet) -> DLRNet:
@@ -274,6 +279,17 @@ def linear_reads(net: DLRNet, x: Tensor, group: int | None = None) -> dict[str, 
 
     lane_updates(x, chain, bring_back)
     return reads
+
+
+def regression_flops(chain: DLRSpec, tokens: int, group: int) -> int:
+    """FLOPs of the least squares of `linear_reads` on so many tokens of text.
+
+    For every step but the first of a group they are those of a covariance of the group's state, one of it and the
+    movement, the inverse of the first and its product with the second, and the step's reads brought back.
+    """
+    d, used = chain.hidden_size, min(tokens, FIT_TOKENS)
+    maps = chain.lanes * (chain.depth - -(-chain.depth // group))
+    return maps * (4 * used * d * d + 4 * d**3 + 2 * chain.rank * d * d)
 
 
 def _linear_map(z: Tensor, u: Tensor) -> Tensor:

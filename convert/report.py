@@ -7,6 +7,7 @@ from typing import Any
 
 from ..common.hub import HUB_NAME
 from ..reporting import Section, Table, headings
+from ..reporting.layers import over_layers
 from ..reporting.lock_verdict import LockVerdict, error_ratio, lock_status, lock_words
 from ..reporting.markdown import markdown
 from ..reporting.words import bytes_words, cell
@@ -149,13 +150,18 @@ class ConversionReport:
     licence: dict[str, str] = field(default_factory=dict)
 
     @property
+    def not_the_original(self) -> str | None:
+        """What its owner must know of a model that is too far from the original; None where it is not."""
+        return ruined(self.evaluation.to_dict())
+
+    @property
     def not_locked(self) -> list[str]:
         """The converted modules that are known to be no lock."""
         return [m.module for m in self.modules if m.verdict.refuted]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON."""
-        return _plain(self) | {"not_locked": self.not_locked}
+        return _plain(self) | {"not_locked": self.not_locked, "not_the_original": self.not_the_original}
 
 
 def _plain(report: ModuleReport | EndToEndReport | ConversionReport) -> dict[str, Any]:
@@ -168,6 +174,22 @@ def _plain(report: ModuleReport | EndToEndReport | ConversionReport) -> dict[str
 
     values = {f.name: plain(getattr(report, f.name)) for f in fields(report)}
     return values | {"seconds": round(report.seconds, 2)}
+
+
+RUINED_KL = (
+    0.5  # nats a token: of the models seen, one of 0.12 loses 2.5% of the loss, one of 1.64 half of it
+)
+
+
+def ruined(evaluation: Mapping[str, Any]) -> str | None:
+    """A warning where a model's KL to its original, by the name of "kl", is above RUINED_KL; None elsewhere."""
+    kl = evaluation.get("kl")
+    if kl is None or kl <= RUINED_KL:
+        return None
+    return (
+        f"this model is not the original any more: its KL to it is {kl:.2f} nats a token, above {RUINED_KL}; lock "
+        "fewer layers (--layers), or train longer on more text (--train-tokens, --tokens)"
+    )
 
 
 _LOAD = """\
@@ -188,7 +210,7 @@ _TEMPLATE = """\
 ---
 
 # {title}, locked
-
+{warning}
 ```sh
 pip install dlr-lock  # or, in its source tree: pip install .
 ```
@@ -230,6 +252,7 @@ def model_card(report: ConversionReport) -> str:
                 *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in metadata.items()),
             ]
         ),
+        warning=f"\n> **Warning:** {words}.\n" if (words := report.not_the_original) else "",
         title=report.source.rstrip("/").rsplit("/", 1)[-1],
         locked=len(report.modules),
         mlps=report.mlps,
@@ -242,11 +265,12 @@ def model_card(report: ConversionReport) -> str:
 
 def choices(config: ConversionConfig) -> str:
     """What a conversion with a resolved configuration will do, in a sentence."""
+    weights = " and as much for weights" if str(config.device) == "cpu" else ""
     shape = f"{config.depth}x{config.rank}" if config.depth and config.rank else "depth and rank to match"
     return (
         f"{_recipe(config.to_dict())}; layers {config.layers or 'all'}, {config.lanes} lane(s), {shape}; on "
-        f"{config.device}, {bytes_words(int(config.max_memory or 0))} for activations. On a CPU this effort means "
-        f"{EFFORTS[config.effort].words}."
+        f"{config.device}, {bytes_words(int(config.max_memory or 0))} for activations{weights}. On a CPU "
+        f"this effort means {EFFORTS[config.effort].words}."
     )
 
 
@@ -280,7 +304,8 @@ def conversion_sections(report: ConversionReport) -> list[Section]:
     target = f"Figures are of held-out calibration text. The target of a chain is {_TARGETS[report.across]}."
     table = _modules({m.module: m.spec for m in report.modules}, [m.to_dict() for m in report.modules])
     fidelity = replace(evaluation_section(report.evaluation), text=_end_to_end(report))
-    return [lock, fidelity, Section("Modules", target, table)]
+    layers = over_layers([(m.module, m.fidelity.rel_error, m.fidelity.flatten_gap) for m in report.modules])
+    return [lock, fidelity, *layers, Section("Modules", target, table)]
 
 
 def facts_sections(facts: Mapping[str, Any]) -> list[Section]:
@@ -293,6 +318,8 @@ def facts_sections(facts: Mapping[str, Any]) -> list[Section]:
             f"{len(made['modules'])} of {made['mlps']} MLPs were converted; {len(facts['files'])} files."
         )
     specs = {name: spec_from(spec) for name, spec in facts["lock"]["modules"].items()}
+    if made["modules"] and (words := ruined(made.get("evaluation") or {})):
+        origin = f"Warning: {words}.\n{origin}"
     if made["modules"]:
         origin = lock_status({m["module"]: _verdict_of(m)[0] for m in made["modules"]}) + "\n" + origin
     return [Section("Locked modules", origin, _modules(specs, made["modules"]))]

@@ -29,6 +29,7 @@ from ..common.hub import PICKLES, model_folder
 from ..common.quiet import quiet
 from ..common.side_files import listed
 from ..common.weights import OnDemand
+from ..reporting.words import bytes_words
 from .sources.quantised import dequantised, refused, unpacked
 
 if TYPE_CHECKING:
@@ -285,6 +286,13 @@ def weight_files(folder: Path) -> list[Path]:
             with safe_open(file, framework="pt"):
                 pass  # reads the header and holds it against the file's size
         except (SafetensorError, OSError, RuntimeError) as error:
+            if "Cannot allocate memory" in str(
+                error
+            ):  # a whole file is mapped, which the system counts as memory
+                raise DLRError(
+                    f"{file} has {bytes_words(file.stat().st_size)}, more than this machine can map at once: write the "
+                    "model in shards on a larger one, save_pretrained(..., max_shard_size='4GB')"
+                ) from error
             raise DLRError(
                 f"{file} is truncated or damaged ({first_line(error)}): fetch the model again"
             ) from error
@@ -416,12 +424,17 @@ def _check_finite(model: PreTrainedModel, where: Path, weights: OnDemand | None 
             raise DLRError(f"{where}: {names[id(parameter)]} has NaN or infinity in its weights (as {kind})")
 
 
+def has_words(folder: Path) -> bool:
+    """Whether there is a tokenizer in a model's directory."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer in a model's directory, None where there is none; raises DLRError where it is damaged."""
     from transformers import AutoTokenizer
 
     check_readable(folder, *_TOKENIZER_FILES)
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not has_words(folder):
         return None
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

@@ -22,6 +22,7 @@ from .convert.config import ConversionConfig
 from .convert.parallel.ranks import joined, leave, several
 from .exits import STOPS, end_with_the_others, interrupt, one_line_errors, what_is_kept
 from .options import choice, options_of
+from .planning.gpus import NAMES
 from .progress import Steps
 from .reporting import Section, print_sections
 
@@ -80,6 +81,10 @@ def convert(
     source: Annotated[str, typer.Argument(help="A transformers directory, a hub id or a .gguf file.")],
     out: Annotated[Path, typer.Argument(help="The directory to write the locked checkpoint to.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a locked checkpoint.")] = False,
+    log_dir: Annotated[
+        Path | None,
+        choice("Write figures of the work into this folder as it goes on, for TensorBoard.", "none"),
+    ] = None,
     as_json: Json = False,
     **config: Any,
 ) -> None:
@@ -90,12 +95,16 @@ def convert(
     if not as_json:
         _screen.print(choices(ConversionConfig(**config).resolved()), markup=False)
     with what_is_kept(), Steps(_screen) as steps:
-        report = convert_model(source, out, overwrite=overwrite, progress=steps, **config)
+        report = convert_model(source, out, overwrite=overwrite, progress=steps, log_dir=log_dir, **config)
     if as_json:
         _print_json(report.to_dict())
     else:
         _print(conversion_sections(report)[::-1])
         print(f"written to {out}")
+        if report.not_the_original:
+            Console(highlight=False).print(
+                f"Warning: {report.not_the_original}.", style="bold red", markup=False
+            )
 
 
 @app.command()
@@ -104,7 +113,7 @@ def plan(
     source: Annotated[str, typer.Argument(help="A transformers directory or a hub id.")],
     device: Annotated[
         str | None,
-        choice("cpu, cuda, ..., or a GPU that is not here: h200, h100, b200, a100.", "the best there is"),
+        choice(f"cpu, cuda, ..., or a GPU that is not here: {NAMES}.", "the best there is"),
     ] = None,
     as_json: Json = False,
     **config: Any,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 from rich.markup import escape
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 from typer.testing import CliRunner
 
@@ -54,6 +55,21 @@ def test_convert_prints_one_object(converted: dict) -> None:
     keys = {"module", "rel_error", "flatten_gap", "coupling", "train_tokens", "seconds"}
     assert len(converted["modules"]) == 2 and all(keys <= set(m) for m in converted["modules"])
     assert {"params_original", "params_locked", "seconds"} <= set(converted)
+
+
+def test_a_ruined_model_ends_in_a_warning(folder: Path, tmp_path: Path) -> None:
+    """A random model of peaked logits, hardly trained: its KL is above 0.5, and the last line says what that means."""
+    source = save_tiny("llama", tmp_path / "sharp")
+    weights = load_file(source / "model.safetensors")
+    name = "lm_head.weight" if "lm_head.weight" in weights else "model.embed_tokens.weight"
+    save_file(weights | {name: 4 * weights[name]}, source / "model.safetensors", {"format": "pt"})
+    out = run(
+        "convert", source, tmp_path / "out", "--data", folder / "topics.txt", "--tokens", 512, "--train-tokens", 256,
+        "--batch", 128, "--sequence", 64, "--depth", 3, "--rank", 16, "--redistill", 0,
+    ).stdout  # fmt: skip
+    last = " ".join(out[out.index("written to") :].split())
+    assert "Warning: this model is not the original any more" in last and last.endswith("--tokens).")
+    assert "> **Warning:**" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_inspect_verify_eval_generate(converted: dict, folder: Path) -> None:

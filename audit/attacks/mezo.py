@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...triton_kernels import backend
+from ...triton_kernels.meter import Meter
 from ..context import ModelVariant
-from ..meters import Meter, without_data
+from ..meters import without_data
 from ..report import StepCost
 from .contract import TrainingAttack, register
 from .fine_tune import DivergedError, Step, task_loss

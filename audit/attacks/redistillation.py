@@ -27,12 +27,21 @@ from ...convert.evaluate import compare, distance_of, measure
 from ...convert.layer_runner import Unrepeatable
 from ...convert.mlp_matching import MLP
 from ...convert.muon import Muon
-from ...convert.redistill import BATCH, FIT_TOKENS, INITS, fit_student, linear_reads, merged
+from ...convert.redistill import (
+    BATCH,
+    FIT_TOKENS,
+    INITS,
+    fit_student,
+    half_of,
+    linear_reads,
+    merged,
+    regression_flops,
+)
 from ...reporting.lock_verdict import UNDONE_RATIO, error_ratio
 from ...runtime import DLRNet, DLRSpec
 from ...triton_kernels import backend
+from ...triton_kernels.meter import count
 from ..context import AuditContext
-from ..meters import count
 from ..report import Merge, ModuleStudents, Structural, Student
 from .structural import evaluated
 
@@ -270,15 +279,7 @@ def redistillation_flops(
     fit = 6 * net.spec.params * train_tokens
     steps = -(-train_tokens // min(BATCH, train_tokens)) * step_flops(net.spec)
     forward = 2 * model_params * used
-    return fit + steps + forward + (regression_flops(chain, used, chain.depth) if init == "linear" else 0)
-
-
-def regression_flops(chain: DLRSpec, tokens: int, group: int) -> int:
-    """FLOPs of the least squares of `linear_reads`: for every step but the first of a group, a covariance of x, one of
-    x and the movement, and the inverse of the first."""
-    d, used = chain.hidden_size, min(tokens, FIT_TOKENS)
-    maps = chain.lanes * (chain.depth - -(-chain.depth // group))
-    return maps * (4 * used * d * d + 2 * d**3)
+    return fit + steps + forward + (regression_flops(chain, used, half_of(chain)) if init == "linear" else 0)
 
 
 @lru_cache

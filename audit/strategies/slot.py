@@ -12,7 +12,8 @@ from ...common.errors import DLRError
 from ...microbench.slot import Case, DenseWeights, Slot, dense_mlp
 from ...runtime import DLRSpec
 from ...triton_kernels import ChainWeights, chain_reference, dlr_net
-from ..meters import Counts, StepCounts, StepSeconds, count, count_step, device_peak, recorded, time_step
+from ...triton_kernels.meter import Counts, count
+from ..meters import StepCounts, StepSeconds, count_step, device_peak, recorded, time_step
 from .compiled import compiler_errors
 from .lora import new_adapter
 from .table import ADAPTER_RANK, Forward, Strategy, adapter_rank, slot_strategies

@@ -7,7 +7,8 @@ settled by running it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,10 +34,12 @@ class Mixture(MLP):
 
     Attributes:
         experts: How many there are, E.
+        chosen: How many of them a token is given to, k.
         stacked: Whether they are given every expert's tokens one after the other, as Llama 4's are.
     """
 
     experts: int
+    chosen: int
     stacked: bool
 
     @property
@@ -106,17 +109,16 @@ def together(experts: nn.Module, count: int, x: Tensor, routing: Routing) -> Ten
 def find_mixtures(model: PreTrainedModel) -> tuple[list[Mixture], list[str]]:
     """The mixtures of a model, found by running 8 random tokens through it.
 
+    Of a model on the meta device, which has no numbers, experts are not run: what they are called with says all but
+    whether they are called as `one_expert` does, which is taken for granted.
+
     Args:
         model: Any transformers model, whose MLPs may be mixtures.
 
     Returns:
         Those whose experts are called as `one_expert` does, in model order; the names of those that are not.
     """
-    there = {
-        name: module
-        for name, module in model.named_modules()
-        if type(module).__name__.endswith("Experts") and layer_number(model, name) is not None
-    }
+    there = _called_experts(model)
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any], Any]] = {}
 
     def hook(name: str) -> Any:
@@ -124,8 +126,12 @@ def find_mixtures(model: PreTrainedModel) -> tuple[list[Mixture], list[str]]:
 
     if not there:
         return [], []
+    numbers = model.device.type != "meta"
     with frozen(model):
-        with removed([m.register_forward_hook(hook(n), with_kwargs=True) for n, m in there.items()]):
+        with (
+            removed([m.register_forward_hook(hook(n), with_kwargs=True) for n, m in there.items()]),
+            nullcontext() if numbers else passed_over(model),
+        ):
             one_pass(model)
         verdicts: dict[Any, bool] = {}
         found, odd = [], []
@@ -133,12 +139,33 @@ def find_mixtures(model: PreTrainedModel) -> tuple[list[Mixture], list[str]]:
             mixture = _mixture(model, name, module, calls)
             key = structure_of(module)
             if mixture is not None and key not in verdicts:
-                verdicts[key] = _as_thought(module, mixture, *calls[name])
+                verdicts[key] = not numbers or _as_thought(module, mixture, *calls[name])
             if mixture is not None and verdicts[key]:
                 found.append(mixture)
             else:
                 odd.append(name)
     return found, odd
+
+
+def _called_experts(model: nn.Module) -> dict[str, nn.Module]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith("Experts") and layer_number(model, name) is not None
+    }
+
+
+@contextmanager
+def passed_over(model: nn.Module) -> Iterator[None]:
+    """A mixture's experts compute nothing: they give what has the shape of their tokens, without numbers."""
+    modules = list(_called_experts(model).values())
+    for module in modules:
+        module.__dict__["forward"] = lambda *args, **kwargs: torch.empty_like(first_argument(args, kwargs))
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.__dict__["forward"]
 
 
 def _mixture(model: nn.Module, name: str, module: nn.Module, calls: dict[str, Any]) -> Mixture | None:
@@ -153,12 +180,16 @@ def _mixture(model: nn.Module, name: str, module: nn.Module, calls: dict[str, An
     if first.shape != calls[name][2].shape:
         return None
     d = first.shape[-1]
+    whole = stacked(module)
+    others = [*calls[name][0][1:], *calls[name][1].values()]
+    index = [part for part in others if isinstance(part, Tensor) and part is not first]
     gated = hasattr(module, "gate_up_proj")
     f = max(1, total // count // (3 if gated else 2) // d)
     act = type(getattr(module, "act_fn", None)).__name__ if hasattr(module, "act_fn") else "unknown"
     return Mixture(
         layer=-1, module=name, identity=(), hidden_size=d, intermediate_size=f, gated=gated, act=act, params=total,
-        up=None, gate=None, down=None, experts=count, stacked=stacked(module),
+        up=None, gate=None, down=None, experts=count, chosen=1 if whole or not index else index[0].shape[-1],
+        stacked=whole,
     )  # fmt: skip
 
 

@@ -13,16 +13,19 @@ import torch
 from ...common.dtypes import DTYPES, dtype_name
 from ...common.errors import DLRError
 from ...common.files import check_space
-from ...common.progress import Progress, say, shown
+from ...common.progress import Progress, expect, say, shown
 from ...common.resume import ResumeStore
+from ...common.scalars import Scalars
 from ...common.side_files import carry_over
 from ...common.version import __version__
 from ..config import ConversionConfig
 from ..context import Context
 from ..data import calibration_text, digest
-from ..experts.fit import check_sizes
 from ..experts.routing import Mixture
 from ..mlp_discovery import check_dense, find_mlps, select_layers, unknown_mixtures
+from ..outlook.amounts import reckoned
+from ..outlook.checks import check_choices
+from ..outlook.phases import to_come
 from ..parallel.ranks import Ranks
 from ..source import compute_dtype, open_source, unplaced_tensors, weight_files
 from ..writing import write_words
@@ -34,6 +37,7 @@ def prepared(
     work: Path,
     config: ConversionConfig,
     progress: Progress,
+    scalars: Scalars,
     started: float,
     ranks: Ranks,
 ) -> tuple[Context, int]:
@@ -54,7 +58,10 @@ def prepared(
         every = find_mlps(original.model, config.mlps)
         notes = [check_dense(original.model, every, layers=config.layers, pattern=config.mlps)]
         mlps = select_layers(every, config.layers)
-        check_sizes(config, mlps)
+        check_choices(
+            config, original.model, mlps, size=original.model.num_parameters() * original.model.dtype.itemsize,
+            whole=original.weights is None, words=original.tokenizer is not None,
+        )  # fmt: skip
         if ranks.size > 1 and config.across != "independent" and any(isinstance(m, Mixture) for m in mlps):
             raise DLRError(
                 "a mixture of experts is distilled sequentially by one process alone so far: --across independent "
@@ -67,12 +74,6 @@ def prepared(
         notes.append(unplaced_tensors(original, replaced)[1])
         ranks.agreed(lambda: write_words(original, work))
         check_space(target, original.model.num_parameters() * stored.itemsize)
-    if original.weights is not None and config.end_to_end:
-        size = original.model.num_parameters() * original.model.dtype.itemsize
-        raise DLRError(
-            f"the end-to-end phase wants all {size / 2**30:,.1f} GiB of the model in memory: allow them by "
-            "--max-memory, or leave it out by --end-to-end 0"
-        )
     if config.data == "self" and (device.type == "cpu" or original.weights is not None):
         where = "on a CPU" if original.weights is None else "with weights that are read from the disk"
         say(
@@ -80,6 +81,8 @@ def prepared(
             f"--data self: {(config.tokens or 0) + (config.heldout or 0):,} tokens are sampled from the model first, "
             f"which {where} takes longer than everything else; --data with a text file is faster, and fits better",
         )
+    amounts = reckoned(original, mlps, every, config)
+    expect(progress, to_come(amounts))
     text = ranks.agreed(lambda: calibration_text(original, config, progress))
     if len(text.train) < ranks.size:
         raise DLRError(
@@ -112,7 +115,9 @@ def prepared(
         )
     resume = ranks.in_turn(lambda: ResumeStore(target, facts, started))
     said = [note for note in notes if note]
-    context = Context(original, mlps, text, config, stored, resume, scratch, progress, said, ranks)
+    context = Context(
+        original, mlps, text, config, stored, resume, scratch, progress, said, amounts, scalars, ranks
+    )
     return context, len(every) + len(unknown_mixtures(original.model, every))
 
 

@@ -32,6 +32,11 @@ def refused(folder: Path, quantization: Any) -> str | None:
     )
 
 
+def plain_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Of the plain copy's weights; "auto" is bfloat16."""
+    return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+
+
 def dequantised(
     folder: Path,
     quantization: dict[str, Any],
@@ -51,7 +56,7 @@ def dequantised(
     """
     import transformers
 
-    kind = torch.bfloat16 if dtype == "auto" else dtype
+    kind = plain_dtype(dtype)
     files = sorted([folder / "config.json", *folder.glob("*.safetensors")], key=lambda path: path.name)
     fingerprint = hash_files(files, named=True)
     copy = cache_folder() / "dequantised" / f"{fingerprint[:24]}-{str(kind).removeprefix('torch.')}"

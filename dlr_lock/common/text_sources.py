@@ -41,6 +41,19 @@ def open_text(name: str) -> tuple[Iterator[Iterable[str]], str]:
     return (_pieces(StringIO(text)) for text in _dataset(name)), name
 
 
+def check_there(name: str) -> None:
+    """Raises DLRError where there is no such text, as far as can be told without reading it."""
+    open_text(name)
+    path = Path(name).expanduser()
+    if path.suffix.lower() in FILE_TYPES:
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise _unreadable(path, error) from error
+    else:
+        _datasets(name)
+
+
 def _unreadable(path: Path, error: Exception) -> DLRError:
     if isinstance(error, FileNotFoundError):
         return DLRError(f"{path}: no such file")
@@ -111,7 +124,8 @@ def _parquet_file(path: Path) -> Iterator[str]:
         raise _unreadable(path, error) from error
 
 
-def _dataset(name: str) -> Iterator[str]:
+def _datasets(name: str) -> Any:
+    """The package `datasets`, which gets what is no file."""
     try:
         import datasets
     except ImportError as error:
@@ -119,6 +133,11 @@ def _dataset(name: str) -> Iterator[str]:
             f"{name} is not a file; to look it up as a dataset, pip install 'dlr-lock[data]' "
             f"(text files end in {', '.join(FILE_TYPES)}; 'self' samples from the model)"
         ) from error
+    return datasets
+
+
+def _dataset(name: str) -> Iterator[str]:
+    datasets = _datasets(name)
     path, *options = name.split(":")
     if len(options) > 2:
         raise DLRError(f"{name}: a dataset is written name, name:split or name:config:split")

@@ -167,6 +167,22 @@ def drop_mapped(tensors: Iterable[Tensor]) -> None:
             drop_pages(tensor)
 
 
+def checked_store(part: Tensor, value: Any, what: str) -> None:
+    """Copies value [..., d] to part [rows, d], casting it.
+
+    Raises:
+        DLRError: Where it does not fit or is not finite; `what` names it.
+    """
+    if not isinstance(value, Tensor) or value.shape[-1] != part.shape[-1] or value.numel() != part.numel():
+        shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise DLRError(f"{what} is {shape}, not one row of {part.shape[-1]} for each of {len(part)} tokens")
+    part.copy_(value.reshape(part.shape))
+    if not part.isfinite().all():
+        if value.isfinite().all():
+            raise DLRError(f"{what} exceeds the range of {part.dtype}: capture in bfloat16 or float32")
+        raise DLRError(f"{what} contains NaN or infinity: are the model's weights sound?")
+
+
 def drop_pages(tensor: Tensor) -> None:
     """Takes the pages of a tensor in a mapped file, which nobody has written to or which is shared, out of this
     process's memory. Of any other tensor this would throw the numbers away.

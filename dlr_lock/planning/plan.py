@@ -13,11 +13,17 @@ import torch
 
 from ..common.errors import DLRError
 from ..common.options import flag
-from ..convert.config import EFFORTS, ConversionConfig
+from ..convert.config import EFFORTS, ERRORS_ADD_UP, ConversionConfig
+from ..convert.mlp_discovery import unknown_mixtures
+from ..convert.outlook.amounts import Amounts
+from ..convert.outlook.checks import check_choices
+from ..convert.outlook.phases import Phase, phases
+from ..convert.outlook.subject import Subject
+from ..convert.source import has_words
 from ..runtime.device import usable_device
-from .rates import GPUS, Rates, gpu_rates, probe
-from .subject import Subject, open_subject
-from .work import Amounts, Phase, phases
+from .gpus import GPUS, NAMES
+from .rates import Rates, gpu_rates, probe
+from .subject import open_subject
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Plan:
     Attributes:
         source: The model's name.
         options: Every choice, resolved.
-        modules: Of each MLP to be converted: module, chain, parameters.
+        modules: Of each MLP to be converted: module, chain, parameters, training tokens.
         mlps: How many the model has.
         params: The model's parameters.
         tokens: Calibration tokens, held-out ones included.
@@ -102,12 +108,12 @@ def plan_conversion(source: str | Path, *, device: str | None = None, **options:
     try:
         place = torch.device("cuda") if named else usable_device(device)
     except DLRError as error:
-        raise DLRError(f"{error}; or name a GPU that is not here: {', '.join(GPUS)}") from error
+        raise DLRError(f"{error}; or name a GPU that is not here: {NAMES}") from error
     asked = ConversionConfig.of(options)
     config = asked.resolved(place)
     subject = open_subject(source, config)
     memory = gpu_rates(str(device)).memory if named else _memory(place)
-    amounts = Amounts.of(subject, config, memory)
+    amounts = _amounts(subject, config, memory)
     rates = gpu_rates(str(device)) if named else _probe(place, subject, amounts)
     base = resident_bytes()
     made = Plan(
@@ -115,15 +121,16 @@ def plan_conversion(source: str | Path, *, device: str | None = None, **options:
         config.to_dict() | {"device": device if named else str(place)},
         [
             {
-                "module": m.module,
-                "layer": m.layer,
-                "chain": str(s),
-                "params_original": m.params,
-                "params": s.params,
+                "module": chains.mlp.module,
+                "layer": chains.mlp.layer,
+                "chain": str(chains),
+                "params_original": chains.mlp.params,
+                "params": chains.params,
+                "train_tokens": chains.count * chains.recipe.train_tokens,
             }
-            for m, s in zip(subject.mlps, amounts.specs, strict=True)
+            for chains in amounts.chains
         ],
-        subject.every,
+        len(subject.every) + len(unknown_mixtures(subject.model, subject.every)),
         subject.params,
         amounts.tokens,
         rates,
@@ -135,10 +142,22 @@ def plan_conversion(source: str | Path, *, device: str | None = None, **options:
     return replace(made, advice=[*_warnings(made), *_advice(made, config, again)])
 
 
+def _amounts(subject: Subject, config: ConversionConfig, memory: float | None) -> Amounts:
+    """Raises DLRError on what a conversion would refuse."""
+    folder = Path(subject.name).expanduser()
+    words = (
+        has_words(folder) if folder.is_dir() else True
+    )  # of the hub's repositories the weights alone are looked at
+    made = Amounts.of(subject, config, memory)
+    check_choices(
+        config, subject.model, subject.mlps, size=made.whole_bytes, whole=not made.on_demand, words=words
+    )
+    return made
+
+
 def _probe(place: torch.device, subject: Subject, amounts: Amounts) -> Rates:
-    widest = max(subject.mlps, key=lambda mlp: mlp.params)
-    spec = amounts.specs[subject.mlps.index(widest)]
-    return probe(place, spec, amounts.recipe, widest.intermediate_size, subject.vocabulary)
+    widest = max(amounts.chains, key=lambda chains: chains.spec.params)
+    return probe(place, widest.spec, widest.recipe, widest.mlp.intermediate_size, subject.vocabulary)
 
 
 def resident_bytes() -> int:
@@ -165,10 +184,12 @@ def _again(
 ) -> Plan:
     """The same plan with other choices."""
     config = replace(asked, **changes).resolved(place)
-    return replace(made, phases=phases(Amounts.of(subject, config, memory)))
+    return replace(made, phases=phases(_amounts(subject, config, memory)))
 
 
 def _warnings(made: Plan) -> Iterator[str]:
+    if len(made.modules) > 1:
+        yield f"how far the locked model will be from the original is not foretold; {ERRORS_ADD_UP}"
     memory = made.rates.memory
     if memory is not None and made.device > 0.95 * memory:
         yield (

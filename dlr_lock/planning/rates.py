@@ -16,8 +16,10 @@ from ..convert.config import Recipe
 from ..convert.distill import Gradients, muon_groups, random_init
 from ..convert.evaluate import divergence
 from ..convert.muon import Muon
+from ..convert.outlook.phases import Phase
+from ..convert.outlook.steps import step_of
 from ..runtime import DLRSpec
-from .work import Phase, step_of
+from .gpus import GPUS
 
 _PROBED = 12e9  # FLOPs of a probe, about: a fifth of a second of two CPU cores
 
@@ -53,26 +55,6 @@ class Rates:
         return sum(amount / rate for amount, rate in parts)
 
 
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """A GPU by its data sheet: FLOPs a second of 16-bit and of float32 products (no TF32), and bytes of memory."""
-
-    name: str
-    half: float
-    single: float
-    memory: float
-    bandwidth: float
-
-
-GPUS = {
-    "h100": Gpu("NVIDIA H100", 989e12, 67e12, 80e9, 3.35e12),
-    "h200": Gpu("NVIDIA H200", 989e12, 67e12, 141e9, 4.8e12),
-    "b200": Gpu("NVIDIA B200", 2250e12, 75e12, 180e9, 8e12),
-    "a100": Gpu("NVIDIA A100", 312e12, 19.5e12, 80e9, 2.0e12),
-    "l40s": Gpu("NVIDIA L40S", 362e12, 91.6e12, 48e9, 0.86e12),
-    "rtx4090": Gpu("NVIDIA RTX 4090", 165e12, 82.6e12, 24e9, 1.0e12),
-    "mi300x": Gpu("AMD MI300X", 1307e12, 163.4e12, 192e9, 5.3e12),
-}
 # Shares of a data sheet that are assumed, not measured: a model's passes in 16 bits, and a fit's products in float32.
 _HALF, _SINGLE = 0.4, 0.6
 

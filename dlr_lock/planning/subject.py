@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,77 +12,41 @@ import torch
 from torch import nn
 
 from ..common.errors import DLRError, first_line
-from ..common.files import check_readable, permission_is_an_error
-from ..common.hooks import is_paired
+from ..common.files import check_readable, permission_is_an_error, read_json
+from ..common.hooks import frozen, removed, text_inputs
 from ..common.hub import HUB_NAME, model_folder
 from ..common.quiet import quiet
 from ..convert.config import ConversionConfig
-from ..convert.mlp_discovery import check_dense, select_layers
+from ..convert.experts.routing import passed_over
+from ..convert.mlp_discovery import (
+    check_dense,
+    check_used_once,
+    mixtures_in,
+    named_by,
+    numbered,
+    select_layers,
+)
 from ..convert.mlp_matching import (
     ACT_NAME,
     MLP,
-    has_experts,
     is_act,
     is_linear,
     layer_number,
+    mixtures,
     module_names,
     shape_of,
     sizes_of,
+    trial_tokens,
     within,
 )
-from ..convert.source import check_config, stored_parts
+from ..convert.outlook.subject import Subject
+from ..convert.source import check_config, compute_dtype, stored_parts, weight_files
+from ..convert.sources.quantised import plain_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "U8": 1}
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model to plan for.
-
-    Attributes:
-        name: As the caller gave it.
-        model: Its class on the meta device: shapes, no numbers.
-        mlps: The MLPs that would be converted, in model order.
-        every: How many MLPs there are.
-        dtype: Of most of the files' numbers.
-        disk: Bytes of the weight files.
-    """
-
-    name: str
-    model: PreTrainedModel
-    mlps: list[MLP]
-    every: int
-    dtype: torch.dtype
-    disk: int
-
-    @property
-    def params(self) -> int:
-        """Parameters of the model; tied ones count once."""
-        return sum(p.numel() for p in self.model.parameters())
-
-    @property
-    def layers(self) -> list[nn.Module]:
-        """The layers of the list that holds the first MLP."""
-        owner = self.mlps[0].module.split(".")
-        for end in range(1, len(owner)):
-            part = self.model.get_submodule(".".join(owner[:end]))
-            if isinstance(part, nn.ModuleList):
-                return list(part)
-        return [self.model]
-
-    @property
-    def body_matrices(self) -> int:
-        """Numbers in the matrices that every token meets on its way through all layers."""
-        return sum(matrices_of(layer) for layer in self.layers)
-
-    @property
-    def vocabulary(self) -> int:
-        """Rows of the embedding."""
-        return self.model.get_input_embeddings().weight.shape[0]
 
 
 @permission_is_an_error()
@@ -104,14 +67,19 @@ def open_subject(source: str | Path, config: ConversionConfig) -> Subject:
     check_config(folder)
     with quiet():
         model = _skeleton(folder)
-    every = mlps_by_shape(model, config.mlps)
+    every = reached(model, mlps_by_shape(model, config.mlps))
     if not every:
         raise DLRError(
             "no MLP is recognised by its shape: name the modules by a pattern such as --mlps 'layers\\.\\d+\\.ffn$'"
         )
     check_dense(model, every, layers=config.layers, pattern=config.mlps)
-    dtype, disk = _headers(folder, source)
-    return Subject(str(source), model, select_layers(every, config.layers), len(every), dtype, disk)
+    dtype, files = _headers(folder, source)
+    copied = 0
+    if read_json(folder / "config.json").get("quantization_config"):  # undone into a copy, before all else
+        asked = compute_dtype(torch.device(str(config.device)))
+        dtype = plain_dtype(asked)
+        copied = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    return Subject(str(source), model, select_layers(every, config.layers), every, dtype, files, copied)
 
 
 def _skeleton(folder: Path) -> PreTrainedModel:
@@ -131,15 +99,10 @@ def _skeleton(folder: Path) -> PreTrainedModel:
     except Exception as error:
         # Fields of the wrong type or size: every architecture fails in its own way.
         raise DLRError(f"{folder / 'config.json'} makes no model: {first_line(error)}") from error
-    kind = (
-        "an encoder-decoder" if is_paired(model) else "a mixture of experts" if has_experts(model) else None
-    )
-    if kind:
-        raise DLRError(f"{folder} is {kind}: convert locks it, but what that takes is not reckoned yet")
     return model.eval()
 
 
-def mlps_by_shape(model: nn.Module, pattern: str | None = None) -> list[MLP]:
+def mlps_by_shape(model: PreTrainedModel, pattern: str | None = None) -> list[MLP]:
     """What `find_mlps` will find, by shapes alone: nothing is run, so that a model on the meta device will do.
 
     Args:
@@ -149,11 +112,8 @@ def mlps_by_shape(model: nn.Module, pattern: str | None = None) -> list[MLP]:
     names = [name for name in module_names(model) if layer_number(model, name) is not None]
     found: list[tuple[str, tuple[str, ...]]] = []
     if pattern is not None:
-        try:
-            wanted = re.compile(pattern)
-        except re.error as error:
-            raise DLRError(f"--mlps {pattern!r} is not a regular expression: {error}") from error
-        for name in names:
+        wanted = named_by(pattern)
+        for name in (n for n in names if not any(within(mixture, [n]) for mixture in mixtures(model))):
             here = model.get_submodule(name)
             inside = within(name, [taken for taken, _ in found])
             if wanted.search(name) and not inside and any(p.dim() > 1 for p in here.parameters()):
@@ -165,12 +125,31 @@ def mlps_by_shape(model: nn.Module, pattern: str | None = None) -> list[MLP]:
         for layer in dict.fromkeys(re.match(r".*?\.\d+\.|", name)[0] for name in free):  # type: ignore[index]
             if loose := _loose(model, [name for name in free if name.startswith(layer)]):
                 found.append((loose[0], loose[1:]))
-    order = {name: at for at, (name, _) in enumerate(model.named_modules())}
-    found.sort(key=lambda one: order[one[0]])
-    numbers = [layer_number(model, name) for name, _ in found]
-    if len(set(numbers)) < len(numbers):
-        numbers = list(range(len(found)))
-    return [_mlp(model, name, rest, int(n or 0)) for (name, rest), n in zip(found, numbers, strict=True)]
+    dense = [_mlp(model, name, rest) for name, rest in found]
+    return numbered(model, [*dense, *mixtures_in(model, pattern)])
+
+
+def reached(model: PreTrainedModel, mlps: list[MLP]) -> list[MLP]:
+    """Those of a model's MLPs that a pass over text calls, as a pass on the meta device tells. All of them where its
+    code looks at numbers on the way, as GPT-2's does: then that is not known.
+
+    Raises:
+        DLRError: Where the model takes no text, and where an MLP is called more than once.
+    """
+    ids = trial_tokens(model)
+    calls = dict.fromkeys((mlp.module for mlp in mlps), 0)
+
+    def count(name: str) -> Any:
+        return lambda module, args: calls.update({name: calls[name] + 1})
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(count(name)) for name in calls]
+    with removed(hooks), frozen(model), passed_over(model):
+        try:
+            model(**text_inputs(model, ids))
+        except Exception:  # of the many kinds that tensors without numbers raise
+            return mlps
+    check_used_once(mlps, calls)
+    return [mlp for mlp in mlps if calls[mlp.module]]
 
 
 def _is_wide(model: nn.Module, name: str) -> bool:
@@ -193,7 +172,7 @@ def _loose(model: nn.Module, names: list[str]) -> tuple[str, str, str] | None:
     return (pairs[0][0], acts[0], pairs[0][1]) if len(pairs) == len(acts) == 1 else None
 
 
-def _mlp(model: nn.Module, name: str, identity: tuple[str, ...], layer: int) -> MLP:
+def _mlp(model: nn.Module, name: str, identity: tuple[str, ...]) -> MLP:
     parts = [model.get_submodule(part) for part in (name, *identity)]
     params = sum(p.numel() for part in parts for p in part.parameters())
     if identity:
@@ -205,12 +184,7 @@ def _mlp(model: nn.Module, name: str, identity: tuple[str, ...], layer: int) -> 
     else:  # taken whole by its name: [.., d] to [.., d]
         d = min(side for p in parts[0].parameters() if p.dim() > 1 for side in p.shape)
         f, gated = max(1, params // (2 * d)), False
-    return MLP(layer, name, identity, d, f, gated, "unknown", params, None, None, None)
-
-
-def matrices_of(module: nn.Module) -> int:
-    """Numbers in a module's matrices."""
-    return sum(p.numel() for p in module.parameters() if p.dim() > 1)
+    return MLP(-1, name, identity, d, f, gated, "unknown", params, None, None, None)
 
 
 def _headers(folder: Path, source: str | Path) -> tuple[torch.dtype, int]:
@@ -219,21 +193,27 @@ def _headers(folder: Path, source: str | Path) -> tuple[torch.dtype, int]:
     if Path(source).expanduser().is_dir():
         for _, part in stored_parts(folder):
             numbers[part.get_dtype()] += math.prod(part.get_shape())
+        size = sum(file.stat().st_size for file in weight_files(folder))
     else:
-        numbers.update(_hub_headers(str(source)))
+        numbers, size = _hub_headers(str(source))
     if not numbers:
         raise DLRError(f"{source} has no weights in safetensors")
-    most = numbers.most_common(1)[0][0]
-    size = sum(_BYTES.get(kind, 4) * count for kind, count in numbers.items())
-    return _DTYPES.get(most, torch.float32), size
+    return _DTYPES.get(numbers.most_common(1)[0][0], torch.float32), size
 
 
-def _hub_headers(name: str) -> dict[str, int]:
-    """How many numbers of each dtype a repository's weight files hold: their first bytes alone are fetched."""
+def _hub_headers(name: str) -> tuple[Counter[str], int]:
+    """How many numbers of each dtype a repository's weight files hold, and their bytes: the files' headers alone are
+    fetched."""
     from huggingface_hub import get_safetensors_metadata
 
     assert HUB_NAME.fullmatch(name)
     try:
-        return {str(kind): count for kind, count in get_safetensors_metadata(name).parameter_count.items()}
+        found = get_safetensors_metadata(name)
     except Exception as error:  # no network, no safetensors, gated: unrelated classes
         raise DLRError(f"the weight files' headers of {name} cannot be had: {first_line(error)}") from error
+    size = sum(
+        tensor.data_offsets[1] - tensor.data_offsets[0]
+        for file in found.files_metadata.values()
+        for tensor in file.tensors.values()
+    )
+    return Counter({str(kind): count for kind, count in found.parameter_count.items()}), size

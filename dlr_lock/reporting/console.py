@@ -1,7 +1,7 @@
 """Sections on a terminal: within its width, with every name and figure in one piece."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from rich import table as rich_table
@@ -9,6 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from .layers import in_ascii
 from .legend import legend
 from .section import Section, Table
 
@@ -26,8 +27,9 @@ def print_sections(console: Console, sections: Iterable[Section]) -> None:
         sections: In the order of reading. One whose table has no rows is passed over.
     """
     width = min(_WIDTH, console.width)
+    drawn = in_ascii if console.options.ascii_only else str
     shown = [
-        replace(section, table=section.table and _narrowed(_in_lines(section.table), width))
+        replace(section, table=section.table and _narrowed(_in_lines(section.table, drawn), width))
         for section in sections
         if section.table is None or section.table.rows
     ]
@@ -49,9 +51,10 @@ def print_sections(console: Console, sections: Iterable[Section]) -> None:
                 console.print(notes, width=width)
 
 
-def _in_lines(table: Table) -> Table:
-    """The table with names in its first column that are longer than half a screen broken at their dots."""
-    return replace(table, rows=[(_broken(row[0]), *row[1:]) for row in table.rows])
+def _in_lines(table: Table, drawn: Callable[[str], str]) -> Table:
+    """The table with names in its first column that are longer than half a screen broken at their dots, and all other
+    cells as they are drawn."""
+    return replace(table, rows=[(_broken(row[0]), *map(drawn, row[1:])) for row in table.rows])
 
 
 def _broken(name: str) -> str:

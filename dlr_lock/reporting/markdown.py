@@ -26,8 +26,9 @@ def markdown(sections: Iterable[Section], level: int = 2) -> str:
 
 
 def table(part: Table) -> list[str]:
-    """The lines of a table and an empty one; all columns but the first are right-aligned."""
-    rule = f"|{'|'.join(['---', *['---:'] * (len(part.columns) - 1)])}|"
+    """The lines of a table and an empty one; columns are right-aligned, but for the first and those of `left`."""
+    left = {part.columns[0], *part.left}
+    rule = f"|{'|'.join('---' if column in left else '---:' for column in part.columns)}|"
     return [_line(part.columns), rule, *map(_line, part.rows), ""]
 
 

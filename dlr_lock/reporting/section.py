@@ -21,6 +21,7 @@ class Table:
         rows: A cell a column; "" or "-" where there is nothing to say.
         title: What the rows are, for a table that is folded away.
         minor: Columns that are left out where there is no room for all of them.
+        left: Columns besides the first that stand to the left on a page, where all others stand to the right.
         empty: The sentence in place of a table that has no rows.
     """
 
@@ -28,6 +29,7 @@ class Table:
     rows: Sequence[Sequence[str]]
     title: str = ""
     minor: Collection[str] = ()
+    left: Collection[str] = ()
     empty: str = ""
 
     def column(self, at: int) -> list[str]:

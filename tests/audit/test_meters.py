@@ -7,11 +7,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dlr_lock.audit import Meter, count_step, saved_bytes, time_step
-from dlr_lock.audit.meters import count, device_peak
+from dlr_lock.audit.meters import device_peak
 from dlr_lock.common.timing import median_seconds
 from dlr_lock.microbench.slot import DenseWeights, dense_mlp
 from dlr_lock.runtime import DLRNet, DLRSpec
 from dlr_lock.triton_kernels import ChainWeights, chain_reference, dlr_net, gram_blocks, lookahead
+from dlr_lock.triton_kernels.meter import count
 
 TOKENS, FEATURES, WIDTH = 40, 576, 1536  # SmolLM2-135M's MLP: K * r = 1.5 * 1536 for every depth below
 

@@ -6,8 +6,16 @@ import torch
 from dlr_lock.common.errors import DLRError
 from dlr_lock.convert.activations import Activations
 from dlr_lock.convert.evaluate import measure
-from dlr_lock.convert.redistill import fit_student, flattened, linear_reads, merged, redistill
+from dlr_lock.convert.redistill import (
+    fit_student,
+    flattened,
+    linear_reads,
+    merged,
+    redistill,
+    regression_flops,
+)
 from dlr_lock.runtime import DLRNet, DLRSpec
+from dlr_lock.triton_kernels.meter import count
 
 CPU = torch.device("cpu")
 D, N = 32, 2048
@@ -117,3 +125,15 @@ def test_a_copy_depends_on_its_seed_and_the_chain_stays_as_it_is() -> None:
     assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
     with pytest.raises(DLRError, match="unknown init 'teacher'; one of linear, flat, random"):
         fit(net, data, "teacher", 512)
+
+
+@pytest.mark.parametrize("group", [2, 3, 5])
+def test_flops_of_the_linear_start_are_those_that_are_computed(group: int) -> None:
+    """But for the inverse, which torch does not count."""
+    net = DLRNet(DLRSpec(32, 1, 5, 16), dtype=torch.float32)
+    net.assign({name: torch.randn_like(p) / 8 for name, p in net.named_parameters()})
+    x = torch.randn(300, 32)
+    maps = 5 - -(-5 // group)
+    passed = 2 * (net.dlr_A.numel() + net.dlr_B.numel()) * len(x)
+    counted = count(lambda: linear_reads(net, x, group)).flops
+    assert counted == regression_flops(net.spec, len(x), group) - maps * 2 * 32**3 + passed

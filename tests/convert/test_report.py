@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from dlr_lock.audit.demo import DemoResult, ModelCost, SlotTraining, demo_sections
-from dlr_lock.audit.meters import Counts, StepCounts, StepSeconds
+from dlr_lock.audit.meters import StepCounts, StepSeconds
 from dlr_lock.audit.strategies.slot import StrategyCost
 from dlr_lock.convert.config import ConversionConfig
 from dlr_lock.convert.evaluate import Evaluation, Fidelity, Redistillation, StateEvaluation
@@ -26,6 +26,7 @@ from dlr_lock.convert.report import (
 from dlr_lock.reporting import Section, print_sections
 from dlr_lock.reporting.lock_verdict import LockVerdict, lock_status
 from dlr_lock.runtime import DLRSpec
+from dlr_lock.triton_kernels.meter import Counts
 
 BEFORE = Evaluation(3.52, 33.78, 8176, 3.1, 22.2, 0.42, 0.462, 0.21)
 
@@ -89,6 +90,48 @@ def test_terminal_card_and_inspect_show_the_same_figures(report: ConversionRepor
         assert "2 of 30 MLPs were converted in 493 s" in shown and "0.3000" in shown
     assert all(len(line) <= 80 for line in text.splitlines())
     assert "parameters instead of" not in card
+
+
+def test_the_layers_are_drawn_in_terminal_and_card(report: ConversionReport) -> None:
+    """The longest bar is of the largest figure, half as long an error has half the bar; nothing else is as long."""
+    small = replace(report.modules[1], fidelity=Fidelity(0.1, 0.41, 0.97, 0.31))
+    sections = conversion_sections(replace(report, modules=[report.modules[0], small]))
+    (section,) = [s for s in sections if s.title == "Over the layers"]
+    assert section.table is not None
+    drawn = [(row[1], row[3]) for row in section.table.rows]
+    assert drawn[0] == (16 * "█", 16 * "█") and drawn[1][0] == 8 * "█" and 1 < len(drawn[1][1]) < 16
+    card = model_card(replace(report, modules=[report.modules[0], small]))
+    for bar in (piece for row in drawn for piece in row):
+        assert bar in printed(sections) and bar in card
+    assert "|---|---|---:|---|---:|" in card  # bars grow to the right
+    assert "Over the layers" not in printed(conversion_sections(replace(report, modules=[small])))
+
+
+def test_bars_on_a_terminal_without_blocks_are_of_number_signs(report: ConversionReport) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    print_sections(Console(file=out, width=80), conversion_sections(report))
+    out.seek(0)
+    assert 16 * "#" in out.read()
+
+
+@pytest.mark.parametrize(("kl", "warned"), [(0.49, False), (0.51, True), (None, False)])
+def test_a_ruined_model_is_called_that_wherever_it_is_read(
+    report: ConversionReport, kl: float | None, warned: bool
+) -> None:
+    evaluation = StateEvaluation(0.9, 0.1, 4096) if kl is None else replace(BEFORE, kl=kl)
+    report = replace(report, evaluation=evaluation)
+    facts = {
+        "program": "dlr-lock 0.1.0", "files": {}, "conversion": report.to_dict() | {"fingerprint": "0" * 64},
+        "lock": {"modules": {m.module: m.spec.to_dict() for m in report.modules}},
+    }  # fmt: skip
+    for shown in (
+        model_card(report),
+        printed(facts_sections(facts)),
+        str(report.to_dict()["not_the_original"]),
+    ):
+        assert ("this model is not the original any more" in " ".join(shown.split())) == warned
+    card = model_card(report).splitlines()
+    assert card[card.index("# Model-1B, locked") + 2].startswith("> **Warning:**") == warned
 
 
 @pytest.mark.parametrize(

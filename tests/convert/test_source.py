@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from tiny import HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, save_tiny, tiny_model, tiny_tokenizer
 
 from dlr_lock.common.errors import DLRError
+from dlr_lock.common.memory import memory_bytes
 from dlr_lock.common.side_files import licence
-from dlr_lock.convert.source import open_source
+from dlr_lock.convert.source import open_source, weight_files
 
 IDS = torch.randint(320, (1, 10), generator=torch.Generator().manual_seed(5))
 
@@ -318,3 +319,19 @@ def test_a_quantised_source_is_dequantised(tmp_path: Path, monkeypatch: pytest.M
         assert getattr(source.model.config, "quantization_config", None) is None
     (copy,) = (tmp_path / "cache").rglob("config.json")
     assert "quantization_config" not in json.loads(copy.read_text())
+
+
+def test_a_file_larger_than_the_memory_is_called_that_and_not_damaged(tmp_path: Path) -> None:
+    """A header and a hole, of four times the machine's memory: no block of the disk is taken."""
+    size = 4 * memory_bytes(None) * 4
+    save_tiny("llama", tmp_path)
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [size // 2], "data_offsets": [0, size]}}).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    try:
+        weight_files(tmp_path)
+    except DLRError as error:
+        assert "max_shard_size" in str(error) and "damaged" not in str(error)
+    else:
+        pytest.skip("this system maps more than it has")

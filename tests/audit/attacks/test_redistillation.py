@@ -344,7 +344,7 @@ def test_the_students_in_the_model_are_measured_against_the_original(arch: str) 
 def test_flops_are_those_of_the_fit_its_steps_the_passes_and_the_start() -> None:
     chain = DLRSpec(32, 2, 3, 16)
     for net, init, maps in (
-        (DLRNet(DLRSpec(32, 1, 1, 96)), "linear", 2 * 2),
+        (DLRNet(DLRSpec(32, 2, 2, 32)), "linear", 2),
         (DLRNet(DLRSpec(32, 1, 1, 64, gated=True)), "random", 0),
     ):
         for train_tokens, used, steps in ((1000, 300, 4), (200, 200, 1)):
@@ -352,7 +352,7 @@ def test_flops_are_those_of_the_fit_its_steps_the_passes_and_the_start() -> None
                 6 * net.spec.params * train_tokens
                 + steps * step_flops(net.spec)
                 + 2 * 7 * used
-                + maps * (4 * 32 * 32 * used + 2 * 32**3)
+                + maps * (4 * 32 * 32 * used + 4 * 32**3 + 2 * 16 * 32 * 32)
             )
             assert redistillation_flops(net, chain, train_tokens, init, model_params=7, tokens=300) == wanted
 

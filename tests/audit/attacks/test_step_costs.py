@@ -8,10 +8,10 @@ from tiny import tiny_model
 
 from dlr_lock.audit.context import ModelVariant
 from dlr_lock.audit.costs import count_steps, time_steps
-from dlr_lock.audit.meters import count
 from dlr_lock.audit.strategies.model import model_cost
 from dlr_lock.audit.strategies.table import model_strategies
 from dlr_lock.triton_kernels import backend
+from dlr_lock.triton_kernels.meter import count
 
 ATTACKS = ["full", "LoRA", "attention", "MeZO"]
 

@@ -7,11 +7,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dlr_lock.audit.asymmetry import Asymmetry, asymmetries
-from dlr_lock.audit.meters import Counts, StepCounts, StepSeconds
+from dlr_lock.audit.meters import StepCounts, StepSeconds
 from dlr_lock.audit.strategies.compare import OBJECTIVES, Objective, best_cost, compare_best, measured
 from dlr_lock.audit.strategies.slot import SlotVariant, StrategyCost, slot_cost, slot_costs, slot_variants
 from dlr_lock.common.errors import DLRError
 from dlr_lock.runtime import DLRSpec
+from dlr_lock.triton_kernels.meter import Counts
 
 HIDDEN, WIDTH, TOKENS = 2048, 8192, 512
 CHAINS = [(1, 16), (1, 64), (1, 256), (4, 64), (16, 48)]  # lanes x steps, all of 12288 units

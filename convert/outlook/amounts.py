@@ -1,0 +1,272 @@
+"""The sizes that all phases of a conversion are reckoned from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ...common.dtypes import DTYPES
+from ...common.hooks import is_paired
+from ...runtime import DLRSpec
+from ...runtime.generation import positions
+from ..activations import group_layers
+from ..config import ConversionConfig, Recipe
+from ..data import SEQUENCE_LENGTH
+from ..evaluate import CHUNK, LOGIT_BYTES, predicts_next
+from ..experts.routing import Mixture
+from ..mlp_matching import MLP
+from ..redistill import BATCH, INITS, attack_tokens, half_of
+from ..source import Source, weight_files
+from .subject import Subject
+
+
+@dataclass(frozen=True, slots=True)
+class Chains:
+    """What takes one module's place: a chain, or one for each expert of a mixture.
+
+    Attributes:
+        mlp: The module.
+        spec: Of one chain.
+        count: How many there are.
+        recipe: Of one chain's fit.
+    """
+
+    mlp: MLP
+    spec: DLRSpec
+    count: int
+    recipe: Recipe
+
+    @classmethod
+    def of(cls, config: ConversionConfig, mlp: MLP, tokens: int) -> Chains:
+        """As a conversion makes them of `tokens` tokens to train on, of which a mixture's router gives each expert as
+        many as the others."""
+        recipe = config.recipe(gated=mlp.gated)
+        if not isinstance(mlp, Mixture):
+            return cls(mlp, config.spec_for(mlp.hidden_size, mlp.params), 1, recipe)
+        own = max(tokens * mlp.chosen / mlp.experts, min(config.expert_tokens or 0, tokens))
+        share = max(recipe.batch, round(recipe.train_tokens * own / tokens))
+        spec = config.spec_for(mlp.hidden_size, mlp.expert_params)
+        return cls(mlp, spec, mlp.experts, replace(recipe, train_tokens=share))
+
+    @property
+    def params(self) -> int:
+        """Of all of them."""
+        return self.count * self.spec.params
+
+    @property
+    def active(self) -> int:
+        """Parameters that a token meets."""
+        return self.spec.params * (self.mlp.chosen if isinstance(self.mlp, Mixture) else 1)
+
+    @property
+    def replaced(self) -> float:
+        """Parameters that a token meets of what was there before."""
+        mlp = self.mlp
+        return mlp.params * mlp.chosen / mlp.experts if isinstance(mlp, Mixture) else mlp.params
+
+    def __str__(self) -> str:
+        return str(self.spec) if self.count == 1 else f"{self.count} of {self.spec}"
+
+
+def reckoned(source: Source, mlps: list[MLP], every: list[MLP], config: ConversionConfig) -> Amounts:
+    """Of a conversion whose model is read.
+
+    Args:
+        source: The model.
+        mlps: The MLPs to be converted, in model order.
+        every: All that it has.
+        config: Resolved.
+    """
+    files = sum(file.stat().st_size for file in weight_files(source.path))
+    subject = Subject(source.name, source.model, mlps, every, source.dtype, files)
+    device = torch.device(str(config.device))
+    gpu_memory = float(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else None
+    return Amounts.of(subject, config, gpu_memory)
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """The sizes that all phases are reckoned from.
+
+    Attributes:
+        subject: The model.
+        config: Resolved.
+        chains: What takes the place of each MLP.
+        gpu_memory: Of the GPU that the work is done on, in bytes; None for a CPU.
+        parts: Threads of a CPU.
+    """
+
+    subject: Subject
+    config: ConversionConfig
+    chains: list[Chains]
+    gpu_memory: float | None
+    parts: int
+
+    @classmethod
+    def of(cls, subject: Subject, config: ConversionConfig, gpu_memory: float | None = None) -> Amounts:
+        """Raises DLRError where the configuration makes no chain for an MLP."""
+        made = cls(subject, config, [], gpu_memory, 1 if gpu_memory else torch.get_num_threads())
+        train = max(1, made.tokens - made.held)
+        return replace(made, chains=[Chains.of(config, mlp, train) for mlp in subject.mlps])
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the work is done on a GPU."""
+        return self.gpu_memory is not None
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence, n."""
+        longest = positions(self.subject.model.config) or SEQUENCE_LENGTH
+        return self.config.sequence or min(SEQUENCE_LENGTH, longest)
+
+    @property
+    def held(self) -> int:
+        """Held-out tokens."""
+        return max(1, int(self.config.heldout or 0) // self.length) * self.length
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of text, held out or not."""
+        return int(self.config.tokens or 0) // self.length * self.length + self.held
+
+    @property
+    def layer_flops(self) -> float:
+        """FLOPs of a token in a layer: its matrices, and attention to a whole sequence; a decoder's also to what its
+        encoder read."""
+        text = self.subject.model.config.get_text_config()
+        heads = getattr(text, "num_attention_heads", 0) or getattr(text, "num_heads", 1)
+        own = getattr(text, "head_dim", 0) or getattr(text, "d_kv", 0) or self.hidden // heads
+        attentions = 1.5 if is_paired(self.subject.model) else 1
+        return 2 * self.subject.body_matrices / self.layers + attentions * 4 * self.length * heads * own
+
+    @property
+    def layers(self) -> int:
+        """Layers of the model."""
+        return len(self.subject.layers)
+
+    @property
+    def hidden(self) -> int:
+        """d."""
+        return self.subject.mlps[0].hidden_size
+
+    @property
+    def pass_flops(self) -> float:
+        """FLOPs of a token through the model, chances of the next one included."""
+        head = self.subject.vocabulary * self.hidden if predicts_next(self.subject.model) else 0
+        return self.layers * self.layer_flops + 2 * head
+
+    @property
+    def locked_flops(self) -> float:
+        """The same through the locked model."""
+        return self.pass_flops + 2 * sum(c.active - c.replaced for c in self.chains)
+
+    @property
+    def stored_itemsize(self) -> int:
+        """Bytes of a number in the checkpoint."""
+        return (DTYPES.get(self.config.dtype) or self.subject.dtype).itemsize
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight where it is computed with: float32 on a CPU, as it is stored on a GPU."""
+        return self.subject.dtype.itemsize if self.on_gpu else 4
+
+    @property
+    def room(self) -> float:
+        """Bytes that weights may take."""
+        return self.gpu_memory / 2 if self.gpu_memory else float(int(self.config.max_memory or 0))
+
+    @property
+    def whole_bytes(self) -> int:
+        """The model's weights, all of them, as they are computed with."""
+        return self.subject.params * self.itemsize
+
+    @property
+    def on_demand(self) -> bool:
+        """Whether weights come and go, for the model is larger than its room."""
+        return self.whole_bytes > self.room
+
+    @property
+    def model_bytes(self) -> float:
+        """The model's weights where it runs: all of them, or as many as there is room for and the two largest parts."""
+        if not self.on_demand:
+            return self.whole_bytes
+        layer = max(sum(p.numel() for p in part.parameters()) for part in self.subject.layers)
+        table = self.subject.vocabulary * self.hidden
+        # With the file's own numbers of the part that is being read, where they are of another dtype.
+        reading = self.subject.dtype.itemsize if self.itemsize != self.subject.dtype.itemsize else 0
+        least = self.itemsize * (max(layer, table) + layer) + reading * max(layer, table)
+        return min(self.whole_bytes, max(self.room, least))
+
+    @property
+    def fused_bytes(self) -> float:
+        """Experts that transformers fuses when it reads them: these lie in the machine's memory, not in files."""
+        fused = sum(mlp.params for mlp in self.subject.every if isinstance(mlp, Mixture))
+        return fused * self.subject.dtype.itemsize if self.on_demand else 0
+
+    @property
+    def checkpoint_bytes(self) -> float:
+        """The checkpoint to be written."""
+        swapped = sum(c.params - c.mlp.params for c in self.chains)
+        return (self.subject.params + swapped) * self.stored_itemsize
+
+    @property
+    def chain_bytes(self) -> float:
+        """All chains, as they are kept on the disk."""
+        return sum(c.params for c in self.chains) * self.stored_itemsize
+
+    @property
+    def sequential(self) -> bool:
+        """Whether modules correct one another; of models that do not allow it encoder-decoders alone are known here."""
+        return self.config.across != "independent" and not is_paired(self.subject.model)
+
+    def groups(self, mlps: list[MLP]) -> list[list[MLP]]:
+        """Which of some MLPs share a pass, where modules are independent."""
+        return group_layers(mlps, self.tokens, int(self.config.max_memory or 0))
+
+    @property
+    def activation_bytes(self) -> float:
+        """Both streams in float32, and x and y in 16 bits; of one module alone where modules are independent. With the
+        routing of a mixture."""
+        routed = max((mlp.chosen for mlp in self.subject.mlps if isinstance(mlp, Mixture)), default=0)
+        return self.tokens * ((12 if self.sequential else 4) * self.hidden + 12 * routed)
+
+    @property
+    def spills(self) -> bool:
+        """Whether activations lie on the disk."""
+        return self.activation_bytes > int(self.config.max_memory or 0)
+
+    @property
+    def activations_held(self) -> float:
+        """What of them is in memory."""
+        return 0 if self.spills else self.activation_bytes
+
+    @property
+    def logit_bytes(self) -> float:
+        """Of a pass with chances: two models' logits in float32, and a part's chances with what they are made of."""
+        if not predicts_next(self.subject.model):
+            return 0
+        row = 4 * self.length * self.subject.vocabulary
+        at_once = max(1, min(8, LOGIT_BYTES // row))
+        return 2.5 * at_once * row + 5 * 4 * min(CHUNK, at_once * row / 4)
+
+    def students(self, chains: Sequence[Chains]) -> Iterator[tuple[DLRSpec, Recipe, DLRSpec]]:
+        """What the attack on some modules fits: a student's shape, its recipe, and the chain's shape. Of a mixture it
+        attacks one expert."""
+        if not self.config.redistill:
+            return
+        for made in chains:
+            spec, count = made.spec, attack_tokens(self.config.redistill, made.recipe.train_tokens)
+            for init in INITS:
+                student = DLRSpec(spec.hidden_size, 1, 1, spec.lanes * spec.depth * spec.rank, spec.act)
+                if init == "linear":
+                    half = half_of(spec)
+                    steps = -(-spec.depth // half)
+                    student = DLRSpec(spec.hidden_size, spec.lanes, steps, half * spec.rank, spec.act)
+                if init == "random":
+                    student = DLRSpec.of_params(
+                        spec.hidden_size, spec.params, depth=1, act="silu", gated=True
+                    )
+                yield student, Recipe(count, min(BATCH, count), "random"), spec

@@ -1,0 +1,265 @@
+"""What the phases of a conversion compute and hold: FLOPs and bytes, counted without a number of the model.
+
+A plan is made of them, and so is the time that a conversion still takes. All but the steps of a fit, which
+`steps.py` counts, is products of known sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ...common import progress
+from ...runtime import DLRSpec
+from ..activations import SequentialCalibrator
+from ..config import Recipe
+from ..mlp_matching import MLP
+from ..redistill import FIT_TOKENS, INITS, half_of, regression_flops
+from .amounts import Amounts, Chains
+from .steps import step_of
+
+_BATCH_TOKENS = 4096  # of one pass through a layer
+_PRECONDITIONER_TOKENS = 40_000
+_SHARD = 4e9  # bytes of the checkpoint that are written at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One phase of a conversion.
+
+    Attributes:
+        name: As the progress calls it.
+        wide: FLOPs of products with thousands of tokens.
+        fit: FLOPs of a fit's steps.
+        narrow: FLOPs of products with the tokens of a few sequences' next position.
+        moved: Bytes of weight files that are read, written or hashed.
+        words: Elements of tokens by vocabulary whose chances are worked out.
+        host, device: Bytes held at the peak, in the machine's memory (without the program itself) and the GPU's.
+        disk: Bytes of files that are there during the phase.
+    """
+
+    name: str
+    wide: float = 0.0
+    fit: float = 0.0
+    narrow: float = 0.0
+    moved: float = 0.0
+    words: float = 0.0
+    host: float = 0.0
+    device: float = 0.0
+    disk: float = 0.0
+
+    @property
+    def flops(self) -> float:
+        """All of them."""
+        return self.wide + self.fit + self.narrow
+
+
+# In FLOPs of wide products that take as long: a byte of files and an element of chances as the probe of a plan finds
+# them on a core of an EPYC (79 GFLOP/s in wide products, 82 in fits, 1.8 GB/s, 0.13e9 elements/s), and a FLOP of a fit
+# on a GPU, in float32, as a plan reckons an H100. They weigh what has not begun; what has is timed.
+_BYTE, _WORD, _FIT_ON_GPU = 44.0, 610.0, 10.0
+
+
+def phases(a: Amounts) -> list[Phase]:
+    """The phases of a conversion, in their order.
+
+    On a CPU everything is in the machine's memory; on a GPU the model, a fit and the logits are in its own.
+    """
+    model = {"device": a.model_bytes} if a.on_gpu else {"host": a.model_bytes}
+    fused = {"host": a.fused_bytes}
+    # A mixture's chains are put together from those of its experts.
+    chain = {"host": max(c.params * (1 + (c.count > 1)) for c in a.chains) * a.stored_itemsize}
+    written = {"host": min(a.checkpoint_bytes, _SHARD)}
+    both = {} if a.on_demand else model  # the locked model beside it; where there is no room each has half
+    made = a.subject.files + a.subject.copied if a.subject.copied else 0  # the plain copy of quantised files
+    done = [
+        _with(Phase("reading", moved=2 * a.subject.disk + made, disk=a.subject.disk), a, model, fused),
+        _with(_text(a), a, model, fused),
+        _with(_activations(a, a.subject.mlps), a, model, fused, chain),
+        _with(_distilling(a, a.chains), a, model, fused, chain),
+        _with(_redistilling(a, a.chains), a, model, fused, chain),
+        _with(_end_to_end(a), a, model, fused),
+        _with(_writing(a), a, model, fused, written),
+        _with(_measuring(a), a, model, fused, both),
+    ]
+    return [replace(p, host=p.host + a.tokens * 8) for p in done if p.flops or p.moved]
+
+
+def to_come(
+    a: Amounts, fits: Collection[str] | None = None, attacks: Collection[str] | None = None
+) -> list[progress.Phase]:
+    """What a conversion still has to do once its model is read, as its progress is told.
+
+    Args:
+        a: The conversion.
+        fits: The modules whose chains are still to be fitted, by name; None for all.
+        attacks: Those that are still to be attacked, likewise.
+    """
+    fitted = [c for c in a.chains if fits is None or c.mlp.module in fits]
+    attacked = (
+        [c for c in a.chains if attacks is None or c.mlp.module in attacks] if a.config.redistill else []
+    )
+    todo = [c.mlp for c in a.chains if c in fitted or c in attacked]
+    rounds = SequentialCalibrator.rounds(a.subject.mlps, todo) if a.sequential else len(a.groups(todo))
+    again = 2 * bool(_end_to_end(a).flops and a.config.redistill)  # the weakest module, before and after
+    known = {
+        _text(a): 1,
+        _activations(a, todo): rounds + bool(again),
+        _distilling(a, fitted): sum(c.count for c in fitted),
+        _redistilling(a, attacked): len(attacked) + again,
+        _end_to_end(a): 1,
+        _writing(a): 1,
+        _measuring(a): _looks(a),
+    }
+    fit = _FIT_ON_GPU if a.on_gpu else 1.0
+    return [
+        progress.Phase(p.name, p.wide + p.narrow + fit * p.fit + _BYTE * p.moved + _WORD * p.words, times)
+        for p, times in known.items()
+    ]
+
+
+def module_flops(a: Amounts, module: str) -> float:
+    """What one module takes: its fit, or those of its experts, and the attack."""
+    chains = [c for c in a.chains if c.mlp.module == module]
+    return _distilling(a, chains).flops + _redistilling(a, chains).flops
+
+
+def _with(phase: Phase, a: Amounts, *parts: Mapping[str, float]) -> Phase:
+    """The phase with what it shares with others."""
+    host, device = (phase_bytes + sum(p.get(place, 0) for p in parts) for place, phase_bytes in (
+        ("host", phase.host), ("device", phase.device)))  # fmt: skip
+    return replace(phase, host=host, device=device)
+
+
+def _place(a: Amounts, size: float) -> dict[str, float]:
+    """Where what is computed with lies."""
+    return {"device": size} if a.on_gpu else {"host": size}
+
+
+def _text(a: Amounts) -> Phase:
+    name, disk = "calibration text", a.subject.disk
+    if a.config.data != "self":
+        return Phase(name, wide=16 * a.pass_flops, disk=disk, **_place(a, 0))
+    return Phase(name, narrow=a.tokens * a.pass_flops, disk=disk, **_place(a, a.logit_bytes))
+
+
+def _activations(a: Amounts, todo: list[MLP]) -> Phase:
+    """todo: the modules whose activations are wanted."""
+    mlps = a.subject.mlps
+    if a.sequential:
+        # Each module is looked at in both streams, but the first in one; each layer from the first on is passed twice.
+        layers = sorted({mlp.layer for mlp in mlps})
+        looks = 2 * len(todo) - (mlps[0] in todo)
+        passes = float(layers[0] + looks + 2 * (layers[-1] - layers[0] + 1))
+        extra = 2.0 * a.length * a.layers  # whether layers can be run one at a time
+        chains = sum(2.0 * c.active for c in a.chains)
+    else:
+        passes = float(sum(group[-1].layer + 1 for group in a.groups(todo)))
+        extra, chains = 8.0 * a.layers, 0.0
+    work = 4.0 * _BATCH_TOKENS * (4 * a.hidden + 2 * max(m.intermediate_size for m in mlps))
+    place = _place(a, work)
+    return Phase(
+        "activations",
+        wide=(passes * a.tokens + extra) * a.layer_flops + chains * a.tokens,
+        host=a.activations_held + place.get("host", 0),
+        device=place.get("device", 0),
+        disk=a.subject.disk + (a.activation_bytes if a.spills else 0) + a.chain_bytes,
+    )
+
+
+def _fit(
+    a: Amounts, name: str, fits: Sequence[tuple[DLRSpec, Recipe, int]], own: float, wide: float
+) -> Phase:
+    """fits: a chain, its recipe, and how often; own: bytes that are held beside a fit."""
+    steps = {
+        (spec, recipe.batch): step_of(spec, replace(recipe, train_tokens=recipe.batch, seed=0), a.parts)
+        for spec, recipe, _ in fits
+    }
+    flops = sum(
+        times * math.ceil(recipe.train_tokens / recipe.batch) * steps[spec, recipe.batch].flops
+        for spec, recipe, times in fits
+    )
+    most = max((step.held for step in steps.values()), default=0) + own
+    place = _place(a, most)
+    return Phase(
+        name,
+        wide=wide,
+        fit=float(flops),
+        host=a.activations_held + place.get("host", 0),
+        device=place.get("device", 0),
+        disk=a.subject.disk + (a.activation_bytes if a.spills else 0) + a.chain_bytes,
+    )
+
+
+def _distilling(a: Amounts, chains: Sequence[Chains]) -> Phase:
+    d = a.hidden
+    known = min(_PRECONDITIONER_TOKENS, a.tokens)
+    wide = sum(c.count * 2.0 * d * d * known + 6.0 * c.active * a.held for c in chains)
+    # What experts make of their tokens, and where modules correct one another what they make together.
+    wide += sum(2.0 * (1 + a.sequential) * c.replaced * a.tokens for c in chains if c.count > 1)
+    mlp = max((c.mlp.params / c.count for c in chains), default=0) * 4.0
+    # The teacher's matrices, read as float32, and the sums that a fit starts from are held before its steps.
+    own = mlp * a.on_gpu + 4.0 * known * d
+    return _fit(a, "distilling", [(c.spec, c.recipe, c.count) for c in chains], own, wide)
+
+
+def _redistilling(a: Amounts, chains: Sequence[Chains]) -> Phase:
+    if (
+        a.config.end_to_end and a.config.redistill
+    ):  # the weakest module once more, before and after that phase
+        chains = [*chains, *2 * [c for c in a.chains if c.count == 1][:1]]
+    students = list(a.students(chains))
+    if not students:
+        return Phase("redistilling")
+    wide = sum(10.0 * spec.params * a.held for _, _, spec in students)
+    for spec in (
+        spec for _, _, spec in students[:: len(INITS)]
+    ):  # once a chain: its outputs, and the linear start
+        used = min(FIT_TOKENS, a.tokens)
+        wide += regression_flops(spec, used, half_of(spec)) + 2.0 * spec.params * (a.tokens + used)
+    largest = max(c.spec.params for c in chains) * 4.0
+    fits = [(student, recipe, 1) for student, recipe, _ in students]
+    return _fit(a, "redistilling", fits, 3 * largest + 2.0 * a.tokens * a.hidden, wide)
+
+
+def _end_to_end(a: Amounts) -> Phase:
+    tokens = float(a.config.end_to_end or 0)
+    chains = float(sum(c.params for c in a.chains if c.count == 1))  # experts' chains stay as they are
+    if not tokens or not chains:
+        return Phase("end-to-end")
+    # original; student, its chains apart; these twice forward
+    step = a.pass_flops + 2 * (a.locked_flops - 2 * chains) + 8 * chains
+    place = _place(a, 16 * chains + 2 * a.logit_bytes + 24.0 * 2048 * a.hidden * a.layers)
+    return Phase(
+        "end-to-end",
+        wide=tokens * step + 2 * a.held * (a.locked_flops + 4 * chains),
+        words=3 * tokens * a.subject.vocabulary,
+        host=place.get("host", 0),
+        device=place.get("device", 0),
+        disk=a.subject.disk + a.chain_bytes,
+    )
+
+
+def _writing(a: Amounts) -> Phase:
+    cast = a.on_demand and a.stored_itemsize != a.subject.dtype.itemsize
+    files = a.chain_bytes + a.checkpoint_bytes * (1 + cast)  # cast to another dtype in files of their own
+    disk = a.subject.disk
+    return Phase("writing", moved=disk + 3 * a.checkpoint_bytes, disk=disk + files)
+
+
+def _looks(a: Amounts) -> int:
+    """How often the locked model is measured: at the end, and before and after the end-to-end phase."""
+    return 1 + 2 * bool(_end_to_end(a).flops)
+
+
+def _measuring(a: Amounts) -> Phase:
+    place = _place(a, a.logit_bytes)
+    return Phase(
+        "measuring",
+        wide=_looks(a) * a.held * (a.pass_flops + a.locked_flops),
+        words=_looks(a) * 2.0 * a.held * a.subject.vocabulary,
+        host=place.get("host", 0),
+        device=place.get("device", 0),
+        disk=a.subject.disk + a.chain_bytes + a.checkpoint_bytes,
+    )
