@@ -21,7 +21,7 @@ from ..common.errors import DLRError
 from ..common.progress import Count, no_count
 from ..common.splits import random_rows
 from ..runtime import DLRNet, DLRSpec
-from ..triton_kernels import ACTIVATIONS, ChainWeights, chain_reference
+from ..triton_kernels import ChainWeights, chain_reference
 from .activations import Activations
 from .config import Recipe
 from .evaluate import relative_error
@@ -104,16 +104,10 @@ def distill(
         weights = mixed_init(spec, generator, teacher)
     else:
         weights = random_init(spec, generator)
-    first = share.first(activations.first, tokens)
-    some = random_rows(tokens, _PRECONDITIONER_TOKENS, recipe.seed)
-    both = share.sample(activations.rows, torch.cat([some, first[:_ROWS]]))
-    x, y = (t.to(device, torch.float32) for t in both)
-    if init is None and (unit := massive_unit(x / rms_x, y / rms_y, spec.act)) is not None:
-        # In the last step no other reads what it writes.
-        weights["dlr_A"][0, -1, 0], weights["dlr_B"][0, -1, 0] = unit[0].cpu(), unit[1].cpu() / recipe.scale
     weights = {key: w.to(device) for key, w in weights.items()}
     ranks.broadcast([*weights.values()])
-    preconditioner = reading_preconditioner(x[: len(some)], recipe.preconditioner_exponent)
+    read, _ = share.sample(activations.rows, random_rows(tokens, _PRECONDITIONER_TOKENS, recipe.seed))
+    preconditioner = reading_preconditioner(read.to(device, torch.float32), recipe.preconditioner_exponent)
     # B's steps are as large in the output as they are at the recipe's scale.
     reach = (scale.square().mean().sqrt() / recipe.scale).item()
     groups = muon_groups(weights, recipe, preconditioner, reach)
@@ -127,6 +121,7 @@ def distill(
         ranks.broadcast([*tensors.values()])
         return tensors
 
+    first = share.first(activations.first, tokens)
     guard = _Guard(recipe, optimizer, weights, name, note)
     trained, seen, began = 0, 0, time.monotonic()
     with Gradients(spec, scale.to(device), bias.to(device)) as gradients:
@@ -293,43 +288,6 @@ def _typical_rms(rows: Tensor) -> float:
 
 _B = 0.1  # B starts at a tenth of what would double x
 _NOTHING = 1e-6  # of the longest sum: what is shorter reads nothing, as do pruned units
-
-
-_MASSIVE = 100.0  # times the typical size
-_READ = 25.0  # what the unit reads of massive rows, and minus that of the others
-
-
-def massive_unit(x: Tensor, y: Tensor, act: str) -> tuple[Tensor, Tensor] | None:
-    """A row of A and a row of B that write massive outputs by themselves, which steps of the fit would not reach.
-
-    Layer 11 of SmolLM2 writes 775 times the typical size at first tokens, and all layers behind it live on that. Muon's
-    steps are of one size: after 51,200 training tokens a chain had an error of 1.00 there, and all thirty layers' loss
-    was that of another model. With this unit it is 0.003 after 25,600, the other tokens' being what it was
-    (docs/experiments/recipe.md).
-
-    Args:
-        x, y: [n, d] float32, inputs and outputs in units of their typical sizes.
-        act: The activation's name.
-
-    Returns:
-        The rows, [d] each, in the same units; None where nothing is massive, where one linear map does not tell what is
-        from the rest, and where the activation is not all but 0 on one side.
-    """
-    activate = ACTIVATIONS[act]
-    reads = torch.tensor([_READ, -_READ], device=x.device)
-    on, off = activate(reads).tolist()
-    massive = y.square().mean(1).sqrt() > _MASSIVE
-    if not massive.any() or massive.all() or abs(off) > 1e-3 * abs(on):
-        return None
-    weight = torch.where(massive, (~massive).sum() / massive.sum(), 1.0)
-    weighted = (x * weight[:, None]).double().T
-    covariance = weighted @ x.double()
-    covariance.diagonal().add_(1e-3 * covariance.diagonal().mean())
-    a = torch.linalg.solve(covariance, weighted @ torch.where(massive, 1.0, -1.0).double()).to(torch.float32)
-    told = x @ a
-    if told[massive].min() < 0.5 or told[~massive].max() > 0:
-        return None
-    return _READ * a, y[massive].mean(0) / on
 
 
 def random_init(spec: DLRSpec, generator: torch.Generator) -> dict[str, Tensor]:

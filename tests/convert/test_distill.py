@@ -66,47 +66,6 @@ def test_massive_activations_of_a_few_tokens_do_not_spoil_the_rest() -> None:
     assert error < 0.5  # 1.0 for a chain fitted without them; measured 0.14 to 0.28
 
 
-def with_massive_rows(size: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """An MLP's pairs whose first tokens of 128 read much of one direction, and write much of another. As in a model,
-    all tokens have something in common."""
-    x = torch.randn(N + 1024, D) + 12 * torch.nn.functional.one_hot(torch.tensor(5), D)
-    x[::128] += 24 * torch.nn.functional.one_hot(torch.tensor(3), D)
-    y = run(teacher(), x)
-    typical = y.square().mean(1).sqrt().median()
-    y[::128] = size * typical * torch.randn(D).sign() * (1 + 0.05 * torch.randn(len(y[::128]), 1))
-    return x, y / typical
-
-
-@pytest.mark.parametrize("init", ["mixed", "random"])
-def test_outputs_far_beyond_what_steps_reach_are_there_from_the_start(
-    init: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    x, y = with_massive_rows(300.0)
-
-    def errors() -> tuple[float, float]:
-        net, fidelity = fit(x, y, train_tokens=8_192, init=init, weights=teacher())
-        with torch.no_grad():
-            rows = x[N::128], y[N::128]
-            return fidelity.rel_error, ((net(rows[0]) - rows[1]).norm() / rows[1].norm()).item() ** 2
-
-    all_of_it, massive = errors()
-    monkeypatch.setattr(distill_module, "massive_unit", lambda *_: None)
-    without, lost = errors()
-    assert massive < 0.2 and lost > 0.5, (massive, lost)
-    assert all_of_it < 1.02 * without, (all_of_it, without)
-
-
-def test_no_unit_where_nothing_is_massive_or_told_apart() -> None:
-    x, y = with_massive_rows(300.0)
-    a, b = distill_module.massive_unit(x, y, "silu") or pytest.fail("there is one")
-    written = torch.nn.functional.silu(x @ a)[:, None] * b
-    assert (written[::128] - y[::128]).norm() < 0.3 * y[::128].norm()
-    assert written[1::128].norm() < 0.01 * y[::128].norm()
-    assert distill_module.massive_unit(x, y, "tanh") is None  # writes as much where it should not
-    assert distill_module.massive_unit(*with_massive_rows(20.0), "silu") is None
-    assert distill_module.massive_unit(x[torch.randperm(len(x))], y, "silu") is None
-
-
 def narrow_teacher() -> TeacherWeights:
     """One that reads a quarter of x's directions."""
     weights = teacher()
