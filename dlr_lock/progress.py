@@ -14,6 +14,7 @@ from .common.progress import Phase
 _TRUSTED = 0.2  # share of a phase from which on its own rate counts alone, and not that of all work so far
 _KNOWN = 0.3  # share of the work to come that must be of phases already measured, before a time left is given
 _MEASURED = 1.0  # seconds of a phase that make it measured
+_TELLING = 0.02  # share of all work that a phase has at least whose rate tells something of the others
 
 
 class TimeLeft:
@@ -60,10 +61,13 @@ class TimeLeft:
     def seconds(self) -> float | None:
         """None where too little of what is to come has been measured."""
         done = {name: phase.work * self._share(name) for name, phase in self._phases.items()}
-        spent = sum(self._seconds.values())
-        if not spent or not sum(done.values()):
+        # A text is read in seconds that have next to no FLOPs: at that rate a job of 90 s was said to take 83 min.
+        least = _TELLING * sum(phase.work for phase in self._phases.values())
+        telling = [name for name, phase in self._phases.items() if done[name] and phase.work >= least]
+        spent = sum(self._seconds[name] for name in telling)
+        if not spent:
             return None
-        usual = spent / sum(done.values())
+        usual = spent / sum(done[name] for name in telling)
         left = known_work = all_work = 0.0
         for name, phase in self._phases.items():
             rest, own = phase.work - done[name], self._seconds[name]
@@ -73,7 +77,7 @@ class TimeLeft:
                 rate = trust * own / done[name] + (1 - trust) * usual
             left += rest * rate
             all_work += rest
-            if own >= _MEASURED:
+            if own >= _MEASURED and done[name]:
                 known_work += rest
         # Once it was given it stays: a time that comes and goes is a jump, too.
         self._given = self._given or not all_work or known_work >= _KNOWN * all_work

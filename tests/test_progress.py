@@ -68,6 +68,21 @@ def test_nothing_is_given_before_something_is_measured() -> None:
     assert left.seconds is None  # a hundredth of the work says little of the rest
 
 
+def test_what_is_slow_for_its_work_says_nothing_of_the_rest() -> None:
+    clock = Clock()
+    left = TimeLeft(clock)
+    left.expect([Phase("text", 0.001), Phase("activations", 50.0), Phase("distilling", 50.0)])
+    for what, done, seconds in (("text", 0, 0.0), ("text", 1, 20.0), ("activations", 0, 0.5)):
+        clock.now += seconds
+        left.at(what, done, 1)
+        assert left.seconds is None
+    for done in range(1, 51):
+        clock.now += 0.5
+        left.at("activations", done, 50)
+        assert left.seconds is not None and 20 < left.seconds < 90
+    assert left.seconds < 40
+
+
 def test_in_a_pipe_there_is_a_line_a_phase() -> None:
     out, clock = io.StringIO(), Clock()
     with Steps(Console(file=out, width=80), clock) as steps:
