@@ -33,7 +33,7 @@ _WATCHES = 32  # times the loss is looked at
 _LOOK = 8  # batches between two looks, at least: the loss of one says little
 _RISE = 1.5  # a loss so many times the best one seen, and above the zero function's 1, is a fit that diverges
 _ROWS = 4096  # tokens to judge the typical size by
-_PRECONDITIONER_TOKENS = 40_000
+PRECONDITIONER_TOKENS = 40_000
 # Rows that Muon orthogonalises at once. On 1x12x192 whole steps fit 1.2% better at equal training tokens and take 1.5
 # times the FLOPs; spent on training tokens these are worth 5%. A student of one wide step keeps whole matrices: in
 # blocks it fits 1.8% worse.
@@ -106,7 +106,7 @@ def distill(
         weights = random_init(spec, generator)
     weights = {key: w.to(device) for key, w in weights.items()}
     ranks.broadcast([*weights.values()])
-    read, _ = share.sample(activations.rows, random_rows(tokens, _PRECONDITIONER_TOKENS, recipe.seed))
+    read, _ = share.sample(activations.rows, random_rows(tokens, PRECONDITIONER_TOKENS, recipe.seed))
     preconditioner = reading_preconditioner(read.to(device, torch.float32), recipe.preconditioner_exponent)
     # B's steps are as large in the output as they are at the recipe's scale.
     reach = (scale.square().mean().sqrt() / recipe.scale).item()

@@ -14,13 +14,13 @@ from ...common import progress
 from ...runtime import DLRSpec
 from ..activations import SequentialCalibrator
 from ..config import Recipe
+from ..distill import PRECONDITIONER_TOKENS
 from ..mlp_matching import MLP
 from ..redistill import FIT_TOKENS, INITS, half_of, regression_flops
 from .amounts import Amounts, Chains
 from .steps import step_of
 
 _BATCH_TOKENS = 4096  # of one pass through a layer
-_PRECONDITIONER_TOKENS = 40_000
 _SHARD = 4e9  # bytes of the checkpoint that are written at a time
 
 
@@ -74,14 +74,14 @@ def phases(a: Amounts) -> list[Phase]:
     both = {} if a.on_demand else model  # the locked model beside it; where there is no room each has half
     made = a.subject.files + a.subject.copied if a.subject.copied else 0  # the plain copy of quantised files
     done = [
-        _with(Phase("reading", moved=2 * a.subject.disk + made, disk=a.subject.disk), a, model, fused),
-        _with(_text(a), a, model, fused),
-        _with(_activations(a, a.subject.mlps), a, model, fused, chain),
-        _with(_distilling(a, a.chains), a, model, fused, chain),
-        _with(_redistilling(a, a.chains), a, model, fused, chain),
-        _with(_end_to_end(a), a, model, fused),
-        _with(_writing(a), a, model, fused, written),
-        _with(_measuring(a), a, model, fused, both),
+        _with(Phase("reading", moved=2 * a.subject.disk + made, disk=a.subject.disk), model, fused),
+        _with(_text(a), model, fused),
+        _with(_activations(a, a.subject.mlps), model, fused, chain),
+        _with(_distilling(a, a.chains), model, fused, chain),
+        _with(_redistilling(a, a.chains), model, fused, chain),
+        _with(_end_to_end(a), model, fused),
+        _with(_writing(a), model, fused, written),
+        _with(_measuring(a), model, fused, both),
     ]
     return [replace(p, host=p.host + a.tokens * 8) for p in done if p.flops or p.moved]
 
@@ -125,11 +125,13 @@ def module_flops(a: Amounts, module: str) -> float:
     return _distilling(a, chains).flops + _redistilling(a, chains).flops
 
 
-def _with(phase: Phase, a: Amounts, *parts: Mapping[str, float]) -> Phase:
-    """The phase with what it shares with others."""
-    host, device = (phase_bytes + sum(p.get(place, 0) for p in parts) for place, phase_bytes in (
-        ("host", phase.host), ("device", phase.device)))  # fmt: skip
-    return replace(phase, host=host, device=device)
+def _with(phase: Phase, *parts: Mapping[str, float]) -> Phase:
+    """The phase with more bytes held, by place."""
+    return replace(
+        phase,
+        host=phase.host + sum(part.get("host", 0) for part in parts),
+        device=phase.device + sum(part.get("device", 0) for part in parts),
+    )
 
 
 def _place(a: Amounts, size: float) -> dict[str, float]:
@@ -158,14 +160,13 @@ def _activations(a: Amounts, todo: list[MLP]) -> Phase:
         passes = float(sum(group[-1].layer + 1 for group in a.groups(todo)))
         extra, chains = 8.0 * a.layers, 0.0
     work = 4.0 * _BATCH_TOKENS * (4 * a.hidden + 2 * max(m.intermediate_size for m in mlps))
-    place = _place(a, work)
-    return Phase(
+    phase = Phase(
         "activations",
         wide=(passes * a.tokens + extra) * a.layer_flops + chains * a.tokens,
-        host=a.activations_held + place.get("host", 0),
-        device=place.get("device", 0),
+        host=a.activations_held,
         disk=a.subject.disk + (a.activation_bytes if a.spills else 0) + a.chain_bytes,
     )
+    return _with(phase, _place(a, work))
 
 
 def _fit(
@@ -181,20 +182,19 @@ def _fit(
         for spec, recipe, times in fits
     )
     most = max((step.held for step in steps.values()), default=0) + own
-    place = _place(a, most)
-    return Phase(
+    phase = Phase(
         name,
         wide=wide,
         fit=float(flops),
-        host=a.activations_held + place.get("host", 0),
-        device=place.get("device", 0),
+        host=a.activations_held,
         disk=a.subject.disk + (a.activation_bytes if a.spills else 0) + a.chain_bytes,
     )
+    return _with(phase, _place(a, most))
 
 
 def _distilling(a: Amounts, chains: Sequence[Chains]) -> Phase:
     d = a.hidden
-    known = min(_PRECONDITIONER_TOKENS, a.tokens)
+    known = min(PRECONDITIONER_TOKENS, a.tokens)
     wide = sum(c.count * 2.0 * d * d * known + 6.0 * c.active * a.held for c in chains)
     # What experts make of their tokens, and where modules correct one another what they make together.
     wide += sum(2.0 * (1 + a.sequential) * c.replaced * a.tokens for c in chains if c.count > 1)
@@ -230,14 +230,12 @@ def _end_to_end(a: Amounts) -> Phase:
         return Phase("end-to-end")
     # original; student, its chains apart; these twice forward
     step = a.pass_flops + 2 * (a.locked_flops - 2 * chains) + 8 * chains
-    place = _place(a, 16 * chains + 2 * a.logit_bytes + 24.0 * 2048 * a.hidden * a.layers)
     return Phase(
         "end-to-end",
         wide=tokens * step + 2 * a.held * (a.locked_flops + 4 * chains),
         words=3 * tokens * a.subject.vocabulary,
-        host=place.get("host", 0),
-        device=place.get("device", 0),
         disk=a.subject.disk + a.chain_bytes,
+        **_place(a, 16 * chains + 2 * a.logit_bytes + 24.0 * 2048 * a.hidden * a.layers),
     )
 
 
@@ -254,12 +252,10 @@ def _looks(a: Amounts) -> int:
 
 
 def _measuring(a: Amounts) -> Phase:
-    place = _place(a, a.logit_bytes)
     return Phase(
         "measuring",
         wide=_looks(a) * a.held * (a.pass_flops + a.locked_flops),
         words=_looks(a) * 2.0 * a.held * a.subject.vocabulary,
-        host=place.get("host", 0),
-        device=place.get("device", 0),
         disk=a.subject.disk + a.chain_bytes + a.checkpoint_bytes,
+        **_place(a, a.logit_bytes),
     )

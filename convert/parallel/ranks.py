@@ -123,15 +123,9 @@ class Group(Ranks):
         return found
 
     def add(self, tensors: Sequence[Tensor]) -> None:
-        import torch
         from torch import distributed
 
-        if not tensors:
-            return
-        together = torch.cat([t.reshape(-1) for t in tensors])
-        with _lost_is_an_error():
-            distributed.all_reduce(together, group=self._group)
-        _put_back(together, tensors)
+        _as_one(tensors, lambda one: distributed.all_reduce(one, group=self._group))
 
     def total(self, *numbers: float) -> list[float]:
         import torch
@@ -141,15 +135,9 @@ class Group(Ranks):
         return sums.tolist()
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        import torch
         from torch import distributed
 
-        if not tensors:
-            return
-        together = torch.cat([t.reshape(-1) for t in tensors])
-        with _lost_is_an_error():
-            distributed.broadcast(together, group=self._group, group_src=0)
-        _put_back(together, tensors)
+        _as_one(tensors, lambda one: distributed.broadcast(one, group=self._group, group_src=0))
 
     def spread(self, work: Callable[[Tensor], Tensor], blocks: Tensor) -> Tensor:
         from torch import distributed
@@ -281,7 +269,15 @@ def _group() -> Group:
         raise DLRError(f"the processes of this run do not find one another: {first_line(error)}") from error
 
 
-def _put_back(together: Tensor, tensors: Sequence[Tensor]) -> None:
+def _as_one(tensors: Sequence[Tensor], exchange: Callable[[Tensor], object]) -> None:
+    """One exchange, in place, of all numbers of the tensors."""
+    import torch
+
+    if not tensors:
+        return
+    together = torch.cat([t.reshape(-1) for t in tensors])
+    with _lost_is_an_error():
+        exchange(together)
     for tensor, part in zip(tensors, together.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
 
