@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 # Tokens in one forward pass: enough to keep the matrix products busy, little beside the activations kept.
-_BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096
 # Tokens in the trial pass that tells whether every MLP is called exactly once.
 _TRIAL_TOKENS = 8
 
@@ -209,7 +209,7 @@ def _fill(
     progress: Count,
 ) -> None:
     sequences, n = tokens.shape
-    at_once = max(1, _BATCH_TOKENS // n)
+    at_once = max(1, BATCH_TOKENS // n)
     progress(0, sequences)
     for begin in range(0, sequences, at_once):
         batch = tokens[begin : begin + at_once]
@@ -415,7 +415,7 @@ class SequentialCalibrator:
 
     def _batches(self) -> Iterator[slice]:
         sequences, n = self._tokens.shape
-        size = max(1, _BATCH_TOKENS // n)
+        size = max(1, BATCH_TOKENS // n)
         self._progress(0, sequences)
         for at in range(0, sequences, size):
             rows = slice(at, min(at + size, sequences))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from ...common import progress
 from ...runtime import DLRSpec
-from ..activations import SequentialCalibrator
+from ..activations import BATCH_TOKENS, SequentialCalibrator
 from ..config import Recipe
 from ..distill import PRECONDITIONER_TOKENS
 from ..mlp_matching import MLP
@@ -20,7 +20,6 @@ from ..redistill import FIT_TOKENS, INITS, half_of, regression_flops
 from .amounts import Amounts, Chains
 from .steps import step_of
 
-_BATCH_TOKENS = 4096  # of one pass through a layer
 _SHARD = 4e9  # bytes of the checkpoint that are written at a time
 
 
@@ -159,7 +158,7 @@ def _activations(a: Amounts, todo: list[MLP]) -> Phase:
     else:
         passes = float(sum(group[-1].layer + 1 for group in a.groups(todo)))
         extra, chains = 8.0 * a.layers, 0.0
-    work = 4.0 * _BATCH_TOKENS * (4 * a.hidden + 2 * max(m.intermediate_size for m in mlps))
+    work = 4.0 * BATCH_TOKENS * (4 * a.hidden + 2 * max(m.intermediate_size for m in mlps))
     phase = Phase(
         "activations",
         wide=(passes * a.tokens + extra) * a.layer_flops + chains * a.tokens,

@@ -73,7 +73,7 @@ def test_inputs_and_outputs_of_every_mlp(kind, layers_at_once, tokens, tmp_path)
 
 
 def test_sequences_stay_whole_and_in_order_over_batches(llama, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr("dlr_lock.convert.activations._BATCH_TOKENS", 4 * LENGTH)
+    monkeypatch.setattr("dlr_lock.convert.activations.BATCH_TOKENS", 4 * LENGTH)
     seen = []
     check(llama, tokens, max_memory=2 * ONE_LAYER, scratch=tmp_path, progress=lambda *at: seen.append(at))
     assert seen == [(0, 6), (4, 6), (6, 6)] * 2  # two passes, two layers each
