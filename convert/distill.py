@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.dtypes import product_dtype
 from ..common.errors import DLRError
 from ..common.progress import Count, no_count
 from ..common.splits import random_rows
@@ -33,6 +34,7 @@ _WATCHES = 32  # times the loss is looked at
 _LOOK = 8  # batches between two looks, at least: the loss of one says little
 _RISE = 1.5  # a loss so many times the best one seen, and above the zero function's 1, is a fit that diverges
 _ROWS = 4096  # tokens to judge the typical size by
+_LARGE = 2.0  # times the typical size, from which a token weighs more than others
 PRECONDITIONER_TOKENS = 40_000
 # Rows that Muon orthogonalises at once. On 1x12x192 whole steps fit 1.2% better at equal training tokens and take 1.5
 # times the FLOPs; spent on training tokens these are worth 5%. A student of one wide step keeps whole matrices: in
@@ -74,7 +76,7 @@ def distill(
             brought to the recipe's. What several steps write they read again, so that theirs is kept.
         progress: Called with (training tokens done, in all).
         watch: Called up to 32 times with (training tokens done, the tensors so far).
-        log: Called as often with (training tokens done, figures by name): the mean relative error on the batches since
+        log: Called as often with (training tokens done, figures by name): the mean weighted error of the batches since
             the last time, the rate of A and tokens a second.
         note: Called with a sentence each time that the fit diverges and goes on.
 
@@ -237,8 +239,27 @@ class _Guard:
         self._good = {key: w.detach().clone() for key, w in self._weights.items()}
 
 
+def weighted_error(y: Tensor, wanted: Tensor) -> Tensor:
+    """What a fit makes small: the relative error of every token, times the root of how large its output is.
+
+    A token's size counts from twice the typical one, so that this is the relative error of nearly all tokens. Of one
+    757 times as large, as layer 11 of SmolLM2 writes at first tokens, the gradient of the relative error alone is 757
+    times smaller than an ordinary token's, and the fit never learns it: after 51,200 training tokens its first tokens
+    have a relative error of 0.98, with this weight of 0.0005, at 0.258 over all tokens instead of 0.253.
+
+    Args:
+        y: [T, d] float32, in units of the typical size of `wanted`.
+        wanted: [T, d] float32, likewise.
+
+    Returns:
+        [T] float32.
+    """
+    size = wanted.square().mean(1).sqrt()
+    return relative_error(y, wanted) * size.div(_LARGE).clamp(min=1).sqrt()
+
+
 class Gradients:
-    """Gradients of a batch's mean relative error.
+    """Gradients of a batch's mean weighted error, from products in bfloat16 where the device is faster at these.
 
     On a CPU every thread takes its own part of the batch, with a chain of its own: at 384 tokens a product takes
     0.2 ms, and two threads inside each of 200 such products lose half their time waiting for one another
@@ -247,6 +268,7 @@ class Gradients:
 
     def __init__(self, spec: DLRSpec, scale: Tensor, bias: Tensor) -> None:
         self._spec, self._scale, self._bias = spec, scale, bias
+        self._products = product_dtype(scale.device, spec.hidden_size)
         self._parts = torch.get_num_threads() if scale.device.type == "cpu" else 1
         self._pool = ThreadPoolExecutor(self._parts, initializer=lambda: torch.set_num_threads(1))
 
@@ -272,10 +294,11 @@ class Gradients:
     def _of_part(self, job: tuple[Weights, Tensor, Tensor, int]) -> tuple[Tensor, Weights]:
         weights, x, y, tokens = job
         leaves = {key: w.detach().requires_grad_() for key, w in weights.items()}
-        A, B, G = (leaves.get(name) for name in ("dlr_A", "dlr_B", "dlr_G"))
-        assert A is not None and B is not None
-        chain = ChainWeights(A, B, self._scale, self._bias, G, self._spec.act)
-        loss = relative_error(chain_reference(x, chain), y).sum() / tokens
+        used = {key: leaf.to(self._products) for key, leaf in leaves.items()}
+        chain = ChainWeights(
+            used["dlr_A"], used["dlr_B"], self._scale, self._bias, used.get("dlr_G"), self._spec.act
+        )
+        loss = weighted_error(chain_reference(x, chain), y).sum() / tokens
         loss.backward()
         return loss.detach(), {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
 
