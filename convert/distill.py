@@ -39,7 +39,7 @@ PRECONDITIONER_TOKENS = 40_000
 # Rows that Muon orthogonalises at once. On 1x12x192 whole steps fit 1.2% better at equal training tokens and take 1.5
 # times the FLOPs; spent on training tokens these are worth 5%. A student of one wide step keeps whole matrices: in
 # blocks it fits 1.8% worse.
-_MUON_ROWS = 64
+MUON_ROWS = 64
 
 Weights = dict[str, Tensor]
 Log = Callable[[int, dict[str, float]], None]  # (training tokens done, figures by name)
@@ -173,7 +173,7 @@ def muon_groups(
     reach: The output scale over the recipe's, by which B's rate is divided.
     """
     _, depth, rank, d = weights["dlr_A"].shape
-    common = {"weight_decay": recipe.weight_decay, "rows": _MUON_ROWS if depth > 1 else None}
+    common = {"weight_decay": recipe.weight_decay, "rows": MUON_ROWS if depth > 1 else None}
     writing: dict[str, Any] = common | {"lr": recipe.rate * recipe.lr_multiplier_b / reach}
     reading: dict[str, Any] = common | {"lr": recipe.rate}
     # The preconditioner wants the rank on the short side; a chain of higher rank than d reads everything anyway.
@@ -294,11 +294,11 @@ class Gradients:
     def _of_part(self, job: tuple[Weights, Tensor, Tensor, int]) -> tuple[Tensor, Weights]:
         weights, x, y, tokens = job
         leaves = {key: w.detach().requires_grad_() for key, w in weights.items()}
-        used = {key: leaf.to(self._products) for key, leaf in leaves.items()}
         chain = ChainWeights(
-            used["dlr_A"], used["dlr_B"], self._scale, self._bias, used.get("dlr_G"), self._spec.act
+            leaves["dlr_A"], leaves["dlr_B"], self._scale, self._bias, leaves.get("dlr_G"), self._spec.act
         )
-        loss = weighted_error(chain_reference(x, chain), y).sum() / tokens
+        y_hat = chain_reference(x, chain.in_products(self._products))
+        loss = weighted_error(y_hat, y).sum() / tokens
         loss.backward()
         return loss.detach(), {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
 

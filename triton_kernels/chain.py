@@ -38,6 +38,11 @@ class ChainWeights(NamedTuple):
         G = None if self.G is None else self.G.to(*args, **kwargs)
         return ChainWeights(A, B, scale, bias, G, self.act)
 
+    def in_products(self, products: dtype) -> "ChainWeights":
+        """The chain with A, B and G in a dtype that is multiplied in, scale and bias as they are; differentiable."""
+        G = None if self.G is None else self.G.to(products)
+        return self._replace(A=self.A.to(products), B=self.B.to(products), G=G)
+
     def refused(
         self, x: Tensor, place: str, there: bool, acts: Collection[str], dtypes: Collection[dtype]
     ) -> str | None:
