@@ -163,7 +163,7 @@ def check_dense(
         raise DLRError(
             f"{len(experts)} of the model's {count} MLPs are mixtures of experts of a kind that cannot be locked "
             f"({', '.join(_kinds(model, experts))}): to lock the others alone, name their layers, "
-            f"--layers {_ranges({mlp.layer for mlp in mlps})}"
+            f"--layers {ranges({mlp.layer for mlp in mlps})}"
         )
     held = sum(p.numel() for name in experts for p in model.get_submodule(name).parameters())
     held -= sum(mlp.params for mlp in mlps if within(mlp.module, experts))
@@ -216,12 +216,12 @@ def _range(low: int, high: int, mlps: Sequence[MLP]) -> set[int]:
         missing if missing is not None else next((n for n in range(low, high + 1) if n not in known), None)
     )
     if missing is not None:
-        raise DLRError(f"layer {missing} is out of range: the model has MLPs in layers {_ranges(known)}")
+        raise DLRError(f"layer {missing} is out of range: the model has MLPs in layers {ranges(known)}")
     return set(range(low, high + 1))
 
 
-def _ranges(numbers: set[int]) -> str:
-    """{0, 1, 2, 5} -> "0-2,5"."""
+def ranges(numbers: set[int]) -> str:
+    """The numbers of layers as `select_layers` takes them: {0, 1, 2, 5} -> "0-2,5"."""
     parts: list[list[int]] = []
     for n in sorted(numbers):
         if parts and parts[-1][-1] == n - 1:

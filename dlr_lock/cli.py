@@ -130,6 +130,34 @@ def plan(
 
 
 @app.command()
+def layers(
+    source: Annotated[str, typer.Argument(help="A transformers directory, a hub id or a .gguf file.")],
+    count: Annotated[int | None, choice("How many are to be locked: names the cheapest.", "none")] = None,
+    data: Annotated[
+        str, typer.Option(help="Text: .txt, .jsonl, .parquet, a datasets name, or self (sampled).")
+    ] = "self",
+    tokens: Annotated[int, typer.Option(help="Tokens of it.")] = 4096,
+    mlps: Annotated[
+        str | None, choice("Regular expression of MLP module names.", "found by structure")
+    ] = None,
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Seed of what is drawn.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Say what locking each layer would cost the model, and which are the cheapest, from one backward pass."""
+    from .planning.layers import cost_sections, costs_of
+
+    with Steps(_screen) as steps:
+        costs = costs_of(
+            source, count=count, progress=steps, data=data, tokens=tokens, mlps=mlps, device=device, seed=seed
+        )
+    if as_json:
+        _print_json({"layers": [cost.to_dict() for cost in costs]})
+    else:
+        _print(cost_sections(source, costs, count))
+
+
+@app.command()
 def inspect(checkpoint: Locked, as_json: Json = False) -> None:
     """Say what a locked checkpoint is: its chains, how it was made and what was measured then."""
     from .convert.report import facts_sections

@@ -15,6 +15,8 @@ from ...runtime import DLRSpec
 from ..activations import BATCH_TOKENS, SequentialCalibrator
 from ..config import Recipe
 from ..distill import PRECONDITIONER_TOKENS
+from ..end_to_end import EndToEndPlan
+from ..evaluate import LOGIT_BYTES
 from ..mlp_matching import MLP
 from ..redistill import FIT_TOKENS, INITS, half_of, regression_flops
 from .amounts import Amounts, Chains
@@ -227,14 +229,18 @@ def _end_to_end(a: Amounts) -> Phase:
     chains = float(sum(c.params for c in a.chains if c.count == 1))  # experts' chains stay as they are
     if not tokens or not chains:
         return Phase("end-to-end")
-    # original; student, its chains apart; these twice forward
-    step = a.pass_flops + 2 * (a.locked_flops - 2 * chains) + 8 * chains
+    step = a.pass_flops + 2 * (a.locked_flops - 2 * chains) + 6 * chains  # original; student, its chains apart
+    at_once = max(a.length, min(EndToEndPlan(int(tokens)).step_tokens, LOGIT_BYTES // (4 * a.subject.vocabulary)))
+    # Of every step of every chain: the state that it reads and what it reads there and makes of that, for backward.
+    kept = at_once * sum(
+        4.0 * c.spec.depth * c.spec.lanes * (c.spec.hidden_size + 2 * c.spec.rank) for c in a.chains if c.count == 1
+    )
     return Phase(
         "end-to-end",
         wide=tokens * step + 2 * a.held * (a.locked_flops + 4 * chains),
         words=3 * tokens * a.subject.vocabulary,
         disk=a.subject.disk + a.chain_bytes,
-        **_place(a, 16 * chains + 2 * a.logit_bytes + 24.0 * 2048 * a.hidden * a.layers),
+        **_place(a, 16 * chains + 2 * a.logit_bytes + 24.0 * at_once * a.hidden * a.layers + kept),
     )
 
 

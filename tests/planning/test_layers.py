@@ -1,0 +1,70 @@
+"""What a layer costs, against what it does cost: noise in its MLP's output, and the KL that follows."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import VOCABULARY, tiny_model
+from typer.testing import CliRunner
+
+from dlr_lock.cli import app
+from dlr_lock.common.errors import DLRError
+from dlr_lock.convert.mlp_discovery import find_mlps
+from dlr_lock.convert.outlook import sensitivity
+from dlr_lock.convert.outlook.sensitivity import LayerCost, cheapest, layer_costs
+
+
+def test_a_layers_cost_is_the_kl_that_noise_of_that_size_makes() -> None:
+    torch.manual_seed(0)
+    model = tiny_model("llama", layers=3)
+    mlps = find_mlps(model)
+    with torch.no_grad():  # layers that matter differently, in a model that is sure of something
+        for factor, mlp in zip((1.0, 3.0, 0.3), mlps, strict=True):
+            model.get_submodule(mlp.module).down_proj.weight.mul_(factor)
+        model.lm_head.weight.mul_(20)
+    ids = torch.randint(0, VOCABULARY, (64, 32))
+    costs = layer_costs(model, mlps, ids)
+    error = 0.001  # small, as the formula wants it
+
+    def kl(name: str) -> float:
+        def noisy(module: torch.nn.Module, args: object, y: torch.Tensor) -> torch.Tensor:
+            noise = torch.randn_like(y)
+            return y + noise * (error / y.shape[-1]) ** 0.5 * y.square().mean((0, 1)).sum().sqrt()
+
+        with torch.no_grad():
+            p = model(ids).logits.double().log_softmax(-1)
+            handle = model.get_submodule(name).register_forward_hook(noisy)
+            q = model(ids).logits.double().log_softmax(-1)
+            handle.remove()
+        return (p.exp() * (p - q)).sum(-1).mean().item()
+
+    for cost in costs:
+        formula = cost.kl / sensitivity._MEASURED / sensitivity.ERROR
+        assert formula == pytest.approx(kl(cost.modules[0]) / error, rel=0.15)
+
+
+def test_the_cheapest_are_named_in_their_order() -> None:
+    costs = [LayerCost(n, (f"mlp.{n}",), kl) for n, kl in enumerate((0.4, 0.1, 0.3, 0.2))]
+    assert cheapest(costs, 2) == [1, 3]
+    assert cheapest(costs, 4) == [0, 1, 2, 3]
+    for count in (0, 5):
+        with pytest.raises(DLRError, match="from 1 to 4"):
+            cheapest(costs, count)
+
+
+def test_a_model_that_predicts_no_token_is_refused() -> None:
+    model = tiny_model("bert", layers=2)
+    with pytest.raises(DLRError, match="predict the next token"):
+        layer_costs(model, find_mlps(model), torch.zeros(2, 8, dtype=torch.int64))
+
+
+def test_the_command_names_layers_that_a_conversion_takes(tmp_path: Path) -> None:
+    tiny_model("llama", layers=3).save_pretrained(tmp_path / "source")
+    command = ["layers", str(tmp_path / "source"), "--tokens", "256"]
+    done = CliRunner().invoke(app, [*command, "--count", "2"])
+    assert done.exit_code == 0 and "the cheapest 2: --layers " in done.stdout
+    done = CliRunner().invoke(app, [*command, "--json"])
+    assert [cost["layer"] for cost in json.loads(done.stdout)["layers"]] == [0, 1, 2]
+    done = CliRunner().invoke(app, [*command, "--count", "4"], standalone_mode=False)
+    assert isinstance(done.exception, DLRError) and "--count must be from 1 to 3" in str(done.exception)
