@@ -180,7 +180,9 @@ class ConversionConfig:
     Every field says in its help what it is; `dlr-lock convert --help` prints them all.
     """
 
-    layers: str | None = option(None, f"Which layers: 2-5,9 or last-6; `dlr-lock layers` names cheap ones; {ERRORS_ADD_UP}.", "all")
+    layers: str | None = option(
+        None, f"Which layers: 2-5,9 or last-6; `dlr-lock layers` names cheap ones; {ERRORS_ADD_UP}.", "all"
+    )
     mlps: str | None = option(
         None, "Regular expression of MLP module names, for models not recognised.", "found by structure"
     )

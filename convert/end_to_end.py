@@ -58,7 +58,7 @@ class EndToEndPlan:
         train_tokens: Training tokens in all.
         batch: About so many of them a step, in whole sequences; None for what makes 128 steps, from 512 to 8,192.
         rate: Muon's at its peak, where x is of unit size. From chains of SmolLM2's thirty layers, in batches of 512,
-            8,192 tokens took the KL from 1.66 to 1.59 at 0.00003, to 1.49 at 0.0001, to 1.48 at 0.0002, to 2.78 at 0.001.
+            8,192 tokens took the KL from 1.66 to 1.59 at 0.00003, to 1.49 at 0.0001, 1.48 at 0.0002, 2.78 at 0.001.
         momentum: Muon's.
         seed: Of the order of the text.
     """

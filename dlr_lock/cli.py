@@ -15,13 +15,13 @@ from rich.console import Console
 
 from .audit.config import AuditConfig
 from .common.environment import QUIET, set_defaults
-from .common.options import flag
 from .common.version import __version__
 from .compare.config import SpeedConfig
 from .convert.config import ConversionConfig
 from .convert.parallel.ranks import joined, leave, several
 from .exits import STOPS, end_with_the_others, interrupt, one_line_errors, what_is_kept
-from .options import choice, options_of
+from .options import choice, one_of, options_of
+from .planning.config import LayersConfig
 from .planning.gpus import NAMES
 from .progress import Steps
 from .reporting import Section, print_sections
@@ -130,31 +130,21 @@ def plan(
 
 
 @app.command()
+@options_of(LayersConfig)
 def layers(
     source: Annotated[str, typer.Argument(help="A transformers directory, a hub id or a .gguf file.")],
-    count: Annotated[int | None, choice("How many are to be locked: names the cheapest.", "none")] = None,
-    data: Annotated[
-        str, typer.Option(help="Text: .txt, .jsonl, .parquet, a datasets name, or self (sampled).")
-    ] = "self",
-    tokens: Annotated[int, typer.Option(help="Tokens of it.")] = 4096,
-    mlps: Annotated[
-        str | None, choice("Regular expression of MLP module names.", "found by structure")
-    ] = None,
-    device: Device = None,
-    seed: Annotated[int, typer.Option(help="Seed of what is drawn.")] = 0,
     as_json: Json = False,
+    **config: Any,
 ) -> None:
     """Say what locking each layer would cost the model, and which are the cheapest, from one backward pass."""
     from .planning.layers import cost_sections, costs_of
 
     with Steps(_screen) as steps:
-        costs = costs_of(
-            source, count=count, progress=steps, data=data, tokens=tokens, mlps=mlps, device=device, seed=seed
-        )
+        costs = costs_of(source, progress=steps, **config)
     if as_json:
         _print_json({"layers": [cost.to_dict() for cost in costs]})
     else:
-        _print(cost_sections(source, costs, count))
+        _print(cost_sections(source, costs, config["count"]))
 
 
 @app.command()
@@ -213,7 +203,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure loss and perplexity on texts, or scores on tasks; with an original, KL, flips and its own scores."""
-    _one_of(context, {"text": ("tokens", "skip"), "tasks": ("include_path", "limit", "shots", "batch")})
+    one_of(context, {"text": ("tokens", "skip"), "tasks": ("include_path", "limit", "shots", "batch")})
     if tasks is not None:
         _evaluate_tasks(
             checkpoint, tasks, as_json, original=original, include_path=include_path, limit=limit, shots=shots,
@@ -250,22 +240,6 @@ def _evaluate_tasks(checkpoint: Path, tasks: str, as_json: bool, **choices: Any)
         _print_json({"tasks": [score.to_dict() for score in scores]})
     else:
         _print(tasks_sections(scores))
-
-
-def _one_of(context: typer.Context, ways: dict[str, tuple[str, ...]]) -> None:
-    """Raises DLRError unless one of the options was given, and with it none that belongs to another."""
-    from .common.errors import DLRError
-
-    def given(name: str) -> bool:
-        return getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
-
-    chosen = [name for name in ways if given(name)]
-    if len(chosen) != 1:
-        raise DLRError(f"give either {' or '.join(flag(name) for name in ways)}")
-    for way, own in ways.items():
-        for name in own:
-            if way != chosen[0] and given(name):
-                raise DLRError(f"{flag(name)} belongs to {flag(way)}, not to {flag(chosen[0])}")
 
 
 @app.command()

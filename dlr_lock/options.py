@@ -9,7 +9,8 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from rich.markup import escape
 
-from .common.options import with_default
+from .common.errors import DLRError
+from .common.options import flag, with_default
 
 
 def choice(help: str, shown: str | None = None, *names: str) -> Any:
@@ -62,3 +63,18 @@ def _type(hint: Any) -> Any:
     """What the command line takes for a field: its type, or text where it may be of several."""
     several = [kind for kind in getattr(hint, "__args__", ()) if kind is not type(None)]
     return str | None if len(several) > 1 else hint
+
+
+def one_of(context: typer.Context, ways: dict[str, tuple[str, ...]]) -> None:
+    """Raises DLRError unless one of the options was given, and with it none that belongs to another."""
+
+    def given(name: str) -> bool:
+        return getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+
+    chosen = [name for name in ways if given(name)]
+    if len(chosen) != 1:
+        raise DLRError(f"give either {' or '.join(flag(name) for name in ways)}")
+    for way, own in ways.items():
+        for name in own:
+            if way != chosen[0] and given(name):
+                raise DLRError(f"{flag(name)} belongs to {flag(way)}, not to {flag(chosen[0])}")

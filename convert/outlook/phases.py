@@ -229,11 +229,17 @@ def _end_to_end(a: Amounts) -> Phase:
     chains = float(sum(c.params for c in a.chains if c.count == 1))  # experts' chains stay as they are
     if not tokens or not chains:
         return Phase("end-to-end")
-    step = a.pass_flops + 2 * (a.locked_flops - 2 * chains) + 6 * chains  # original; student, its chains apart
-    at_once = max(a.length, min(EndToEndPlan(int(tokens)).step_tokens, LOGIT_BYTES // (4 * a.subject.vocabulary)))
+    step = (
+        a.pass_flops + 2 * (a.locked_flops - 2 * chains) + 6 * chains
+    )  # original; student, its chains apart
+    at_once = max(
+        a.length, min(EndToEndPlan(int(tokens)).step_tokens, LOGIT_BYTES // (4 * a.subject.vocabulary))
+    )
     # Of every step of every chain: the state that it reads and what it reads there and makes of that, for backward.
     kept = at_once * sum(
-        4.0 * c.spec.depth * c.spec.lanes * (c.spec.hidden_size + 2 * c.spec.rank) for c in a.chains if c.count == 1
+        4.0 * c.spec.depth * c.spec.lanes * (c.spec.hidden_size + 2 * c.spec.rank)
+        for c in a.chains
+        if c.count == 1
     )
     return Phase(
         "end-to-end",

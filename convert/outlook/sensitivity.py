@@ -87,7 +87,9 @@ def layer_costs(
     products = product_dtype(model.device, mlps[0].hidden_size)
     at_once = max(1, LOGIT_BYTES // (4 * tokens.shape[1] * vocabulary(model)))
     done = 0
-    with removed([model.get_submodule(m.module).register_forward_hook(partial(watch, m.module)) for m in mlps]):
+    with removed(
+        [model.get_submodule(m.module).register_forward_hook(partial(watch, m.module)) for m in mlps]
+    ):
         for ids in tokens.split(at_once):
             with (
                 torch.enable_grad(),
@@ -112,11 +114,12 @@ def layer_costs(
 
 
 def cheapest(costs: Sequence[LayerCost], count: int) -> list[int]:
-    """The numbers of the `count` layers that cost least, in their order.
-
-    Raises:
-        DLRError: Where there are not so many.
-    """
-    if not 1 <= count <= len(costs):
-        raise DLRError(f"--count must be from 1 to {len(costs)}, the layers that have MLPs, not {count}")
+    """The numbers of the `count` layers that cost least, in their order. Raises DLRError as `check_count` does."""
+    check_count(count, len(costs))
     return sorted(cost.layer for cost in sorted(costs, key=lambda cost: cost.kl)[:count])
+
+
+def check_count(count: int | None, layers: int) -> None:
+    """Raises DLRError where so many layers cannot be chosen of so many; None is any number."""
+    if count is not None and not 1 <= count <= layers:
+        raise DLRError(f"--count must be from 1 to {layers}, the layers that have MLPs, not {count}")

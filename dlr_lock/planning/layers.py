@@ -9,40 +9,34 @@ from typing import Any
 
 import torch
 
-from ..common.errors import DLRError
-from ..common.progress import Progress, no_progress
-from ..convert.config import ConversionConfig
+from ..common.progress import Progress, no_progress, shown
 from ..convert.data import calibration_text
 from ..convert.mlp_discovery import find_mlps, ranges
-from ..convert.outlook.sensitivity import ERROR, LayerCost, cheapest, layer_costs
+from ..convert.outlook.sensitivity import ERROR, LayerCost, cheapest, check_count, layer_costs
 from ..convert.source import compute_dtype, open_source
 from ..reporting import Section, Table
 from ..reporting.layers import bar
+from .config import LayersConfig
 
 
-def costs_of(
-    source: str | Path, *, count: int | None = None, progress: Progress = no_progress, **options: Any
-) -> list[LayerCost]:
+def costs_of(source: str | Path, *, progress: Progress = no_progress, **options: Any) -> list[LayerCost]:
     """What locking each layer of a model costs, from one backward pass over a text.
 
     Args:
         source: A transformers directory, a hub id or a .gguf file.
-        count: How many layers are to be locked, which is checked; None for any number.
         progress: Called with (what is being done, done, total).
-        **options: Of the fields of `ConversionConfig` data, tokens, sequence, mlps, device and seed.
+        **options: The fields of `LayersConfig`.
 
     Raises:
         DLRError: On everything that the user can correct.
     """
-    config = ConversionConfig.of(options | {"heldout": 2}).resolved()
+    chosen = LayersConfig.of(options)
+    config = chosen.conversion()
     device = torch.device(str(config.device))
-    progress("reading the model", 0, 1)
-    original = open_source(source, dtype=compute_dtype(device), device=device)
-    mlps = find_mlps(original.model, config.mlps)
-    progress("reading the model", 1, 1)
-    layers = len({mlp.layer for mlp in mlps})
-    if count is not None and not 1 <= count <= layers:
-        raise DLRError(f"--count must be from 1 to {layers}, the layers that have MLPs, not {count}")
+    with shown(progress, "reading the model"):
+        original = open_source(source, dtype=compute_dtype(device), device=device)
+        mlps = find_mlps(original.model, config.mlps)
+        check_count(chosen.count, len({mlp.layer for mlp in mlps}))
     text = calibration_text(original, config, progress)
     return layer_costs(
         original.model, mlps, text.train, seed=config.seed, progress=partial(progress, "a backward pass")
@@ -58,9 +52,9 @@ def cost_sections(source: str, costs: Sequence[LayerCost], count: int | None) ->
     ]
     columns = ("layer", "KL, drawn", "KL", "of all")
     text = (
-        f"{source}: the KL to the original, in nats a token, that chains with a relative error of {ERROR:g} would cost, "
-        f"a layer at a time. All together about {total:.2f}, for such costs add up. From one backward pass; within a "
-        "factor of 1.4 of what chains cost the thirty layers of SmolLM2-135M."
+        f"{source}: the KL to the original, in nats a token, that chains with a relative error of {ERROR:g} would "
+        f"cost, a layer at a time; all together about {total:.2f}, for such costs add up. From one backward pass; "
+        "within a factor of 1.4 of what chains cost the thirty layers of SmolLM2-135M."
     )
     notes = []
     if count is not None:

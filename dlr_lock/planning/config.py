@@ -1,0 +1,37 @@
+"""Every choice of `layers`. Torch is imported where it is needed, for a page of help needs none of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..common.errors import DLRError
+from ..common.options import check_names, option
+from ..convert.config import ConversionConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayersConfig:
+    """The choices of `costs_of`; every field says in its help what it is."""
+
+    count: int | None = option(None, "How many layers are to be locked: the cheapest are named.", "none")
+    data: str = option("self", "Text: .txt, .jsonl, .parquet, a datasets name, or self (sampled, slow).")
+    tokens: int = option(4096, "Tokens of it.")
+    sequence: int | None = option(None, "Tokens a sequence.", "512, or what the model takes")
+    mlps: str | None = option(None, "Regular expression of MLP module names.", "found by structure")
+    seed: int = option(0, "Seed of what is drawn.")
+    device: str | None = option(None, "cpu, cuda, cuda:1, ...", "the best there is")
+
+    @classmethod
+    def of(cls, choices: dict[str, Any]) -> LayersConfig:
+        """The choices by name. Raises DLRError on a name that there is not, and on a count below 1."""
+        check_names(choices, cls)
+        made = cls(**choices)
+        if made.count is not None and made.count < 1:
+            raise DLRError(f"--count must be at least 1, not {made.count}")
+        return made
+
+    def conversion(self) -> ConversionConfig:
+        """The same of a conversion, resolved. Raises DLRError on bad values."""
+        shared = {name: value for name, value in asdict(self).items() if name != "count"}
+        return ConversionConfig(**shared, heldout=2).resolved()
