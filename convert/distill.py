@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from ..common.errors import DLRError
+from ..common.micro_batch import MicroBatch
 from ..common.progress import Count, no_count
 from ..common.splits import random_rows
 from ..runtime import DLRNet, DLRSpec
 from ..triton_kernels import ChainWeights, chain_reference
 from .activations import Activations
 from .config import Recipe
-from .evaluate import relative_error
+from .evaluate import size_of
 from .mlp_matching import TeacherWeights
 from .muon import Muon
 
@@ -57,6 +58,7 @@ def distill(
     watch: Callable[[int, Weights], None] | None = None,
     log: Log = lambda trained, figures: None,
     note: Callable[[str], object] = lambda sentence: None,
+    micro: MicroBatch | None = None,
 ) -> Weights:
     """Fits a chain to y = mlp(x) and returns DLRNet's tensors in float32 on the CPU.
 
@@ -77,12 +79,14 @@ def distill(
         log: Called as often with (training tokens done, figures by name): the mean relative error on the batches since
             the last time, the rate of A and tokens a second.
         note: Called with a sentence each time that the fit diverges and goes on.
+        micro: How many tokens of a batch the device takes at once; None to learn it for this fit alone.
 
     Returns:
         DLRNet's tensors by name.
 
     Raises:
-        DLRError: Where the fit diverges even so, and where the MLP's input or output is zero.
+        DLRError: Where the fit diverges even so, where the MLP's input or output is zero, and where the device's memory
+            does not hold one token of a batch.
     """
     share, ranks = activations.share, activations.share.ranks
     sample = share.sample(activations.rows, random_rows(tokens, _ROWS, recipe.seed))
@@ -124,7 +128,8 @@ def distill(
     first = share.first(activations.first, tokens)
     guard = _Guard(recipe, optimizer, weights, name, note)
     trained, seen, began = 0, 0, time.monotonic()
-    with Gradients(spec, scale.to(device), bias.to(device)) as gradients:
+    micro = micro or MicroBatch(f"the distillation of {name}", "token")
+    with Gradients(spec, scale.to(device), bias.to(device), micro) as gradients:
         for rows in recipe.batches(tokens, first, generator):
             x, y = (t.to(device, torch.float32) for t in activations.rows(share.mine(rows)))
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -245,8 +250,8 @@ class Gradients:
     (90 ms a step of 1x36x64 on two cores, 60 ms in this form).
     """
 
-    def __init__(self, spec: DLRSpec, scale: Tensor, bias: Tensor) -> None:
-        self._spec, self._scale, self._bias = spec, scale, bias
+    def __init__(self, spec: DLRSpec, scale: Tensor, bias: Tensor, micro: MicroBatch) -> None:
+        self._spec, self._scale, self._bias, self._micro = spec, scale, bias, micro
         self._parts = torch.get_num_threads() if scale.device.type == "cpu" else 1
         self._pool = ThreadPoolExecutor(self._parts, initializer=lambda: torch.set_num_threads(1))
 
@@ -259,23 +264,31 @@ class Gradients:
     def fill(self, weights: Weights, x: Tensor, y: Tensor, tokens: int) -> Tensor:
         """Sets `.grad` of every weight, for x, y [T, d] at unit scale, and returns the loss, a scalar tensor: their
         sums over these tokens, divided by `tokens`, the batch's."""
-        jobs = [
-            (weights, xp, yp, tokens)
-            for xp, yp in zip(x.chunk(self._parts), y.chunk(self._parts), strict=True)
-        ]
-        run = map if self._parts == 1 else self._pool.map
-        losses, parts = zip(*run(self._of_part, jobs), strict=True)
-        for key, weight in weights.items():
-            weight.grad = sum((part[key] for part in parts[1:]), start=parts[0][key])
-        return torch.stack(losses).sum()
+        size = size_of(y)
 
-    def _of_part(self, job: tuple[Weights, Tensor, Tensor, int]) -> tuple[Tensor, Weights]:
-        weights, x, y, tokens = job
+        def of_all(at_once: int) -> Tensor:
+            for weight in weights.values():
+                weight.grad = None
+            jobs = [
+                (weights, *part, tokens)
+                for part in zip(*(t.split(at_once) for t in (x, y, size)), strict=True)
+            ]
+            losses = []
+            for loss, gradients in (map if self._parts == 1 else self._pool.map)(self._of_part, jobs):
+                losses.append(loss)
+                for key, weight in weights.items():
+                    weight.grad = gradients[key] if weight.grad is None else weight.grad.add_(gradients[key])
+            return torch.stack(losses).sum()
+
+        return self._micro.fit(of_all, max(1, math.ceil(len(x) / self._parts)))
+
+    def _of_part(self, job: tuple[Weights, Tensor, Tensor, Tensor, int]) -> tuple[Tensor, Weights]:
+        weights, x, y, size, tokens = job
         leaves = {key: w.detach().requires_grad_() for key, w in weights.items()}
         A, B, G = (leaves.get(name) for name in ("dlr_A", "dlr_B", "dlr_G"))
         assert A is not None and B is not None
         chain = ChainWeights(A, B, self._scale, self._bias, G, self._spec.act)
-        loss = relative_error(chain_reference(x, chain), y).sum() / tokens
+        loss = ((chain_reference(x, chain) - y).square().sum(1) / size).sum() / tokens
         loss.backward()
         return loss.detach(), {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
 
