@@ -41,6 +41,7 @@ from ..convert.mlp_matching import (
 )
 from ..convert.outlook.subject import Subject
 from ..convert.source import check_config, compute_dtype, stored_parts, weight_files
+from ..convert.sources.adapters import base_of, is_adapter
 from ..convert.sources.quantised import plain_dtype
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def open_subject(source: str | Path, config: ConversionConfig) -> Subject:
     """The model of that name, of which config.json and the headers of the weight files are read and nothing else.
 
     Args:
-        source: A transformers directory or a hub id. A .gguf file has to be unpacked first, by a conversion.
+        source: A transformers directory or hub id; of an adapter's, the base model is read. A .gguf file has to be
+            unpacked first, by a conversion.
         config: Which layers, and which modules are MLPs.
 
     Raises:
@@ -62,7 +64,16 @@ def open_subject(source: str | Path, config: ConversionConfig) -> Subject:
     """
     if Path(source).expanduser().is_file():
         raise DLRError(f"{source} is a file: a plan is made of a model's directory or its name on the hub")
-    folder = model_folder(source, only=["config.json", "adapter_config.json"])
+    wanted = ["config.json", "adapter_config.json"]
+    folder, model_source = model_folder(source, only=wanted), source
+    adapter = is_adapter(folder)
+    if adapter:
+        model_source = base_of(folder)
+        if Path(model_source).expanduser().is_file():
+            raise DLRError(
+                f"{source} is an adapter of a .gguf file: a plan is made of directories and hub names"
+            )
+        folder = model_folder(model_source, only=wanted)
     check_readable(folder, "config.json")
     check_config(folder)
     with quiet():
@@ -73,12 +84,12 @@ def open_subject(source: str | Path, config: ConversionConfig) -> Subject:
             "no MLP is recognised by its shape: name the modules by a pattern such as --mlps 'layers\\.\\d+\\.ffn$'"
         )
     check_dense(model, every, layers=config.layers, pattern=config.mlps)
-    dtype, files = _headers(folder, source)
-    copied = 0
-    if read_json(folder / "config.json").get("quantization_config"):  # undone into a copy, before all else
-        asked = compute_dtype(torch.device(str(config.device)))
-        dtype = plain_dtype(asked)
-        copied = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    dtype, files = _headers(folder, model_source)
+    copies = int(adapter)  # of the whole model, made before all else: the merged one, and the plain one
+    if read_json(folder / "config.json").get("quantization_config"):
+        copies += 1
+        dtype = plain_dtype("auto" if adapter else compute_dtype(torch.device(str(config.device))))
+    copied = copies * sum(p.numel() for p in model.parameters()) * dtype.itemsize
     return Subject(str(source), model, select_layers(every, config.layers), every, dtype, files, copied)
 
 

@@ -139,8 +139,6 @@ def test_config(folder):
     assert "cannot be loaded" in refused(folder)
     (folder / "config.json").unlink()
     assert "has no config.json" in refused(folder)
-    (folder / "adapter_config.json").write_text("{}")
-    assert "merge it" in refused(folder)
 
 
 def test_an_adapter_beside_a_model_is_refused(folder):
