@@ -6,6 +6,7 @@ import json
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +17,9 @@ from ...common.quiet import quiet
 from .checks import check_finite, check_missing
 from .quantised import unpacked
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 
 def from_gguf(file: Path, fingerprint: str, dtype: torch.dtype | str, cache: Path | None) -> Path:
     """Dequantise a GGUF file to `cache`/<name>-<fingerprint>-<dtype>, unless that is there already."""
@@ -24,13 +28,8 @@ def from_gguf(file: Path, fingerprint: str, dtype: torch.dtype | str, cache: Pat
     folder = cache / f"{file.stem}-{fingerprint[:16]}-{str(dtype).removeprefix('torch.')}"
     if folder.is_dir():
         return folder
-    try:
-        import accelerate  # noqa: F401
-        import gguf
-    except ImportError as error:
-        raise DLRError(
-            f"{file} needs packages that are not installed: pip install 'dlr-lock[gguf]'"
-        ) from error
+    _check_packages(file)
+    import gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     # The GGUF reader's bar cannot be switched off; it writes to stderr.
@@ -61,3 +60,29 @@ def from_gguf(file: Path, fingerprint: str, dtype: torch.dtype | str, cache: Pat
                 card = f"---\nlicense: {json.dumps(str(terms.contents()))}\n---\n"
                 (work / "README.md").write_text(card, encoding="utf-8")
     return folder
+
+
+def config_of(file: Path) -> PreTrainedConfig:
+    """The model's config, from a GGUF file's header alone.
+
+    Raises:
+        DLRError: Where it cannot be read, and where packages are missing.
+    """
+    _check_packages(file)
+    from transformers import AutoConfig
+
+    with quiet(), redirect_stderr(StringIO()):
+        try:
+            return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name, local_files_only=True)
+        except Exception as error:  # as above
+            raise DLRError(f"{file} cannot be read as GGUF: {first_line(error)}") from error
+
+
+def _check_packages(file: Path) -> None:
+    try:
+        import accelerate  # noqa: F401
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise DLRError(
+            f"{file} needs packages that are not installed: pip install 'dlr-lock[gguf]'"
+        ) from error
