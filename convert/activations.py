@@ -179,16 +179,16 @@ def capture(
         return
     micro = micro or MicroBatch("the reading of activations", "sequence")
     _check_calls(model, mlps, tokens[:1, : min(n, _TRIAL_TOKENS)])
-    first = torch.zeros(sequences, n, dtype=torch.bool)
-    first[:, 0] = True
+    first = (torch.arange(n) == 0).expand(sequences, n)
     for group in group_layers(mlps, tokens.numel(), max_memory, dtype):
         mapped = _bytes(group[0], tokens.numel(), dtype) > max_memory
         place = scratch if mapped else None
         held: list[Activations] = []
         try:
             for mlp in group:
-                sides = (storage(tokens.numel(), mlp.hidden_size, dtype, place) for _ in "xy")
-                held.append(Activations(*sides, first.flatten(), mapped, place))
+                x, y = (storage(tokens.numel(), mlp.hidden_size, dtype, place) for _ in "xy")
+                held.append(Activations(x, y, first.flatten(), mapped, place))
+                del x, y  # or they outlive close()
             _fill(model, group, held, tokens, progress, micro)
             for mlp, activations in zip(group, held, strict=True):
                 yield mlp, activations
@@ -333,8 +333,7 @@ class SequentialCalibrator:
         self._placed: dict[str, DLRNet | DLRExperts] = {}  # chains of the layer that both streams are before
         # Modules whose targets are the original's outputs, for no Sum was found.
         self.uncorrected: set[str] = set()
-        self._first = torch.zeros(tokens.shape, dtype=torch.bool)
-        self._first[:, 0] = True
+        self._first = (torch.arange(tokens.shape[1]) == 0).expand(tokens.shape)
         self._each(lambda rows: self._teacher[rows].copy_(self.runner.embed(tokens[rows])))
 
     @staticmethod
@@ -389,7 +388,8 @@ class SequentialCalibrator:
             return None
         before = self._locked
         if before is self._teacher:
-            self._locked = storage(*before.flatten(0, 1).shape, torch.float32, self._scratch).view_as(before)
+            size = self._tokens.numel(), mlp.hidden_size
+            self._locked = storage(*size, torch.float32, self._scratch).view_as(before)
         drift = 0.0
 
         def advance(rows: slice) -> None:
@@ -412,10 +412,11 @@ class SequentialCalibrator:
         """Both streams through the layers before mlp's, which keep their MLPs."""
         while self._layer < self.runner.layer_of[mlp.module]:
             for stream in {id(s): s for s in (self._teacher, self._locked)}.values():
-                self._each(
-                    lambda rows, to=stream: to[rows].copy_(self.runner.run(self._layer, self._of(to, rows)))
-                )
+                self._each(partial(self._through, stream))
             self._layer += 1
+
+    def _through(self, stream: Tensor, rows: slice) -> None:
+        stream[rows].copy_(self.runner.run(self._layer, self._of(stream, rows)))
 
     def _of(self, stream: Tensor, rows: slice) -> Tensor:
         return stream[rows].to(self._device, self.runner.dtype)
