@@ -373,7 +373,8 @@ def _parser() -> argparse.ArgumentParser:
             if option != "end_to_end":
                 kinds = get_type_hints(ConversionConfig)[option]
                 kind = next(kind for kind in (int, float, str) if kind in (kinds, *get_args(kinds)))
-                study.add_argument(flag(option), type=kind, help=help_of(ConversionConfig, option))
+                words = help_of(ConversionConfig, option).replace("%", "%%")  # argparse fills in its own
+                study.add_argument(flag(option), type=kind, help=words)
         study.add_argument(
             "--out", type=Path, help="folder of the files, instead of one a device under results"
         )

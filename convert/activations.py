@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..common.errors import DLRError
 from ..common.hooks import StopForward, submodule, watch_pass
+from ..common.micro_batch import MicroBatch
 from ..common.progress import Count, no_count
 from ..common.weights import checked_store, drop_pages, storage
 from ..runtime import DLRExperts, DLRNet
@@ -91,8 +92,7 @@ class Activations:
         if not self.mapped:
             return self.x.index_select(0, index), self.y.index_select(0, index)
         ascending, order = index.sort()
-        back = order.argsort()
-        x, y = (part.index_select(0, ascending).index_select(0, back) for part in (self.x, self.y))
+        x, y = (part.index_select(0, ascending).index_select(0, order.argsort()) for part in (self.x, self.y))
         self.forget()
         return x, y
 
@@ -149,6 +149,7 @@ def capture(
     scratch: Path,
     dtype: torch.dtype = torch.bfloat16,
     progress: Count = no_count,
+    micro: MicroBatch | None = None,
 ) -> Iterator[tuple[MLP, Activations]]:
     """What goes into each MLP and what comes out of it, on a text.
 
@@ -164,31 +165,31 @@ def capture(
             the process, whatever ends it.
         dtype: Of the activations.
         progress: Called with (sequences done, S), from 0 to S in every pass.
+        micro: How many sequences the device takes at once; None to learn it here.
 
     Yields:
         Each MLP, in the order given, with its activations.
 
     Raises:
         DLRError: Where an MLP is not called exactly once in a pass, does not see every token, or has NaN or infinity
-            in its activations, and where `scratch` cannot hold what does not fit into memory.
+            in its activations, and where `scratch` cannot hold what exceeds the memory, or the device one sequence.
     """
     sequences, n = tokens.shape
     if not mlps or not sequences:
         return
+    micro = micro or MicroBatch("the reading of activations", "sequence")
     _check_calls(model, mlps, tokens[:1, : min(n, _TRIAL_TOKENS)])
-    first = torch.zeros(sequences, n, dtype=torch.bool)
-    first[:, 0] = True
+    first = (torch.arange(n) == 0).expand(sequences, n)
     for group in group_layers(mlps, tokens.numel(), max_memory, dtype):
         mapped = _bytes(group[0], tokens.numel(), dtype) > max_memory
+        place = scratch if mapped else None
         held: list[Activations] = []
         try:
             for mlp in group:
-                x, y = (
-                    storage(tokens.numel(), mlp.hidden_size, dtype, scratch if mapped else None) for _ in "xy"
-                )
-                held.append(Activations(x, y, first.flatten(), mapped, scratch if mapped else None))
-            _fill(model, group, held, tokens, progress)
-            del x, y
+                x, y = (storage(tokens.numel(), mlp.hidden_size, dtype, place) for _ in "xy")
+                held.append(Activations(x, y, first.flatten(), mapped, place))
+                del x, y  # or they outlive close()
+            _fill(model, group, held, tokens, progress, micro)
             for mlp, activations in zip(group, held, strict=True):
                 yield mlp, activations
                 activations.close()
@@ -207,24 +208,18 @@ def _fill(
     held: Sequence[Activations],
     tokens: Tensor,
     progress: Count,
+    micro: MicroBatch,
 ) -> None:
     sequences, n = tokens.shape
-    at_once = max(1, BATCH_TOKENS // n)
-    progress(0, sequences)
-    for begin in range(0, sequences, at_once):
-        batch = tokens[begin : begin + at_once]
-        rows = slice(begin * n, (begin + len(batch)) * n)
+
+    def run(some: slice) -> None:
+        rows = slice(some.start * n, some.stop * n)
         wanted = {(mlp.module, side) for mlp in group for side in ("input", "output")}
 
-        # The arguments that differ from turn to turn are bound now, not when the hook runs.
-        def keep(
-            index: int, side: str, value: Any, rows: slice = rows, wanted: set[tuple[str, str]] = wanted
-        ) -> None:
+        def keep(index: int, side: str, value: Any) -> None:
             mlp = group[index]
             if (mlp.module, side) not in wanted:
-                raise DLRError(
-                    f"{mlp.module} is called more than once in a pass: such a module cannot be replaced"
-                )
+                raise DLRError(f"{mlp.module} is called more than once in a pass: it cannot be replaced")
             part = held[index].x if side == "input" else held[index].y
             if side == "input":
                 value, routing = value
@@ -234,19 +229,20 @@ def _fill(
             if not wanted:
                 raise StopForward
 
-        _forward(model, group, batch, keep)
+        _forward(model, group, tokens[some], keep)
         if wanted:
             raise DLRError(f"{min(wanted)[0]} is not called in every pass: leave it out of --layers")
         for activations in held:
             activations.forget()
-        progress(min(begin + at_once, sequences), sequences)
+        progress(some.stop, sequences)
+
+    progress(0, sequences)
+    micro.each(run, sequences, max(1, BATCH_TOKENS // n))
 
 
 def _check_calls(model: PreTrainedModel, mlps: Sequence[MLP], tokens: Tensor) -> None:
-    """Run a few tokens through the whole body and count how often each MLP is called, before the work starts.
-
-    (Later passes stop behind the last MLP of their group and would miss a second call, as in ALBERT.)
-    """
+    """Run a few tokens through the whole body and count how often each MLP is called, before the work starts: later
+    passes stop behind the last MLP of their group and would miss a second call, as in ALBERT."""
     calls = {(index, side): 0 for index in range(len(mlps)) for side in ("input", "output")}
 
     def count(index: int, side: str, value: Any) -> None:
@@ -303,6 +299,7 @@ class SequentialCalibrator:
         scratch: The folder of these files.
         progress: Called with (sequences done, S) in every pass through a layer.
         share: What `tokens` are of the text of all processes.
+        micro: How many sequences the device takes at once; None to learn it here.
 
     Raises:
         Unrepeatable: Where the model's layers cannot be run one at a time.
@@ -318,8 +315,10 @@ class SequentialCalibrator:
         scratch: Path,
         progress: Count = no_count,
         share: Rows = WHOLE,
+        micro: MicroBatch | None = None,
     ) -> None:
         self._share = share
+        self._micro = micro or MicroBatch("the reading of activations", "sequence")
         self.runner = LayerRunner(model, mlps, tokens)
         self._tokens = tokens
         self._device = model.device
@@ -334,10 +333,8 @@ class SequentialCalibrator:
         self._placed: dict[str, DLRNet | DLRExperts] = {}  # chains of the layer that both streams are before
         # Modules whose targets are the original's outputs, for no Sum was found.
         self.uncorrected: set[str] = set()
-        self._first = torch.zeros(tokens.shape, dtype=torch.bool)
-        self._first[:, 0] = True
-        for rows in self._batches():
-            self._teacher[rows].copy_(self.runner.embed(tokens[rows]))
+        self._first = (torch.arange(tokens.shape[1]) == 0).expand(tokens.shape)
+        self._each(lambda rows: self._teacher[rows].copy_(self.runner.embed(tokens[rows])))
 
     @staticmethod
     def rounds(mlps: Sequence[MLP], todo: Sequence[MLP]) -> int:
@@ -362,7 +359,8 @@ class SequentialCalibrator:
         where = self._share.ranks.agreed(lambda: self.runner.find_sum(mlp, one))
         if where is None:
             self.uncorrected.add(mlp.module)
-        for rows in self._batches():
+
+        def look(rows: slice) -> None:
             ours = theirs = self.runner.look(mlp, self._of(self._teacher, rows), where)
             if self._locked is not self._teacher or self._placed:
                 ours = self.runner.look(mlp, self._of(self._locked, rows), where, self._placed)
@@ -371,6 +369,8 @@ class SequentialCalibrator:
             pairs.route(at, ours.routing)
             checked_store(y[at], _wanted(theirs, ours, where), f"the output of {mlp.output}")
             self._forget(x, y)
+
+        self._each(look)
         return pairs
 
     def put(self, mlp: MLP, net: DLRNet | DLRExperts) -> float | None:
@@ -391,12 +391,18 @@ class SequentialCalibrator:
             size = self._tokens.numel(), mlp.hidden_size
             self._locked = storage(*size, torch.float32, self._scratch).view_as(before)
         drift = 0.0
-        for rows in self._batches():
+
+        def advance(rows: slice) -> None:
+            nonlocal drift
             out = self.runner.look(mlp, self._of(before, rows), instead=self._placed).out
             truth = self.runner.run(self._layer, self._of(self._teacher, rows))
-            drift += relative_error(out.float().flatten(0, 1), truth.float().flatten(0, 1)).sum().item()
+            error = relative_error(out.float().flatten(0, 1), truth.float().flatten(0, 1)).sum().item()
+            out, truth = out.cpu(), truth.cpu()  # the device has done all: both streams change, or none
+            drift += error
             self._locked[rows].copy_(out)
             self._teacher[rows].copy_(truth)
+
+        self._each(advance)
         self._layer += 1
         self._placed = {}
         drift, count = self._share.ranks.total(drift, self._tokens.numel())
@@ -406,22 +412,26 @@ class SequentialCalibrator:
         """Both streams through the layers before mlp's, which keep their MLPs."""
         while self._layer < self.runner.layer_of[mlp.module]:
             for stream in {id(s): s for s in (self._teacher, self._locked)}.values():
-                for rows in self._batches():
-                    stream[rows].copy_(self.runner.run(self._layer, self._of(stream, rows)))
+                self._each(partial(self._through, stream))
             self._layer += 1
+
+    def _through(self, stream: Tensor, rows: slice) -> None:
+        stream[rows].copy_(self.runner.run(self._layer, self._of(stream, rows)))
 
     def _of(self, stream: Tensor, rows: slice) -> Tensor:
         return stream[rows].to(self._device, self.runner.dtype)
 
-    def _batches(self) -> Iterator[slice]:
+    def _each(self, work: Callable[[slice], object]) -> None:
+        """Does `work` on every sequence, a batch of them at a time."""
         sequences, n = self._tokens.shape
-        size = max(1, BATCH_TOKENS // n)
-        self._progress(0, sequences)
-        for at in range(0, sequences, size):
-            rows = slice(at, min(at + size, sequences))
-            yield rows
+
+        def batch(rows: slice) -> None:
+            work(rows)
             self._forget(self._teacher, self._locked)
             self._progress(rows.stop, sequences)
+
+        self._progress(0, sequences)
+        self._micro.each(batch, sequences, max(1, BATCH_TOKENS // n))
 
     def _forget(self, *stores: Tensor) -> None:
         """What lies in files is not kept in memory, too."""

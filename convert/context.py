@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..common.micro_batch import MicroBatch
 from ..common.progress import Count, Progress
 from ..common.resume import ResumeStore
 from ..common.scalars import Scalars, no_scalars
@@ -48,6 +49,7 @@ class Context:
         amounts: What the work was reckoned to be; None where that was not asked.
         scalars: Takes figures for a log.
         ranks: The processes that do this together.
+        micro_batches: What the device takes at once, by the kind of work.
     """
 
     source: Source
@@ -62,6 +64,7 @@ class Context:
     amounts: Amounts | None = None
     scalars: Scalars = no_scalars
     ranks: Ranks = ALONE
+    micro_batches: dict[str, MicroBatch] = field(default_factory=dict)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -91,6 +94,15 @@ class Context:
     def count(self, what: str) -> Count:
         """The progress of one thing."""
         return partial(self.progress, what)
+
+    def micro_batch(self, what: str, unit: str) -> MicroBatch:
+        """How much of one kind of work the device takes at once, for all of it in this run; see `MicroBatch`."""
+        return self.micro_batches.setdefault(what, MicroBatch(what, unit))
+
+    @property
+    def device_notes(self) -> list[str]:
+        """What the device's memory did not hold at once, a sentence each."""
+        return [micro.note for micro in self.micro_batches.values() if micro.note]
 
     def log_of(self, mlp: MLP) -> Callable[[int, Mapping[str, float | None]], None]:
         """Takes figures by name of one module at a step; those that are None were not measured. A figure is a group of
@@ -130,7 +142,8 @@ class Context:
     def fidelity(self, net: DLRNet, pairs: Activations) -> Fidelity:
         """What a chain makes of the held-out rows of its module's activations."""
         held = pairs.share.held(self.train_rows, len(pairs))
-        return measure(net, *pairs.rows(held), self.device, pairs.first[held], pairs.share.ranks)
+        micro = self.micro_batch("the measuring of modules", "token")
+        return measure(net, *pairs.rows(held), self.device, pairs.first[held], pairs.share.ranks, micro)
 
     def calibrator(self) -> SequentialCalibrator:
         """Both models' hidden states in front of the first layer, of this process's share of the text.
@@ -155,4 +168,5 @@ class Context:
             "max_memory": int(self.config.max_memory or 0) // self.ranks.local_size,
             "scratch": self.scratch,
             "progress": self.count("activations"),
+            "micro": self.micro_batch("the reading of activations", "sequence"),
         }

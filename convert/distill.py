@@ -19,13 +19,14 @@ from torch import Tensor
 
 from ..common.dtypes import product_dtype
 from ..common.errors import DLRError
+from ..common.micro_batch import MicroBatch
 from ..common.progress import Count, no_count
 from ..common.splits import random_rows
 from ..runtime import DLRNet, DLRSpec
 from ..triton_kernels import ChainWeights, chain_reference
 from .activations import Activations
 from .config import Recipe
-from .evaluate import relative_error
+from .evaluate import size_of
 from .mlp_matching import TeacherWeights
 from .muon import Muon
 
@@ -59,6 +60,7 @@ def distill(
     watch: Callable[[int, Weights], None] | None = None,
     log: Log = lambda trained, figures: None,
     note: Callable[[str], object] = lambda sentence: None,
+    micro: MicroBatch | None = None,
 ) -> Weights:
     """Fits a chain to y = mlp(x) and returns DLRNet's tensors in float32 on the CPU.
 
@@ -79,12 +81,14 @@ def distill(
         log: Called as often with (training tokens done, figures by name): the mean weighted error of the batches since
             the last time, the rate of A and tokens a second.
         note: Called with a sentence each time that the fit diverges and goes on.
+        micro: How many tokens of a batch the device takes at once; None to learn it for this fit alone.
 
     Returns:
         DLRNet's tensors by name.
 
     Raises:
-        DLRError: Where the fit diverges even so, and where the MLP's input or output is zero.
+        DLRError: Where the fit diverges even so, where the MLP's input or output is zero, and where the device's memory
+            does not hold one token of a batch.
     """
     share, ranks = activations.share, activations.share.ranks
     sample = share.sample(activations.rows, random_rows(tokens, _ROWS, recipe.seed))
@@ -126,7 +130,8 @@ def distill(
     first = share.first(activations.first, tokens)
     guard = _Guard(recipe, optimizer, weights, name, note)
     trained, seen, began = 0, 0, time.monotonic()
-    with Gradients(spec, scale.to(device), bias.to(device)) as gradients:
+    micro = micro or MicroBatch(f"the distillation of {name}", "token")
+    with Gradients(spec, scale.to(device), bias.to(device), micro) as gradients:
         for rows in recipe.batches(tokens, first, generator):
             x, y = (t.to(device, torch.float32) for t in activations.rows(share.mine(rows)))
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -239,23 +244,22 @@ class _Guard:
         self._good = {key: w.detach().clone() for key, w in self._weights.items()}
 
 
-def weighted_error(y: Tensor, wanted: Tensor) -> Tensor:
-    """What a fit makes small: the relative error of every token, times the root of how large its output is.
+def token_weights(wanted: Tensor) -> Tensor:
+    """What each token's squared error weighs in a fit: that of the relative error, times the root of its size.
 
-    A token's size counts from twice the typical one, so that this is the relative error of nearly all tokens. Of one
-    757 times as large, as layer 11 of SmolLM2 writes at first tokens, the gradient of the relative error alone is 757
-    times smaller than an ordinary token's, and the fit never learns it: after 51,200 training tokens its first tokens
-    have a relative error of 0.98, with this weight of 0.0005, at 0.258 over all tokens instead of 0.253.
+    The size counts from twice the typical one, so that nearly all tokens have the weight of the relative error. Of one
+    757 times as large, as layer 11 of SmolLM2 writes at first tokens, the gradient of the relative error is 757 times
+    smaller than an ordinary token's, and the fit never learns it: after 51,200 training tokens its first tokens have a
+    relative error of 0.98, with this weight of 0.0005, at 0.258 over all tokens instead of 0.253.
 
     Args:
-        y: [T, d] float32, in units of the typical size of `wanted`.
-        wanted: [T, d] float32, likewise.
+        wanted: [T, d] float32, in units of its typical size: all tokens of a batch, see `size_of`.
 
     Returns:
         [T] float32.
     """
     size = wanted.square().mean(1).sqrt()
-    return relative_error(y, wanted) * size.div(_LARGE).clamp(min=1).sqrt()
+    return size.div(_LARGE).clamp(min=1).sqrt() / size_of(wanted)
 
 
 class Gradients:
@@ -266,8 +270,8 @@ class Gradients:
     (90 ms a step of 1x36x64 on two cores, 60 ms in this form).
     """
 
-    def __init__(self, spec: DLRSpec, scale: Tensor, bias: Tensor) -> None:
-        self._spec, self._scale, self._bias = spec, scale, bias
+    def __init__(self, spec: DLRSpec, scale: Tensor, bias: Tensor, micro: MicroBatch) -> None:
+        self._spec, self._scale, self._bias, self._micro = spec, scale, bias, micro
         self._products = product_dtype(scale.device, spec.hidden_size)
         self._parts = torch.get_num_threads() if scale.device.type == "cpu" else 1
         self._pool = ThreadPoolExecutor(self._parts, initializer=lambda: torch.set_num_threads(1))
@@ -281,24 +285,32 @@ class Gradients:
     def fill(self, weights: Weights, x: Tensor, y: Tensor, tokens: int) -> Tensor:
         """Sets `.grad` of every weight, for x, y [T, d] at unit scale, and returns the loss, a scalar tensor: their
         sums over these tokens, divided by `tokens`, the batch's."""
-        jobs = [
-            (weights, xp, yp, tokens)
-            for xp, yp in zip(x.chunk(self._parts), y.chunk(self._parts), strict=True)
-        ]
-        run = map if self._parts == 1 else self._pool.map
-        losses, parts = zip(*run(self._of_part, jobs), strict=True)
-        for key, weight in weights.items():
-            weight.grad = sum((part[key] for part in parts[1:]), start=parts[0][key])
-        return torch.stack(losses).sum()
+        weight_of_each = token_weights(y)
 
-    def _of_part(self, job: tuple[Weights, Tensor, Tensor, int]) -> tuple[Tensor, Weights]:
-        weights, x, y, tokens = job
+        def of_all(at_once: int) -> Tensor:
+            for weight in weights.values():
+                weight.grad = None
+            jobs = [
+                (weights, *part, tokens)
+                for part in zip(*(t.split(at_once) for t in (x, y, weight_of_each)), strict=True)
+            ]
+            losses = []
+            for loss, gradients in (map if self._parts == 1 else self._pool.map)(self._of_part, jobs):
+                losses.append(loss)
+                for key, weight in weights.items():
+                    weight.grad = gradients[key] if weight.grad is None else weight.grad.add_(gradients[key])
+            return torch.stack(losses).sum()
+
+        return self._micro.fit(of_all, max(1, math.ceil(len(x) / self._parts)))
+
+    def _of_part(self, job: tuple[Weights, Tensor, Tensor, Tensor, int]) -> tuple[Tensor, Weights]:
+        weights, x, y, weight, tokens = job
         leaves = {key: w.detach().requires_grad_() for key, w in weights.items()}
         chain = ChainWeights(
             leaves["dlr_A"], leaves["dlr_B"], self._scale, self._bias, leaves.get("dlr_G"), self._spec.act
         )
         y_hat = chain_reference(x, chain.in_products(self._products))
-        loss = weighted_error(y_hat, y).sum() / tokens
+        loss = ((y_hat - y).square().sum(1) * weight).sum() / tokens
         loss.backward()
         return loss.detach(), {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
 

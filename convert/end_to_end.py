@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from ..common.dtypes import product_dtype
 from ..common.errors import DLRError
 from ..common.hooks import removed, run_body, text_inputs
+from ..common.micro_batch import MicroBatch
 from ..common.progress import Count, no_count
 from ..reporting.lock_verdict import LOCKED_GAP
 from ..runtime import DLRExperts, DLRNet
@@ -29,6 +31,7 @@ from ..triton_kernels import backend, chain_reference, flattened_reference
 from .context import Context
 from .distill import MUON_ROWS, Log
 from .evaluate import (
+    BATCH,
     CHUNK,
     LOGIT_BYTES,
     Evaluation,
@@ -116,6 +119,7 @@ def train_end_to_end(
     watch: Callable[[int, float], None] | None = None,
     log: Log = lambda trained, figures: None,
     ranks: Ranks = ALONE,
+    micro: MicroBatch | None = None,
 ) -> dict[str, DLRNet | DLRExperts]:
     """Trains all chains at once, in their places in the model; those of experts are in their places, too, and stay.
 
@@ -129,12 +133,13 @@ def train_end_to_end(
         watch: Called after every batch with (training tokens done, its loss).
         log: Called as often with (training tokens done, figures by name): the loss, the rate and tokens a second.
         ranks: The processes that do this together, each with its part of every step's sequences.
+        micro: How many sequences the device takes at once; None to learn it here.
 
     Returns:
         New chains, in the dtype of the old, on the CPU.
 
     Raises:
-        DLRError: Where the loss is not finite.
+        DLRError: Where the loss is not finite, and where the device's memory does not hold one sequence.
     """
     places = {
         name: TrainableChain(net, model.device) if isinstance(net, DLRNet) else net
@@ -156,32 +161,39 @@ def train_end_to_end(
     parts = max(1, round(batch / (n * at_once)))
     order = torch.empty(0, dtype=torch.int64)
     steps = max(1, math.ceil(plan.train_tokens / (n * at_once * parts)))
+    micro = micro or MicroBatch("the end-to-end phase", "sequence")
     began = time.monotonic()
+
+    def fill(mine: Tensor, together: int) -> float:
+        """The gradients and the loss of this process's sequences of a step, so many at a time."""
+        optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for part in mine.split(together) if len(mine) else ():
+            with backend("naive"):  # gradients go through experts' chains, too
+                loss = distance(student, model, tokens[part].to(model.device))
+                loss = loss / (parts * at_once / len(part))  # the mean over all processes' sequences
+                loss.backward()
+            total += loss.item()
+        return total
+
     for step in range(steps):
         done = (step + 0.5) / steps
         share = min(1.0, (step + 1) / max(1, steps // 10), 2 * (1 - done))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * share
-        total, drawn = 0.0, []
+        drawn = []
         for _ in range(parts):
             if len(order) < at_once:
                 order = torch.randperm(sequences, generator=generator)
             drawn.append(order[:at_once])
             order = order[at_once:]
         mine = torch.cat(drawn)[ranks.rank :: ranks.size]
-        for part in mine.split(at_once) if len(mine) else ():
-            with backend("naive"):  # gradients go through experts' chains, too
-                loss = distance(student, model, tokens[part].to(model.device))
-                loss = loss / (parts * at_once / len(part))  # the mean over all processes' sequences
-                loss.backward()
-            total += loss.item()
-        (total,) = ranks.total(total)
+        (total,) = ranks.total(micro.fit(partial(fill, mine), at_once))
         for group in optimizer.param_groups:  # one at a time: all gradients twice would be much memory
             ranks.add([_gradient(weight) for weight in group["params"]])
         if not math.isfinite(total):
             raise DLRError("the end-to-end phase diverged: try a lower rate")
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         trained = (step + 1) * parts * at_once * n
         progress(min(trained, plan.train_tokens), plan.train_tokens)
         if watch is not None:
@@ -267,13 +279,16 @@ def with_chains(model: PreTrainedModel, chains: Mapping[str, Any], identity: lis
 
 
 @torch.no_grad()
-def flatten_gaps(model: PreTrainedModel, chains: Mapping[str, DLRNet], tokens: Tensor) -> dict[str, float]:
+def flatten_gaps(
+    model: PreTrainedModel, chains: Mapping[str, DLRNet], tokens: Tensor, batch: int = BATCH
+) -> dict[str, float]:
     """The flatten gap of each chain in a locked model, over |chain|^2, on the model's own activations.
 
     Args:
         model: The locked model.
         chains: Its chains by module name.
         tokens: [S, n] int64.
+        batch: Sequences in a pass.
 
     Returns:
         Module name to the mean over tokens of |flattened - chain|^2 / |chain|^2.
@@ -289,7 +304,7 @@ def flatten_gaps(model: PreTrainedModel, chains: Mapping[str, DLRNet], tokens: T
         return keep
 
     with removed([model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in chains]):
-        for ids in tokens.split(8):
+        for ids in tokens.split(batch):
             run_body(model, ids)
     return {name: torch.cat(parts).mean().item() for name, parts in seen.items()}
 
@@ -325,8 +340,10 @@ def run_end_to_end(context: Context, modules: Modules) -> EndToEndReport | None:
     def figures(what: str) -> tuple[Evaluation | StateEvaluation, dict[str, float]]:
         def look() -> tuple[Evaluation | StateEvaluation, dict[str, float]]:
             locked = with_chains(model, modules.chains, context.identity)
-            evaluation = compare(locked, model, text.heldout, context.count(f"measuring {what}"))
-            return evaluation, flatten_gaps(locked, _dense(modules.chains), text.heldout)
+            micro = context.micro_batch("the measuring of the model", "sequence")
+            evaluation = compare(locked, model, text.heldout, context.count(f"measuring {what}"), micro=micro)
+            gaps = partial(flatten_gaps, locked, _dense(modules.chains), text.heldout)
+            return evaluation, micro.fit(gaps, BATCH)
 
         return context.ranks.agreed(look)
 
@@ -342,6 +359,7 @@ def run_end_to_end(context: Context, modules: Modules) -> EndToEndReport | None:
             progress=context.count("end-to-end phase"),
             log=context.log_end_to_end,
             ranks=context.ranks,
+            micro=context.micro_batch("the end-to-end phase", "sequence"),
         )
         after = figures("the end-to-end phase")
     except DLRError as error:

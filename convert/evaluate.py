@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..common.errors import DLRError
 from ..common.hooks import frozen, is_paired, run_body, text_inputs
+from ..common.micro_batch import MicroBatch
 from ..common.progress import Count, no_count
 from ..reporting.lock_verdict import UNDONE_RATIO, attack_words, error_ratio
 from ..runtime import DLRNet
@@ -105,6 +106,7 @@ def measure(
     device: torch.device,
     first: Tensor | None = None,
     ranks: Ranks = ALONE,
+    micro: MicroBatch | None = None,
 ) -> Fidelity:
     """Compares a chain, with its weights as stored but in float32, with its MLP on held-out tokens.
 
@@ -115,18 +117,28 @@ def measure(
         device: Where the chain is run.
         first: [N] bool, which tokens are the first of their sequences; None where that is not asked.
         ranks: Who else has such tokens; the figures are of all of them.
+        micro: How many tokens the device takes at once; None to learn it here.
     """
     weights = net.chain.to(device, torch.float32)
     errors = [torch.zeros(0)]
     gap = update = size = 0.0
-    for start in range(0, len(x), _ROWS):
-        xb, yb = (t[start : start + _ROWS].to(device, torch.float32) for t in (x, y))
+
+    def some(rows: slice) -> None:
+        nonlocal gap, update, size
+        xb, yb = (t[rows].to(device, torch.float32) for t in (x, y))
         chain = chain_reference(xb, weights)
         flat = flattened_reference(xb, weights)
-        errors.append(relative_error(chain, yb).cpu())
-        gap += ((flat - chain).square().sum(1) / size_of(yb)).sum().item()
-        update += lane_updates(xb, weights).square().mean(0).sum().item()
-        size += xb.square().sum().item()
+        error = relative_error(chain, yb).cpu()
+        sums = (
+            (flat - chain).square().sum(1) / size_of(yb),
+            lane_updates(xb, weights).square().mean(0),
+            xb.square(),
+        )
+        a, b, c = (part.sum().item() for part in sums)  # all of them before any is added
+        gap, update, size = gap + a, update + b, size + c
+        errors.append(error)
+
+    (micro or MicroBatch("the measuring of chains", "token")).each(some, len(x), _ROWS)
     error = torch.cat(errors).double()
     firsts = error[first] if first is not None else error[:0]
     total, gap, update, size, tokens, of_first, starts = ranks.total(
@@ -165,6 +177,7 @@ def size_of(wanted: Tensor) -> Tensor:
     return size.clamp(min=1e-6 * size.mean().clamp(min=1e-30))
 
 
+BATCH = 8  # sequences in a pass
 # Float32 logits of one forward pass stay below this where one sequence allows it (SmolLM2: 100 MB each).
 LOGIT_BYTES = 256 * 2**20
 # Elements (positions x vocabulary) whose softmax is taken at once: 64 MiB in float32.
@@ -247,7 +260,7 @@ def evaluate(
     tokens: Tensor,
     *,
     original: PreTrainedModel | None = None,
-    batch: int = 8,
+    batch: int = BATCH,
     progress: Count = no_count,
     passes: tuple[Passes, Passes] | None = None,
 ) -> Evaluation:
@@ -348,11 +361,17 @@ def compare(
     tokens: Tensor,
     progress: Count = no_count,
     passes: tuple[Passes, Passes] | None = None,
+    micro: MicroBatch | None = None,
 ) -> Evaluation | StateEvaluation:
-    """`evaluate` where the model predicts the next token, `evaluate_states` where it does not."""
-    if not predicts_next(original):
-        return evaluate_states(model, tokens, original, progress=progress)
-    return evaluate(model, tokens, original=original, progress=progress, passes=passes)
+    """`evaluate` where the model predicts the next token, `evaluate_states` where it does not; with smaller batches
+    where the device's memory does not hold these."""
+
+    def figures(batch: int) -> Evaluation | StateEvaluation:
+        if not predicts_next(original):
+            return evaluate_states(model, tokens, original, batch=batch, progress=progress)
+        return evaluate(model, tokens, original=original, batch=batch, progress=progress, passes=passes)
+
+    return (micro or MicroBatch("the measuring of the model", "sequence")).fit(figures, BATCH)
 
 
 def evaluate_states(
@@ -360,7 +379,7 @@ def evaluate_states(
     tokens: Tensor,
     original: PreTrainedModel,
     *,
-    batch: int = 8,
+    batch: int = BATCH,
     progress: Count = no_count,
 ) -> StateEvaluation:
     """Last hidden states of two models on a text, compared.

@@ -110,6 +110,8 @@ def _converted(context: Context, mlps: int, work: Path, out: str) -> ConversionR
     """Writes the checkpoint into `work`, which will be `out`. mlps: how many the original has."""
     modules = distill_modules(context)
     end_to_end = run_end_to_end(context, modules)
+    for notes in context.ranks.gathered(context.device_notes)[1:]:  # the first process's are to come
+        context.notes += [note for note in notes if note not in context.notes]
     return context.ranks.agreed(lambda: _written(context, modules, end_to_end, mlps, work, out))
 
 
@@ -139,7 +141,9 @@ def _written(
         seconds=context.resume.seconds,
         across=modules.across,
         end_to_end=end_to_end,
-        warnings=[note for note in (*context.notes, poor_text(context.text.train)) if note],
+        warnings=[
+            note for note in (*context.notes, *context.device_notes, poor_text(context.text.train)) if note
+        ],
         licence=licence(original.path),
         program={"dlr-lock": __version__} | {name: version(name) for name in ("torch", "transformers")},
     )
@@ -352,6 +356,7 @@ def fit_chain(
         watch=watch,
         log=context.log_of(mlp),
         note=note,
+        micro=context.micro_batch("the distillation of modules", "token"),
     )
     net = DLRNet(spec, dtype=context.stored)
     net.assign(tensors)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import DLRError
+from ..common.micro_batch import MicroBatch
 from ..common.progress import Count, no_count
 from ..common.splits import random_rows
 from ..runtime import DLRNet, DLRSpec
@@ -58,6 +59,7 @@ def attack_module(
         device=context.device,
         seed=context.config.seed + report.layer,
         progress=progress,
+        micro=context.micro_batch("the attack on modules", "token"),
     )
 
 
@@ -78,6 +80,7 @@ def redistill(
     inits: Sequence[str] = INITS,
     seed: int = 0,
     progress: Count = no_count,
+    micro: MicroBatch | None = None,
 ) -> Redistillation:
     """Distils a chain back, from each initialisation, and measures the best student.
 
@@ -89,14 +92,15 @@ def redistill(
         tokens: How many of the rows of all, from the first, are the attacker's text.
         train_tokens: The attacker's training tokens for each student.
         conversion: Those that the chain cost.
-        name, device, seed, progress: As for `fit_student`.
+        name, device, seed, progress, micro: As for `fit_student`.
         inits: The initialisations.
 
     Raises:
         DLRError: As `fit_student` does, where no student comes about.
     """
     outputs = activations.like_y()
-    _run(net, activations.x, device, outputs)
+    micro = micro or MicroBatch(f"the attack on {name}", "token")
+    _run(net, activations.x, device, outputs, micro)
     given = activations
     own = Activations(given.x, outputs, given.first, given.mapped, given.scratch)
     own.share = given.share
@@ -116,19 +120,20 @@ def redistill(
                 name=name,
                 device=device,
                 progress=partial(_in_turn, progress, number, len(inits)),
+                micro=micro,
             )
         except DLRError:
             if number + 1 == len(inits) and best is None:
                 raise
             continue
-        found = measure(student, *own.rows(held), device, ranks=ranks).rel_error
+        found = measure(student, *own.rows(held), device, ranks=ranks, micro=micro).rel_error
         if best is None or found < best[0]:
             best = found, init, student
         del student
     assert best is not None
     student_error, init, student = best
     error, chain_error = (
-        measure(one, *given.rows(held), device, ranks=ranks).rel_error for one in (student, net)
+        measure(one, *given.rows(held), device, ranks=ranks, micro=micro).rel_error for one in (student, net)
     )
     return Redistillation(train_tokens, conversion, error, chain_error, student_error, init)
 
@@ -150,6 +155,7 @@ def fit_student(
     device: torch.device,
     progress: Count = no_count,
     note: Callable[[str], object] = lambda sentence: None,
+    micro: MicroBatch | None = None,
 ) -> DLRNet:
     """A student of a chain's size, distilled from it: float32, on the CPU. The chain is left as it is.
 
@@ -162,7 +168,7 @@ def fit_student(
         seed: Of the draws.
         name: The module's, for errors.
         device: Where it is fitted.
-        progress, note: As for `distill`.
+        progress, note, micro: As for `distill`.
 
     Raises:
         DLRError: On another initialisation, and as `distill` does.
@@ -177,7 +183,13 @@ def fit_student(
             half = half_of(net.spec)
             rows = random_rows(tokens, FIT_TOKENS, seed)
             x, _ = activations.share.sample(activations.rows, rows)
-            start = merged(net, half, linear_reads(net, x.to(device, torch.float32), half))
+            try:
+                reads = linear_reads(net, x.to(device, torch.float32), half)
+            except (
+                torch.OutOfMemoryError
+            ):  # it takes all its tokens at once; one regression the CPU does, too
+                reads = None
+            start = merged(net, half, reads or linear_reads(net, x.float().cpu(), half))
         else:
             start = flattened(net)
         spec, given = start.spec, start.state_dict()
@@ -193,6 +205,7 @@ def fit_student(
         init=given,
         progress=progress,
         note=note,
+        micro=micro,
     )
     student = DLRNet(spec, dtype=torch.float32)
     student.assign(tensors)
@@ -303,9 +316,11 @@ def _linear_map(z: Tensor, u: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _run(net: DLRNet, x: Tensor, device: torch.device, y: Tensor) -> None:
+def _run(net: DLRNet, x: Tensor, device: torch.device, y: Tensor, micro: MicroBatch) -> None:
     """y [N, d] becomes what the chain gives for x [N, d]."""
     chain = net.chain.to(device, torch.float32)
-    for at in range(0, len(x), _ROWS):
-        rows = slice(at, at + _ROWS)
+
+    def some(rows: slice) -> None:
         y[rows] = chain_reference(x[rows].to(device, torch.float32), chain)
+
+    micro.each(some, len(x), _ROWS)

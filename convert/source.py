@@ -1,4 +1,4 @@
-"""Source models: a transformers directory, a name on the Hugging Face hub, or a GGUF file.
+"""Source models: a transformers directory, a name on the Hugging Face hub, an adapter, or a GGUF file.
 
 Whatever it was, it ends as a plain directory (config.json and safetensors) that is checked before it is
 loaded: transformers would fill missing weights with random numbers and go on.
@@ -6,14 +6,11 @@ loaded: transformers would fill missing weights with random numbers and go on.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import redirect_stderr
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +18,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..common.cache import cache_folder
-from ..common.dtypes import dtype_name
 from ..common.errors import DLRError, first_line
 from ..common.files import check_readable, hash_files, permission_is_an_error, read_json
 from ..common.hub import PICKLES, model_folder
@@ -30,7 +25,10 @@ from ..common.quiet import quiet
 from ..common.side_files import listed
 from ..common.weights import OnDemand
 from ..reporting.words import bytes_words
-from .sources.quantised import dequantised, refused, unpacked
+from .sources.adapters import base_of, is_adapter, merged
+from .sources.checks import check_finite, check_missing
+from .sources.gguf import from_gguf
+from .sources.quantised import dequantised, refused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,7 +54,7 @@ class Source:
         tokenizer: None where there is none.
         name: As the caller gave it.
         fingerprint: SHA-256 in hexadecimal of names and bytes of config.json and the weight files; of a GGUF file, of
-            its bytes.
+            its bytes; of an adapter, of its own fingerprint and its base's.
         path: The plain directory that it was loaded from.
         dtype: Of the weights in that directory.
         content: Like `fingerprint`, of that directory: what it was when the model was loaded.
@@ -95,7 +93,7 @@ def open_source(
     """Checks and loads a source model.
 
     Args:
-        source: A transformers directory, a hub id or a .gguf file.
+        source: A transformers directory, a hub id, an adapter's directory or id, or a .gguf file.
         dtype: Of the weights in memory; "auto" is the checkpoint's own.
         device: Where they lie.
         gguf_dir: The folder that gets the dequantised copy of a GGUF file, in a folder of its own, and is looked into
@@ -105,23 +103,7 @@ def open_source(
     Raises:
         DLRError: In one line, on everything that is wrong with the source.
     """
-    given = Path(source).expanduser()
-    if given.is_file():
-        if given.suffix.lower() != ".gguf":
-            raise DLRError(f"{source} is a file, but neither a model's directory nor a .gguf file")
-        fingerprint = hash_files([given])
-        folder = _from_gguf(given, fingerprint, dtype, gguf_dir)
-    else:
-        files = " or .gguf file"
-        check_config(model_folder(source, only=["config.json", "adapter_config.json"], files=files))
-        folder, fingerprint = model_folder(source, files=files), None
-    check_readable(folder, "config.json", "*.safetensors", "*.index.json")
-    check_config(folder)
-    words = folder  # the tokenizer's place
-    if quantization := read_json(folder / "config.json").get("quantization_config"):
-        fingerprint = _fingerprint(folder)
-        with quiet():
-            folder = dequantised(folder, quantization, dtype, _check_missing)
+    folder, words, fingerprint = _plain(source, dtype, gguf_dir)
     content = _fingerprint(folder)
     stored, weights = _dtype(folder), None
     with quiet():
@@ -133,10 +115,42 @@ def open_source(
             weights = _on_demand(model, folder, stored, dtype, torch.device(device), room)
         model = model.eval().requires_grad_(False)
         tokenizer = load_tokenizer(words)
-    _check_finite(model, folder, weights)
+    check_finite(model, folder, weights)
     return Source(
         model, tokenizer, str(source), fingerprint or content, folder, stored, content, unplaced, weights
     )
+
+
+def _plain(
+    source: str | Path, dtype: torch.dtype | str, gguf_dir: Path | None
+) -> tuple[Path, Path, str | None]:
+    """A source's directory of plain weights, its tokenizer's, and its fingerprint where that is not of the former."""
+    given, fingerprint, words = Path(source).expanduser(), None, None
+    if given.is_file():
+        if given.suffix.lower() != ".gguf":
+            raise DLRError(f"{source} is a file, but neither a model's directory nor a .gguf file")
+        fingerprint = hash_files([given])
+        folder = from_gguf(given, fingerprint, dtype, gguf_dir)
+    else:
+        files = " or .gguf file"
+        folder = model_folder(source, only=["config.json", "adapter_config.json"], files=files)
+        if not (folder / "adapter_config.json").is_file():
+            check_config(folder)
+        folder = model_folder(source, files=files)
+        if is_adapter(folder):
+            base, words, of_base = _plain(base_of(folder), "auto", gguf_dir)
+            folder, fingerprint = merged(
+                folder, base, of_base or _fingerprint(base), lambda: _load(base, "auto")[0]
+            )
+            words = folder if has_words(folder) else words
+    check_readable(folder, "config.json", "*.safetensors", "*.index.json")
+    check_config(folder)
+    words = words or folder
+    if quantization := read_json(folder / "config.json").get("quantization_config"):
+        fingerprint = _fingerprint(folder)
+        with quiet():
+            folder = dequantised(folder, quantization, dtype)
+    return folder, words, fingerprint
 
 
 def _bytes(folder: Path, dtype: torch.dtype | str) -> int:
@@ -177,52 +191,6 @@ def stored_parts(folder: Path) -> Iterator[tuple[str, Any]]:
                 yield name, tensors.get_slice(name)
 
 
-def _from_gguf(file: Path, fingerprint: str, dtype: torch.dtype | str, cache: Path | None) -> Path:
-    """Dequantise a GGUF file to `cache`/<name>-<fingerprint>-<dtype>, unless that is there already."""
-    if cache is None:
-        cache = cache_folder() / "gguf"
-    folder = cache / f"{file.stem}-{fingerprint[:16]}-{str(dtype).removeprefix('torch.')}"
-    if folder.is_dir():
-        return folder
-    try:
-        import accelerate  # noqa: F401
-        import gguf
-    except ImportError as error:
-        raise DLRError(
-            f"{file} needs packages that are not installed: pip install 'dlr-lock[gguf]'"
-        ) from error
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    # The GGUF reader's bar cannot be switched off; it writes to stderr.
-    with quiet(), redirect_stderr(StringIO()):
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                str(file.parent),
-                gguf_file=file.name,
-                quantization_config=GgufConfig(dequantize=True),
-                dtype=dtype,
-                output_loading_info=True,
-                local_files_only=True,
-            )
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(file.parent), gguf_file=file.name, local_files_only=True
-            )
-        except Exception as error:
-            # The reader meets a broken file with whatever its parsing trips over.
-            raise DLRError(f"{file} cannot be read as GGUF: {first_line(error)}") from error
-        _check_missing(info, file)
-        _check_finite(model, file)
-        if hash_files([file]) != fingerprint:
-            raise DLRError(f"{file} changed while it was read: run again when it is whole")
-        with unpacked(file, folder) as work:
-            model.save_pretrained(work)
-            tokenizer.save_pretrained(work)
-            if terms := gguf.GGUFReader(file).get_field("general.license"):
-                card = f"---\nlicense: {json.dumps(str(terms.contents()))}\n---\n"
-                (work / "README.md").write_text(card, encoding="utf-8")
-    return folder
-
-
 def _fingerprint(folder: Path) -> str:
     files = [folder / "config.json", *weight_files(folder)]
     return hash_files(sorted(files, key=lambda path: path.name), named=True)
@@ -236,11 +204,6 @@ def check_config(folder: Path) -> None:
         raise DLRError(f"{folder} is empty: give a directory with config.json and safetensors weights")
     file = folder / "config.json"
     if not file.is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise DLRError(
-                f"{folder} holds an adapter, not a model: merge it into its base model first, with the package peft: "
-                "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
-            )
         raise DLRError(f"{folder} has no config.json: give a directory that save_pretrained wrote")
     if (folder / "adapter_config.json").is_file():
         raise DLRError(
@@ -340,14 +303,14 @@ def _load(folder: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, froz
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # _check_missing refuses them, and names the tensor
+            ignore_mismatched_sizes=True,  # check_missing refuses them, and names the tensor
         )
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
         # Fields of the wrong type, sizes that differ: every architecture fails in its own way.
         raise DLRError(f"{folder} cannot be loaded: {first_line(error)}") from error
-    _check_missing(info, folder)
+    check_missing(info, folder)
     return model, _unplaced(model, set(info.get("unexpected_keys") or ()), folder)
 
 
@@ -364,16 +327,6 @@ def _unplaced(model: PreTrainedModel, unexpected: set[str], folder: Path) -> fro
         if forms & unexpected or (passed_over and not modules & {form.rpartition(".")[0] for form in forms}):
             found.add(name)
     return frozenset(found)
-
-
-def _check_missing(info: dict[str, Any], where: Path) -> None:
-    """transformers fills what a checkpoint lacks with random numbers; tied weights do not count as lacking."""
-    for what in ("missing_keys", "mismatched_keys"):
-        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(what) or ())
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            how = "lacks" if what == "missing_keys" else "has the wrong shape for"
-            raise DLRError(f"{where} {how} {names[0]}{more}: fetch the whole model")
 
 
 def unplaced_tensors(source: Source, locked: Iterable[str]) -> tuple[dict[str, Tensor], str | None]:
@@ -408,20 +361,6 @@ def _matrices_in(parameter: Tensor) -> Iterator[tuple[int, ...]]:
     if parameter.dim() == 3:
         _, a, b = parameter.shape
         yield from (tuple(sorted(shape)) for shape in ((a, b), (a // 2, b), (a, b // 2)))
-
-
-def _check_finite(model: PreTrainedModel, where: Path, weights: OnDemand | None = None) -> None:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    away = weights.numbers() if weights is not None else ((p, p) for p in model.parameters())
-    for parameter, numbers in away:
-        # The extremes are NaN where anything is; isfinite() of every number takes 34 times as long, and room.
-        if (
-            numbers.is_floating_point()
-            and numbers.numel()
-            and not torch.stack(numbers.aminmax()).isfinite().all()
-        ):
-            kind = dtype_name(parameter.dtype)
-            raise DLRError(f"{where}: {names[id(parameter)]} has NaN or infinity in its weights (as {kind})")
 
 
 def has_words(folder: Path) -> bool:

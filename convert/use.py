@@ -20,6 +20,7 @@ from ..runtime.generation import check_choices, check_vocabulary, generate
 from .data import read_text, sequence_length
 from .evaluate import Evaluation, evaluate
 from .source import compute_dtype, load_tokenizer, open_source
+from .sources.adapters import is_adapter
 
 
 @contextmanager
@@ -52,7 +53,9 @@ def _is_locked(model: str | Path) -> bool:
             if file.suffix.lower() != ".gguf":
                 raise DLRError(f"{model} is a file, but neither a model's directory nor a .gguf file")
             return False
-        folder = model_folder(model, only=["config.json"], files=" or .gguf file")
+        folder = model_folder(model, only=["config.json", "adapter_config.json"], files=" or .gguf file")
+        if is_adapter(folder):
+            return False
         if not (folder / "config.json").is_file():
             raise DLRError(f"{folder} has no config.json: give a directory that save_pretrained wrote")
         return is_locked(folder)

@@ -156,10 +156,11 @@ def measure_checkpoint(
     """
     original, text = context.source, context.text.heldout
     progress = context.count("measuring the locked model")
+    micro = context.micro_batch("the measuring of the model", "sequence")
     if original.weights is None:
         with quiet():
             locked = load(work, dtype=original.model.dtype, device=context.device)
-        return compare(locked, original.model, text, progress)
+        return compare(locked, original.model, text, progress, micro=micro)
     with quiet():
         locked = load(work, dtype=context.stored, device="cpu")
     original.weights.release()
@@ -170,7 +171,7 @@ def measure_checkpoint(
         runners = (LayerRunner(m, context.mlps, text, like=runner) for m in (locked, original.model))
         ours, theirs = (partial(layer_by_layer, one) for one in runners)
         passes = ours, theirs
-    return compare(locked, original.model, text, progress, passes)
+    return compare(locked, original.model, text, progress, passes, micro)
 
 
 def write_words(original: Source, work: Path) -> None:

@@ -7,6 +7,7 @@ Width 64 and vocabulary 320 unless overridden. Weights are drawn wide enough (st
 away from zero, so that a test sees an MLP that is missing or a bias that is dropped.
 """
 
+import json
 import os
 import shutil
 from functools import cache
@@ -244,3 +245,41 @@ def as_hub_copy(folder: Path, name: str, cache: Path) -> Path:
         shutil.copyfile(file, blob)
         link.symlink_to(os.path.relpath(blob, link.parent))
     return repository / "snapshots" / revision
+
+
+def write_gguf(model: PreTrainedModel, file: Path) -> Path:
+    """A float32 GGUF of a tiny Llama, as llama.cpp's converter lays it out."""
+    import gguf
+
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_license("mit")
+    writer.add_block_count(model.config.num_hidden_layers)
+    writer.add_context_length(model.config.max_position_embeddings)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(INTERMEDIATE)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(model.config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(model.config.vocab_size)
+    tokenizer = tiny_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(state["vocab"], key=state["vocab"].get))
+    writer.add_token_merges([" ".join(pair) for pair in state["merges"]])
+    writer.add_token_types([3 if i < 3 else 1 for i in range(len(state["vocab"]))])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(2)
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        heads = HEADS if "q_proj" in name else KV_HEADS if "k_proj" in name else 0
+        if heads:  # the two halves of a rotary pair lie side by side in a GGUF
+            tensor = tensor.view(heads, 2, -1, HIDDEN).transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file

@@ -180,14 +180,15 @@ def fit_mixture(
         spent += share
         tensors = distill(
             own.pairs, own.train, chain, mine, name=f"expert {expert} of {mixture.module}", device=context.device,
-            teacher=teacher, note=notes.append,
+            teacher=teacher, note=notes.append, micro=context.micro_batch("the distillation of experts", "token"),
             progress=context.count(f"distilling {title}, expert {number} of {len(spec.chained)}, {chain}"),
         )  # fmt: skip
         net = DLRNet(chain, dtype=context.stored)
         net.assign(tensors)
         held = torch.arange(own.train, len(own.pairs))
         judged = held if len(held) else torch.arange(own.train)
-        fidelity = measure(net, *own.pairs.rows(judged), context.device, own.pairs.first[judged])
+        micro = context.micro_batch("the measuring of modules", "token")
+        fidelity = measure(net, *own.pairs.rows(judged), context.device, own.pairs.first[judged], micro=micro)
         nets.append(net)
         found.append((len(held), fidelity))
         if config.redistill and fidelity.flatten_gap == min(f.flatten_gap for _, f in found) and len(held):
@@ -252,6 +253,7 @@ def _attacked(
             net.float(), own.pairs, own.train, train_tokens=attack_tokens(share, recipe.train_tokens),
             conversion=recipe.train_tokens, name=f"expert {expert} of {report.module}", device=context.device,
             seed=recipe.seed, progress=context.count(f"redistilling {title}, expert {expert}"),
+            micro=context.micro_batch("the attack on modules", "token"),
         )  # fmt: skip
     except DLRError as error:
         return replace(report, notes=(*report.notes, f"the attack on {report.module} failed: {error}"))

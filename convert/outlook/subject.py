@@ -26,7 +26,7 @@ class Subject:
         every: All that it has, in model order.
         dtype: Of most of its files' numbers, once they are plain.
         files: Bytes of the weight files.
-        copied: Bytes of the plain copy that is made of quantised ones first; 0 for none.
+        copied: Bytes of the copies that are made first, of quantised files and of adapters in their bases; 0 for none.
     """
 
     name: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from ...common.cache import cache_folder
 from ...common.errors import DLRError, first_line
 from ...common.files import hash_files, whole_directory
+from .checks import check_missing
 
 METHODS = {
     "fp8": "FineGrainedFP8Config",
@@ -41,7 +42,6 @@ def dequantised(
     folder: Path,
     quantization: dict[str, Any],
     dtype: torch.dtype | str,
-    check: Callable[[dict[str, Any], Path], None],
 ) -> Path:
     """A copy of a quantised model with plain weights, in the user's cache, unless it is there already.
 
@@ -49,7 +49,6 @@ def dequantised(
         folder: The model.
         quantization: Its `quantization_config`, of a method of METHODS.
         dtype: Of the copy's weights; "auto" is bfloat16.
-        check: Raises on what is missing, by what transformers says of the loading.
 
     Raises:
         DLRError: In a line, where it cannot be read or written.
@@ -85,7 +84,7 @@ def dequantised(
         raise DLRError(
             f"{folder} is quantised ({method}) and cannot be undone here: {first_line(error)}"
         ) from error
-    check(info, folder)
+    check_missing(info, folder)
     model.config.dtype = kind
     model._weight_conversions = None  # or what undid the quantisation is undone when it is saved
     with unpacked(folder, copy) as work:

@@ -20,6 +20,7 @@ from ..convert.outlook.checks import check_choices
 from ..convert.outlook.phases import Phase, phases
 from ..convert.outlook.subject import Subject
 from ..convert.source import has_words
+from ..convert.sources.adapters import is_adapter
 from ..runtime.device import usable_device
 from .gpus import GPUS, NAMES
 from .rates import Rates, gpu_rates, probe
@@ -145,9 +146,8 @@ def plan_conversion(source: str | Path, *, device: str | None = None, **options:
 def _amounts(subject: Subject, config: ConversionConfig, memory: float | None) -> Amounts:
     """Raises DLRError on what a conversion would refuse."""
     folder = Path(subject.name).expanduser()
-    words = (
-        has_words(folder) if folder.is_dir() else True
-    )  # of the hub's repositories the weights alone are looked at
+    # Of the hub's repositories the weights alone are looked at, and an adapter's words may be its base's.
+    words = not folder.is_dir() or has_words(folder) or is_adapter(folder)
     made = Amounts.of(subject, config, memory)
     check_choices(
         config, subject.model, subject.mlps, size=made.whole_bytes, whole=not made.on_demand, words=words

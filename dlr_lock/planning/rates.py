@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..common.machine import device_name
+from ..common.micro_batch import MicroBatch
 from ..common.options import known_name
 from ..common.timing import now
 from ..convert.config import Recipe
@@ -128,7 +129,7 @@ def _fit_rate(device: torch.device, spec: DLRSpec, recipe: Recipe) -> float:
     optimizer = Muon(muon_groups(weights, recipe, eye), momentum=recipe.momentum)
     x, y = (torch.randn(recipe.batch, spec.hidden_size, device=device) for _ in "xy")
     ones = torch.ones(spec.hidden_size, device=device)
-    with Gradients(spec, ones, 0 * ones) as gradients:
+    with Gradients(spec, ones, 0 * ones, MicroBatch("the trial of this machine", "token")) as gradients:
 
         def step() -> None:
             gradients.fill(weights, x, y, len(x))

@@ -41,11 +41,14 @@ from ..convert.mlp_matching import (
 )
 from ..convert.outlook.subject import Subject
 from ..convert.source import check_config, compute_dtype, stored_parts, weight_files
+from ..convert.sources.adapters import base_of, is_adapter
+from ..convert.sources.gguf import config_of
 from ..convert.sources.quantised import plain_dtype
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
+_CONFIGS = ["config.json", "adapter_config.json"]
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -54,51 +57,71 @@ def open_subject(source: str | Path, config: ConversionConfig) -> Subject:
     """The model of that name, of which config.json and the headers of the weight files are read and nothing else.
 
     Args:
-        source: A transformers directory or a hub id. A .gguf file has to be unpacked first, by a conversion.
+        source: A transformers directory, a hub id or a .gguf file; of an adapter's, the base model is read.
         config: Which layers, and which modules are MLPs.
 
     Raises:
         DLRError: In one line, on all that a conversion would refuse by the config alone.
     """
-    if Path(source).expanduser().is_file():
-        raise DLRError(f"{source} is a file: a plan is made of a model's directory or its name on the hub")
-    folder = model_folder(source, only=["config.json", "adapter_config.json"])
-    check_readable(folder, "config.json")
-    check_config(folder)
+    origin, copies = source, 0  # copies of the whole model that are made before all else
+    if not Path(source).expanduser().is_file() and is_adapter(folder := model_folder(source, only=_CONFIGS)):
+        origin, copies = base_of(folder), 1
+    file = Path(origin).expanduser()
+    unpacked = file.is_file()
+    if unpacked:
+        if file.suffix.lower() != ".gguf":
+            raise DLRError(f"{origin} is a file, but neither a model's directory nor a .gguf file")
+        own = config_of(file)
+    else:
+        own = _config(folder := model_folder(origin, only=_CONFIGS))
+        unpacked = bool(read_json(folder / "config.json").get("quantization_config"))
     with quiet():
-        model = _skeleton(folder)
+        model = _skeleton(own, origin)
     every = reached(model, mlps_by_shape(model, config.mlps))
     if not every:
         raise DLRError(
             "no MLP is recognised by its shape: name the modules by a pattern such as --mlps 'layers\\.\\d+\\.ffn$'"
         )
     check_dense(model, every, layers=config.layers, pattern=config.mlps)
-    dtype, files = _headers(folder, source)
-    copied = 0
-    if read_json(folder / "config.json").get("quantization_config"):  # undone into a copy, before all else
-        asked = compute_dtype(torch.device(str(config.device)))
-        dtype = plain_dtype(asked)
-        copied = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    if file.is_file():
+        dtype, files = (
+            torch.float32,
+            file.stat().st_size,
+        )  # as transformers unpacks it where no dtype is asked for
+    else:
+        dtype, files = _headers(folder, origin)
+        if unpacked:
+            dtype = plain_dtype("auto" if copies else compute_dtype(torch.device(str(config.device))))
+    copied = (copies + unpacked) * sum(p.numel() for p in model.parameters()) * dtype.itemsize
     return Subject(str(source), model, select_layers(every, config.layers), every, dtype, files, copied)
 
 
-def _skeleton(folder: Path) -> PreTrainedModel:
+def _config(folder: Path) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    check_readable(folder, "config.json")
+    check_config(folder)
+    with quiet():
+        try:
+            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:
+            # Fields of the wrong type or size: every architecture fails in its own way.
+            raise DLRError(f"{folder / 'config.json'} makes no model: {first_line(error)}") from error
+
+
+def _skeleton(config: PreTrainedConfig, origin: str | Path) -> PreTrainedModel:
     import transformers
 
+    family: Any = getattr(transformers, str((config.architectures or [""])[0]), None)
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        family: Any = getattr(transformers, str((config.architectures or [""])[0]), None)
         with torch.device("meta"):
             if isinstance(family, type) and issubclass(family, transformers.PreTrainedModel):
                 model = family(config)
             else:
                 model = transformers.AutoModelForCausalLM.from_config(config)
         model.tie_weights()
-    except Exception as error:
-        # Fields of the wrong type or size: every architecture fails in its own way.
-        raise DLRError(f"{folder / 'config.json'} makes no model: {first_line(error)}") from error
+    except Exception as error:  # as above
+        raise DLRError(f"the config of {origin} makes no model: {first_line(error)}") from error
     return model.eval()
 
 

@@ -110,6 +110,13 @@ def test_bad_input_is_one_line(
     assert last.startswith("benchmarks.fidelity: ") and says in last
 
 
+def test_help_of_every_study_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    for study in ("modules", "model", "sentences"):
+        with pytest.raises(SystemExit, match="0"):
+            fidelity.main([study, "--help"])
+        assert "--layers" in capsys.readouterr().out
+
+
 def test_a_mixed_text_keeps_its_sentences_apart(tmp_path: Path) -> None:
     main = importlib.import_module("benchmarks.mixed_text").main
     for number in (1, 2):

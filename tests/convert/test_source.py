@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, save_tiny, tiny_model, tiny_tokenizer
+from tiny import save_tiny, tiny_model, tiny_tokenizer, write_gguf
 
 from dlr_lock.common.errors import DLRError
 from dlr_lock.common.memory import memory_bytes
@@ -139,8 +139,6 @@ def test_config(folder):
     assert "cannot be loaded" in refused(folder)
     (folder / "config.json").unlink()
     assert "has no config.json" in refused(folder)
-    (folder / "adapter_config.json").write_text("{}")
-    assert "merge it" in refused(folder)
 
 
 def test_an_adapter_beside_a_model_is_refused(folder):
@@ -213,44 +211,6 @@ def test_broken_tokenizer(folder):
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(DLRError, match=r"the tokenizer in .* cannot be loaded"):
         opened(folder)
-
-
-def write_gguf(model, file):
-    """A float32 GGUF of a tiny Llama, as llama.cpp's converter lays it out."""
-    import gguf
-
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_license("mit")
-    writer.add_block_count(model.config.num_hidden_layers)
-    writer.add_context_length(model.config.max_position_embeddings)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(INTERMEDIATE)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_layer_norm_rms_eps(model.config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(model.config.vocab_size)
-    tokenizer = tiny_tokenizer()
-    state = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(sorted(state["vocab"], key=state["vocab"].get))
-    writer.add_token_merges([" ".join(pair) for pair in state["merges"]])
-    writer.add_token_types([3 if i < 3 else 1 for i in range(len(state["vocab"]))])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_pad_token_id(2)
-
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        heads = HEADS if "q_proj" in name else KV_HEADS if "k_proj" in name else 0
-        if heads:  # the two halves of a rotary pair lie side by side in a GGUF
-            tensor = tensor.view(heads, 2, -1, HIDDEN).transpose(1, 2).reshape(tensor.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
 
 
 def test_gguf(tmp_path, capfd):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import ENCODERS, MIXTURES, PAIRED, save_tiny, tiny_config, tiny_model
+from tiny import ENCODERS, MIXTURES, PAIRED, save_tiny, tiny_config, tiny_model, write_gguf
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from typer.testing import CliRunner
 
@@ -23,6 +23,7 @@ from dlr_lock.convert.mlp_discovery import find_mlps
 from dlr_lock.convert.outlook.amounts import Amounts
 from dlr_lock.convert.outlook.phases import phases
 from dlr_lock.convert.outlook.steps import step_of
+from dlr_lock.convert.source import open_source
 from dlr_lock.planning.gpus import GPUS
 from dlr_lock.planning.plan import Plan, plan_conversion
 from dlr_lock.planning.subject import mlps_by_shape, open_subject
@@ -202,6 +203,27 @@ def test_weights_that_are_cut_short_are_refused(folder: Path, tmp_path: Path) ->
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(DLRError, match="truncated or damaged"):
         planned(tmp_path)
+
+
+def test_a_gguf_file_is_planned_by_its_header_as_what_it_unpacks_to(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="the [gguf] extra is not installed")
+    pytest.importorskip("accelerate", reason="the [gguf] extra is not installed")
+    model = tiny_model("llama")
+    file = write_gguf(model, tmp_path / "tiny.gguf")
+    unpacked = open_source(file, dtype="auto", device="cpu", gguf_dir=tmp_path / "cache").path
+    data = bytearray(file.read_bytes())
+    data[-4000:] = b"\xff" * 4000  # NaN: no weight is looked at
+    file.write_bytes(data)
+    one, two = planned(file), planned(unpacked)
+    assert one.modules == two.modules and one.params == two.params == model.num_parameters()
+    assert sum(phase.flops for phase in one.phases[1:]) == sum(phase.flops for phase in two.phases[1:])
+    assert one.disk == pytest.approx(two.disk + file.stat().st_size, rel=0.02)
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(DLRError, match="cannot be read as GGUF"):
+        planned(file)
+    (tmp_path / "model.bin").write_bytes(b"")
+    with pytest.raises(DLRError, match=r"nor a \.gguf file"):
+        planned(tmp_path / "model.bin")
 
 
 def test_an_unknown_gpu_names_those_that_are_known(folder: Path) -> None:
