@@ -27,7 +27,7 @@ from ..convert.activations import SequentialCalibrator
 from ..convert.config import EFFORTS
 from ..convert.data import digest, sequence_length
 from ..convert.end_to_end import with_chains
-from ..convert.evaluate import compare, predicts_next
+from ..convert.evaluate import predicts_next
 from ..convert.mlp_discovery import find_mlps
 from ..convert.mlp_matching import MLP
 from ..convert.redistill import INITS
@@ -172,7 +172,7 @@ def _attack(context: AuditContext) -> dict[str, Any]:
     train_tokens = _redistillations(context)
     _expect(context, train_tokens)
     measuring = context.count("measuring both models")
-    fidelity = compare(context.locked, context.original, context.neutral.heldout, measuring)
+    fidelity = context.reference.compare(context.locked, measuring)
     rows = list(structural_rows(context))
     students = list(redistilled_modules(context, sorted(set(train_tokens.values()))))
     shorter = kept_row(context, MERGED, partial(merged_row, context, students, MERGED))
