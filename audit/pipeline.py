@@ -36,6 +36,7 @@ from ..runtime import DLRSpec, inspect, load, locked_modules
 from ..runtime.generation import check_vocabulary, positions
 from .asymmetry import Asymmetry, DepthCost, asymmetries, depth_costs
 from .attacks import TRAINING_ATTACKS
+from .attacks.fine_tune import in_bfloat16
 from .attacks.redistillation import Students, merged_row, redistillation_row, redistilled_modules
 from .attacks.structural import kept_row, structural_rows
 from .config import BUDGETS, AuditConfig
@@ -184,6 +185,10 @@ def _attack(context: AuditContext) -> dict[str, Any]:
     steps: list[StepCost] = []
     attacks = context.config.chosen_attacks
     if predicts_next(context.original):
+        if in_bfloat16(context.device):
+            context.notes.append(
+                "fine-tunes had their products in bfloat16, with weights and sums in float32; steps were timed in float32"
+            )
         variants = partial(_variants, context, train_tokens, students)
         for variant in variants():
             for attack in attacks:

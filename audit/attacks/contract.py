@@ -27,7 +27,7 @@ class TrainingAttack(ABC):
     Attributes:
         name: What the command line and the report call it; no comma.
         about: What it does, a sentence for an owner who has not read the paper.
-        first_rate: The learning rate that a sweep begins with.
+        first_rate: The learning rate that the first model's sweep begins with.
         budgets: The names of the budgets that run it where `--attacks` does not say.
         coarse: Whether its runs' products may be in bfloat16, see `fine_tune.products`.
     """
@@ -120,12 +120,14 @@ class TrainingAttack(ABC):
             return Run(**values | {"neutral": tuple(values["neutral"])})
 
         try:
-            runs = sweep(make, self.first_rate, plan, context.config.seed)
+            first = context.rates.get(self.name, self.first_rate)
+            runs = sweep(make, first, plan, context.config.seed)
         except NothingToTrain as error:
             context.notes.append(f"{title}: not done, {error}")
             return []
         finally:
             context.runs_at_most -= plan.runs - (context.runs_begun - begun)
+        context.rates[self.name] = runs[0].rate
         rates = sorted({run.rate for run in runs})
         if len(rates) > 1 and runs[0].rate in (rates[0], rates[-1]):
             context.notes.append(

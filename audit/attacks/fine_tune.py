@@ -123,12 +123,15 @@ def _alike(runs: Sequence[Run]) -> bool:
     return len(runs) > 1 and max(lowest) - min(lowest) < _ALIKE * (runs[0].losses[0] - min(lowest))
 
 
+def in_bfloat16(device: torch.device) -> bool:
+    """Whether runs on a device have their products in bfloat16: on a CPU with instructions for that. A step of SmolLM2
+    takes two thirds of the time so. Weights, the optimizer, and a chain's state stay in float32."""
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
 def products(device: torch.device) -> AbstractContextManager[object]:
-    """A block whose products are in bfloat16 where the device is a CPU with instructions for that; a step of SmolLM2
-    takes two thirds of the time. Weights, the optimizer, and a chain's state stay in float32."""
-    fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    # Its cache would keep the weights of the block's first step.
-    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if fast else nullcontext()
+    """A block with the products of `in_bfloat16`. One block a step: it may keep the weights that it began with."""
+    return torch.autocast("cpu", torch.bfloat16) if in_bfloat16(device) else nullcontext()
 
 
 def fine_tune(
@@ -146,7 +149,7 @@ def fine_tune(
 ) -> Run:
     """One run, on the model's device; the model is as before when it ends, whatever ends it.
 
-    Products are those of `products` where the attack allows it.
+    Losses are measured in the arithmetic of `products`, and steps are taken in it where the attack allows that.
 
     Args:
         attack: How the model is trained.
@@ -171,12 +174,15 @@ def fine_tune(
     start = start or losses_of(model, task, neutral)
     tokens, losses, seconds = [0], [start[0]], []
     after, diverged = None, False
-    with attack.stepping(variant, seed) as step, products(model.device) if attack.coarse else nullcontext():
+    with attack.stepping(variant, seed) as step:
         try:
             for done, rows in enumerate(batches, 1):
                 ids = task.train[rows].to(model.device)
                 began = perf_counter()
-                step(ids, rate * min(1.0, done / (_WARM_UP * len(batches))))  # reads the loss: it has ended
+                with products(model.device) if attack.coarse else nullcontext():
+                    step(
+                        ids, rate * min(1.0, done / (_WARM_UP * len(batches)))
+                    )  # reads the loss: it has ended
                 seconds.append(perf_counter() - began)
                 if done in looks:
                     losses.append(_judged(model, task.heldout))
@@ -204,16 +210,24 @@ def fine_tune(
 
 
 def losses_of(model: PreTrainedModel, task: Text, neutral: Tensor) -> tuple[float, float]:
-    """The held-out loss of the task, and that of neutral text [S, n] int64, in the arithmetic of runs."""
-    with products(model.device):
-        return evaluate(model, task.heldout).loss, evaluate(model, neutral).loss
+    """The held-out loss of the task, and that of neutral text [S, n] int64, in the arithmetic of runs.
+
+    Raises:
+        DLRError: As `evaluate` does.
+    """
+    return _loss(model, task.heldout), _loss(model, neutral)
 
 
 def _judged(model: PreTrainedModel, tokens: Tensor) -> float:
     try:
-        return evaluate(model, tokens).loss
+        return _loss(model, tokens)
     except DLRError as error:
         raise DivergedError from error  # `evaluate` takes no loss that is no number
+
+
+def _loss(model: PreTrainedModel, tokens: Tensor) -> float:
+    with products(model.device):
+        return evaluate(model, tokens).loss
 
 
 def task_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
