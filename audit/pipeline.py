@@ -187,7 +187,7 @@ def _attack(context: AuditContext) -> dict[str, Any]:
     if predicts_next(context.original):
         if in_bfloat16(context.device):
             context.notes.append(
-                "fine-tunes had their products in bfloat16, with weights and sums in float32; steps were timed in float32"
+                "fine-tunes had products in bfloat16, with weights and sums in float32; steps were timed in float32"
             )
         variants = partial(_variants, context, train_tokens, students)
         for variant in variants():
