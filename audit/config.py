@@ -25,7 +25,7 @@ class Budget:
         shares: Training tokens of redistilling a chain, over those of its conversion.
         tuning, batch, sequence: Training tokens of a fine-tune, tokens of a step, tokens of a sequence.
         task_heldout: Tokens of the task that a fine-tune is judged by.
-        seeds, rates: Runs at the best rate, and rates tried at most.
+        seeds, rates: Runs at the best rate, and rates tried, at most.
         timed: Whether the asymmetry is timed, too.
     """
 
@@ -74,7 +74,7 @@ class AuditConfig:
     tuning: int | None = option(None, "Training tokens of a fine-tune.", by_name(BUDGETS, "tuning"))
     batch: int | None = option(None, "Tokens a step of it.", by_name(BUDGETS, "batch"))
     sequence: int | None = option(None, "Tokens a sequence of it.", by_name(BUDGETS, "sequence"))
-    seeds: int | None = option(None, "Runs at the best rate.", by_name(BUDGETS, "seeds"))
+    seeds: int | None = option(None, "Runs at the best rate, at most.", by_name(BUDGETS, "seeds"))
     rates: int | None = option(None, "Rates tried, at most.", by_name(BUDGETS, "rates"))
     tokens: int | None = option(
         None, "Tokens of neutral text to redistill chains on.", by_name(BUDGETS, "tokens")

@@ -14,6 +14,7 @@ import torch
 from ..common.progress import Count, Phase, Progress, expect, no_progress
 from ..common.resume import ResumeStore
 from ..convert.mlp_matching import MLP
+from .reference import Reference
 from .texts import Text
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class AuditContext:
         notes: What was not run, and what else the owner should know, a sentence each; parts add to it.
         runs_begun, runs_at_most: Fine-tuning runs so far, and how many there will be, for the progress.
         runs_kept: Those of them that an interrupted audit made.
+        rates: By attack, the best rate of the last model that was fine-tuned: where the next one's sweep begins.
+        reference: The original on the held-out neutral text, which attacked models are compared with.
     """
 
     locked: PreTrainedModel
@@ -77,6 +80,11 @@ class AuditContext:
     runs_begun: int = 0
     runs_at_most: int = 0
     runs_kept: int = 0
+    rates: dict[str, float] = field(default_factory=dict)
+    reference: Reference = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reference = Reference(self.original, self.neutral.heldout)
 
     @property
     def device(self) -> torch.device:

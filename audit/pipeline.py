@@ -27,7 +27,7 @@ from ..convert.activations import SequentialCalibrator
 from ..convert.config import EFFORTS
 from ..convert.data import digest, sequence_length
 from ..convert.end_to_end import with_chains
-from ..convert.evaluate import compare, predicts_next
+from ..convert.evaluate import predicts_next
 from ..convert.mlp_discovery import find_mlps
 from ..convert.mlp_matching import MLP
 from ..convert.redistill import INITS
@@ -36,6 +36,7 @@ from ..runtime import DLRSpec, inspect, load, locked_modules
 from ..runtime.generation import check_vocabulary, positions
 from .asymmetry import Asymmetry, DepthCost, asymmetries, depth_costs
 from .attacks import TRAINING_ATTACKS
+from .attacks.fine_tune import in_bfloat16
 from .attacks.redistillation import Students, merged_row, redistillation_row, redistilled_modules
 from .attacks.structural import kept_row, structural_rows
 from .config import BUDGETS, AuditConfig
@@ -172,7 +173,7 @@ def _attack(context: AuditContext) -> dict[str, Any]:
     train_tokens = _redistillations(context)
     _expect(context, train_tokens)
     measuring = context.count("measuring both models")
-    fidelity = compare(context.locked, context.original, context.neutral.heldout, measuring)
+    fidelity = context.reference.compare(context.locked, measuring)
     rows = list(structural_rows(context))
     students = list(redistilled_modules(context, sorted(set(train_tokens.values()))))
     shorter = kept_row(context, MERGED, partial(merged_row, context, students, MERGED))
@@ -184,6 +185,10 @@ def _attack(context: AuditContext) -> dict[str, Any]:
     steps: list[StepCost] = []
     attacks = context.config.chosen_attacks
     if predicts_next(context.original):
+        if in_bfloat16(context.device):
+            context.notes.append(
+                "fine-tunes had products in bfloat16, with weights and sums in float32; steps were timed in float32"
+            )
         variants = partial(_variants, context, train_tokens, students)
         for variant in variants():
             for attack in attacks:

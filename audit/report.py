@@ -148,10 +148,11 @@ class Run:
         batch: Tokens of a step.
         tokens: Training tokens after which the held-out loss was measured; the first is 0.
         losses: The held-out loss of the task then, in nats a token.
-        neutral: The loss on neutral text before and after; None for after where the run diverged.
+        neutral: The loss on neutral text before and after; None for after where the run diverged or was given up.
         seconds: Of a training step, the median.
         diverged: Whether the loss became no number; the curve ends before that.
         best: Whether the rate is the best one of the sweep.
+        given_up: Whether the run ended early, plainly behind one at another rate.
     """
 
     variant: str
@@ -165,6 +166,7 @@ class Run:
     seconds: float
     diverged: bool = False
     best: bool = False
+    given_up: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -218,7 +218,8 @@ def _learning(report: AuditReport) -> Section:
     attacks = grouped(report.runs, lambda r: (r.variant, r.attack))
 
     def every(r: Run) -> tuple[str, ...]:
-        marks = [mark for mark, there in (("best rate", r.best), ("diverged", r.diverged)) if there]
+        noted = (("best rate", r.best), ("diverged", r.diverged), ("given up", r.given_up))
+        marks = [mark for mark, there in noted if there]
         curve = ", ".join(
             f"{n:,}:\N{NO-BREAK SPACE}{loss:.4f}" for n, loss in zip(r.tokens, r.losses, strict=True)
         )
@@ -235,8 +236,8 @@ def _learning(report: AuditReport) -> Section:
         "Fine-tuning on a task, each attack at the best rate of a sweep. Loss: on held-out text of the task, at "
         "the end, mean and range over seeds. Gain: the original's loss before training minus that. Neutral: the "
         "loss on other text, before and after; where it jumps, the model has collapsed and the gain is worth "
-        "little. Rates are constant after a warm-up and chosen on the first seed; what the sweep took is left "
-        "out on every side.",
+        "little. Rates are constant after a warm-up and chosen on the first seed, where a run plainly behind another "
+        "is given up; two seeds that gained the same have no third. What the sweep took is left out on every side.",
         Table(headings(best), rows, empty=_NOT_RUN),
         [f"{name}: {about.rstrip('.')}." for name, about in report.attacks.items()] if report.runs else [],
         plots=_gain_plots(report),

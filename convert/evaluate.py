@@ -287,7 +287,7 @@ def evaluate(
     at_once = max(1, min(batch, LOGIT_BYTES // (n * vocabulary(model) * 4)))
     loss = original_loss = kl = 0.0
     flips = 0
-    runs = passes or (partial(_pass_by_pass, model), partial(_pass_by_pass, original))
+    runs = passes or (partial(pass_by_pass, model), partial(pass_by_pass, original))
     ours = runs[0](tokens, at_once)
     theirs = None if original is None else runs[1](tokens, at_once)
     progress(0, sequences)
@@ -406,7 +406,8 @@ def evaluate_states(
     return StateEvaluation(error / tokens.numel(), cosine / len(tokens), tokens.numel())
 
 
-def _pass_by_pass(model: PreTrainedModel, tokens: Tensor, at_once: int) -> Iterator[Any]:
+def pass_by_pass(model: PreTrainedModel, tokens: Tensor, at_once: int) -> Iterator[Any]:
+    """A model's outputs for tokens [S, n] int64, so many sequences a batch."""
     for ids in tokens.split(at_once):
         with frozen(model):  # not around the yield: it would be the caller's, too
             output = model(**text_inputs(model, ids))

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..context import AuditContext, ModelVariant
 from ..report import Run, StepCost
 from ..strategies.model import NothingToTrain
-from .fine_tune import Step, fine_tune, sweep
+from .fine_tune import Step, fine_tune, losses_of, sweep
 
 NEUTRAL_SEQUENCES = 2  # of held-out neutral text, for the collapse check
 
@@ -27,14 +27,16 @@ class TrainingAttack(ABC):
     Attributes:
         name: What the command line and the report call it; no comma.
         about: What it does, a sentence for an owner who has not read the paper.
-        first_rate: The learning rate that a sweep begins with.
+        first_rate: The learning rate that the first model's sweep begins with.
         budgets: The names of the budgets that run it where `--attacks` does not say.
+        coarse: Whether its runs' products may be in bfloat16, see `fine_tune.products`.
     """
 
     name: str
     about: str
     first_rate: float
     budgets: tuple[str, ...] = ("quick", "full")
+    coarse: bool = True
 
     @abstractmethod
     def prepared(
@@ -89,13 +91,14 @@ class TrainingAttack(ABC):
         """
         title = f"fine-tuning the {variant.name} model, {self.name}"
         plan, begun = context.config.plan, context.runs_begun
+        neutral = context.neutral.heldout[:NEUTRAL_SEQUENCES]
+        start = context.part(f"start {variant.name}", lambda: losses_of(variant.model, context.task, neutral))
 
-        def make(rate: float, seed: int) -> Run:
+        def make(rate: float, seed: int, rival: Run | None) -> Run:
             context.runs_begun += 1
             what = f"run {context.runs_begun} of at most {context.runs_at_most}: {title}, rate {rate:.1e}, seed {seed}"
 
             def tuned() -> dict[str, Any]:
-                neutral = context.neutral.heldout[:NEUTRAL_SEQUENCES]
                 run = fine_tune(
                     self,
                     variant,
@@ -104,6 +107,8 @@ class TrainingAttack(ABC):
                     plan,
                     rate=rate,
                     seed=seed,
+                    start=tuple(start),
+                    rival=rival,
                     progress=context.count(what),
                 )
                 return asdict(run)
@@ -115,12 +120,14 @@ class TrainingAttack(ABC):
             return Run(**values | {"neutral": tuple(values["neutral"])})
 
         try:
-            runs = sweep(make, self.first_rate, plan, context.config.seed)
+            first = context.rates.get(self.name, self.first_rate)
+            runs = sweep(make, first, plan, context.config.seed)
         except NothingToTrain as error:
             context.notes.append(f"{title}: not done, {error}")
             return []
         finally:
             context.runs_at_most -= plan.runs - (context.runs_begun - begun)
+        context.rates[self.name] = runs[0].rate
         rates = sorted({run.rate for run in runs})
         if len(rates) > 1 and runs[0].rate in (rates[0], rates[-1]):
             context.notes.append(

@@ -27,6 +27,7 @@ class MeZO(TrainingAttack):
     about = "All weights are moved along random directions, by what two forward passes say of each; no backward pass."
     first_rate = 1e-6
     budgets = ("full",)
+    coarse = False  # its slope is the small difference of two losses
 
     @contextmanager
     def prepared(

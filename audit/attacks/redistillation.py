@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
 
 from ...common.errors import DLRError
 from ...common.resume import ResumeStore
 from ...common.splits import random_rows
 from ...convert.activations import Activations, SequentialCalibrator, capture
 from ...convert.end_to_end import with_chains
-from ...convert.evaluate import compare, distance_of, measure
+from ...convert.evaluate import distance_of, measure
 from ...convert.layer_runner import Unrepeatable
 from ...convert.mlp_matching import MLP
 from ...convert.muon import Muon
@@ -42,6 +43,7 @@ from ...runtime import DLRNet, DLRSpec
 from ...triton_kernels import backend
 from ...triton_kernels.meter import count
 from ..context import AuditContext
+from ..reference import Reference
 from ..report import Merge, ModuleStudents, Structural, Student
 from .structural import evaluated
 
@@ -87,6 +89,7 @@ def redistilled_modules(
         progress=context.count("activations of the locked model"),
     )
     wanted = chain_targets(context, todo, max_memory=memory * len(heldout) // rows)
+    itself = Reference(context.locked, heldout[:_SEQUENCES])
     attempts = [(count, init) for count in sorted(train_tokens) for init in inits]
     for number, mlp in enumerate(mlps, 1):
         done = before[mlp.module]
@@ -97,7 +100,7 @@ def redistilled_modules(
             notes: list[str] = []
             title = f"redistilling {mlp.module} ({number} of {len(mlps)})"
             figures, nets = _module_students(
-                context, mlp, pairs, next(wanted), attempts, captured, title, notes.append
+                context, itself, mlp, pairs, next(wanted), attempts, captured, title, notes.append
             )
             done = figures, nets, notes
             if context.resume is not None:
@@ -149,6 +152,7 @@ def chain_targets(context: AuditContext, todo: Sequence[MLP], *, max_memory: int
 
 def _module_students(
     context: AuditContext,
+    itself: Reference,
     mlp: MLP,
     own: Activations,
     wanted: Activations,
@@ -159,9 +163,9 @@ def _module_students(
 ) -> Students:
     """The students of one module.
 
-    own: of the chain in the locked model, the attacker's text first; wanted: what the chain was fitted to, held out,
-    see `chain_targets`. attempts: training tokens and initialisation of each student. captured: seconds that getting
-    `own` took.
+    itself: the locked model. own: of the chain in it, the attacker's text first; wanted: what the chain was fitted to,
+    held out, see `chain_targets`. attempts: training tokens and initialisation of each student. captured: seconds that
+    getting `own` took.
     """
     chain, device, tokens = (
         context.locked.get_submodule(mlp.module),
@@ -189,7 +193,7 @@ def _module_students(
                 note=note,
             )
             seconds = captured + time.monotonic() - began
-            distance = _distance_left(context, mlp.module, net)
+            distance = _distance_left(context.locked, itself, mlp.module, net)
         except DLRError as reason:
             note(f"a student of {mlp.module} is missing ({what}): {reason}")
             continue
@@ -248,15 +252,14 @@ def _groups(depth: int) -> list[int]:
     return [group for group in dict.fromkeys(-(-depth // steps) for steps in shorter) if group > 1]
 
 
-def _distance_left(context: AuditContext, module: str, net: DLRNet) -> float:
+def _distance_left(locked: PreTrainedModel, itself: Reference, module: str, net: DLRNet) -> float:
     """How far the locked model is from itself with a student in one chain's place, on a little held-out neutral text.
 
     Raises:
         DLRError: As `compare` does.
     """
     with backend("naive"):  # see `structural.evaluated`
-        attacked = with_chains(context.locked, {module: net}, [])
-        return distance_of(compare(attacked, context.locked, context.neutral.heldout[:_SEQUENCES]))
+        return distance_of(itself.compare(with_chains(locked, {module: net}, [])))
 
 
 def redistillation_flops(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...convert.end_to_end import with_chains
-from ...convert.evaluate import Evaluation, StateEvaluation, compare
+from ...convert.evaluate import Evaluation, StateEvaluation
 from ...convert.mlp_matching import MLP
 from ...convert.redistill import flattened, merged
 from ...runtime import DLRNet, DLRSpec
@@ -88,9 +88,7 @@ def evaluated(context: AuditContext, attacked: PreTrainedModel, name: str) -> Ev
     zeros.
     """
     with backend("naive"):
-        return compare(
-            attacked, context.original, context.neutral.heldout, context.count(f"evaluating {name}")
-        )
+        return context.reference.compare(attacked, context.count(f"evaluating {name}"))
 
 
 def dropped(net: DLRNet) -> DLRNet:

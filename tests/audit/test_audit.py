@@ -64,6 +64,9 @@ def test_an_audit_and_its_files(folder: Path) -> None:
     variants = ("original", "locked", "redistilled, 0.5")
     tuned = {(variant, attack) for variant in variants for attack in ("full", "LoRA", "attention")}
     assert done == tuned == {(row.variant, row.attack) for row in report.steps}
+    for attack in report.attacks:  # a sweep begins where the one before ended, and goes up first
+        best, tried = ([r for r in report.runs if (r.variant, r.attack) == (v, attack)] for v in variants[:2])
+        assert {r.rate for r in tried} == {best[0].rate, best[0].rate * 10**0.5}
     assert {v.measure for v in report.verdicts} == {"flops", "seconds", "peak"}
     assert {a.mode for a in report.asymmetries} == {"eager", "checkpointed", "best"}
     assert any("not timed" in note for note in report.notes)

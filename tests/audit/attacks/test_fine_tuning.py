@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dlr_lock.audit.attacks import TRAINING_ATTACKS
-from dlr_lock.audit.attacks.fine_tune import Tuning, fine_tune, sweep
+from dlr_lock.audit.attacks.fine_tune import Tuning, fine_tune, lost, sweep
 from dlr_lock.audit.attacks.gradient import GradientAttack
 from dlr_lock.audit.context import ModelVariant
 from dlr_lock.audit.report import Run
@@ -27,12 +27,21 @@ def counting() -> Text:
     return Text(ids[:32], ids[32:], "counting")
 
 
-def tune(model: PreTrainedModel, attack: str, rate: float | None = None, seed: int = 0) -> Run:
+def tune(
+    model: PreTrainedModel, attack: str, rate: float | None = None, seed: int = 0, rival: Run | None = None
+) -> Run:
     chosen = TRAINING_ATTACKS[attack]
-    neutral = torch.randint(320, (2, 16))
+    neutral = torch.arange(32).view(2, 16)
     rate = rate or 30 * chosen.first_rate
     return fine_tune(
-        chosen, ModelVariant("locked", model, MLPS), counting(), neutral, PLAN, rate=rate, seed=seed
+        chosen,
+        ModelVariant("locked", model, MLPS),
+        counting(),
+        neutral,
+        PLAN,
+        rate=rate,
+        seed=seed,
+        rival=rival,
     )
 
 
@@ -128,12 +137,13 @@ def test_every_sequence_is_seen_once_before_any_twice() -> None:
 def test_a_sweep_finds_the_best_rate(optimum: int) -> None:
     made: list[tuple[int, int]] = []
 
-    def make(rate: float, seed: int) -> Run:
+    def make(rate: float, seed: int, rival: Run | None) -> Run:
         at = round(2 * math.log10(rate / 1e-4))
         made.append((at, seed))
-        lost = at > optimum + 1
-        losses = [9.0] if lost else [9.0, 5.0 + abs(at - optimum)]
-        return Run("locked", "full", rate, seed, 1, [0, 1][: len(losses)], losses, (1, 1), 0.0, lost)
+        assert (rival is None) == (len(made) == 1 or seed > 7)
+        diverged = at > optimum + 1
+        losses = [9.0] if diverged else [9.0, 5.0 + abs(at - optimum) + (seed - 7) / 2]
+        return Run("locked", "full", rate, seed, 1, [0, 1][: len(losses)], losses, (1, 1), 0.0, diverged)
 
     runs = sweep(make, 1e-4, Tuning(1, 1, 1, 3, rates=9), 7)
     best = [run for run in runs if run.best]
@@ -144,11 +154,49 @@ def test_a_sweep_finds_the_best_rate(optimum: int) -> None:
 
 
 def test_a_sweep_stops_at_its_limit() -> None:
-    def make(rate: float, seed: int) -> Run:
+    def make(rate: float, seed: int, rival: Run | None) -> Run:
         return Run("locked", "full", rate, seed, 1, [0, 1], [9.0, -rate], (1, 1), 0.0)
 
     runs = sweep(make, 1.0, Tuning(1, 1, 1, 1, rates=3), 0)
     assert len(runs) == 3 and runs[0].best and runs[0].rate == max(run.rate for run in runs)
+
+
+@pytest.mark.parametrize(("apart", "count"), [(0.07, 2), (0.09, 3)])
+def test_two_seeds_that_gained_the_same_have_no_third(apart: float, count: int) -> None:
+    def make(rate: float, seed: int, rival: Run | None) -> Run:
+        return Run("locked", "full", rate, seed, 1, [0, 1], [9.0, 5.0 + seed * apart], (1, 1), 0.0)
+
+    runs = sweep(make, 1e-4, Tuning(1, 1, 1, 3, rates=1), 0)
+    assert [run.seed for run in runs] == list(range(count)) and all(run.best for run in runs)
+
+
+def test_a_run_that_is_plainly_behind_is_given_up() -> None:
+    """At two of its four looks; it can never be the best one then."""
+    model = locked_llama()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    rival = tune(model, "full")
+    run = tune(model, "full", rate=1e-9, rival=rival)
+    assert run.given_up and not run.diverged and run.neutral[1] is None
+    assert run.tokens == [0, 384, 768] and min(run.losses) > min(rival.losses)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    again = tune(model, "full", rival=rival)
+    assert not again.given_up and again.losses == rival.losses and again.neutral == rival.neutral
+
+
+@pytest.mark.parametrize(
+    ("losses", "behind"),
+    [
+        ([9.0, 8.9], False),  # before a third of the looks
+        ([9.0, 8.9, 7.5], True),
+        ([9.0, 8.9, 7.3], False),  # by less than a fifth of 2.0, at half of the run
+        ([9.0, 6.9, 8.5], False),  # was better than the other ever was by then
+        ([9.0, 8.9, 8.8, 6.1], False),  # the other got worse since
+    ],
+)
+def test_what_plainly_behind_is(losses: list[float], behind: bool) -> None:
+    rival = Run("locked", "full", 1e-4, 0, 1, [0, 1, 2, 3, 4], [9.0, 8.0, 7.0, 8.0, 6.0], (1, 1), 0.0)
+    assert lost(losses, rival, 4) == behind
+    assert not lost(losses, None, 4) and not lost(losses, replace(rival, diverged=True), 4)
 
 
 def test_nothing_to_train() -> None:
