@@ -98,7 +98,7 @@ def layer_costs(
                 logits = model(**text_inputs(model, ids)).logits
             chances = logits.flatten(0, 1).float().log_softmax(-1)
             drawn = torch.multinomial(chances.detach().exp(), 1, generator=generator)
-            (-chances.gather(1, drawn).sum()).backward()  # type: ignore[no-untyped-call]
+            (-chances.gather(1, drawn).sum()).backward()
             done += len(ids)
             progress(done, len(tokens))
     costs: dict[int, float] = {}
