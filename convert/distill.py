@@ -116,6 +116,7 @@ def distill(
     preconditioner = reading_preconditioner(read.to(device, torch.float32), recipe.preconditioner_exponent)
     # B's steps are as large in the output as they are at the recipe's scale.
     reach = (scale.square().mean().sqrt() / recipe.scale).item()
+    preconditioner = preconditioner.to(product_dtype(device, spec.hidden_size))
     groups = muon_groups(weights, recipe, preconditioner, reach)
     optimizer = Muon(groups, momentum=recipe.momentum, ranks=ranks)
     peaks = [group["lr"] for group in optimizer.param_groups]

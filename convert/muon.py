@@ -66,14 +66,17 @@ def orthogonalised(matrices: Tensor, preconditioner: Tensor | None = None) -> Te
 
     Args:
         matrices: [..., r, d].
-        preconditioner: P^2 [d, d] for a symmetric P, None for P = 1; with one, r <= d.
+        preconditioner: P^2 [d, d] for a symmetric P, None for P = 1; with one, r <= d. The product with it is made in
+            its dtype, all others in the matrices'.
 
     Returns:
         [..., r, d].
     """
     if matrices.shape[-2] > matrices.shape[-1]:
         return orthogonalised(matrices.mT).mT
-    right = matrices if preconditioner is None else matrices @ preconditioner
+    right = matrices
+    if preconditioner is not None:
+        right = (matrices.to(preconditioner.dtype) @ preconditioner).to(matrices.dtype)
     gram = right @ matrices.mT  # M P (M P)^T
     size = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] * _SAFETY**2 + 1e-20
     gram = gram / size

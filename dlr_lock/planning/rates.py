@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..common.dtypes import product_dtype
 from ..common.machine import device_name
 from ..common.micro_batch import MicroBatch
 from ..common.options import known_name
@@ -125,7 +126,7 @@ def _fit_rate(device: torch.device, spec: DLRSpec, recipe: Recipe) -> float:
     whole = step_of(spec, recipe, parts).flops
     spec = replace(spec, depth=max(1, min(spec.depth, round(spec.depth * _PROBED / whole))))
     weights = {k: w.to(device) for k, w in random_init(spec, torch.Generator().manual_seed(0)).items()}
-    eye = torch.eye(spec.hidden_size, device=device)
+    eye = torch.eye(spec.hidden_size, device=device, dtype=product_dtype(device, spec.hidden_size))
     optimizer = Muon(muon_groups(weights, recipe, eye), momentum=recipe.momentum)
     x, y = (torch.randn(recipe.batch, spec.hidden_size, device=device) for _ in "xy")
     ones = torch.ones(spec.hidden_size, device=device)
