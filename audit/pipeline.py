@@ -185,7 +185,7 @@ def _attack(context: AuditContext) -> dict[str, Any]:
     steps: list[StepCost] = []
     attacks = context.config.chosen_attacks
     if predicts_next(context.original):
-        if in_bfloat16(context.device):
+        if in_bfloat16(context.original):
             context.notes.append(
                 "fine-tunes had products in bfloat16, with weights and sums in float32; steps were timed in float32"
             )

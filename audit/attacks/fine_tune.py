@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...common.dtypes import product_dtype
 from ...common.errors import DLRError
 from ...common.progress import Count, no_count
 from ...convert.evaluate import evaluate
@@ -123,15 +124,16 @@ def _alike(runs: Sequence[Run]) -> bool:
     return len(runs) > 1 and max(lowest) - min(lowest) < _ALIKE * (runs[0].losses[0] - min(lowest))
 
 
-def in_bfloat16(device: torch.device) -> bool:
-    """Whether runs on a device have their products in bfloat16: on a CPU with instructions for that. A step of SmolLM2
-    takes two thirds of the time so. Weights, the optimizer, and a chain's state stay in float32."""
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+def in_bfloat16(model: PreTrainedModel) -> bool:
+    """Whether runs of a model on a CPU have their products in bfloat16, see `product_dtype`: a step of SmolLM2 takes
+    two thirds of the time so. Weights, the optimizer, and a chain's state stay in float32."""
+    width = model.config.get_text_config().hidden_size
+    return model.device.type == "cpu" and product_dtype(model.device, width) == torch.bfloat16
 
 
-def products(device: torch.device) -> AbstractContextManager[object]:
+def products(model: PreTrainedModel) -> AbstractContextManager[object]:
     """A block with the products of `in_bfloat16`. One block a step: it may keep the weights that it began with."""
-    return torch.autocast("cpu", torch.bfloat16) if in_bfloat16(device) else nullcontext()
+    return torch.autocast("cpu", torch.bfloat16) if in_bfloat16(model) else nullcontext()
 
 
 def fine_tune(
@@ -179,7 +181,7 @@ def fine_tune(
             for done, rows in enumerate(batches, 1):
                 ids = task.train[rows].to(model.device)
                 began = perf_counter()
-                with products(model.device) if attack.coarse else nullcontext():
+                with products(model) if attack.coarse else nullcontext():
                     step(
                         ids, rate * min(1.0, done / (_WARM_UP * len(batches)))
                     )  # reads the loss: it has ended
@@ -226,7 +228,7 @@ def _judged(model: PreTrainedModel, tokens: Tensor) -> float:
 
 
 def _loss(model: PreTrainedModel, tokens: Tensor) -> float:
-    with products(model.device):
+    with products(model):
         return evaluate(model, tokens).loss
 
 

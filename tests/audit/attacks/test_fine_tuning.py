@@ -46,7 +46,11 @@ def tune(
 
 
 @pytest.mark.parametrize("attack", TRAINING_ATTACKS)
-def test_a_run(attack: str) -> None:
+@pytest.mark.parametrize("coarse", [False, True])
+def test_a_run(attack: str, coarse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also as a CPU with bfloat16 instructions runs a model that is wide enough."""
+    dtype = torch.bfloat16 if coarse else torch.float32
+    monkeypatch.setattr("dlr_lock.audit.attacks.fine_tune.product_dtype", lambda device, features: dtype)
     torch.manual_seed(5)
     model = locked_llama()
     before = {name: p.clone() for name, p in model.state_dict().items()}
