@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..common.dtypes import product_dtype
+from ..common.dtypes import fast_products, product_dtype
 from ..common.errors import DLRError
 from ..common.hooks import removed, run_body, text_inputs
 from ..common.micro_batch import MicroBatch
@@ -226,9 +226,7 @@ def distance(student: nn.Module, original: PreTrainedModel, ids: Tensor) -> Tens
     Returns:
         A scalar: the mean KL of the next token's distribution, or the mean relative error of the last hidden states.
     """
-    device = ids.device
-    products = product_dtype(device, original.config.get_text_config().hidden_size)
-    with torch.autocast(device.type, products, enabled=products != torch.float32):
+    with fast_products(original):
         with torch.no_grad():
             wanted = _output(original, ids)
         got = _output(student, ids)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...common.dtypes import product_dtype
+from ...common.dtypes import fast_products
 from ...common.errors import DLRError
 from ...common.hooks import removed, text_inputs
 from ...common.progress import Count, no_count
@@ -84,17 +84,13 @@ def layer_costs(
         y.register_hook(partial(slope, name))
 
     generator = torch.Generator(model.device).manual_seed(seed)
-    products = product_dtype(model.device, mlps[0].hidden_size)
     at_once = max(1, LOGIT_BYTES // (4 * tokens.shape[1] * vocabulary(model)))
     done = 0
     with removed(
         [model.get_submodule(m.module).register_forward_hook(partial(watch, m.module)) for m in mlps]
     ):
         for ids in tokens.split(at_once):
-            with (
-                torch.enable_grad(),
-                torch.autocast(model.device.type, products, enabled=products != torch.float32),
-            ):
+            with torch.enable_grad(), fast_products(model):
                 logits = model(**text_inputs(model, ids)).logits
             chances = logits.flatten(0, 1).float().log_softmax(-1)
             drawn = torch.multinomial(chances.detach().exp(), 1, generator=generator)

@@ -1,5 +1,7 @@
 """The dtypes of weights, by the names that users write."""
 
+from typing import Any
+
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,3 +36,9 @@ def product_dtype(device: torch.device, features: int) -> torch.dtype:
             torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         )
     return torch.bfloat16 if fast else torch.float32
+
+
+def fast_products(model: Any) -> torch.autocast:
+    """A block in which a transformers model on its device multiplies in `product_dtype`, whatever its weights are."""
+    dtype = product_dtype(model.device, model.config.get_text_config().hidden_size)
+    return torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
