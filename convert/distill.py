@@ -36,6 +36,8 @@ _LOOK = 8  # batches between two looks, at least: the loss of one says little
 _RISE = 1.5  # a loss so many times the best one seen, and above the zero function's 1, is a fit that diverges
 _ROWS = 4096  # tokens to judge the typical size by
 _LARGE = 2.0  # times the typical size, from which a token weighs more than others
+_WIDE = 64.0  # times the median variance, from which a feature weighs less than others
+_FEW = 16.0  # times the median |y|^2, from which a token is none of the usual ones
 PRECONDITIONER_TOKENS = 40_000
 # Rows that Muon orthogonalises at once. On 1x12x192 whole steps fit 1.2% better at equal training tokens and take 1.5
 # times the FLOPs; spent on training tokens these are worth 5%. A student of one wide step keeps whole matrices: in
@@ -92,15 +94,18 @@ def distill(
     """
     share, ranks = activations.share, activations.share.ranks
     sample = share.sample(activations.rows, random_rows(tokens, _ROWS, recipe.seed))
-    rms_x, rms_y = (_typical_rms(t) for t in sample)
+    rms_x = _typical_rms(sample[0])
+    y = sample[1].float()
+    bias = y[usual(y)].mean(0) if init is None else init["dlr_bias"]
+    written = y - bias  # by the steps
+    rms_y = _typical_rms(written)
     if not (rms_x and rms_y):
-        side = "output" if rms_x else "input"
-        raise DLRError(f"the {side} of {name} is zero for most tokens: leave it out with --layers")
+        which = "output of {} is the same" if rms_x else "input of {} is zero"
+        raise DLRError(f"the {which.format(name)} for most tokens: leave it out with --layers")
     generator = torch.Generator().manual_seed(recipe.seed)
-    scale, bias = torch.full((spec.hidden_size,), recipe.scale), torch.zeros(spec.hidden_size)
+    scale = torch.full((spec.hidden_size,), recipe.scale)
     if init is not None:
         weights = {key: init[key] * rms_x for key in DLRNet.weight_names(spec)}
-        bias = init["dlr_bias"] / rms_y
         if spec.depth == 1:
             weights["dlr_B"] = init["dlr_B"] * init["dlr_scale"] / (recipe.scale * rms_y)
         else:
@@ -124,7 +129,7 @@ def distill(
     def stored() -> Weights:
         # Back to the scale of the model: z runs on x itself, so A reads x / rms_x and B writes rms_x.
         tensors = {key: w.cpu() * (rms_x if key == "dlr_B" else 1 / rms_x) for key, w in weights.items()}
-        tensors |= {"dlr_scale": scale * (rms_y / rms_x), "dlr_bias": bias * rms_y}
+        tensors |= {"dlr_scale": scale * (rms_y / rms_x), "dlr_bias": bias}
         ranks.broadcast([*tensors.values()])
         return tensors
 
@@ -132,12 +137,14 @@ def distill(
     guard = _Guard(recipe, optimizer, weights, name, note)
     trained, seen, began = 0, 0, time.monotonic()
     micro = micro or MicroBatch(f"the distillation of {name}", "token")
-    with Gradients(spec, scale.to(device), bias.to(device), micro) as gradients:
+    root = feature_weights(y[usual(y)]).sqrt()
+    unit, mean = (root / _typical_rms(written * root)).to(device), bias.to(device)
+    with Gradients(spec, scale.to(device) * rms_y * unit, 0 * mean, micro) as gradients:
         for rows in recipe.batches(tokens, first, generator):
             x, y = (t.to(device, torch.float32) for t in activations.rows(share.mine(rows)))
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * guard.share * recipe.schedule(trained + len(rows) / 2)
-            loss = gradients.fill(weights, x / rms_x, y / rms_y, len(rows))
+            loss = gradients.fill(weights, x / rms_x, (y - mean) * unit, len(rows))
             ranks.add([loss, *(w.grad for w in weights.values() if w.grad is not None)])
             optimizer.step()
             trained += len(rows)
@@ -261,6 +268,30 @@ def token_weights(wanted: Tensor) -> Tensor:
     """
     size = wanted.square().mean(1).sqrt()
     return size.div(_LARGE).clamp(min=1).sqrt() / size_of(wanted)
+
+
+def usual(y: Tensor) -> Tensor:
+    """[N] bool, which of outputs y [N, d] are no massive ones: such tokens are few, and chains learn them apart."""
+    size = y.square().sum(1)
+    return size <= _FEW * size.median()
+
+
+def feature_weights(y: Tensor) -> Tensor:
+    """What each feature's squared error weighs in a fit: 1, and less where its variance is beyond 64 times the median.
+
+    A few features may hold nearly all of an MLP's output and little of what the model makes of it: three have 96% of
+    what the last MLP of all-MiniLM-L6-v2 writes, for the normalisation behind it to shrink
+    (docs/experiments/recipe.md, "Mean and wide features").
+
+    Args:
+        y: [N, d], outputs of an MLP at usual tokens.
+
+    Returns:
+        [d] float32.
+    """
+    variance = y.float().var(0, correction=0)
+    alive = variance[variance > 0]
+    return (_WIDE * alive.median() / variance).clamp(max=1) if len(alive) else torch.ones_like(variance)
 
 
 class Gradients:

@@ -66,6 +66,33 @@ def test_massive_activations_of_a_few_tokens_do_not_spoil_the_rest() -> None:
     assert error < 0.5  # 1.0 for a chain fitted without them; measured 0.14 to 0.28
 
 
+def test_what_the_output_is_on_average_costs_the_steps_nothing() -> None:
+    """The last MLPs of a model write the same to every token, mostly; massive tokens have no part in that."""
+    x = torch.randn(N + 1024, D)
+    y = run(teacher(), x)
+    _, plain = fit(x, y)
+    always = 5 * torch.randn(D) * y.square().mean().sqrt()
+    shifted = y + always
+    shifted[::128] = -100 * always
+    net, _ = fit(x, shifted)
+    torch.testing.assert_close(net.dlr_bias.detach(), always + y[:N].mean(0), rtol=0.05, atol=0.1)
+    ordinary = torch.arange(N, N + 1024) % 128 != 0
+    with torch.no_grad():
+        error = (net(x[N:][ordinary]) - shifted[N:][ordinary]).square().sum() / y[N:][ordinary].square().sum()
+    assert error < 1.15 * plain.rel_error
+
+
+def test_features_far_wider_than_others_are_not_all_that_is_learned() -> None:
+    x = torch.randn(N + 1024, D)
+    y = run(teacher(), x)
+    y[:, :3] *= 100
+    net, _ = fit(x, y)
+    with torch.no_grad():
+        errors = (net(x[N:]) - y[N:]).square().sum(0) / y[N:].square().sum(0)
+    # By squares alone: 0.5 and 9, where the zero function has 1. Were all features alike: 0.55 and 0.55.
+    assert errors[:3].mean() < 0.9 and errors[3:].mean() < 0.9
+
+
 def narrow_teacher() -> TeacherWeights:
     """One that reads a quarter of x's directions."""
     weights = teacher()
