@@ -16,7 +16,9 @@ class LayersConfig:
 
     count: int | None = option(None, "How many layers are to be locked: the cheapest are named.", "none")
     data: str = option("self", "Text: .txt, .jsonl, .parquet, a datasets name, or self (sampled, slow).")
-    tokens: int = option(4096, "Tokens of it.")
+    tokens: int | None = option(None, "Tokens of it.", "4096, or 4 times the hidden size where that is more")
+    effort: str = option("standard", "quick, standard or best: how long each layer is to be trained.")
+    train_tokens: int | None = option(None, "The same in training tokens of each module.", "the effort's")
     sequence: int | None = option(None, "Tokens a sequence.", "512, or what the model takes")
     mlps: str | None = option(None, "Regular expression of MLP module names.", "found by structure")
     seed: int = option(0, "Seed of what is drawn.")

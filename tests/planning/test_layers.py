@@ -15,22 +15,26 @@ from dlr_lock.convert.outlook import sensitivity
 from dlr_lock.convert.outlook.sensitivity import LayerCost, cheapest, layer_costs
 
 
-def test_a_layers_cost_is_the_kl_that_noise_of_that_size_makes() -> None:
+@pytest.mark.parametrize(
+    ("kind", "sure"), [("llama", 20), ("opt", 4)]
+)  # MLPs with a module of their own, and without
+def test_a_layers_cost_is_the_kl_that_noise_of_that_size_makes(kind: str, sure: float) -> None:
     torch.manual_seed(0)
-    model = tiny_model("llama", layers=3)
+    model = tiny_model(kind, layers=3)
     mlps = find_mlps(model)
     with torch.no_grad():  # layers that matter differently, in a model that is sure of something
         for factor, mlp in zip((1.0, 3.0, 0.3), mlps, strict=True):
-            model.get_submodule(mlp.module).down_proj.weight.mul_(factor)
-        model.lm_head.weight.mul_(20)
+            assert mlp.down is not None
+            mlp.down.weight(model).mul_(factor)
+        model.lm_head.weight.mul_(sure)
     ids = torch.randint(0, VOCABULARY, (64, 32))
-    costs = layer_costs(model, mlps, ids)
+    costs = layer_costs(model, mlps, ids, 51_200)
     error = 0.001  # small, as the formula wants it
 
     def kl(name: str) -> float:
         def noisy(module: torch.nn.Module, args: object, y: torch.Tensor) -> torch.Tensor:
             noise = torch.randn_like(y)
-            return y + noise * (error / y.shape[-1]) ** 0.5 * y.square().mean((0, 1)).sum().sqrt()
+            return y + noise * (error / y.shape[-1]) ** 0.5 * y.flatten(0, -2).square().mean(0).sum().sqrt()
 
         with torch.no_grad():
             p = model(ids).logits.double().log_softmax(-1)
@@ -39,13 +43,29 @@ def test_a_layers_cost_is_the_kl_that_noise_of_that_size_makes() -> None:
             handle.remove()
         return (p.exp() * (p - q)).sum(-1).mean().item()
 
-    for cost in costs:
-        formula = cost.kl / sensitivity._MEASURED / sensitivity.ERROR
-        assert formula == pytest.approx(kl(cost.modules[0]) / error, rel=0.15)
+    for cost, mlp in zip(costs, mlps, strict=True):
+        formula = cost.kl / sensitivity._MEASURED / cost.error
+        assert formula == pytest.approx(kl(mlp.output) / error, rel=0.15)
+
+
+def test_what_a_linear_map_leaves_is_what_noise_there_is() -> None:
+    d, tokens = 16, 512
+    mlp = find_mlps(tiny_model("llama", layers=1))[0]
+    watched = sensitivity._Watched(mlp)
+    x = torch.randn(tokens, d) * 100
+    y = x @ torch.randn(d, d) + 300
+    y += torch.randn_like(y) * y.square().sum(1, keepdim=True).div(d).sqrt() * 0.2**0.5
+    y[:3] *= 1000  # massive tokens count for one each
+    for part in torch.arange(tokens).split(100):
+        watched.enter(None, (x[part],), {})
+        watched.leave(None, None, y[part].clone())
+    assert watched.linear() == pytest.approx(0.2 / 1.2, rel=0.15)
+    errors = [sensitivity.expected_error(watched.linear(), n) for n in (1, 51_200, 102_400, 10**9)]
+    assert errors[0] == errors[1] > errors[2] >= errors[3] > 0
 
 
 def test_the_cheapest_are_named_in_their_order() -> None:
-    costs = [LayerCost(n, (f"mlp.{n}",), kl) for n, kl in enumerate((0.4, 0.1, 0.3, 0.2))]
+    costs = [LayerCost(n, (f"mlp.{n}",), 0.1, kl) for n, kl in enumerate((0.4, 0.1, 0.3, 0.2))]
     assert cheapest(costs, 2) == [1, 3]
     assert cheapest(costs, 4) == [0, 1, 2, 3]
     for count in (0, 5):
@@ -56,15 +76,17 @@ def test_the_cheapest_are_named_in_their_order() -> None:
 def test_a_model_that_predicts_no_token_is_refused() -> None:
     model = tiny_model("bert", layers=2)
     with pytest.raises(DLRError, match="predict the next token"):
-        layer_costs(model, find_mlps(model), torch.zeros(2, 8, dtype=torch.int64))
+        layer_costs(model, find_mlps(model), torch.zeros(2, 8, dtype=torch.int64), 51_200)
 
 
 def test_the_command_names_layers_that_a_conversion_takes(tmp_path: Path) -> None:
     tiny_model("llama", layers=3).save_pretrained(tmp_path / "source")
-    command = ["layers", str(tmp_path / "source"), "--tokens", "256"]
+    command = ["layers", str(tmp_path / "source"), "--tokens", "256", "--effort", "quick"]
     done = CliRunner().invoke(app, [*command, "--count", "2"])
     assert done.exit_code == 0 and "the cheapest 2: --layers " in done.stdout
     done = CliRunner().invoke(app, [*command, "--json"])
     assert [cost["layer"] for cost in json.loads(done.stdout)["layers"]] == [0, 1, 2]
     done = CliRunner().invoke(app, [*command, "--count", "4"], standalone_mode=False)
     assert isinstance(done.exception, DLRError) and "--count must be from 1 to 3" in str(done.exception)
+    done = CliRunner().invoke(app, [*command[:2], "--tokens", "32"], standalone_mode=False)
+    assert isinstance(done.exception, DLRError) and "--tokens must be at least" in str(done.exception)
