@@ -9,7 +9,7 @@ demo: $(VENV)/ready
 	$(BIN)/dlr-lock demo
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal --durations 25
 
 # vLLM and its clients, in an environment of its own (3.4 GB). What cannot be installed fails; nothing is skipped.
 test-serving: $(VENV)-serving/ready

@@ -33,7 +33,6 @@ from .distill import MUON_ROWS, Log
 from .evaluate import (
     BATCH,
     CHUNK,
-    LOGIT_BYTES,
     Evaluation,
     Redistillation,
     StateEvaluation,
@@ -42,6 +41,7 @@ from .evaluate import (
     divergence,
     predicts_next,
     relative_error,
+    sequences_at_once,
     vocabulary,
 )
 from .muon import Muon
@@ -157,7 +157,7 @@ def train_end_to_end(
     generator = torch.Generator().manual_seed(plan.seed)
     sequences, n = tokens.shape
     batch = plan.step_tokens
-    at_once = max(1, min(batch // n, LOGIT_BYTES // (4 * n * vocabulary(model)), sequences))
+    at_once = sequences_at_once(n, vocabulary(model), min(batch // n, sequences))
     parts = max(1, round(batch / (n * at_once)))
     order = torch.empty(0, dtype=torch.int64)
     steps = max(1, math.ceil(plan.train_tokens / (n * at_once * parts)))

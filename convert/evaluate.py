@@ -179,7 +179,14 @@ def size_of(wanted: Tensor) -> Tensor:
 
 BATCH = 8  # sequences in a pass
 # Float32 logits of one forward pass stay below this where one sequence allows it (SmolLM2: 100 MB each).
-LOGIT_BYTES = 256 * 2**20
+_LOGIT_BYTES = 256 * 2**20
+
+
+def sequences_at_once(length: int, vocabulary: int, most: int) -> int:
+    """How many sequences of so many tokens one pass with logits takes, for a vocabulary: from 1 to `most`."""
+    return max(1, min(most, _LOGIT_BYTES // (4 * length * vocabulary)))
+
+
 # Elements (positions x vocabulary) whose softmax is taken at once: 64 MiB in float32.
 CHUNK = 16 * 2**20
 
@@ -284,7 +291,7 @@ def evaluate(
             f"nothing to evaluate in tokens of shape {list(tokens.shape)}: give sequences of 2 or more"
         )
     sequences, n = tokens.shape
-    at_once = max(1, min(batch, LOGIT_BYTES // (n * vocabulary(model) * 4)))
+    at_once = sequences_at_once(n, vocabulary(model), batch)
     loss = original_loss = kl = 0.0
     flips = 0
     runs = passes or (partial(pass_by_pass, model), partial(pass_by_pass, original))

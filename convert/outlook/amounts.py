@@ -14,7 +14,8 @@ from ...runtime.generation import positions
 from ..activations import group_layers
 from ..config import ConversionConfig, Recipe
 from ..data import SEQUENCE_LENGTH
-from ..evaluate import CHUNK, LOGIT_BYTES, predicts_next
+from ..evaluate import BATCH as SEQUENCES
+from ..evaluate import CHUNK, predicts_next, sequences_at_once
 from ..experts.routing import Mixture
 from ..mlp_matching import MLP
 from ..redistill import BATCH, INITS, attack_tokens, half_of
@@ -249,7 +250,7 @@ class Amounts:
         if not predicts_next(self.subject.model):
             return 0
         row = 4 * self.length * self.subject.vocabulary
-        at_once = max(1, min(8, LOGIT_BYTES // row))
+        at_once = sequences_at_once(self.length, self.subject.vocabulary, SEQUENCES)
         return 2.5 * at_once * row + 5 * 4 * min(CHUNK, at_once * row / 4)
 
     def students(self, chains: Sequence[Chains]) -> Iterator[tuple[DLRSpec, Recipe, DLRSpec]]:

@@ -16,7 +16,7 @@ from ..activations import BATCH_TOKENS, SequentialCalibrator
 from ..config import Recipe
 from ..distill import PRECONDITIONER_TOKENS
 from ..end_to_end import EndToEndPlan
-from ..evaluate import LOGIT_BYTES
+from ..evaluate import sequences_at_once
 from ..mlp_matching import MLP
 from ..redistill import FIT_TOKENS, INITS, half_of, regression_flops
 from .amounts import Amounts, Chains
@@ -232,9 +232,8 @@ def _end_to_end(a: Amounts) -> Phase:
     step = (
         a.pass_flops + 2 * (a.locked_flops - 2 * chains) + 6 * chains
     )  # original; student, its chains apart
-    at_once = max(
-        a.length, min(EndToEndPlan(int(tokens)).step_tokens, LOGIT_BYTES // (4 * a.subject.vocabulary))
-    )
+    most = EndToEndPlan(int(tokens)).step_tokens // a.length
+    at_once = a.length * sequences_at_once(a.length, a.subject.vocabulary, most)
     # Of every step of every chain: the state that it reads and what it reads there and makes of that, for backward.
     kept = at_once * sum(
         4.0 * c.spec.depth * c.spec.lanes * (c.spec.hidden_size + 2 * c.spec.rank)

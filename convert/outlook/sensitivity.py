@@ -24,7 +24,7 @@ from ...common.dtypes import fast_products
 from ...common.errors import DLRError
 from ...common.hooks import removed, text_inputs
 from ...common.progress import Count, no_count
-from ..evaluate import LOGIT_BYTES, predicts_next, size_of, vocabulary
+from ..evaluate import predicts_next, sequences_at_once, size_of, vocabulary
 from ..mlp_matching import MLP
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def layer_costs(
     ]
     hooks += [model.get_submodule(w.mlp.output).register_forward_hook(w.leave) for w in watched]
     generator = torch.Generator(model.device).manual_seed(seed)
-    at_once = max(1, LOGIT_BYTES // (4 * tokens.shape[1] * vocabulary(model)))
+    at_once = sequences_at_once(tokens.shape[1], vocabulary(model), len(tokens))
     done = 0
     with removed(hooks):
         for ids in tokens.split(at_once):
