@@ -3,9 +3,9 @@
 Why it is done this way (SmolLM2's layer 12, 1x36x64, 0.41 M training tokens; docs/experiments/recipe.md has all that
 was tried):
 x and y in units of their typical size, so that massive rows do not move it, the mean of y in the bias, and an output
-scale that couples the steps (_GATED in config.py). Small batches fit better (relative error 0.255 at 1024 tokens, 0.239 at 512, 0.230 at
-256) but shrink the flatten gap (0.74, 0.53, 0.48); the preconditioner brings it back (1.5) for one percent of the
-error. B at twice the rate makes the gap larger.
+scale that couples the steps (_GATED in config.py). Small batches fit better (relative error 0.255 at 1024 tokens, 0.239
+at 512, 0.230 at 256) but shrink the flatten gap (0.74, 0.53, 0.48); the preconditioner brings it back (1.5) for one
+percent of the error. B at twice the rate makes the gap larger.
 """
 
 import math

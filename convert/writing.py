@@ -23,7 +23,7 @@ from .layer_runner import LayerRunner, layer_by_layer
 from .report import ModuleReport
 from .source import Source, unplaced_tensors
 
-SHARD = "4GB"  # of the checkpoint: as much of what it is written from is in memory
+SHARD = 4 * 10**9  # bytes of the checkpoint at a time: as much of what it is written from is in memory
 
 
 class KeptChains(Mapping[str, DLRNet | DLRExperts]):

@@ -19,10 +19,9 @@ from ..end_to_end import EndToEndPlan
 from ..evaluate import sequences_at_once
 from ..mlp_matching import MLP
 from ..redistill import FIT_TOKENS, INITS, half_of, regression_flops
+from ..writing import SHARD
 from .amounts import Amounts, Chains
 from .steps import step_of
-
-_SHARD = 4e9  # bytes of the checkpoint that are written at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,7 @@ def phases(a: Amounts) -> list[Phase]:
     fused = {"host": a.fused_bytes}
     # A mixture's chains are put together from those of its experts.
     chain = {"host": max(c.params * (1 + (c.count > 1)) for c in a.chains) * a.stored_itemsize}
-    written = {"host": min(a.checkpoint_bytes, _SHARD)}
+    written = {"host": min(a.checkpoint_bytes, SHARD)}
     both = {} if a.on_demand else model  # the locked model beside it; where there is no room each has half
     made = a.subject.files + a.subject.copied if a.subject.copied else 0  # the plain copy of quantised files
     done = [

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...common.dtypes import fast_products
 from ...common.errors import DLRError
-from ...common.hooks import removed, text_inputs
+from ...common.hooks import first_argument, removed, text_inputs
 from ...common.progress import Count, no_count
 from ..evaluate import predicts_next, sequences_at_once, size_of, vocabulary
 from ..mlp_matching import MLP
@@ -85,7 +85,7 @@ class _Watched:
         )
 
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._x = (args[0] if args else next(iter(kwargs.values()))).detach()
+        self._x = first_argument(args, kwargs).detach()
 
     def leave(self, module: Any, args: Any, output: Any) -> None:
         y = output if isinstance(output, Tensor) else output[0]

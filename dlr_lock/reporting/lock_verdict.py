@@ -157,16 +157,22 @@ def lock_status(verdicts: Mapping[str, LockVerdict]) -> str:
         if names[verdict]
     ]
 
+    count = len(verdicts)
+
     def share(verdict: LockVerdict) -> str:
-        count = f"{len(verdicts)} converted modules"
-        some = names[verdict]
-        return f"All {count}" if len(some) == len(verdicts) else f"{len(some)} of the {count}"
+        if count == 1:
+            return "The one converted module"
+        some = len(names[verdict])
+        return (
+            f"All {count} converted modules" if some == count else f"{some} of the {count} converted modules"
+        )
 
     if names[LockVerdict.HELD]:
-        words.append(f"{share(LockVerdict.HELD)} withstood the attack that was tried on them.")
-    if names[LockVerdict.UNTRIED]:
+        words.append(f"{share(LockVerdict.HELD)} withstood the attack that was tried.")
+    if untried := len(names[LockVerdict.UNTRIED]):
+        verb = "was" if untried == 1 else "were"
         words.append(
-            f"{share(LockVerdict.UNTRIED)} were not attacked: whether they are locked is not known "
+            f"{share(LockVerdict.UNTRIED)} {verb} not attacked: whether a chain is locked is not known "
             "(--redistill 0.25 or an audit tells)."
         )
     return " ".join(words)

@@ -161,7 +161,7 @@ def test_a_module_has_one_verdict_wherever_it_is_read(
         assert ("NOT LOCKED" in shown) == verdict.refuted
         assert ("nearly for free" in shown) == (verdict is LockVerdict.FLAT)
         assert ("withstood" in shown) == (verdict is LockVerdict.HELD)
-        assert ("were not attacked" in shown) == (verdict is LockVerdict.UNTRIED)
+        assert ("not attacked: whether" in shown) == (verdict is LockVerdict.UNTRIED)
 
 
 def test_a_checkpoint_without_a_manifest_shows_its_chains(report: ConversionReport) -> None:
