@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..common.dtypes import fast_products
 from ..common.errors import DLRError
 from ..common.hooks import StopForward, submodule, watch_pass
 from ..common.micro_batch import MicroBatch
@@ -33,10 +34,8 @@ if TYPE_CHECKING:
     from .mlp_matching import MLP
 
 
-# Tokens in one forward pass: enough to keep the matrix products busy, little beside the activations kept.
-BATCH_TOKENS = 4096
-# Tokens in the trial pass that tells whether every MLP is called exactly once.
-_TRIAL_TOKENS = 8
+BATCH_TOKENS = 4096  # in one forward pass: products are busy, and little is held beside the activations kept
+_TRIAL_TOKENS = 8  # in the pass that tells whether every MLP is called exactly once
 
 
 class Activations:
@@ -275,7 +274,8 @@ def _forward(
     )
     hooks = [m.register_forward_pre_hook(partial(before, i), with_kwargs=True) for i, m in enumerate(inputs)]
     hooks += [m.register_forward_hook(partial(after, i)) for i, m in enumerate(outputs)]
-    watch_pass(model, tokens, hooks)
+    with fast_products(model.device, mlps[0].hidden_size):
+        watch_pass(model, tokens, hooks)
 
 
 class SequentialCalibrator:

@@ -226,7 +226,7 @@ def distance(student: nn.Module, original: PreTrainedModel, ids: Tensor) -> Tens
     Returns:
         A scalar: the mean KL of the next token's distribution, or the mean relative error of the last hidden states.
     """
-    with fast_products(original):
+    with fast_products(original.device, original.config.get_text_config().hidden_size):
         with torch.no_grad():
             wanted = _output(original, ids)
         got = _output(student, ids)

@@ -156,7 +156,7 @@ def layer_costs(
     done = 0
     with removed(hooks):
         for ids in tokens.split(at_once):
-            with torch.enable_grad(), fast_products(model):
+            with torch.enable_grad(), fast_products(model.device, mlps[0].hidden_size):
                 logits = model(**text_inputs(model, ids)).logits
             chances = logits.flatten(0, 1).float().log_softmax(-1)
             drawn = torch.multinomial(chances.detach().exp(), 1, generator=generator)

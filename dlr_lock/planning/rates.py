@@ -89,9 +89,9 @@ def probe(device: torch.device, spec: DLRSpec, recipe: Recipe, intermediate: int
         vocabulary: Tokens of the model's vocabulary.
     """
     d = spec.hidden_size
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    slow = torch.float32 if device.type == "cpu" else torch.bfloat16
 
-    def mlp(tokens: int) -> Callable[[], Tensor]:
+    def mlp(tokens: int, dtype: torch.dtype) -> Callable[[], Tensor]:
         up, down = (
             torch.randn(*shape, device=device, dtype=dtype)
             for shape in ((intermediate, d), (d, intermediate))
@@ -100,7 +100,10 @@ def probe(device: torch.device, spec: DLRSpec, recipe: Recipe, intermediate: int
         return lambda: torch.nn.functional.silu(x @ up.T) @ down.T
 
     tokens = int(max(64, min(4096, _PROBED / (4 * d * intermediate))))
-    wide, narrow = (4 * t * d * intermediate / _seconds(mlp(t), device) for t in (tokens, min(64, tokens)))
+    wide, narrow = (
+        4 * t * d * intermediate / _seconds(mlp(t, dtype), device)
+        for t, dtype in ((tokens, product_dtype(device, d)), (min(64, tokens), slow))
+    )
     rows = max(1, min(512, 2**24 // vocabulary))
     p, q = (torch.randn(rows, vocabulary, device=device) for _ in "pq")
     words = _seconds(lambda: divergence(p.log_softmax(-1), q.log_softmax(-1)), device)
