@@ -189,7 +189,10 @@ def _again(
 
 def _warnings(made: Plan) -> Iterator[str]:
     if len(made.modules) > 1:
-        yield f"how far the locked model will be from the original is not foretold; {ERRORS_ADD_UP}"
+        yield (
+            "how far the locked model will be from the original, `dlr-lock layers` foretells, from the weights; "
+            f"{ERRORS_ADD_UP}"
+        )
     memory = made.rates.memory
     if memory is not None and made.device > 0.95 * memory:
         yield (
