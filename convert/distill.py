@@ -96,7 +96,7 @@ def distill(
     sample = share.sample(activations.rows, random_rows(tokens, _ROWS, recipe.seed))
     rms_x = _typical_rms(sample[0])
     y = sample[1].float()
-    bias = y[usual(y)].mean(0) if init is None else init["dlr_bias"]
+    bias = y[usual(y)].mean(0) if init is None else init["dlr_bias"].cpu()
     written = y - bias  # by the steps
     rms_y = _typical_rms(written)
     if not (rms_x and rms_y):
@@ -110,7 +110,7 @@ def distill(
             weights["dlr_B"] = init["dlr_B"] * init["dlr_scale"] / (recipe.scale * rms_y)
         else:
             weights["dlr_B"] = init["dlr_B"] / rms_x
-            scale = init["dlr_scale"] * (rms_x / rms_y)
+            scale = init["dlr_scale"].cpu() * (rms_x / rms_y)
     elif recipe.init == "mixed":
         weights = mixed_init(spec, generator, teacher)
     else:
