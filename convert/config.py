@@ -150,9 +150,9 @@ class Effort:
 # The words are of a 135M model on two CPU cores; the error is the relative one on held-out text.
 EFFORTS = {
     "quick": Effort("half a minute a layer, error 0.20: a first look", 81_920, 102_400, 0, 0.0),
-    "standard": Effort("five minutes a layer, error 0.14: for a few layers", 163_840, 409_600, 0, 0.25),
+    "standard": Effort("three minutes a layer, error 0.14: for a few layers", 163_840, 409_600, 0, 0.25),
     "best": Effort(
-        "about an hour a layer, error 0.13, and an hour or two at the end",
+        "about half an hour a layer, and an hour or two at the end",
         491_520,
         1_638_400,
         262_144,
