@@ -23,6 +23,7 @@ class Budget:
     Attributes:
         tokens, heldout: Tokens of neutral text, to distil chains back on and to measure on.
         shares: Training tokens of redistilling a chain, over those of its conversion.
+        experts: Experts of a mixture whose chains are distilled back, at most.
         tuning, batch, sequence: Training tokens of a fine-tune, tokens of a step, tokens of a sequence.
         task_heldout: Tokens of the task that a fine-tune is judged by.
         seeds, rates: Runs at the best rate, and rates tried, at most.
@@ -32,6 +33,7 @@ class Budget:
     tokens: int
     heldout: int
     shares: str
+    experts: int
     tuning: int
     batch: int
     sequence: int
@@ -42,8 +44,8 @@ class Budget:
 
 
 BUDGETS = {
-    "quick": Budget(32_768, 4_096, "0.0625", 4_096, 256, 128, 512, 3, 4, timed=False),
-    "full": Budget(409_600, 10_240, "0.0625,0.25,1", 262_144, 2_048, 512, 8_192, 3, 6, timed=True),
+    "quick": Budget(32_768, 4_096, "0.0625", 8, 4_096, 256, 128, 512, 3, 4, timed=False),
+    "full": Budget(409_600, 10_240, "0.0625,0.25,1", 64, 262_144, 2_048, 512, 8_192, 3, 6, timed=True),
 }
 
 # As they are registered, which takes torch: for the help alone.
@@ -70,6 +72,11 @@ class AuditConfig:
         None,
         "Training tokens of redistilling a chain, over its conversion's: 0.0625,1.",
         by_name(BUDGETS, "shares"),
+    )
+    experts: int | None = option(
+        None,
+        "Experts of a mixture whose chains are redistilled, those with the most tokens.",
+        by_name(BUDGETS, "experts"),
     )
     tuning: int | None = option(None, "Training tokens of a fine-tune.", by_name(BUDGETS, "tuning"))
     batch: int | None = option(None, "Tokens a step of it.", by_name(BUDGETS, "batch"))
@@ -125,7 +132,7 @@ class AuditConfig:
             device=str(usable_device(self.device)),
             max_memory=memory_bytes(self.max_memory),
         )
-        for name in ("tokens", "heldout", "tuning", "batch", "sequence", "seeds", "rates"):
+        for name in ("tokens", "heldout", "tuning", "batch", "sequence", "seeds", "rates", "experts"):
             if getattr(chosen, name) < 1:
                 raise DLRError(f"--{name} must be at least 1, not {getattr(chosen, name)}")
         assert chosen.sequence and chosen.batch and chosen.tuning

@@ -14,6 +14,7 @@ import torch
 from ..common.progress import Count, Phase, Progress, expect, no_progress
 from ..common.resume import ResumeStore
 from ..convert.mlp_matching import MLP
+from .chains import Chain, chains_of
 from .reference import Reference
 from .texts import Text
 
@@ -54,12 +55,14 @@ class AuditContext:
         config: Every choice, resolved.
         scratch: A folder for what does not fit into memory.
         across: 'sequential' or 'independent': how the modules were converted.
-        conversion: Training tokens of each module's conversion; None, or missing, where the checkpoint does not say.
+        conversion: Training tokens of each module's conversion, a mixture's over its experts a token; None, or missing,
+            where the checkpoint does not say.
         resume: Finished parts of an interrupted audit; None where nothing is kept.
         progress: Called with (what is being done, done, total).
         notes: What was not run, and what else the owner should know, a sentence each; parts add to it.
         runs_begun, runs_at_most: Fine-tuning runs so far, and how many there will be, for the progress.
         runs_kept: Those of them that an interrupted audit made.
+        chains: The chains that are distilled back, by name.
         rates: By attack, the best rate of the last model that was fine-tuned: where the next one's sweep begins.
         reference: The original on the held-out neutral text, which attacked models are compared with.
     """
@@ -81,9 +84,11 @@ class AuditContext:
     runs_at_most: int = 0
     runs_kept: int = 0
     rates: dict[str, float] = field(default_factory=dict)
+    chains: dict[str, Chain] = field(init=False)
     reference: Reference = field(init=False)
 
     def __post_init__(self) -> None:
+        self.chains = {chain.name: chain for chain in chains_of(self.mlps, self.locked)}
         self.reference = Reference(self.original, self.neutral.heldout)
 
     @property

@@ -5,13 +5,12 @@ from dataclasses import replace
 from operator import attrgetter
 from statistics import median
 
-import torch
-
 from ..common.errors import first_line
 from ..common.progress import Count, no_count
 from ..common.timing import now
 from .attacks import TRAINING_ATTACKS
 from .context import ModelVariant
+from .meters import step_tokens
 from .report import StepCost
 
 _ROUNDS = 3
@@ -24,7 +23,7 @@ def count_steps(
     progress: Count = no_count,
     note: Callable[[str], object] = lambda sentence: None,
 ) -> Iterator[StepCost]:
-    """The steps of a variant, counted without data.
+    """The steps of a variant, counted, see `meters.countable`.
 
     Args:
         variant: The model.
@@ -89,7 +88,7 @@ def time_steps(
 
 def _seconds(variant: ModelVariant, row: StepCost, shape: tuple[int, int]) -> float:
     """Seconds of a step, after one of two tokens, which makes the optimizer's state and touches the weights."""
-    ids = torch.zeros(shape, dtype=torch.int64, device=variant.model.device)
+    ids = step_tokens(variant.model, shape)
     with TRAINING_ATTACKS[row.attack].stepping(variant, 0, row.strategy) as step:
         for tokens in (ids[:1, :2], ids):
             began = now(variant.model.device)

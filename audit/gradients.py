@@ -10,12 +10,12 @@ back through the student would give (straight-through).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from ..common.errors import DLRError
@@ -40,14 +40,14 @@ WHOLE, OUTSIDE = "all weights outside the chains", "outside the layers"
 
 
 def module_gradients(
-    context: AuditContext, students: Mapping[str, DLRNet], name: str
+    context: AuditContext, students: Mapping[str, nn.Module], name: str
 ) -> Iterator[GradientError]:
     """Every locked module's chain, and its student, against the original's MLP, at what goes into the MLP in the
     original.
 
     Args:
         context: The models and the text.
-        students: By module.
+        students: What stands in modules' places, by module; the experts of a mixture together, as it routes them.
         name: What the students are called.
 
     Yields:
@@ -58,7 +58,7 @@ def module_gradients(
     generator = torch.Generator().manual_seed(context.config.seed)
     found: dict[str, dict[str, _Compared]] = {}
     for mlp in context.mlps:
-        made = {mlp.module: context.locked.get_submodule(mlp.module)}
+        made: dict[str, nn.Module] = {mlp.module: context.locked.get_submodule(mlp.module)}
         if mlp.module in students:
             made[f"{mlp.module}, {name}"] = students[mlp.module]
         found[mlp.module] = {label: _Compared(net) for label, net in made.items()}
@@ -80,11 +80,18 @@ def module_gradients(
 class _Compared:
     """What is known of one stand-in of an MLP, a figure a token."""
 
-    def __init__(self, net: DLRNet) -> None:
-        self.net = net
+    def __init__(self, net: nn.Module) -> None:
+        self._net = net
         self._errors: list[Tensor] = []
         self._cosines: list[Tensor] = []
         self._values: list[Tensor] = []
+
+    def run(self, x: Tensor, routing: Sequence[Tensor]) -> Tensor:
+        """The output for x [T, d], of a mixture by the original's routing."""
+        if isinstance(self._net, DLRNet):  # may be on another device
+            return chain_reference(x, self._net.chain.to(x.device, x.dtype))
+        with backend("naive"):
+            return self._net(x, *routing)
 
     def add(self, ours: Tensor, theirs: Tensor, y: Tensor, wanted: Tensor) -> None:
         """Gradients and outputs of chain and MLP, [T, d] each."""
@@ -110,26 +117,30 @@ def _watched(
 ) -> Iterator[RemovableHandle]:
     """Hooks that compare within a pass that takes no gradients: these are on from the MLP's input to its output alone,
     so that no more than one MLP's activations are kept."""
-    entered: list[Tensor] = []
+    entered: list[tuple[Tensor, list[Tensor]]] = []
 
     def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         x = first_argument(args, kwargs).detach().requires_grad_()
-        entered.append(x)
+        entered.append((x, [a for a in [*args, *kwargs.values()][1:] if isinstance(a, Tensor)]))
         torch.set_grad_enabled(True)
         if args:
             return (x, *args[1:]), kwargs
         return args, kwargs | {next(iter(kwargs)): x}
 
     def leave(_: Any, __: Any, y: Tensor) -> Tensor:
-        x = entered.pop()
+        x, routing = entered.pop()
         flat = x.detach().flatten(0, -2).requires_grad_()
         v = torch.randn(flat.shape, generator=generator)
         v = (v / v.norm(dim=1, keepdim=True)).to(flat)
         (theirs,) = torch.autograd.grad(y, x, v.view_as(y))
+        there = (
+            (x.detach() != 0).flatten(0, -2).any(1)
+        )  # stacked experts get zeros for tokens that are others'
         for compared in found:
-            out = chain_reference(flat, compared.net.chain.to(flat.device, flat.dtype))
+            out = compared.run(flat, routing)
             (ours,) = torch.autograd.grad(out, flat, v)
-            compared.add(ours, theirs.view_as(ours), out.detach(), y.detach().view_as(ours))
+            parts = ours, theirs.view_as(ours), out.detach(), y.detach().view_as(ours)
+            compared.add(*(part[there] for part in parts))
         torch.set_grad_enabled(False)
         return y.detach()
 

@@ -7,7 +7,7 @@ apart.
 import copy
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
 
 from ..common.timing import now
+from ..convert.evaluate import vocabulary
+from ..convert.mlp_matching import mixtures
 from ..triton_kernels import backend
 from ..triton_kernels.meter import Counts, Meter
 
@@ -163,21 +166,32 @@ def time_step(
     return StepSeconds(*map(statistics.median, zip(*rounds[1:], strict=True)))
 
 
-def without_data(model: nn.Module) -> tuple[FakeTensorMode, Any]:
-    """A copy of a model whose tensors have shapes alone, and the mode to run it in: what runs there can be counted.
+def countable(model: PreTrainedModel) -> tuple[AbstractContextManager[object], Any]:
+    """A copy of a model whose steps can be counted, and the mode to run it in.
 
-    Experts of a mixture run in batched products there: torch knows the shapes of grouped ones for bfloat16 alone.
+    Its tensors have shapes alone. Where it has mixtures of experts, what a step does depends on the routing: the copy
+    shares the model's tensors then, and runs, with stock experts one after the other, for torch counts no FLOPs of
+    grouped products, and batched ones copy an expert's weights for every token.
     """
+    if mixtures(model):
+        ghost = copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
+        if getattr(ghost.config, "_experts_implementation", None) == "grouped_mm":
+            ghost.set_experts_implementation("eager")
+        return nullcontext(), ghost
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # tensors that are no parameters or buffers
     memo: dict[int, object] = {
         id(p): nn.Parameter(mode.from_tensor(p.detach()), requires_grad=p.requires_grad)
         for p in model.parameters()
     }
     memo |= {id(b): mode.from_tensor(b) for b in model.buffers()}
-    ghost = copy.deepcopy(model, memo)
-    if getattr(getattr(ghost, "config", None), "_experts_implementation", None) == "grouped_mm":
-        ghost.set_experts_implementation("batched_mm")  # type: ignore[operator]
-    return mode, ghost
+    return mode, copy.deepcopy(model, memo)
+
+
+def step_tokens(model: PreTrainedModel, shape: tuple[int, int]) -> Tensor:
+    """Token ids of this shape, int64, to count and time steps on: drawn at random, always the same, for a router gives
+    equal tokens to the same experts."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary(model), shape, generator=generator).to(model.device)
 
 
 def device_peak(work: Callable[[], Any], device: torch.device) -> int | None:

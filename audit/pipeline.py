@@ -28,17 +28,20 @@ from ..convert.config import EFFORTS
 from ..convert.data import digest, sequence_length
 from ..convert.end_to_end import with_chains
 from ..convert.evaluate import predicts_next
+from ..convert.experts.routing import Mixture
 from ..convert.mlp_discovery import find_mlps
 from ..convert.mlp_matching import MLP
 from ..convert.redistill import INITS
 from ..convert.source import load_tokenizer, open_source, public_name
-from ..runtime import DLRSpec, inspect, load, locked_modules
+from ..runtime import DLRSpec, ExpertsSpec, inspect, load
 from ..runtime.generation import check_vocabulary, positions
+from ..runtime.quantizer import locked as every_chain
 from .asymmetry import Asymmetry, DepthCost, asymmetries, depth_costs
 from .attacks import TRAINING_ATTACKS
 from .attacks.fine_tune import in_bfloat16
 from .attacks.redistillation import Students, merged_row, redistillation_row, redistilled_modules
 from .attacks.structural import kept_row, structural_rows
+from .chains import chain_spec, fullest, in_places
 from .config import BUDGETS, AuditConfig
 from .context import AuditContext, ModelVariant
 from .costs import count_steps, time_steps
@@ -101,11 +104,6 @@ def _audited(
     folder = model_folder(locked)
     facts = inspect(folder)
     conversion = facts.get("conversion", {})
-    if any("experts" in spec for spec in facts["lock"]["modules"].values()):
-        raise DLRError(
-            f"{locked} has locked mixtures of experts, whose training is not priced yet: the conversion's report has "
-            "the attack on each, and audit.meters.count_step counts a training step of one"
-        )
     progress("reading the models", 0, 2)
     ours = load(folder, dtype=torch.float32, device=device)
     progress("reading the models", 1, 2)
@@ -140,14 +138,13 @@ def _audited(
             config=config,
             scratch=Path(scratch),
             across=conversion.get("across", "sequential"),
-            conversion={
-                m["module"]: m.get("train_tokens", m.get("tokens")) for m in conversion.get("modules", [])
-            },
+            conversion=_conversion_tokens(mlps, conversion),
             resume=resume,
             progress=progress,
         )
         if conversion.get("fingerprint", source.fingerprint) != source.fingerprint:
             context.notes.append("the original is not the one that was locked: its files have other hashes")
+        context.chains = fullest(context)
         found = _attack(context)
     report = AuditReport(
         locked=public_name(str(folder)),
@@ -202,7 +199,9 @@ def _attack(context: AuditContext) -> dict[str, Any]:
     found = verdicts(runs, steps, redistillation)
     if runs and not found:
         context.notes.append("no verdict: the original gained no more on the task than its seeds differ by")
-    spec = dict(locked_modules(context.locked))[context.mlps[0].module].spec
+    first = context.mlps[0]
+    of_which = "an expert of " if isinstance(first, Mixture) else ""
+    spec = chain_spec(dict(every_chain(context.locked))[first.module].spec)
     return {
         "fidelity": fidelity,
         "structural": [*rows, shorter, *undone.values()],
@@ -212,7 +211,7 @@ def _attack(context: AuditContext) -> dict[str, Any]:
         "asymmetries": _asymmetries(context, spec),
         "gradients": _gradients(context, students, *list(train_tokens.items())[-1]),
         "depths": _depths(context, spec),
-        "slot": f"{context.mlps[0].module} ({spec}), {_SLOT_TOKENS:,} tokens, random weights in float32",
+        "slot": f"{of_which}{first.module} ({spec}), {_SLOT_TOKENS:,} tokens, random weights in float32",
         "verdicts": found,
         "attacks": {name: TRAINING_ATTACKS[name].about for name in attacks},
     }
@@ -221,14 +220,16 @@ def _attack(context: AuditContext) -> dict[str, Any]:
 def _expect(context: AuditContext, train_tokens: dict[str, int]) -> None:
     """Says what an interrupted audit left, and what there is to do; work as in `AuditContext.expect_runs`."""
     resume, heldout, layers = context.resume, context.neutral.heldout.numel(), len(context.slots)
-    todo = [mlp for mlp in context.mlps if resume is None or not resume.has(mlp.module)]
+    chains = [c for c in context.chains.values() if resume is None or not resume.has(c.name)]
+    todo = [mlp for mlp in context.mlps if mlp.module in {c.mlp.module for c in chains}]
     if resume is not None and resume.count:
         say(
             context.progress,
             f"{resume.folder} keeps {resume.count} finished parts of an interrupted audit, the students of "
-            f"{len(context.mlps) - len(todo)} of {len(context.mlps)} modules among them: they are not done again",
+            f"{len(context.chains) - len(chains)} of {len(context.chains)} chains among them: they are not done again",
         )
-    fits = len(todo) * len(INITS)
+    fits = len(chains) * len(INITS)
+    work = 3.0 * sum(chain.part for chain in chains) * len(INITS) * sum(train_tokens.values())
     sequential = context.across == "sequential"
     passes = SequentialCalibrator.rounds(context.mlps, todo) if sequential else 1
     expect(
@@ -237,7 +238,7 @@ def _expect(context: AuditContext, train_tokens: dict[str, int]) -> None:
             Phase("measuring both models", 2.0 * layers * heldout),
             Phase("activations of the locked", float(layers * (context.neutral.train.numel() + heldout))),
             Phase("activations of the original", float(passes * heldout), passes),
-            Phase("redistilling", 3.0 * fits * sum(train_tokens.values()), fits * len(train_tokens)),
+            Phase("redistilling", work, fits * len(train_tokens)),
             Phase("timing steps", 100.0 * layers * context.task.train.shape[1]),
             # forward and backward: of the original's MLPs, chains and students; of both models
             Phase("gradients of the chains", 4.0 * layers * min(GRADIENT_TOKENS, heldout)),
@@ -259,7 +260,7 @@ def _redistillations(context: AuditContext) -> dict[str, int]:
         context.notes.append(
             f"the checkpoint does not say what its conversion cost: shares are of {base:,} training tokens a module"
         )
-    before = [context.resume is not None and context.resume.has(mlp.module) for mlp in context.mlps]
+    before = [context.resume is not None and context.resume.has(name) for name in context.chains]
     if any(before) and not all(before):
         context.notes.append(
             "the audit was interrupted while it made students: their seconds are of more than one session, and "
@@ -272,14 +273,20 @@ def _variants(
     context: AuditContext, train_tokens: dict[str, int], students: list[Students]
 ) -> Iterator[ModelVariant]:
     """Each model to fine-tune, with all of its MLPs' places, locked or not: an attacker trains every layer."""
-    specs = [net.spec for _, net in locked_modules(context.locked)]
+    specs = [chain_spec(net.spec) for _, net in every_chain(context.locked)]
     # Gated chains, of checkpoints of 0.1, are trained by their definition alone.
     deep = any(spec.depth > 1 for spec in specs) and not any(spec.gated for spec in specs)
     yield ModelVariant(ORIGINAL, context.original, context.slots)
     yield ModelVariant(LOCKED, context.locked, context.slots, deep)
     for name, count in train_tokens.items():
-        nets = {figures.module: made[count] for figures, made in students}
-        yield ModelVariant(name, with_chains(context.locked, nets, []), context.slots)
+        places = _students_in(context, students, count)
+        yield ModelVariant(name, with_chains(context.locked, places, []), context.slots)
+
+
+def _students_in(context: AuditContext, students: list[Students], train_tokens: int) -> dict[str, nn.Module]:
+    """What stands in modules' places where the best students of so many training tokens do."""
+    nets = {context.chains[figures.module]: made[train_tokens] for figures, made in students}
+    return in_places(context.locked, nets)
 
 
 def _step_costs(context: AuditContext, variants: Callable[[], Iterator[ModelVariant]]) -> list[StepCost]:
@@ -335,8 +342,8 @@ def _gradients(
     def part(name: str, make: Callable[[], Iterable[GradientError]]) -> list[GradientError]:
         return [GradientError(**row) for row in context.part(name, lambda: list(map(asdict, make())))]
 
-    nets = {figures.module: made[train_tokens] for figures, made in students}
-    found = part("gradients of chains", partial(module_gradients, context, nets, name))
+    places = _students_in(context, students, train_tokens)
+    found = part("gradients of chains", partial(module_gradients, context, places, name))
     if predicts_next(context.original):
         found += part("gradients of weights", partial(model_gradients, context))
     return found
@@ -356,13 +363,29 @@ def _depths(context: AuditContext, spec: DLRSpec) -> list[DepthCost]:
 
 def _locked_mlps(locked: PreTrainedModel, every: list[MLP]) -> list[MLP]:
     """Those of the original's MLPs whose places chains have taken, in model order."""
-    chains = dict(locked_modules(locked))
-    found = [mlp for mlp in every if mlp.module in chains]
-    missing = sorted(chains.keys() - {mlp.module for mlp in found})
-    missing += [mlp.module for mlp in found if mlp.hidden_size != chains[mlp.module].spec.hidden_size]
+    specs = {name: chains.spec for name, chains in every_chain(locked)}
+    found = [mlp for mlp in every if mlp.module in specs]
+    missing = sorted(specs.keys() - {mlp.module for mlp in found})
+    missing += [mlp.module for mlp in found if not _fits(mlp, specs[mlp.module])]
     if missing:
         raise DLRError(f"this is not the model that was locked: its {missing[0]} is no MLP of the same size")
     return found
+
+
+def _fits(mlp: MLP, spec: DLRSpec | ExpertsSpec) -> bool:
+    """Whether chains of this shape can have taken an MLP's place."""
+    experts = mlp.experts if isinstance(mlp, Mixture) else None
+    wanted = spec.experts if isinstance(spec, ExpertsSpec) else None
+    return experts == wanted and mlp.hidden_size == chain_spec(spec).hidden_size
+
+
+def _conversion_tokens(mlps: list[MLP], conversion: dict[str, Any]) -> dict[str, int | None]:
+    """Training tokens of each module's conversion; a mixture's are those of all experts, of which a token has some."""
+    spent = {m["module"]: m.get("train_tokens", m.get("tokens")) for m in conversion.get("modules", [])}
+    for mlp in mlps:
+        if isinstance(mlp, Mixture) and spent.get(mlp.module):
+            spent[mlp.module] = max(1, spent[mlp.module] // mlp.chosen)
+    return spent
 
 
 def _is_module(model: PreTrainedModel, name: str) -> bool:

@@ -87,52 +87,24 @@ def spec_from(values: dict[str, Any]) -> DLRSpec | ExpertsSpec:
     return (ExpertsSpec if "experts" in values else DLRSpec).from_dict(values)
 
 
-class DLRExperts(ChainModule):
-    """The chains of a mixture's experts, called as the experts of transformers are.
-
-    The weights dlr_A and dlr_B are [E', K, r, d] in `dtype` (torch's default dtype if None), E' being the experts that
-    have chains; dlr_scale and dlr_bias are [E', d] in float32. A new module is the zero function: fill it with
-    `assign`.
+class Routed(nn.Module):
+    """What is called as the experts of transformers are, where `grouped` says what becomes of each expert's tokens.
 
     Args:
-        spec: The shapes.
-        stock: The experts whose place it takes, of which it keeps copies of those that have no chain; None where all
-            have one.
+        spec: Which experts there are, and which stay as they are.
+        kept: Those that stay, in ascending order, as transformers has them; None where none does.
     """
 
-    dlr_A: nn.Parameter
-    dlr_B: nn.Parameter
-    dlr_scale: nn.Parameter
-    dlr_bias: nn.Parameter
-
-    def __init__(
-        self,
-        spec: ExpertsSpec,
-        stock: nn.Module | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
+    def __init__(self, spec: ExpertsSpec, kept: nn.Module | None) -> None:
         super().__init__()
         self.spec = spec
-        count, (_, depth, rank, d) = len(spec.chained), spec.chain.weight_shape
-        for name in ("dlr_A", "dlr_B"):
-            weight = torch.zeros(count, depth, rank, d, dtype=dtype, device=device)
-            self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
-        for name in ("dlr_scale", "dlr_bias"):
-            vector = torch.zeros(count, d, dtype=torch.float32, device=device)
-            self.register_parameter(name, nn.Parameter(vector, requires_grad=False))
-        self.dlr_kept: nn.Module | None = None
-        if spec.kept:
-            if stock is None:
-                raise DLRError("experts that stay as they are must be given")
-            self.dlr_kept = _some(stock, spec, dtype)
+        self.dlr_kept = kept
         self._places: Tensor | None = None
 
-    @property
-    def chains(self) -> ExpertChains:
-        """The weights as the functions of `triton_kernels` take them: the parameters themselves, no copies."""
-        return ExpertChains(self.dlr_A, self.dlr_B, self.dlr_scale, self.dlr_bias, self.spec.act)
+    def grouped(self, x: Tensor, ends: Tensor) -> Tensor:
+        """x [S, d], the tokens sorted by expert among those that have chains, of which each one's end at `ends` [E'] ->
+        [S, d]; zero for rows behind the last one's."""
+        raise NotImplementedError
 
     def forward(self, hidden: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
         """What the experts give together, in hidden's dtype.
@@ -161,7 +133,7 @@ class DLRExperts(ChainModule):
         """The output of expert index[i] for token i // k: hidden [T, d], index [T k] -> [T k, d]."""
         place = self._place_of(index)
         order, ends = grouped(place, len(self.spec.chained))
-        sorted_ = dlr_experts(hidden[order // k], ends, self.chains)
+        sorted_ = self.grouped(hidden[order // k], ends)
         # back by a gather, not by a scatter in place, so that the definition stays differentiable
         each = sorted_[order.argsort()]
         if self.dlr_kept is not None:
@@ -188,6 +160,67 @@ class DLRExperts(ChainModule):
             places[list(self.spec.chained)] = torch.arange(count)
             self._places = places.to(index.device)
         return self._places[index.clamp(max=self.spec.experts)]
+
+
+class DLRExperts(ChainModule, Routed):
+    """The chains of a mixture's experts, called as the experts of transformers are.
+
+    The weights dlr_A and dlr_B are [E', K, r, d] in `dtype` (torch's default dtype if None), E' being the experts that
+    have chains; dlr_scale and dlr_bias are [E', d] in float32. A new module is the zero function: fill it with
+    `assign`.
+
+    Args:
+        spec: The shapes.
+        stock: The experts whose place it takes, of which it keeps copies of those that have no chain; None where all
+            have one.
+    """
+
+    dlr_A: nn.Parameter
+    dlr_B: nn.Parameter
+    dlr_scale: nn.Parameter
+    dlr_bias: nn.Parameter
+
+    def __init__(
+        self,
+        spec: ExpertsSpec,
+        stock: nn.Module | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if spec.kept and stock is None:
+            raise DLRError("experts that stay as they are must be given")
+        super().__init__(spec, _some(stock, spec, dtype) if spec.kept and stock is not None else None)
+        count, (_, depth, rank, d) = len(spec.chained), spec.chain.weight_shape
+        for name in ("dlr_A", "dlr_B"):
+            weight = torch.zeros(count, depth, rank, d, dtype=dtype, device=device)
+            self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+        for name in ("dlr_scale", "dlr_bias"):
+            vector = torch.zeros(count, d, dtype=torch.float32, device=device)
+            self.register_parameter(name, nn.Parameter(vector, requires_grad=False))
+
+    @property
+    def chains(self) -> ExpertChains:
+        """The weights as the functions of `triton_kernels` take them: the parameters themselves, no copies."""
+        return ExpertChains(self.dlr_A, self.dlr_B, self.dlr_scale, self.dlr_bias, self.spec.act)
+
+    def grouped(self, x: Tensor, ends: Tensor) -> Tensor:
+        """All chains in one call, by the current backend."""
+        return dlr_experts(x, ends, self.chains)
+
+    def net(self, expert: int) -> DLRNet:
+        """The chain of one expert, by its number among all, as a module of its own: its parameters are views of these.
+
+        Raises:
+            ValueError: Where the expert has none.
+        """
+        place = self.spec.chained.index(expert)
+        net = DLRNet(self.spec.chain, device="meta")
+        for name, whole in self.named_parameters(recurse=False):
+            part = whole.detach()[place]
+            view = part[None] if part.dim() > 1 else part  # the one lane
+            net.register_parameter(name, nn.Parameter(view, requires_grad=False))
+        return net
 
     def prepare(self) -> None:
         """Nothing: the grouped call wants no Gram blocks. Here because a DLRNet has it."""
@@ -230,7 +263,8 @@ def _some(stock: nn.Module, spec: ExpertsSpec, dtype: torch.dtype | None) -> nn.
 
 
 def one_expert(experts: nn.Module, number: int, x: Tensor) -> Tensor:
-    """What one of a mixture's experts, as transformers has them, makes of tokens x [n, d]: [n, d]."""
+    """What one of a mixture's experts, as transformers has them, or of the chains in their place, makes of tokens
+    x [n, d]: [n, d]."""
     if stacked(experts):  # Llama 4: every expert's tokens, one after the other
         count = next(iter(experts.parameters())).shape[0]
         rows = x.new_zeros(count, *x.shape)
@@ -242,6 +276,8 @@ def one_expert(experts: nn.Module, number: int, x: Tensor) -> Tensor:
 
 def stacked(experts: nn.Module) -> bool:
     """Whether experts of transformers take every expert's tokens one after the other, as Llama 4's do, instead of
-    tokens and their routing."""
+    tokens and their routing. Chains in their place take both."""
+    if isinstance(experts, Routed):
+        return False
     wanted = [p for p in inspect.signature(type(experts).forward).parameters.values() if p.name != "self"]
     return sum(p.kind == p.POSITIONAL_OR_KEYWORD for p in wanted) == 1

@@ -4,7 +4,7 @@ from .activations import ACTIVATIONS
 from .backend import BACKENDS, backend, current_backend
 from .chain import ChainWeights
 from .cost import gram_width
-from .experts import ExpertChains, dlr_experts, experts_reference, grouped
+from .experts import ExpertChains, dlr_experts, experts_reference, grouped, one_by_one
 from .lookahead import gram_blocks, lookahead
 from .op import compile_native, dlr_net, wants_gram
 from .reference import chain_reference, flattened_reference, lane_updates
@@ -27,5 +27,6 @@ __all__ = [
     "grouped",
     "lane_updates",
     "lookahead",
+    "one_by_one",
     "wants_gram",
 ]

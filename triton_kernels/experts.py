@@ -8,6 +8,8 @@ Tokens come sorted by expert, with the offsets at which each expert's end, as gr
 is a loop over experts (`experts_reference`); a GPU runs all in one launch (`experts_kernel.py`).
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -96,10 +98,21 @@ def experts_reference(x: Tensor, ends: Tensor, chains: ExpertChains) -> Tensor:
         ValueError: The weights do not form chains, or x or `ends` does not fit them.
     """
     chains.check(x, ends)
+    every = [partial(chain_reference, chain=chains.chain(expert)) for expert in range(len(ends))]
+    return one_by_one(x, ends, every)
+
+
+def one_by_one(x: Tensor, ends: Tensor, experts: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+    """What functions make of their tokens, as `experts_reference` does it of chains.
+
+    Args:
+        x, ends: As there.
+        experts: Of each expert, [n, d] -> [n, d]; not called for an expert without tokens.
+    """
     parts, begin = [], 0
-    for expert, end in enumerate(ends.tolist()):
+    for expert, end in zip(experts, ends.tolist(), strict=True):
         if end > begin:
-            parts.append(chain_reference(x[begin:end], chains.chain(expert)))
+            parts.append(expert(x[begin:end]))
         begin = max(begin, end)
     return torch.cat([*parts, torch.zeros_like(x[begin:])])
 

@@ -58,7 +58,7 @@ class TrainingAttack(ABC):
 
     @abstractmethod
     def count_steps(self, variant: ModelVariant, shape: tuple[int, int]) -> list[StepCost]:
-        """What a step costs, counted without data.
+        """What a step costs, counted.
 
         Args:
             variant: The model.

@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
 from ..context import ModelVariant
-from ..meters import count_step, without_data
+from ..meters import count_step, countable, step_tokens
 from ..report import StepCost
 from ..strategies.model import NothingToTrain, prepared
 from ..strategies.table import Strategy, Trainable, model_strategies
@@ -62,12 +62,11 @@ class GradientAttack(TrainingAttack):
             yield trained, _Adam(variant.model, trained)
 
     def count_steps(self, variant: ModelVariant, shape: tuple[int, int]) -> list[StepCost]:
-        mode, ghost = without_data(variant.model)
-        rows = []
+        mode, ghost = countable(variant.model)
+        ids, rows = step_tokens(variant.model, shape), []
         for strategy in self.strategies(variant):
             try:
                 with mode, self.trained(ghost, variant.mlps, strategy) as trained:
-                    ids = torch.zeros(shape, dtype=torch.int64, device=variant.model.device)
                     counts = count_step(lambda tokens: task_loss(ghost, tokens), ids, trained)
             except NothingToTrain:
                 continue

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ...triton_kernels import backend
 from ...triton_kernels.meter import Meter
 from ..context import ModelVariant
-from ..meters import without_data
+from ..meters import countable, step_tokens
 from ..report import StepCost
 from .contract import TrainingAttack, register
 from .fine_tune import DivergedError, Step, task_loss
@@ -37,11 +37,11 @@ class MeZO(TrainingAttack):
         yield trained, _Step(variant.model, trained, seed)
 
     def count_steps(self, variant: ModelVariant, shape: tuple[int, int]) -> list[StepCost]:
-        mode, ghost = without_data(variant.model)
+        mode, ghost = countable(variant.model)
+        ids = step_tokens(variant.model, shape)
         meter = Meter()
         # The other ways prepare weights, which change here at every pass.
         with mode, torch.no_grad(), meter, backend("naive"):
-            ids = torch.zeros(shape, dtype=torch.int64, device=variant.model.device)
             ghost(input_ids=ids, use_cache=False)
         counts = meter.take()
         return [

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from ...common.splits import random_rows
 from ...convert.activations import Activations, SequentialCalibrator, capture
 from ...convert.end_to_end import with_chains
 from ...convert.evaluate import distance_of, measure
+from ...convert.experts.routing import Mixture
 from ...convert.layer_runner import Unrepeatable
 from ...convert.mlp_matching import MLP
 from ...convert.muon import Muon
@@ -42,12 +44,14 @@ from ...reporting.lock_verdict import UNDONE_RATIO, error_ratio
 from ...runtime import DLRNet, DLRSpec
 from ...triton_kernels import backend
 from ...triton_kernels.meter import count
+from ..chains import Chain, by_chain, in_places
 from ..context import AuditContext
 from ..reference import Reference
 from ..report import Merge, ModuleStudents, Structural, Student
 from .structural import evaluated
 
-# A module's students, and the best one by training tokens: by none, the shortest chain that regression alone makes.
+# A chain's students, and the best one by training tokens of a module: by none, the shortest chain that regression alone
+# makes.
 Students = tuple[ModuleStudents, dict[int, DLRNet]]
 
 _SEQUENCES = 2  # of held-out text, by which the best student is chosen
@@ -62,21 +66,24 @@ def redistilled_modules(
 
     Args:
         context: The models, the attacker's text (the neutral one) and where to work.
-        train_tokens: Training tokens of a student, each from each initialisation.
+        train_tokens: Training tokens of a student, each from each initialisation; of an expert's chain, the part of
+            them that its mixture's router gives it.
         inits: The initialisations, see `convert.redistill`.
 
     Yields:
-        For each module in the order of the model, the figures of its students and, by training tokens, the best one,
-        float32 on the CPU: that which alone in its chain's place leaves the model nearest to the locked one. An
+        For each of `context.chains` the figures of its students and, by `train_tokens`, the best one, float32 on the
+        CPU: that which alone in its chain's place leaves the model nearest to the locked one. An
         attacker can measure that, and wants nothing else: a student may have the lowest error and miss the one token in
         512 that carries the massive activations (layer 11 of SmolLM2, from a random start).
 
     Raises:
         DLRError: Where all students of a module with the same training tokens diverge, and as `capture` does.
     """
-    mlps, train, heldout = context.mlps, context.neutral.train, context.neutral.heldout
-    before = {mlp.module: _restored(context.resume, mlp.module) for mlp in mlps}
-    todo = [mlp for mlp in mlps if before[mlp.module] is None]
+    train, heldout = context.neutral.train, context.neutral.heldout
+    chains = list(context.chains.values())
+    before = {chain: _restored(context.resume, chain.name) for chain in chains}
+    missing = Counter(chain.mlp.module for chain in chains if before[chain] is None)
+    todo = [mlp for mlp in context.mlps if missing[mlp.module]]
     tokens = torch.cat([train, heldout])
     rows = len(tokens) + len(heldout)
     memory = int(context.config.max_memory or 0)
@@ -91,25 +98,40 @@ def redistilled_modules(
     wanted = chain_targets(context, todo, max_memory=memory * len(heldout) // rows)
     itself = Reference(context.locked, heldout[:_SEQUENCES])
     attempts = [(count, init) for count in sorted(train_tokens) for init in inits]
-    for number, mlp in enumerate(mlps, 1):
-        done = before[mlp.module]
+    given: _Given | None = None
+    for number, chain in enumerate(chains, 1):
+        done = before[chain]
         if done is None:
-            began = time.monotonic()
-            pairs = next(own)[1]
-            captured = time.monotonic() - began
+            if given is None or given.mlp is not chain.mlp:
+                began = time.monotonic()
+                ours = by_chain(context.locked, chain.mlp, next(own)[1], train.numel())
+                captured = (time.monotonic() - began) / missing[chain.mlp.module]
+                given = _Given(chain.mlp, ours, next(wanted), captured)
             notes: list[str] = []
-            title = f"redistilling {mlp.module} ({number} of {len(mlps)})"
-            figures, nets = _module_students(
-                context, itself, mlp, pairs, next(wanted), attempts, captured, title, notes.append
-            )
-            done = figures, nets, notes
+            title = f"redistilling {chain.name} ({number} of {len(chains)})"
+            done = *_students(context, itself, chain, given, attempts, title, notes.append), notes
             if context.resume is not None:
-                _keep(context.resume, mlp.module, *done)
+                _keep(context.resume, chain.name, *done)
         context.notes += done[2]
         yield done[:2]
 
 
-def chain_targets(context: AuditContext, todo: Sequence[MLP], *, max_memory: int) -> Iterator[Activations]:
+class _Given(NamedTuple):
+    """What a module's chains get and what they should give, see `by_chain`.
+
+    ours: in the locked model, the attacker's text first. wanted: what they were fitted to, held out. captured: seconds
+    that getting `ours` took, a chain.
+    """
+
+    mlp: MLP
+    ours: Callable[[Chain], tuple[Activations, int]]
+    wanted: Callable[[Chain], tuple[Activations, int]]
+    captured: float
+
+
+def chain_targets(
+    context: AuditContext, todo: Sequence[MLP], *, max_memory: int
+) -> Iterator[Callable[[Chain], tuple[Activations, int]]]:
     """What each chain is there for, on the held-out neutral text: the x that it gets, and the y that it should give.
 
     In a model converted in sequence a chain corrects what was locked before it, so that y is not the original MLP's
@@ -122,8 +144,8 @@ def chain_targets(context: AuditContext, todo: Sequence[MLP], *, max_memory: int
         max_memory: Bytes for activations.
 
     Yields:
-        x and y for each of `todo`: as `SequentialCalibrator.pairs` gives them, or, where the conversion was independent
-        or the model does not allow it, as the original's own MLP does.
+        Of each of `todo` what gives x and y of its chains, see `by_chain`: as `SequentialCalibrator.pairs` gives them,
+        or, where the conversion was independent or the model does not allow it, as the original's own MLP does.
 
     Raises:
         DLRError: As `capture` does.
@@ -143,40 +165,35 @@ def chain_targets(context: AuditContext, todo: Sequence[MLP], *, max_memory: int
             last = max((context.mlps.index(mlp) for mlp in todo), default=-1)
             for mlp in context.mlps[: last + 1]:
                 if mlp in todo:
-                    yield calibrator.pairs(mlp)
+                    yield by_chain(context.original, mlp, calibrator.pairs(mlp), 0, corrected=True)
                 calibrator.put(mlp, context.locked.get_submodule(mlp.module))
             return
-    for _, pairs in capture(context.original, todo, heldout, **room):
-        yield pairs
+    for mlp, pairs in capture(context.original, todo, heldout, **room):
+        yield by_chain(context.original, mlp, pairs, 0)
 
 
-def _module_students(
+def _students(
     context: AuditContext,
     itself: Reference,
-    mlp: MLP,
-    own: Activations,
-    wanted: Activations,
+    place: Chain,
+    given: _Given,
     attempts: Sequence[tuple[int, str]],
-    captured: float,
     title: str,
     note: Callable[[str], object],
 ) -> Students:
-    """The students of one module.
+    """The students of one chain.
 
-    itself: the locked model. own: of the chain in it, the attacker's text first; wanted: what the chain was fitted to,
-    held out, see `chain_targets`. attempts: training tokens and initialisation of each student. captured: seconds that
-    getting `own` took.
+    itself: the locked model. attempts: training tokens of a module, and initialisation, of each student.
     """
-    chain, device, tokens = (
-        context.locked.get_submodule(mlp.module),
-        context.device,
-        context.neutral.train.numel(),
-    )
-    conversion = context.conversion.get(mlp.module)
+    chain, device, seed = place.net(context.locked), context.device, context.config.seed + place.number
+    own, tokens = given.ours(place)
+    wanted, _ = given.wanted(place)
+    conversion = context.conversion.get(place.mlp.module)
     held = own.rows(torch.arange(tokens, len(own)))
     students: list[Student] = []
     best: dict[int, tuple[float, DLRNet]] = {}
-    for train_tokens, init in attempts:
+    for of_module, init in attempts:
+        train_tokens = place.tokens(of_module)
         what = f"{init} init, {train_tokens:,} training tokens"
         began = time.monotonic()
         try:
@@ -186,36 +203,34 @@ def _module_students(
                 tokens,
                 train_tokens=train_tokens,
                 init=init,
-                seed=context.config.seed + mlp.layer,
-                name=mlp.module,
+                seed=seed,
+                name=place.name,
                 device=device,
                 progress=context.count(f"{title}, {what}"),
                 note=note,
             )
-            seconds = captured + time.monotonic() - began
-            distance = _distance_left(context.locked, itself, mlp.module, net)
+            seconds = given.captured + time.monotonic() - began
+            distance = _distance_left(context.locked, itself, place, net)
         except DLRError as reason:
-            note(f"a student of {mlp.module} is missing ({what}): {reason}")
+            note(f"a student of {place.name} is missing ({what}): {reason}")
             continue
         error, student_error = (
             measure(net, *pairs, device).rel_error for pairs in ((wanted.x, wanted.y), held)
         )
-        share = train_tokens / conversion if conversion else None
+        share = of_module / conversion if conversion else None
         students.append(Student(init, train_tokens, share, error, student_error, seconds, distance))
-        if train_tokens not in best or distance < best[train_tokens][0]:
-            best[train_tokens] = distance, net
-    if best.keys() != {train_tokens for train_tokens, _ in attempts}:
-        raise DLRError(f"no student of {mlp.module} could be distilled: try another --seed")
+        if of_module not in best or distance < best[of_module][0]:
+            best[of_module] = distance, net
+    if best.keys() != {of_module for of_module, _ in attempts}:
+        raise DLRError(f"no student of {place.name} could be distilled: try another --seed")
     chain_error = measure(chain, wanted.x, wanted.y, device).rel_error
     gap = measure(chain, *held, device).flatten_gap
-    x = own.rows(random_rows(tokens, FIT_TOKENS, context.config.seed + mlp.layer))[0].to(
-        device, torch.float32
-    )
+    x = own.rows(random_rows(tokens, FIT_TOKENS, seed))[0].to(device, torch.float32)
     merges, shortest = merge_steps(
         chain, x, lambda net: measure(net, wanted.x, wanted.y, device).rel_error, chain_error
     )
-    nets = {0: shortest} | {train_tokens: net for train_tokens, (_, net) in best.items()}
-    return ModuleStudents(mlp.module, str(chain.spec), chain_error, gap, students, merges), nets
+    nets = {0: shortest} | {of_module: net for of_module, (_, net) in best.items()}
+    return ModuleStudents(place.name, str(chain.spec), chain_error, gap, students, merges), nets
 
 
 def merge_steps(
@@ -252,18 +267,25 @@ def _groups(depth: int) -> list[int]:
     return [group for group in dict.fromkeys(-(-depth // steps) for steps in shorter) if group > 1]
 
 
-def _distance_left(locked: PreTrainedModel, itself: Reference, module: str, net: DLRNet) -> float:
+def _distance_left(locked: PreTrainedModel, itself: Reference, place: Chain, net: DLRNet) -> float:
     """How far the locked model is from itself with a student in one chain's place, on a little held-out neutral text.
 
     Raises:
         DLRError: As `compare` does.
     """
     with backend("naive"):  # see `structural.evaluated`
-        return distance_of(itself.compare(with_chains(locked, {module: net}, [])))
+        return distance_of(itself.compare(with_chains(locked, in_places(locked, {place: net}), [])))
 
 
 def redistillation_flops(
-    net: DLRNet, chain: DLRSpec, train_tokens: int, init: str, *, model_params: int, tokens: int
+    net: DLRNet,
+    chain: DLRSpec,
+    train_tokens: int,
+    init: str,
+    *,
+    model_params: int,
+    tokens: int,
+    part: float = 1.0,
 ) -> int:
     """FLOPs of making one student of one chain.
 
@@ -275,14 +297,16 @@ def redistillation_flops(
         chain: The chain.
         train_tokens: Training tokens of the fit.
         init: What the student started from.
-        model_params: Of the model's body, without embeddings, which are looked up, over its locked modules.
+        model_params: Of the model's body that a token passes, without embeddings, which are looked up, over its chains.
         tokens: Of the attacker's text; fewer are run where the training tokens are fewer.
+        part: Of all these tokens, those that the chain gets, see `Chain`.
     """
     used = min(train_tokens, tokens)
-    fit = 6 * net.spec.params * train_tokens
-    steps = -(-train_tokens // min(BATCH, train_tokens)) * step_flops(net.spec)
+    fitted, seen = (max(1, round(part * count)) for count in (train_tokens, used))
+    fit = 6 * net.spec.params * fitted
+    steps = -(-fitted // min(BATCH, fitted)) * step_flops(net.spec)
     forward = 2 * model_params * used
-    return fit + steps + forward + (regression_flops(chain, used, half_of(chain)) if init == "linear" else 0)
+    return fit + steps + forward + (regression_flops(chain, seen, half_of(chain)) if init == "linear" else 0)
 
 
 @lru_cache
@@ -310,29 +334,30 @@ def redistillation_row(
     Returns:
         The row; its FLOPs and seconds are those of the best students alone.
     """
-    nets = {figures.module: made[train_tokens] for figures, made in modules}
+    nets = {context.chains[figures.module]: made[train_tokens] for figures, made in modules}
     best = {
-        figures.module: min(
-            (c for c in figures.students if c.train_tokens == train_tokens), key=lambda c: c.distance
+        chain: min(
+            (c for c in figures.students if c.train_tokens == chain.tokens(train_tokens)),
+            key=lambda c: c.distance,
         )
-        for figures, _ in modules
+        for chain, (figures, _) in zip(nets, modules, strict=True)
     }
-    body = context.locked.base_model.num_parameters(exclude_embeddings=True)
     flops = sum(
         redistillation_flops(
             net,
-            context.locked.get_submodule(module).spec,
+            chain.net(context.locked).spec,
             train_tokens,
-            best[module].init,
-            model_params=body // len(nets),
+            best[chain].init,
+            model_params=_passed(context) // len(nets),
             tokens=context.neutral.train.numel(),
+            part=chain.part,
         )
-        for module, net in nets.items()
+        for chain, net in nets.items()
     )
     return Structural(
         name,
         "every chain is distilled back, on its own outputs, into an MLP of its size or two wide steps",
-        evaluated(context, with_chains(context.locked, nets, []), name),
+        evaluated(context, with_chains(context.locked, in_places(context.locked, nets), []), name),
         "MLP" if all(net.spec.depth == 1 for net in nets.values()) else "two steps",
         train_tokens,
         flops,
@@ -352,19 +377,29 @@ def merged_row(context: AuditContext, modules: Sequence[Students], name: str) ->
         The row; its FLOPs are those of the passes that give x and of every regression that was tried.
     """
     tokens = min(context.neutral.train.numel(), FIT_TOKENS)
-    flops = 2 * context.locked.base_model.num_parameters(exclude_embeddings=True) * tokens
-    for figures, _ in modules:
-        chain = context.locked.get_submodule(figures.module).spec
-        flops += sum(regression_flops(chain, tokens, -(-chain.depth // m.steps)) for m in figures.merges)
-    nets = {figures.module: made[0] for figures, made in modules}
+    flops = 2 * _passed(context) * tokens
+    nets = {context.chains[figures.module]: made[0] for figures, made in modules}
+    for chain, (figures, _) in zip(nets, modules, strict=True):
+        spec, seen = chain.net(context.locked).spec, chain.tokens(tokens)
+        flops += sum(regression_flops(spec, seen, -(-spec.depth // m.steps)) for m in figures.merges)
     return Structural(
         name,
         f"every chain is merged into as few wide steps as leave at most {UNDONE_RATIO} times its error, their reading "
         "directions found by linear regression; nothing is trained",
-        evaluated(context, with_chains(context.locked, nets, []), name),
+        evaluated(context, with_chains(context.locked, in_places(context.locked, nets), []), name),
         "chain",
         flops=flops,
     )
+
+
+def _passed(context: AuditContext) -> int:
+    """Parameters of the locked model's body that a token passes: of a locked mixture those of its own experts."""
+    params = context.locked.base_model.num_parameters(exclude_embeddings=True)
+    for mlp in context.mlps:
+        if isinstance(mlp, Mixture):
+            own = sum(p.numel() for p in context.locked.get_submodule(mlp.module).parameters())
+            params -= round(own * (1 - mlp.chosen / mlp.experts))
+    return params
 
 
 def _keep(

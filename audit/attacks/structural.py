@@ -21,6 +21,7 @@ from ...convert.mlp_matching import MLP
 from ...convert.redistill import flattened, merged
 from ...runtime import DLRNet, DLRSpec
 from ...triton_kernels import backend
+from ..chains import chains_of, in_places
 from ..context import AuditContext
 from ..report import Structural, structural_from
 
@@ -60,10 +61,10 @@ def structural_rows(context: AuditContext) -> Iterator[Structural]:
     Raises:
         DLRError: As `compare` does.
     """
-    chains = {mlp.module: context.locked.get_submodule(mlp.module) for mlp in context.mlps}
+    chains = {chain: chain.net(context.locked) for chain in chains_of(context.mlps, context.locked)}
 
     def row(attack: StructuralAttack) -> Structural:
-        changed = {name: attack.change(chain) for name, chain in chains.items()}
+        changed = in_places(context.locked, {chain: attack.change(net) for chain, net in chains.items()})
         evaluation = evaluated(context, with_chains(context.locked, changed, []), attack.name)
         return Structural(attack.name, attack.about, evaluation, attack.slots)
 
@@ -71,7 +72,7 @@ def structural_rows(context: AuditContext) -> Iterator[Structural]:
         evaluation = evaluated(context, swapped(context.locked, context.original, context.mlps), "swap")
         return Structural("swap", "the original's MLPs are put back: it must be public", evaluation, "MLP")
 
-    for attack in structural_attacks(max(chain.spec.depth for chain in chains.values())):
+    for attack in structural_attacks(max(net.spec.depth for net in chains.values())):
         yield kept_row(context, attack.name, partial(row, attack))
     yield kept_row(context, "swap", swap)
 

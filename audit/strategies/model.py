@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...common.errors import DLRError
-from ...convert.mlp_matching import is_linear
-from ...runtime import DLRNet
+from ...convert.mlp_matching import is_linear, mixtures
+from ...runtime import DLRExperts, DLRNet
+from ...triton_kernels import ChainWeights, one_by_one
 from ..meters import count_step, time_step
 from .checkpoint import checkpointed
 from .lora import attached, new_adapter
@@ -66,10 +67,15 @@ def prepared(model: PreTrainedModel, mlps: Sequence[str], strategy: Strategy) ->
             trained = [p for p in model.parameters() if p.requires_grad]
             if strategy.trainable != "weights":
                 trained += stack.enter_context(attached(attention_linears(model, mlps), ADAPTER_RANK))
+            outside = len(trained)
             for name in mlps:
                 module = model.get_submodule(name)
                 forward: Callable[..., Any] | None = None
-                if isinstance(module, DLRNet):
+                if isinstance(module, DLRExperts):
+                    plain = strategy.training("nothing") if strategy.trainable == "adapters" else strategy
+                    run = partial(_run_experts, module, plain.chain(module.spec.chain))
+                    stack.enter_context(replaced(module, run, "grouped"))
+                elif isinstance(module, DLRNet):
                     run = strategy.chain(module.spec)
                     if strategy.trainable == "adapters":
                         rank = adapter_rank(module.spec)
@@ -90,6 +96,11 @@ def prepared(model: PreTrainedModel, mlps: Sequence[str], strategy: Strategy) ->
                 for layer in dict.fromkeys(map(layer_of, mlps)):
                     module = model.get_submodule(layer)
                     stack.enter_context(replaced(module, checkpointed(module.forward)))
+            if strategy.trainable == "adapters" and len(trained) == outside and mixtures(model):
+                raise NothingToTrain(
+                    f"strategy {strategy.name!r} would train the attention alone: adapters fit linear layers, and a "
+                    "mixture's experts are none"
+                )
             if not trained:
                 raise NothingToTrain(
                     f"strategy {strategy.name!r} has nothing to train: it finds no linear layers"
@@ -101,13 +112,13 @@ def prepared(model: PreTrainedModel, mlps: Sequence[str], strategy: Strategy) ->
 
 
 @contextmanager
-def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """The module with another forward, within the block."""
-    module.forward = forward  # an instance's attribute: the class keeps its own
+def replaced(module: nn.Module, function: Callable[..., Any], name: str = "forward") -> Iterator[None]:
+    """The module with another function for its forward, or another method, within the block."""
+    setattr(module, name, function)  # an instance's attribute: the class keeps its own
     try:
         yield
     finally:
-        del module.forward
+        delattr(module, name)
 
 
 def layer_of(name: str) -> str:
@@ -135,6 +146,16 @@ def attention_linears(model: nn.Module, mlps: Sequence[str]) -> list[nn.Module]:
         for name, module in model.named_modules()
         if is_linear(module) and name.startswith(layers) and not f"{name}.".startswith(within)
     ]
+
+
+def _run_experts(experts: DLRExperts, run: Callable[..., Tensor], x: Tensor, ends: Tensor) -> Tensor:
+    chains = experts.chains
+    every = [partial(_on_chain, run, chains.chain(expert)) for expert in range(len(ends))]
+    return one_by_one(x, ends, every)
+
+
+def _on_chain(run: Callable[..., Tensor], chain: ChainWeights, x: Tensor) -> Tensor:
+    return run(x, chain)
 
 
 def _run_chain(net: DLRNet, run: Callable[..., Tensor], x: Tensor) -> Tensor:

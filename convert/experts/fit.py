@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from ..mlp_matching import MLP
 from ..redistill import attack_tokens, redistill
 from ..report import ModuleReport
 from .routing import Mixture, Routing, named, router_of, teacher_of, together
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ROWS = 4096  # tokens at a time
 
@@ -50,32 +54,35 @@ class MixturePairs:
     """What the chains of one mixture are fitted to.
 
     Args:
-        context: The conversion.
+        model: Whose experts they are fitted to: the original, or a locked model for chains to be distilled back.
         mixture: The mixture.
-        pairs: What goes into it, what should come out, and the routing; y is overwritten.
+        pairs: What goes into it, what should come out, and the routing; y is overwritten where it is corrected.
+        train_rows: How many of the tokens, from the first, are trained on.
         corrected: Whether what should come out is more than what the experts give.
     """
 
-    def __init__(self, context: Context, mixture: Mixture, pairs: Activations, corrected: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, mixture: Mixture, pairs: Activations, train_rows: int, corrected: bool
+    ) -> None:
         assert pairs.routing is not None
         self.mixture, self.pairs = mixture, pairs
         self.routing: Routing = pairs.routing
-        self._context = context
-        self._experts = context.model.get_submodule(mixture.module)
-        self._router = router_of(context.model, mixture)
+        self._train_rows, self._device = train_rows, model.device
+        self._experts = model.get_submodule(mixture.module)
+        self._router = router_of(model, mixture)
         self._missing = pairs.y if corrected else None  # delta
         if corrected:
             for begin in range(0, len(pairs), _ROWS):
                 rows = slice(begin, begin + _ROWS)
                 x = self._on_device(pairs.x[rows])
-                part = Routing(*(p[rows].to(context.device) for p in self.routing))
+                part = Routing(*(p[rows].to(self._device) for p in self.routing))
                 pairs.y[rows] -= together(self._experts, mixture.experts, x, part).cpu().to(pairs.y.dtype)
 
-    def of(self, expert: int, least: int) -> ExpertPairs:
+    def of(self, expert: int, least: int = 0) -> ExpertPairs:
         """One expert's pairs. least: training tokens that it gets at least, of the nearest tokens where the router gave
         it fewer."""
         rows, weight = self.routing.of(expert)
-        trained = rows < self._context.train_rows
+        trained = rows < self._train_rows
         routed = int(trained.sum())
         near = self._nearest(expert, rows, least - routed)
         rows = torch.cat([rows[trained], near, rows[~trained]])
@@ -93,12 +100,12 @@ class MixturePairs:
     def tokens_of(self, expert: int) -> int:
         """Training tokens that the router gave an expert."""
         rows, _ = self.routing.of(expert)
-        return int((rows < self._context.train_rows).sum())
+        return int((rows < self._train_rows).sum())
 
     def _nearest(self, expert: int, rows: Tensor, count: int) -> Tensor:
         """Training tokens that are not the expert's and that its router's score is highest for, [count] at most; by the
         lead of the token's last expert over it where all scores are known, else drawn at random."""
-        free = torch.ones(self._context.train_rows, dtype=torch.bool)
+        free = torch.ones(self._train_rows, dtype=torch.bool)
         free[rows[rows < len(free)]] = False
         others = free.nonzero()[:, 0]
         if count <= 0 or not len(others):
@@ -115,7 +122,7 @@ class MixturePairs:
         return others[lead.argsort(descending=True)[:count]].sort().values
 
     def _on_device(self, x: Tensor) -> Tensor:
-        return x.to(self._context.device, next(self._experts.parameters()).dtype)
+        return x.to(self._device, next(self._experts.parameters()).dtype)
 
 
 def check_sizes(config: ConversionConfig, mlps: Sequence[MLP]) -> None:
@@ -146,7 +153,10 @@ def fit_mixture(
             cannot be taken out of this mixture.
     """
     started = time.monotonic()
-    config, experts = context.config, MixturePairs(context, mixture, pairs, corrected)
+    config, experts = (
+        context.config,
+        MixturePairs(context.model, mixture, pairs, context.train_rows, corrected),
+    )
     least = min(config.expert_tokens or 0, context.train_rows)
     starved = [e for e in range(mixture.experts) if experts.tokens_of(e) < least]
     kept = tuple(starved) if config.starved == "leave" else ()

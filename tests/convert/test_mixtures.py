@@ -1,6 +1,5 @@
 """Mixtures of experts converted: which are found, what each expert is fitted to, and what becomes of the starved."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from dlr_lock import DLRError, DLRSpec, convert_model, load
-from dlr_lock.audit import audit_model
 from dlr_lock.convert.activations import SequentialCalibrator, capture
 from dlr_lock.convert.data import english_topics
 from dlr_lock.convert.experts.routing import Mixture, find_mixtures, router_of, teacher_of, together
@@ -194,19 +192,6 @@ def test_end_to_end_goes_through_experts_and_trains_the_rest(text: Path, tmp_pat
         only, tmp_path / "out2", data=str(text), **QUICK | {"end_to_end": 1024, "layers": "0"}
     )
     assert report.end_to_end is None and any("trains no experts' chains" in note for note in report.warnings)
-
-
-def test_the_audit_refuses_in_a_line(text: Path, tmp_path: Path) -> None:
-    source = save_tiny("mixtral", tmp_path / "source")
-    convert_model(source, tmp_path / "out", data=str(text), **QUICK | {"layers": "0"})
-    with pytest.raises(DLRError, match="locked mixtures of experts, whose training is not priced yet"):
-        audit_model(tmp_path / "out", source, tmp_path / "audit")
-    assert (
-        json.loads((tmp_path / "out" / "dlr_manifest.json").read_text())["conversion"]["modules"][0]["spec"][
-            "experts"
-        ]
-        == 4
-    )
 
 
 def test_llama_4_with_several_experts_a_token_is_told(text: Path, tmp_path: Path) -> None:
