@@ -169,7 +169,7 @@ def fullest(context: AuditContext) -> dict[str, Chain]:
     mixtures = [mlp for mlp in context.mlps if isinstance(mlp, Mixture)]
     text = context.neutral
     looks = (context.locked, text.train), (context.locked, text.heldout), (context.original, text.heldout)
-    counts = context.part("routing", lambda: [_routed(model, mixtures, tokens) for model, tokens in looks])
+    counts = [_routed(model, mixtures, tokens) for model, tokens in looks] if mixtures else []
     most = context.config.experts or 0
     found: dict[str, Chain] = {}
     for mlp in context.mlps:
@@ -195,7 +195,8 @@ def _left_out(mlp: Mixture, experts: int, chains: Sequence[Chain], sampled: bool
     why = "--experts takes more" if sampled else f"the others have none, or got under {_LEAST_TOKENS} tokens"
     return [
         f"{len(chains)} of {experts} experts of {mlp.module} were distilled back, those with the most tokens "
-        f"({share:.0%} of the mixture's; {why}): redistilled models keep the others as they are"
+        f"({share:.0%} of the mixture's; {why}): redistilled models keep the others as they are, "
+        "and their price is of undoing a part"
     ]
 
 

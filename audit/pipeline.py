@@ -39,7 +39,8 @@ from ..runtime.quantizer import locked as every_chain
 from .asymmetry import Asymmetry, DepthCost, asymmetries, depth_costs
 from .attacks import TRAINING_ATTACKS
 from .attacks.fine_tune import in_bfloat16
-from .attacks.redistillation import Students, merged_row, redistillation_row, redistilled_modules
+from .attacks.redistillation import Students, redistilled_modules
+from .attacks.redistillation_rows import merged_row, redistillation_row
 from .attacks.structural import kept_row, structural_rows
 from .chains import chain_spec, fullest, in_places
 from .config import BUDGETS, AuditConfig

@@ -72,9 +72,10 @@ def prepared(model: PreTrainedModel, mlps: Sequence[str], strategy: Strategy) ->
                 module = model.get_submodule(name)
                 forward: Callable[..., Any] | None = None
                 if isinstance(module, DLRExperts):
-                    plain = strategy.training("nothing") if strategy.trainable == "adapters" else strategy
-                    run = partial(_run_experts, module, plain.chain(module.spec.chain))
-                    stack.enter_context(replaced(module, run, "grouped"))
+                    # adapters leave experts as they are, see the error below
+                    own = strategy.training("nothing") if strategy.trainable == "adapters" else strategy
+                    grouped = partial(_run_experts, module, own.chain(module.spec.chain))
+                    stack.enter_context(replaced(module, grouped, "grouped"))
                 elif isinstance(module, DLRNet):
                     run = strategy.chain(module.spec)
                     if strategy.trainable == "adapters":

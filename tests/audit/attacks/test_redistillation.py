@@ -17,11 +17,9 @@ from dlr_lock.audit.attacks import redistillation
 from dlr_lock.audit.attacks.redistillation import (
     INITS,
     merge_steps,
-    redistillation_flops,
-    redistillation_row,
     redistilled_modules,
-    step_flops,
 )
+from dlr_lock.audit.attacks.redistillation_rows import redistillation_flops, redistillation_row, step_flops
 from dlr_lock.audit.report import ModuleStudents, Student
 from dlr_lock.common.errors import DLRError
 from dlr_lock.common.resume import ResumeStore
