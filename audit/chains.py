@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -176,13 +176,16 @@ def fullest(context: AuditContext) -> dict[str, Chain]:
         chains = chains_of([mlp], context.locked)
         if isinstance(mlp, Mixture):
             train, *held = (count[mlp.module] for count in counts)
+            least = [min(of_models) for of_models in zip(*held, strict=True)]
+            module = context.locked.get_submodule(mlp.module)
+            assert isinstance(module, DLRExperts)
             fed = [
-                c
-                for c in chains
-                if train[c.expert] >= _LEAST_TOKENS and min(h[c.expert] for h in held) >= _LEAST_HELDOUT
+                expert
+                for expert in module.spec.chained
+                if train[expert] >= _LEAST_TOKENS and least[expert] >= _LEAST_HELDOUT
             ]
-            chosen = sorted(fed, key=lambda c: -train[c.expert])[:most]
-            chains = [replace(c, part=train[c.expert] / text.train.numel()) for c in chains if c in chosen]
+            chosen = sorted(sorted(fed, key=lambda expert: -train[expert])[:most])
+            chains = [Chain(mlp, expert, train[expert] / text.train.numel()) for expert in chosen]
             context.notes += _left_out(mlp, len(train), chains, len(chosen) < len(fed))
         found |= {chain.name: chain for chain in chains}
     return found

@@ -16,7 +16,7 @@ from dlr_lock.audit import audit_model
 from dlr_lock.audit.attacks.fine_tune import task_loss
 from dlr_lock.audit.chains import Chain, by_chain, chains_of, in_places
 from dlr_lock.audit.gradients import module_gradients
-from dlr_lock.audit.meters import countable, step_tokens
+from dlr_lock.audit.meters import Meter, countable, step_tokens
 from dlr_lock.audit.strategies.model import NothingToTrain, prepared
 from dlr_lock.audit.strategies.table import model_strategies
 from dlr_lock.audit.texts import invented_lines
@@ -153,13 +153,17 @@ def test_gradients_of_mixtures_are_compared_by_one_routing(arch: str) -> None:
 
 
 def test_a_model_with_experts_is_counted_as_it_is_routed() -> None:
-    """Its tensors are the model's own, and its experts run one after the other, which torch can count."""
-    original, locked, _ = locked_mixtral()
+    """The copy has the model's own tensors, and no expert's weights are copied for the tokens that it gets."""
+    original, locked, mlps = locked_mixtral()
+    ids = step_tokens(original, (2, 16))
     for model in (original, locked):
         before = model.config._experts_implementation
         _, ghost = countable(model)
         assert all(a is b for a, b in zip(ghost.parameters(), model.parameters(), strict=True))
-        assert model.config._experts_implementation == before != ghost.config._experts_implementation
-        with frozen(ghost), frozen(model):
-            ids = step_tokens(model, (2, 16))
-            assert torch.allclose(ghost(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-4)
+        with frozen(ghost), frozen(model), Meter() as meter:
+            counted = ghost(input_ids=ids).logits
+        with frozen(model):
+            assert torch.allclose(counted, model(input_ids=ids).logits, atol=1e-4)
+        assert model.config._experts_implementation == before
+        assert meter.take().flops > 2 * 2 * 32 * sum(mlp.expert_params for mlp in mlps)  # two experts a token
+        assert meter.peak < 4 * mlps[0].params
