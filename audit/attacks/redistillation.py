@@ -63,9 +63,9 @@ def redistilled_modules(
 
     Yields:
         For each of `context.chains` the figures of its students and, by `train_tokens`, the best one, float32 on the
-        CPU: that which alone in its chain's place leaves the model nearest to the locked one. An
-        attacker can measure that, and wants nothing else: a student may have the lowest error and miss the one token in
-        512 that carries the massive activations (layer 11 of SmolLM2, from a random start).
+        CPU: that which alone in its chain's place leaves the model nearest to the locked one. An attacker can measure
+        that, and wants nothing else: a student may have the lowest error and miss the one token in 512 that carries the
+        massive activations (layer 11 of SmolLM2, from a random start).
 
     Raises:
         DLRError: Where all students of a module with the same training tokens diverge, and as `capture` does.
