@@ -63,10 +63,11 @@ class GradientAttack(TrainingAttack):
 
     def count_steps(self, variant: ModelVariant, shape: tuple[int, int]) -> list[StepCost]:
         mode, ghost = countable(variant.model)
-        ids, rows = step_tokens(variant.model, shape), []
+        rows = []
         for strategy in self.strategies(variant):
             try:
                 with mode, self.trained(ghost, variant.mlps, strategy) as trained:
+                    ids = step_tokens(variant.model, shape)
                     counts = count_step(lambda tokens: task_loss(ghost, tokens), ids, trained)
             except NothingToTrain:
                 continue

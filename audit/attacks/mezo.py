@@ -38,10 +38,10 @@ class MeZO(TrainingAttack):
 
     def count_steps(self, variant: ModelVariant, shape: tuple[int, int]) -> list[StepCost]:
         mode, ghost = countable(variant.model)
-        ids = step_tokens(variant.model, shape)
         meter = Meter()
         # The other ways prepare weights, which change here at every pass.
         with mode, torch.no_grad(), meter, backend("naive"):
+            ids = step_tokens(variant.model, shape)
             ghost(input_ids=ids, use_cache=False)
         counts = meter.take()
         return [
