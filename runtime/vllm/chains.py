@@ -37,7 +37,8 @@ class Chains:
         self._lock = lock
         self._nets: dict[str, nn.Module | None] = {}  # by the model's names for them and by config.json's
         for name, spec in lock.modules.items():
-            self._put(name, partial(DLRExperts if isinstance(spec, ExpertsSpec) else ServedChain, spec))
+            kind: Callable[..., nn.Module] = DLRExperts if isinstance(spec, ExpertsSpec) else ServedChain
+            self._put(name, partial(kind, spec))
         for name in lock.identity:
             self._put(name, ServedIdentity)
 
