@@ -31,9 +31,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt_neox": HEADS,  # nor for this, and its head has another name in the checkpoint
     "mixtral": GROUPED,  # its experts have another name in the checkpoint than in the model
     "qwen3_moe": GROUPED,
-    # One layer is dense, experts that all tokens share stay; vLLM's latent attention has no other sizes on a CPU.
-    "deepseek_v3": {"kv_lora_rank": 512, "qk_rope_head_dim": 64},
-    "llama4_text": GROUPED,  # its experts get all tokens, and no routing
 }
 # A tensor that is taken out of llama's checkpoint, and what is said of it.
 MISSING = {
