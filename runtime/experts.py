@@ -13,9 +13,6 @@ from ..triton_kernels import ExpertChains, dlr_experts, grouped
 from .module import ChainModule, DLRNet
 from .spec import DLRSpec
 
-# vLLM's own mixtures take a router's logits, where transformers' take its choice; chains in their place are to come.
-NO_MIXTURES = "vLLM does not serve locked mixtures of experts yet: serve with --engine transformers"
-
 
 @dataclass(frozen=True, slots=True)
 class ExpertsSpec:

@@ -27,7 +27,7 @@ from ..common.options import known_name
 from .checkpoint import read_config, verify
 from .config import DLRConfig
 from .device import best_device
-from .experts import NO_MIXTURES, chain_shapes
+from .experts import chain_shapes
 
 ENGINES = ("vllm", "transformers")
 PLUGINS = "vllm.general_plugins"  # the entry point group, in which ours is called
@@ -85,8 +85,6 @@ def prepare_server(
     chosen = installed_engine(engine)
     _check_port(flags, "" if chosen == "vllm" else "localhost")
     folder = checked_folder(path, hashes=hashes)
-    if chosen == "vllm" and read_config(folder).mixtures:
-        raise DLRError(NO_MIXTURES)
     if chosen == "vllm":
         command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *flags]
     else:

@@ -39,9 +39,8 @@ _TRAINED = {51_200: 1.0, 102_400: 0.73, 409_600: 0.47}
 # What was measured over what the formula says: SmolLM2's thirty layers, a chain at a time (relative errors from 0.07 to
 # 0.31). 1.8 in the sum, from 1.4 to 2.5 by layer; all thirty together had 1.3 (docs/experiments/recipe.md).
 _MEASURED = 1.8
-_TOGETHER = (
-    0.63  # of such costs, summed: thirty layers had 0.59 of it at 102,400 training tokens, 0.64 at 409,600
-)
+# Of such costs, summed, thirty layers had 0.59 together at 102,400 training tokens and 0.64 at 409,600.
+_TOGETHER = 0.63
 OFF = 1.5  # the factor by which a prediction may be off
 _LARGE = 16.0  # times the median |y|^2: such tokens are few, and chains learn them apart
 

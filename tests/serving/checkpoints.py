@@ -12,29 +12,34 @@ from dlr_lock import convert_model
 from dlr_lock.audit.demo import fetch_model
 from dlr_lock.common.cache import cache_folder
 from dlr_lock.convert.data import english_topics
+from dlr_lock.convert.experts.routing import Mixture
 from dlr_lock.convert.mlp_discovery import find_mlps
-from dlr_lock.runtime import DLRNet, DLRSpec, lock
+from dlr_lock.runtime import DLRSpec, ExpertsSpec, lock
 from dlr_lock.runtime.checkpoint import write_manifest
+from dlr_lock.runtime.experts import empty_chains
 
 CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 
 
-def lock_randomly(model: nn.Module, lanes: int) -> None:
-    """Puts random chains, strong enough to be seen in the logits, in the place of all MLPs."""
+def lock_randomly(model: nn.Module, kept: tuple[int, ...] = ()) -> None:
+    """Puts random chains, strong enough to be seen in the logits, in the place of all MLPs; kept: experts without."""
     generator = torch.Generator().manual_seed(1)
     mlps = find_mlps(model)
     chains = {}
     for mlp in mlps:
-        net = DLRNet(DLRSpec(mlp.hidden_size, lanes=lanes, depth=3, rank=16), dtype=model.dtype)
+        spec: Any = DLRSpec(mlp.hidden_size, lanes=1, depth=3, rank=16)
+        if isinstance(mlp, Mixture):
+            spec = ExpertsSpec(spec, mlp.experts, kept)
+        net = empty_chains(spec, model.get_submodule(mlp.module) if kept else None, dtype=model.dtype)
         net.assign({n: torch.randn(p.shape, generator=generator) / 8 for n, p in net.named_parameters()})
         chains[mlp.module] = net
     lock(model, chains, [name for mlp in mlps for name in mlp.identity])
 
 
-def save_locked(arch: str, folder: Path, *, lanes: int = 1, **config: Any) -> Path:
+def save_locked(arch: str, folder: Path, *, kept: tuple[int, ...] = (), **config: Any) -> Path:
     """A tiny locked model of `arch` with a tokenizer, a chat template and a manifest; returns `folder`."""
     model = tiny_model(arch, **config)
-    lock_randomly(model, lanes)
+    lock_randomly(model, kept)
     model.save_pretrained(folder)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT

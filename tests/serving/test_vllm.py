@@ -11,6 +11,10 @@ import pytest
 from checkpoints import greedy, save_locked
 from safetensors.torch import load_file, save_file
 from servers import ENVIRONMENT
+from transformers import AutoConfig
+
+from dlr_lock.runtime import DLRSpec, ExpertsSpec
+from dlr_lock.runtime.config import DLRConfig
 
 PROMPTS = [[5, 6, 7], [100, 200, 30, 44, 51, 18], list(range(3, 60)), [9] * 20]
 NEW = 24
@@ -25,6 +29,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "falcon": HEADS,  # its MLP returns a pair, and leaves the sum over ranks to the layer
     "helium": GROUPED,  # vLLM has no class of its own for it
     "gpt_neox": HEADS,  # nor for this, and its head has another name in the checkpoint
+    "mixtral": GROUPED,  # its experts have another name in the checkpoint than in the model
+    "qwen3_moe": GROUPED,
 }
 # A tensor that is taken out of llama's checkpoint, and what is said of it.
 MISSING = {
@@ -59,10 +65,12 @@ def run(
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {
+    made = {
         arch: save_locked(arch, tmp_path_factory.mktemp(arch), **config)
         for arch, config in ARCHITECTURES.items()
     }
+    made["kept"] = save_locked("mixtral", tmp_path_factory.mktemp("kept"), kept=(1,), **GROUPED)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +81,8 @@ def one_after_another(
     jobs: dict[str, tuple[Path, dict[str, Any]]] = {arch: (path, {}) for arch, path in checkpoints.items()}
     jobs["backend"] = (checkpoints["llama"], {"model_impl": "transformers"})
     jobs["compiled"] = (checkpoints["llama"], {"enforce_eager": False})
+    jobs["compiled mixture"] = (checkpoints["qwen3_moe"], {"enforce_eager": False})
+    jobs["kept"] = (checkpoints["kept"], {"enforce_eager": False})  # which cannot be compiled
     for tensor in MISSING:
         folder = save_locked("llama", tmp_path_factory.mktemp("incomplete"), **GROUPED)
         weights = load_file(folder / "model.safetensors")
@@ -90,11 +100,14 @@ def test_tokens_are_those_of_transformers(
     assert one_after_another[arch] == {"tokens": greedy(checkpoints[arch], PROMPTS, NEW)}
 
 
-@pytest.mark.parametrize("way", ["backend", "compiled"])
+@pytest.mark.parametrize(
+    ("way", "of"),
+    [("backend", "llama"), ("compiled", "llama"), ("compiled mixture", "qwen3_moe"), ("kept", "kept")],
+)
 def test_ways_to_run_one_model(
-    way: str, one_after_another: dict[str, Any], checkpoints: dict[str, Path]
+    way: str, of: str, one_after_another: dict[str, Any], checkpoints: dict[str, Path]
 ) -> None:
-    assert one_after_another[way] == {"tokens": greedy(checkpoints["llama"], PROMPTS, NEW)}
+    assert one_after_another[way] == {"tokens": greedy(checkpoints[of], PROMPTS, NEW)}
 
 
 @pytest.mark.parametrize("tensor", MISSING)
@@ -130,6 +143,16 @@ def test_a_plugin_that_fails_lets_other_models_start(tmp_path: Path) -> None:
     )  # fmt: skip
     assert found.returncode == 0 and "started" in found.stdout
     assert "no locked model can be served" in found.stdout + found.stderr
+
+
+def test_a_mixture_beside_other_layers_than_attention_is_refused(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("jamba", hidden_size=64, num_hidden_layers=2, vocab_size=320)
+    config.architectures = ["JambaForCausalLM"]
+    spec = ExpertsSpec(DLRSpec(64, 1, 3, 16), config.num_experts)
+    config.quantization_config = DLRConfig({"model.layers.1.feed_forward.experts": spec}).to_dict()
+    config.save_pretrained(tmp_path)
+    ((said,), _) = run([(tmp_path, {})], ONE_PROCESS)
+    assert "this model has other layers, such as Mamba's: serve with --engine transformers" in said["error"]
 
 
 def test_the_key_of_compiled_graphs_has_our_backend(checkpoints: dict[str, Path]) -> None:
