@@ -144,7 +144,7 @@ def distill(
             x, y = (t.to(device, torch.float32) for t in activations.rows(share.mine(rows)))
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * guard.share * recipe.schedule(trained + len(rows) / 2)
-            loss = gradients.fill(weights, x / rms_x, (y - mean) * unit, len(rows))
+            loss = gradients.fill(weights, x / rms_x, (y - mean) * unit, len(rows), y * unit)
             ranks.add([loss, *(w.grad for w in weights.values() if w.grad is not None)])
             optimizer.step()
             trained += len(rows)
@@ -314,10 +314,12 @@ class Gradients:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown()
 
-    def fill(self, weights: Weights, x: Tensor, y: Tensor, tokens: int) -> Tensor:
+    def fill(
+        self, weights: Weights, x: Tensor, y: Tensor, tokens: int, whole: Tensor | None = None
+    ) -> Tensor:
         """Sets `.grad` of every weight, for x, y [T, d] at unit scale, and returns the loss, a scalar tensor: their
-        sums over these tokens, divided by `tokens`, the batch's."""
-        weight_of_each = token_weights(y)
+        sums over these tokens, divided by `tokens`, the batch's. Errors are relative to `whole` [T, d], or to y."""
+        weight_of_each = token_weights(y if whole is None else whole)
 
         def of_all(at_once: int) -> Tensor:
             for weight in weights.values():

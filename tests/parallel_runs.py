@@ -10,7 +10,7 @@ from tiny import save_tiny
 from dlr_lock.convert.data import english_topics
 
 OPTIONS: dict[str, Any] = {
-    "tokens": 2048,
+    "tokens": 6144,
     "heldout": 384,
     "train_tokens": 4096,
     "batch": 256,
@@ -32,7 +32,7 @@ def options(folder: Path, across: str, **more: Any) -> dict[str, Any]:
     return (
         OPTIONS
         | {"data": str(folder / "topics.txt"), "across": across, "redistill": 0.25}
-        | {"end_to_end": 4096 if across == "sequential" else 0}
+        | {"end_to_end": 8192 if across == "sequential" else 0}
         | more
     )
 

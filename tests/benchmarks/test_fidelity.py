@@ -39,14 +39,14 @@ def test_modules(text: Path, tmp_path: Path) -> None:
         "--layers",
         "1",
         *TINY,
-        "4096,8192",
+        "1024,8192",
         "--redistill",
         "0.5",
         "--rate",
         "0.01",
     )
     rows = run(tmp_path, "modules", *arguments)
-    assert [row["train_tokens"] for row in rows] == [4096, 8192]
+    assert [row["train_tokens"] for row in rows] == [1024, 8192]
     for row in rows:
         assert row["flops"] == 6 * (2 * 3 * 16 * 64 + 2 * 64) * row["train_tokens"] and row["rate"] == 0.01
         assert row["curve"][-1]["train_tokens"] == row["train_tokens"]

@@ -129,9 +129,11 @@ def test_text_dealt_out_gives_the_same_chains_but_for_rounding(
     ours, theirs = facts(request.getfixturevalue(by)), facts(folder / "sequential")
     for one, two in zip(ours["modules"], theirs["modules"], strict=True):
         for figure in ("rel_error", "first_error", "drift", "coupling"):
-            assert one[figure] == pytest.approx(two[figure], rel=1e-4), (one, two)
-        for figure in ("error", "chain_error"):
-            assert one["redistillation"][figure] == pytest.approx(two["redistillation"][figure], rel=1e-3)
+            assert one[figure] == pytest.approx(two[figure], rel=1e-3), (one, two)
+        assert one["verdict"] == two["verdict"]
+        for figure in ("error", "chain_error") if two["redistillation"] else ():  # one that is EMPTY is not attacked
+            assert one["redistillation"][figure] == pytest.approx(two["redistillation"][figure], rel=3e-3)
+    assert theirs["modules"][0]["redistillation"]
     assert ours["end_to_end"]["evaluation_after"]["kl"] < ours["end_to_end"]["evaluation_before"]["kl"]
     for one, two in zip(
         (ours["evaluation"], *_looks(ours)), (theirs["evaluation"], *_looks(theirs)), strict=True
