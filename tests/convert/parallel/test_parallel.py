@@ -131,7 +131,9 @@ def test_text_dealt_out_gives_the_same_chains_but_for_rounding(
         for figure in ("rel_error", "first_error", "drift", "coupling"):
             assert one[figure] == pytest.approx(two[figure], rel=1e-3), (one, two)
         assert one["verdict"] == two["verdict"]
-        for figure in ("error", "chain_error") if two["redistillation"] else ():  # one that is EMPTY is not attacked
+        for figure in (
+            ("error", "chain_error") if two["redistillation"] else ()
+        ):  # one that is EMPTY is not attacked
             assert one["redistillation"][figure] == pytest.approx(two["redistillation"][figure], rel=3e-3)
     assert theirs["modules"][0]["redistillation"]
     assert ours["end_to_end"]["evaluation_after"]["kl"] < ours["end_to_end"]["evaluation_before"]["kl"]
