@@ -96,7 +96,8 @@ def distill(
     sample = share.sample(activations.rows, random_rows(tokens, _ROWS, recipe.seed))
     rms_x = _typical_rms(sample[0])
     y = sample[1].float()
-    bias = y[usual(y)].mean(0) if init is None else init["dlr_bias"].cpu()
+    ordinary = y[usual(y.square().sum(1))]
+    bias = ordinary.mean(0) if init is None else init["dlr_bias"].cpu()
     written = y - bias  # by the steps
     rms_y = _typical_rms(written)
     if not (rms_x and rms_y):
@@ -137,14 +138,14 @@ def distill(
     guard = _Guard(recipe, optimizer, weights, name, note)
     trained, seen, began = 0, 0, time.monotonic()
     micro = micro or MicroBatch(f"the distillation of {name}", "token")
-    root = feature_weights(y[usual(y)]).sqrt()
-    unit, mean = (root / _typical_rms(written * root)).to(device), bias.to(device)
-    with Gradients(spec, scale.to(device) * rms_y * unit, 0 * mean, micro) as gradients:
+    root = feature_weights(ordinary).sqrt()
+    unit = (root / _typical_rms(written * root)).to(device)
+    with Gradients(spec, scale.to(device) * rms_y * unit, bias.to(device) * unit, micro) as gradients:
         for rows in recipe.batches(tokens, first, generator):
             x, y = (t.to(device, torch.float32) for t in activations.rows(share.mine(rows)))
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * guard.share * recipe.schedule(trained + len(rows) / 2)
-            loss = gradients.fill(weights, x / rms_x, (y - mean) * unit, len(rows), y * unit)
+            loss = gradients.fill(weights, x / rms_x, y * unit, len(rows))
             ranks.add([loss, *(w.grad for w in weights.values() if w.grad is not None)])
             optimizer.step()
             trained += len(rows)
@@ -270,9 +271,8 @@ def token_weights(wanted: Tensor) -> Tensor:
     return size.div(_LARGE).clamp(min=1).sqrt() / size_of(wanted)
 
 
-def usual(y: Tensor) -> Tensor:
-    """[N] bool, which of outputs y [N, d] are no massive ones: such tokens are few, and chains learn them apart."""
-    size = y.square().sum(1)
+def usual(size: Tensor) -> Tensor:
+    """[N] bool, which tokens of |y|^2 [N] are no massive ones: such tokens are few, and chains learn them apart."""
     return size <= _FEW * size.median()
 
 
@@ -314,12 +314,10 @@ class Gradients:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown()
 
-    def fill(
-        self, weights: Weights, x: Tensor, y: Tensor, tokens: int, whole: Tensor | None = None
-    ) -> Tensor:
+    def fill(self, weights: Weights, x: Tensor, y: Tensor, tokens: int) -> Tensor:
         """Sets `.grad` of every weight, for x, y [T, d] at unit scale, and returns the loss, a scalar tensor: their
-        sums over these tokens, divided by `tokens`, the batch's. Errors are relative to `whole` [T, d], or to y."""
-        weight_of_each = token_weights(y if whole is None else whole)
+        sums over these tokens, divided by `tokens`, the batch's."""
+        weight_of_each = token_weights(y)
 
         def of_all(at_once: int) -> Tensor:
             for weight in weights.values():

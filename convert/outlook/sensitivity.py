@@ -24,6 +24,7 @@ from ...common.dtypes import fast_products
 from ...common.errors import DLRError
 from ...common.hooks import first_argument, removed, text_inputs
 from ...common.progress import Count, no_count
+from ..distill import usual
 from ..evaluate import predicts_next, sequences_at_once, size_of, vocabulary
 from ..mlp_matching import MLP
 
@@ -42,7 +43,6 @@ _MEASURED = 1.8
 # Of such costs, summed, thirty layers had 0.59 together at 102,400 training tokens and 0.64 at 409,600.
 _TOGETHER = 0.63
 OFF = 1.5  # the factor by which a prediction may be off
-_LARGE = 16.0  # times the median |y|^2: such tokens are few, and chains learn them apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +117,8 @@ class _Watched:
     def formula(self, error: float) -> float:
         """The KL of chains with such a relative error, by the formula alone."""
         size, gradient = torch.cat(self.sizes), torch.cat(self.slopes)
-        usual = size <= _LARGE * size.median()
-        return (error * size[usual].mean() * gradient[usual].mean() / (2 * self.mlp.hidden_size)).item()
+        ordinary = usual(size)
+        return (error * size[ordinary].mean() * gradient[ordinary].mean() / (2 * self.mlp.hidden_size)).item()
 
 
 def layer_costs(
