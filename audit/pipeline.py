@@ -16,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..common.dtypes import product_dtype
 from ..common.errors import DLRError
 from ..common.files import full_disk_is_an_error, hash_files, writable_folder, write_whole
 from ..common.hub import model_folder
@@ -38,7 +39,6 @@ from ..runtime.generation import check_vocabulary, positions
 from ..runtime.quantizer import locked as every_chain
 from .asymmetry import Asymmetry, DepthCost, asymmetries, depth_costs
 from .attacks import TRAINING_ATTACKS
-from .attacks.fine_tune import in_bfloat16
 from .attacks.redistillation import Students, redistilled_modules
 from .attacks.redistillation_rows import merged_row, redistillation_row
 from .attacks.structural import kept_row, structural_rows
@@ -183,7 +183,8 @@ def _attack(context: AuditContext) -> dict[str, Any]:
     steps: list[StepCost] = []
     attacks = context.config.chosen_attacks
     if predicts_next(context.original):
-        if in_bfloat16(context.original):
+        width = context.original.config.get_text_config().hidden_size
+        if product_dtype(context.original.device, width) == torch.bfloat16:
             context.notes.append(
                 "fine-tunes had products in bfloat16, with weights and sums in float32; steps were timed in float32"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...common.dtypes import product_dtype
+from ...common.dtypes import fast_products
 from ...common.errors import DLRError
 from ...common.progress import Count, no_count
 from ...convert.evaluate import evaluate
@@ -124,16 +124,13 @@ def _alike(runs: Sequence[Run]) -> bool:
     return len(runs) > 1 and max(lowest) - min(lowest) < _ALIKE * (runs[0].losses[0] - min(lowest))
 
 
-def in_bfloat16(model: PreTrainedModel) -> bool:
-    """Whether runs of a model on a CPU have their products in bfloat16, see `product_dtype`: a step of SmolLM2 takes
-    two thirds of the time so. Weights, the optimizer, and a chain's state stay in float32."""
-    width = model.config.get_text_config().hidden_size
-    return model.device.type == "cpu" and product_dtype(model.device, width) == torch.bfloat16
+def products(model: PreTrainedModel) -> torch.autocast:
+    """A block with the products of runs, see `fast_products`: a step of SmolLM2 takes two thirds of the time so.
 
-
-def products(model: PreTrainedModel) -> AbstractContextManager[object]:
-    """A block with the products of `in_bfloat16`. One block a step: it may keep the weights that it began with."""
-    return torch.autocast("cpu", torch.bfloat16) if in_bfloat16(model) else nullcontext()
+    Weights, the optimizer, and a chain's state stay in float32. One block a step: it may keep the weights that it began
+    with.
+    """
+    return fast_products(model.device, model.config.get_text_config().hidden_size)
 
 
 def fine_tune(
