@@ -49,7 +49,7 @@ BUDGETS = {
 }
 
 # As they are registered, which takes torch: for the help alone.
-ATTACKS = ("full", "LoRA", "attention", "MeZO")
+ATTACKS = ("full", "LoRA", "attention", "MeZO", "outside")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,15 +62,24 @@ def test_a_registered_attack_is_in_the_json_the_page_and_the_terminal(
 
 
 def test_what_attacks_there_are_is_asked_of_the_registry(norms: TrainingAttack) -> None:
-    assert AuditConfig().resolved().chosen_attacks == ["full", "LoRA", "attention", "norms"]
+    assert AuditConfig().resolved().chosen_attacks == [
+        "full",
+        "LoRA",
+        "attention",
+        "outside",
+        "norms",
+    ]
     assert AuditConfig(budget="full").resolved().chosen_attacks == [
         "full",
         "LoRA",
         "attention",
         "MeZO",
+        "outside",
         "norms",
     ]
-    with pytest.raises(DLRError, match="unknown attack 'QLoRA'; one of full, LoRA, attention, MeZO, norms"):
+    with pytest.raises(
+        DLRError, match="unknown attack 'QLoRA'; one of full, LoRA, attention, MeZO, outside, norms"
+    ):
         AuditConfig(attacks="full,QLoRA").resolved()
     with pytest.raises(ValueError, match="already"):
         register(norms)
