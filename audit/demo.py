@@ -289,8 +289,8 @@ def three_sentences(result: DemoResult) -> list[str]:
         f"activations, for {slot.took(slot.plain):.2g} times the seconds; by the best strategy that we know "
         f"({slot.best.strategy}) {slot.kept(slot.best):.2g} times the activations, for {slot.took(slot.best):.2g} "
         f"times the seconds.{distilled}",
-        "It does not stop whoever has the original's weights (this model's are public), nor training all but the chains, nor "
-        "distilling the chains back for longer: a lock makes fine-tuning dearer, not impossible.",
+        "It does not stop whoever has the original's weights (this model's are public), nor training all but "
+        "the chains, nor distilling the chains back for longer: a lock makes training the chains dearer, nothing else.",
     ]
 
 
