@@ -5,6 +5,7 @@ for all of them.
 """
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,11 @@ _CLIP = 1.0
 @dataclass(frozen=True)
 class GradientAttack(TrainingAttack):
     """AdamW without decay, gradients clipped at norm 1, on what the strategies of `trainable` train.
+
+    The rate is that of a matrix of the median size. Where weights are trained, not adapters, a matrix has it in
+    proportion to its RMS, as Adafactor has (Shazeer and Stern, arXiv 1804.04235). A chain's B is a twentieth of an
+    MLP's matrices: at one rate for all weights six locked layers of SmolLM2 ended at a loss of 2.74, so at 1.26. The
+    original's end, 1.20 and 1.23, is the same by both.
 
     Attributes:
         name, about, first_rate, budgets: See `TrainingAttack`.
@@ -59,7 +65,7 @@ class GradientAttack(TrainingAttack):
             with torch.random.fork_rng():
                 torch.manual_seed(seed)  # of the adapters
                 trained = stack.enter_context(self.trained(variant.model, variant.mlps, chosen))
-            yield trained, _Adam(variant.model, trained)
+            yield trained, _Adam(variant.model, trained, by_size=self.trainable == "weights")
 
     def count_steps(self, variant: ModelVariant, shape: tuple[int, int]) -> list[StepCost]:
         mode, ghost = countable(variant.model)
@@ -79,13 +85,15 @@ class GradientAttack(TrainingAttack):
 
 
 class _Adam:
-    def __init__(self, model: PreTrainedModel, trained: list[Tensor]) -> None:
+    def __init__(self, model: PreTrainedModel, trained: list[Tensor], *, by_size: bool) -> None:
         self._model, self._trained = model, trained
         fused = model.device.type in (
             "cpu",
             "cuda",
         )  # a quarter of a step of all weights of SmolLM2, on a CPU
-        self._optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=fused)
+        sizes = _sizes(trained) if by_size else [1.0] * len(trained)
+        groups = [{"params": [p], "size": size} for p, size in zip(trained, sizes, strict=True)]
+        self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=fused)
 
     def __call__(self, ids: Tensor, rate: float) -> None:
         loss = task_loss(self._model, ids)
@@ -94,12 +102,23 @@ class _Adam:
         loss.backward()
         clip_grad_norm_(self._trained, _CLIP)
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["size"]
         self._optimizer.step()
         self._optimizer.zero_grad()
 
 
-register(GradientAttack("full", "All weights are trained.", 1e-4, "weights"))
+def _sizes(weights: Sequence[Tensor]) -> list[float]:
+    """The RMS of each matrix over their median, and 1 for vectors and for what is zero."""
+    rms = [w.detach().float().square().mean().sqrt().item() if w.dim() > 1 else 0.0 for w in weights]
+    median = statistics.median([size for size in rms if size] or [1.0])
+    return [size / median if size else 1.0 for size in rms]
+
+
+register(
+    GradientAttack(
+        "full", "All weights are trained, a matrix at a rate in proportion to its size.", 1e-4, "weights"
+    )
+)
 register(
     GradientAttack(
         "LoRA", "Low-rank adapters of the chains and of all that is linear are trained.", 1e-3, "adapters"

@@ -85,6 +85,24 @@ def test_what_is_trained() -> None:
         assert changed == {"full": set(before), "outside": outside}.get(attack.name, set())
 
 
+@pytest.mark.parametrize("attack", ["full", "outside"])
+def test_a_matrix_moves_in_proportion_to_its_size(attack: str) -> None:
+    """A chain's B is small: at one rate for all weights it is wrecked, or nothing else learns."""
+    model, ids, rate = tiny_model("llama"), torch.randint(320, (2, 16)), 1e-3
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.self_attn.o_proj.weight").mul_(0.05)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with TRAINING_ATTACKS[attack].stepping(ModelVariant("original", model, MLPS[:1]), 0) as step:
+        step(ids, rate)  # AdamW's first: each number moves by its rate
+        moved = {n: (p.detach() - before[n]).abs().max().item() for n, p in model.named_parameters()}
+    moved = {name: most for name, most in moved.items() if most}
+    sizes = {name: before[name].square().mean().sqrt().item() for name in moved if before[name].dim() > 1}
+    median = sorted(sizes.values())[len(sizes) // 2]
+    assert len(sizes) > 5 and min(sizes.values()) < 0.1 * median
+    for name, most in moved.items():
+        assert most == pytest.approx(rate * sizes.get(name, median) / median, rel=0.1), name
+
+
 def test_a_run_that_diverges_says_so_and_leaves_the_model() -> None:
     model = locked_llama()
     before = {name: p.clone() for name, p in model.state_dict().items()}
