@@ -21,10 +21,9 @@ class OutsideOnly(GradientAttack):
     ) -> Iterator[list[Tensor]]:
         """All weights of the model but those within `mlps`."""
         with super().trained(model, mlps, strategy) as weights:
-            within = {id(weight) for name in mlps for weight in model.get_submodule(name).parameters()}
-            for weight in weights:
-                weight.requires_grad_(id(weight) not in within)
-            yield [weight for weight in weights if id(weight) not in within]
+            for name in mlps:
+                model.get_submodule(name).requires_grad_(False)
+            yield [weight for weight in weights if weight.requires_grad]
 
 
 register(OutsideOnly("outside", "All weights but those in the MLPs' places are trained.", 1e-4, "weights"))
