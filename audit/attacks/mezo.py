@@ -59,11 +59,14 @@ class _Step:
     """
 
     def __init__(self, model: PreTrainedModel, trained: list[Tensor], seed: int) -> None:
-        self._model, self._trained, self._seed, self._steps = model, trained, seed, 0
+        self._model, self._trained = model, trained
+        # A generator of the CPU reads the lower 32 bits of a seed and no more: a run's seed has to be mixed into them.
+        self._seeds = torch.Generator().manual_seed(seed)
+        self._seed = 0
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, rate: float) -> None:
-        self._steps += 1
+        self._seed = int(torch.randint(2**31, (), generator=self._seeds))
         losses = []
         with backend("naive"):  # the other ways prepare weights, which change here at every pass
             for move in (_PERTURBATION, -2 * _PERTURBATION):
@@ -76,7 +79,7 @@ class _Step:
 
     def _move(self, length: float) -> None:
         generator = torch.Generator(self._model.device)
-        generator.manual_seed((self._seed << 32) + self._steps)
+        generator.manual_seed(self._seed)
         for weight in self._trained:
             z = torch.randn(weight.shape, generator=generator, dtype=weight.dtype, device=weight.device)
             weight.add_(z, alpha=length)

@@ -113,29 +113,34 @@ def test_a_run_that_diverges_says_so_and_leaves_the_model() -> None:
 
 
 def test_mezo_moves_along_z_by_the_slope() -> None:
-    """Against autograd in float64: the change is -rate * (g . z) z for one and the same normal z."""
+    """Against autograd in float64: the change is -rate * (g . z) z for a normal z, a new one at each step."""
+    torch.manual_seed(3)  # of random models one in eight is too rough for a slope over 1e-3 z
     model = locked_llama().double()
     model.requires_grad_(False)
     ids = torch.randint(320, (2, 16))
     weights = list(model.parameters())
-    before = [w.clone() for w in weights]
     variant = ModelVariant("locked", model, MLPS)
     with TRAINING_ATTACKS["full"].stepping(variant, 0) as _:
-        wanted = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, weights)
-    rate = 1e-3
-    gradient = _flat(wanted)
-    # until z is not nearly across the gradient, where a difference of losses is all curvature
-    for seed in range(60):
+        gradient = _flat(torch.autograd.grad(model(input_ids=ids, labels=ids).loss, weights))
+    rate, moves = 1e-7, []
+    for seed in range(8):
         with TRAINING_ATTACKS["MeZO"].stepping(variant, seed) as step:
-            step(ids, rate)
-            moved = _flat([w - b for w, b in zip(weights, before, strict=True)])
-        # moved = -rate s z, s = g . z: so g . moved = -rate s^2, and |moved|^2 / (rate s)^2 = |z|^2, about n
-        slope = math.sqrt(max(0.0, -(gradient @ moved).item() / rate))
+            for _ in range(2):
+                start = _flat(weights).clone()
+                step(ids, rate)
+                moves.append(_flat(weights) - start)
+    # -rate (g . z) z . g = -rate (g . z)^2 and |rate (g . z) z|^2 / (rate (g . z))^2 = |z|^2, about n. Only where z is
+    # not nearly across the gradient: a difference of losses is all curvature there.
+    found = 0
+    for move in moves:
+        slope = math.sqrt(max(0.0, -(gradient @ move).item() / rate))
         if slope > gradient.norm():
-            break
-    z = -moved / (rate * slope)
-    assert abs((gradient @ z).abs().item() / slope - 1) < 1e-2
-    assert abs(z.square().mean().item() - 1) < 0.05 and abs(z.mean().item()) < 0.05
+            z = move / (rate * slope)
+            assert abs(z.square().mean().item() - 1) < 0.05 and abs(z.mean().item()) < 0.05
+            found += 1
+    assert found
+    units = torch.stack([move / move.norm() for move in moves])
+    assert (units @ units.T - torch.eye(len(moves))).abs().max() < 0.05
 
 
 def _flat(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
