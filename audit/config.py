@@ -44,12 +44,12 @@ class Budget:
 
 
 BUDGETS = {
-    "quick": Budget(32_768, 4_096, "0.0625", 8, 4_096, 256, 128, 512, 3, 4, timed=False),
+    "quick": Budget(32_768, 4_096, "0.0625", 8, 4_096, 256, 128, 512, 2, 4, timed=False),
     "full": Budget(409_600, 10_240, "0.0625,0.25,1", 64, 262_144, 2_048, 512, 8_192, 3, 6, timed=True),
 }
 
 # As they are registered, which takes torch: for the help alone.
-ATTACKS = ("full", "LoRA", "attention", "MeZO", "outside")
+ATTACKS = ("full", "LoRA", "outside", "PEFT", "MeZO")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

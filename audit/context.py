@@ -32,12 +32,14 @@ class ModelVariant:
         name: Such as 'original', 'locked' or 'redistilled, 0.25'.
         model: The model, on the device where it is trained.
         mlps: Names of the modules in the MLPs' places.
+        locked: Those of them that are in the places of locked MLPs, whatever stands there in this model.
         deep: Whether they are chains of several steps, which strategies of their own serve.
     """
 
     name: str
     model: PreTrainedModel
     mlps: Sequence[str]
+    locked: Sequence[str]
     deep: bool = False
 
 

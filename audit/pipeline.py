@@ -190,7 +190,7 @@ def _attack(context: AuditContext) -> dict[str, Any]:
             )
         variants = partial(_variants, context, train_tokens, students)
         for variant in variants():
-            for attack in attacks:
+            for attack in _tried(context, variant.name):
                 runs += TRAINING_ATTACKS[attack].run(context, variant)
         steps = _step_costs(context, variants)
     else:
@@ -249,7 +249,8 @@ def _expect(context: AuditContext, train_tokens: dict[str, int]) -> None:
     )
     if predicts_next(context.original):
         context.runs_at_most = (
-            (2 + len(train_tokens)) * len(context.config.chosen_attacks) * context.config.plan.runs
+            sum(len(_tried(context, name)) for name in (ORIGINAL, LOCKED, *train_tokens))
+            * context.config.plan.runs
         )
         context.expect_runs()
 
@@ -278,11 +279,23 @@ def _variants(
     specs = [chain_spec(net.spec) for _, net in every_chain(context.locked)]
     # Gated chains, of checkpoints of 0.1, are trained by their definition alone.
     deep = any(spec.depth > 1 for spec in specs) and not any(spec.gated for spec in specs)
-    yield ModelVariant(ORIGINAL, context.original, context.slots)
-    yield ModelVariant(LOCKED, context.locked, context.slots, deep)
+    names = [name for mlp in context.mlps for name in (mlp.module, *mlp.identity)]
+    locked = [name for name in context.slots if name in names]
+    yield ModelVariant(ORIGINAL, context.original, context.slots, locked)
+    yield ModelVariant(LOCKED, context.locked, context.slots, locked, deep)
     for name, count in train_tokens.items():
         places = _students_in(context, students, count)
-        yield ModelVariant(name, with_chains(context.locked, places, []), context.slots)
+        yield ModelVariant(name, with_chains(context.locked, places, []), context.slots, locked)
+
+
+def _tried(context: AuditContext, variant: str) -> list[str]:
+    """The attacks on a model, by name."""
+    undone = variant not in (ORIGINAL, LOCKED)
+    return [
+        name
+        for name in context.config.chosen_attacks
+        if not (undone and TRAINING_ATTACKS[name].spares_chains)
+    ]
 
 
 def _students_in(context: AuditContext, students: list[Students], train_tokens: int) -> dict[str, nn.Module]:
@@ -299,7 +312,7 @@ def _step_costs(context: AuditContext, variants: Callable[[], Iterator[ModelVari
     for variant in variants():
         progress = context.count(f"counting a step of the {variant.name} model")
         counting = partial(
-            count_steps, variant, context.config.chosen_attacks, shape, progress, context.notes.append
+            count_steps, variant, _tried(context, variant.name), shape, progress, context.notes.append
         )
         rows += part(f"steps {variant.name}", counting)
     timing = partial(time_steps, variants, rows, shape, context.count("timing steps"))

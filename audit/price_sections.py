@@ -11,7 +11,7 @@ from .verdict import MEASURES, ORIGINAL
 _EVERY = "measure | who | attack | strategy | training tokens | undoing | a fine-tune | peak"
 _NO_PRICE = "Not known: no fine-tune of the original gained more than its seeds differ by, or none was run."
 _WHO = {
-    STANDARD: "plain autograd through the chains, as transformers' Trainer does it; its price is memory",
+    STANDARD: "plain autograd through the chains, as transformers' Trainer does it, rates by size; its price is memory",
     CAREFUL: "through the chains too, by the cheapest strategy that fits in the memory of the original's plain step, "
     "such as checkpoints",
     EXPERT: "first distils the chains back into MLPs, and then fine-tunes those; counted are the students that were "

@@ -29,6 +29,8 @@ class TrainingAttack(ABC):
         about: What it does, a sentence for an owner who has not read the paper.
         first_rate: The learning rate that the first model's sweep begins with.
         budgets: The names of the budgets that run it where `--attacks` does not say.
+        spares_chains: Whether it leaves locked MLPs' places as they are. It is not tried on models whose chains were
+            undone: who did that would only pay more for the same.
         coarse: Whether its runs' products may be in bfloat16, see `fine_tune.products`.
     """
 
@@ -36,6 +38,7 @@ class TrainingAttack(ABC):
     about: str
     first_rate: float
     budgets: tuple[str, ...] = ("quick", "full")
+    spares_chains: bool = False
     coarse: bool = True
 
     @abstractmethod

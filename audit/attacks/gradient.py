@@ -36,7 +36,7 @@ class GradientAttack(TrainingAttack):
     original's end, 1.20 and 1.23, is the same by both.
 
     Attributes:
-        name, about, first_rate, budgets: See `TrainingAttack`.
+        name, about, first_rate, spares_chains: See `TrainingAttack`.
         trainable: What the strategies train, see `strategies.table`.
     """
 
@@ -44,13 +44,13 @@ class GradientAttack(TrainingAttack):
     about: str
     first_rate: float
     trainable: Trainable
-    budgets: tuple[str, ...] = TrainingAttack.budgets
+    spares_chains: bool = False
 
     def trained(
-        self, model: PreTrainedModel, mlps: Sequence[str], strategy: Strategy
+        self, model: PreTrainedModel, variant: ModelVariant, strategy: Strategy
     ) -> AbstractContextManager[list[Tensor]]:
-        """What is trained, while the model is as the strategy trains it; an attack that trains less overrides this."""
-        return prepared(model, mlps, strategy)
+        """What is trained of a variant's model, or of its ghost, while that is as the strategy trains it."""
+        return prepared(model, variant.mlps, strategy, variant.locked if self.spares_chains else ())
 
     def strategies(self, variant: ModelVariant) -> list[Strategy]:
         """The strategies that serve the attack; autograd as it is comes first."""
@@ -64,7 +64,7 @@ class GradientAttack(TrainingAttack):
         with ExitStack() as stack:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)  # of the adapters
-                trained = stack.enter_context(self.trained(variant.model, variant.mlps, chosen))
+                trained = stack.enter_context(self.trained(variant.model, variant, chosen))
             yield trained, _Adam(variant.model, trained, by_size=self.trainable == "weights")
 
     def count_steps(self, variant: ModelVariant, shape: tuple[int, int]) -> list[StepCost]:
@@ -72,7 +72,7 @@ class GradientAttack(TrainingAttack):
         rows = []
         for strategy in self.strategies(variant):
             try:
-                with mode, self.trained(ghost, variant.mlps, strategy) as trained:
+                with mode, self.trained(ghost, variant, strategy) as trained:
                     ids = step_tokens(variant.model, shape)
                     counts = count_step(lambda tokens: task_loss(ghost, tokens), ids, trained)
             except NothingToTrain:
@@ -114,21 +114,22 @@ def _sizes(weights: Sequence[Tensor]) -> list[float]:
     return [size / median if size else 1.0 for size in rms]
 
 
-register(
+for _attack in (
     GradientAttack(
         "full", "All weights are trained, a matrix at a rate in proportion to its size.", 1e-4, "weights"
-    )
-)
-register(
+    ),
     GradientAttack(
         "LoRA", "Low-rank adapters of the chains and of all that is linear are trained.", 1e-3, "adapters"
-    )
-)
-register(
+    ),
     GradientAttack(
-        "attention",
-        "Low-rank adapters of all but the MLPs' places are trained, with the chains as they are.",
+        "outside", "All weights but those in the chains' places are trained, likewise.", 1e-4, "weights", True
+    ),
+    GradientAttack(
+        "PEFT",
+        "Low-rank adapters of all that is linear outside the chains are trained, as PEFT finds it in a locked model.",
         1e-3,
-        "nothing",
-    )
-)
+        "adapters",
+        True,
+    ),
+):
+    register(_attack)

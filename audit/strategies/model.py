@@ -47,11 +47,14 @@ def model_cost(
 
 
 @contextmanager
-def prepared(model: PreTrainedModel, mlps: Sequence[str], strategy: Strategy) -> Iterator[list[Tensor]]:
+def prepared(
+    model: PreTrainedModel, mlps: Sequence[str], strategy: Strategy, spared: Sequence[str] = ()
+) -> Iterator[list[Tensor]]:
     """The model as a strategy trains it, within the block.
 
     Args:
         model, mlps, strategy: As for `model_cost`.
+        spared: Names among `mlps` of modules that run as the strategy runs them and stay as they are.
 
     Yields:
         What is to be trained: weights of the model, or adapters.
@@ -64,28 +67,30 @@ def prepared(model: PreTrainedModel, mlps: Sequence[str], strategy: Strategy) ->
     with ExitStack() as stack:
         try:
             model.requires_grad_(strategy.trainable == "weights")
+            for name in spared:
+                model.get_submodule(name).requires_grad_(False)
             trained = [p for p in model.parameters() if p.requires_grad]
-            if strategy.trainable != "weights":
+            if strategy.trainable == "adapters":
                 trained += stack.enter_context(attached(attention_linears(model, mlps), ADAPTER_RANK))
             outside = len(trained)
             for name in mlps:
                 module = model.get_submodule(name)
                 forward: Callable[..., Any] | None = None
-                if isinstance(module, DLRExperts):
-                    # adapters leave experts as they are, see the error below
-                    own = strategy.training("nothing") if strategy.trainable == "adapters" else strategy
-                    grouped = partial(_run_experts, module, own.chain(module.spec.chain))
+                adapted = strategy.trainable == "adapters" and name not in spared
+                alone = strategy if strategy.trainable == "weights" else strategy.training("nothing")
+                if isinstance(module, DLRExperts):  # which adapters leave as they are, see the error below
+                    grouped = partial(_run_experts, module, alone.chain(module.spec.chain))
                     stack.enter_context(replaced(module, grouped, "grouped"))
                 elif isinstance(module, DLRNet):
-                    run = strategy.chain(module.spec)
-                    if strategy.trainable == "adapters":
+                    run = (strategy if adapted else alone).chain(module.spec)
+                    if adapted:
                         rank = adapter_rank(module.spec)
                         adapters = [new_adapter(w.detach(), rank) for w in module.chain.weights]
                         trained += [t for adapter in adapters for t in adapter]
                         run = partial(run, adapters=adapters)
                     forward = partial(_run_chain, module, run)
                 else:
-                    if strategy.trainable == "adapters":
+                    if adapted:
                         linears = [m for m in module.modules() if is_linear(m)]
                         trained += stack.enter_context(attached(linears, ADAPTER_RANK))
                     # of a strewn MLP's parts, one alone is not worth a checkpoint
@@ -97,7 +102,12 @@ def prepared(model: PreTrainedModel, mlps: Sequence[str], strategy: Strategy) ->
                 for layer in dict.fromkeys(map(layer_of, mlps)):
                     module = model.get_submodule(layer)
                     stack.enter_context(replaced(module, checkpointed(module.forward)))
-            if strategy.trainable == "adapters" and len(trained) == outside and mixtures(model):
+            if (
+                strategy.trainable == "adapters"
+                and not spared
+                and len(trained) == outside
+                and mixtures(model)
+            ):
                 raise NothingToTrain(
                     f"strategy {strategy.name!r} would train the attention alone: adapters fit linear layers, and a "
                     "mixture's experts are none"

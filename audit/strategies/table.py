@@ -21,11 +21,10 @@ from .lookahead import lookahead_trained
 from .lora import adapted_chain, adapted_mlp, merged_chain
 
 Forward = Callable[..., Tensor]
-Trainable = Literal[
-    "weights", "adapters", "nothing"
-]  # of a slot; nothing where adapters sit in the attention alone
+Trainable = Literal["weights", "adapters", "nothing"]  # nothing: of a slot, where adapters sit outside of it
 ALL: tuple[Trainable, ...] = ("weights", "adapters", "nothing")
 WEIGHTS: tuple[Trainable, ...] = ("weights",)
+WHOLE: tuple[Trainable, ...] = ("weights", "adapters")  # of a model
 
 ADAPTER_RANK = 16  # of an MLP's matrices
 _PREFIX = {"weights": "", "adapters": "LoRA, ", "nothing": "LoRA on attention, "}
@@ -41,9 +40,9 @@ class Strategy:
         form: What a chain of a spec is run by, (x, weights) -> y; None for the chain as it is, or the MLP. A form of
             its own is for chains alone, and trains adapters merged into the weights.
         wrap: What is put around the forward of a chain or an MLP, given the hidden size; None for nothing.
-        slot, model: What may be trained in a slot, and in a whole model: weights, adapters or nothing. In a model
-            "weights" are all of its weights, "adapters" those of all that is linear in its layers and of its chains,
-            and "nothing" leaves those of the attention.
+        slot, model: What may be trained in a slot, and in a whole model: weights, adapters or, in a slot, nothing. In a
+            model "weights" are all of its weights, "adapters" those of all that is linear in its layers and of its
+            chains.
         fits: Whether the strategy makes sense for a slot's chain.
         compiled: Whether it is compiled, and can be timed but not counted.
         layers: Whether every layer of a model is checkpointed, too.
@@ -54,7 +53,7 @@ class Strategy:
     form: Callable[[DLRSpec], Forward] | None = None
     wrap: Callable[[Forward, int], Forward] | None = None
     slot: tuple[Trainable, ...] = ALL
-    model: tuple[Trainable, ...] = ALL
+    model: tuple[Trainable, ...] = WHOLE
     fits: Callable[[DLRSpec], bool] = lambda spec: True
     compiled: bool = False
     layers: bool = False
@@ -98,7 +97,7 @@ def model_strategies(*, locked: bool) -> list[Strategy]:
     """The strategies of a locked model, or of one without chains of several steps; for each that is trained, plain
     first. Those that wrap nothing come once more with every layer checkpointed."""
     found = []
-    for trainable in ALL:
+    for trainable in WHOLE:
         own = [s for s in STRATEGIES if trainable in s.model and (locked or s.form is None)]
         own += [replace(s, name=f"layer checkpoint, {s.name}", layers=True) for s in own if s.wrap is None]
         found += [strategy.training(trainable) for strategy in own]
@@ -167,7 +166,7 @@ STRATEGIES: list[Strategy] = [
     Strategy("nested", form=_segments, wrap=_checkpointed, slot=WEIGHTS, model=(), fits=_several),
     Strategy("inversion", form=lambda spec: inverted, slot=("weights", "adapters")),
     *(
-        _lookahead(width, ending, form, ALL if (width, ending) in ((256, ""), (256, ", inverted")) else ())
+        _lookahead(width, ending, form, WHOLE if (width, ending) in ((256, ""), (256, ", inverted")) else ())
         for width in (128, 256, 512)
         for ending, form in (
             ("", lookahead_trained),

@@ -65,20 +65,20 @@ def test_what_attacks_there_are_is_asked_of_the_registry(norms: TrainingAttack) 
     assert AuditConfig().resolved().chosen_attacks == [
         "full",
         "LoRA",
-        "attention",
         "outside",
+        "PEFT",
         "norms",
     ]
     assert AuditConfig(budget="full").resolved().chosen_attacks == [
         "full",
         "LoRA",
-        "attention",
-        "MeZO",
         "outside",
+        "PEFT",
+        "MeZO",
         "norms",
     ]
     with pytest.raises(
-        DLRError, match="unknown attack 'QLoRA'; one of full, LoRA, attention, MeZO, outside, norms"
+        DLRError, match="unknown attack 'QLoRA'; one of full, LoRA, outside, PEFT, MeZO, norms"
     ):
         AuditConfig(attacks="full,QLoRA").resolved()
     with pytest.raises(ValueError, match="already"):

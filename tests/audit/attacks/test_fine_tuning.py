@@ -35,7 +35,7 @@ def tune(
     rate = rate or 30 * chosen.first_rate
     return fine_tune(
         chosen,
-        ModelVariant("locked", model, MLPS),
+        ModelVariant("locked", model, MLPS, MLPS),
         counting(),
         neutral,
         PLAN,
@@ -75,7 +75,7 @@ def test_what_is_trained() -> None:
         model = locked_llama()
         before = {name: p.clone() for name, p in model.named_parameters()}
         ids = torch.randint(320, (2, 16))
-        with attack.stepping(ModelVariant("locked", model, MLPS), 0) as step:
+        with attack.stepping(ModelVariant("locked", model, MLPS, MLPS), 0) as step:
             loss = model(input_ids=ids, labels=ids).loss.item()
             step(ids, 1e-2)
             step(ids, 1e-2)  # the adapters' first step moves V alone
@@ -92,7 +92,7 @@ def test_a_matrix_moves_in_proportion_to_its_size(attack: str) -> None:
     with torch.no_grad():
         model.get_parameter("model.layers.1.self_attn.o_proj.weight").mul_(0.05)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with TRAINING_ATTACKS[attack].stepping(ModelVariant("original", model, MLPS[:1]), 0) as step:
+    with TRAINING_ATTACKS[attack].stepping(ModelVariant("original", model, MLPS[:1], MLPS[:1]), 0) as step:
         step(ids, rate)  # AdamW's first: each number moves by its rate
         moved = {n: (p.detach() - before[n]).abs().max().item() for n, p in model.named_parameters()}
     moved = {name: most for name, most in moved.items() if most}
@@ -119,7 +119,7 @@ def test_mezo_moves_along_z_by_the_slope() -> None:
     model.requires_grad_(False)
     ids = torch.randint(320, (2, 16))
     weights = list(model.parameters())
-    variant = ModelVariant("locked", model, MLPS)
+    variant = ModelVariant("locked", model, MLPS, MLPS)
     with TRAINING_ATTACKS["full"].stepping(variant, 0) as _:
         gradient = _flat(torch.autograd.grad(model(input_ids=ids, labels=ids).loss, weights))
     rate, moves = 1e-7, []
@@ -158,7 +158,7 @@ def test_every_sequence_is_seen_once_before_any_twice() -> None:
         return inner(*args, **kwargs)
 
     model.forward = forward
-    variant = ModelVariant("locked", model, MLPS)
+    variant = ModelVariant("locked", model, MLPS, MLPS)
     fine_tune(TRAINING_ATTACKS["full"], variant, task, task.heldout, PLAN, rate=1e-5, seed=0)
     first = torch.cat(seen)[:32]
     assert torch.equal(first[:, 0].sort().values, task.train[:, 0].sort().values)
@@ -232,6 +232,6 @@ def test_what_plainly_behind_is(losses: list[float], behind: bool) -> None:
 
 
 def test_nothing_to_train() -> None:
-    variant, task = ModelVariant("a", tiny_model("llama"), []), counting()
+    variant, task = ModelVariant("a", tiny_model("llama"), [], []), counting()
     with pytest.raises(DLRError, match="nothing to train"):
-        fine_tune(TRAINING_ATTACKS["attention"], variant, task, task.heldout, PLAN, rate=1e-3, seed=0)
+        fine_tune(TRAINING_ATTACKS["PEFT"], variant, task, task.heldout, PLAN, rate=1e-3, seed=0)

@@ -13,13 +13,13 @@ from dlr_lock.audit.strategies.table import model_strategies
 from dlr_lock.triton_kernels import backend
 from dlr_lock.triton_kernels.meter import count
 
-ATTACKS = ["full", "LoRA", "attention", "MeZO"]
+ATTACKS = ["full", "LoRA", "MeZO"]
 
 
 def test_the_rows_of_a_variant() -> None:
     model = locked_llama()
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    variant = ModelVariant("locked", model, MLPS, deep=True)
+    variant = ModelVariant("locked", model, MLPS, MLPS, deep=True)
     counted = list(count_steps(variant, ATTACKS, (2, 24)))
     assert not any(row.seconds for row in counted)
     rows = time_steps(lambda: [variant], counted, (2, 24))
@@ -44,7 +44,7 @@ def test_the_rows_of_a_variant() -> None:
 
 def test_mezo_is_two_passes_of_inference() -> None:
     model = tiny_model("llama")
-    (row,) = count_steps(ModelVariant("original", model, MLPS), ["MeZO"], (2, 24))
+    (row,) = count_steps(ModelVariant("original", model, MLPS, MLPS), ["MeZO"], (2, 24))
     with torch.no_grad(), backend("naive"):
         passed = count(lambda: model(input_ids=torch.zeros(2, 24, dtype=torch.int64), use_cache=False))
     assert row.flops == 2 * passed.flops and row.held == 0
@@ -52,11 +52,9 @@ def test_mezo_is_two_passes_of_inference() -> None:
 
 def test_adapters_of_conv1d_layers() -> None:
     names = ["transformer.h.0.mlp", "transformer.h.1.mlp"]
-    rows = list(
-        count_steps(ModelVariant("original", tiny_model("gpt2"), names), ["full", "attention"], (2, 24))
-    )
-    assert {row.attack for row in rows} == {"full", "attention"}
+    variant = ModelVariant("original", tiny_model("gpt2"), names, names)
+    assert {row.attack for row in count_steps(variant, ["full", "PEFT"], (2, 24))} == {"full", "PEFT"}
 
 
 def test_a_variant_without_linear_layers_has_no_row_for_adapters() -> None:
-    assert list(count_steps(ModelVariant("original", tiny_model("llama"), []), ["attention"], (2, 24))) == []
+    assert list(count_steps(ModelVariant("original", tiny_model("llama"), [], []), ["PEFT"], (2, 24))) == []

@@ -40,7 +40,6 @@ def test_gradients(locked: bool) -> None:
             assert (a - b).norm() <= 1e-10 * (1e-6 + b.norm()), strategy.name
         assert loss.isfinite()
     assert len(plain["adapters"]) == 2 * 4 * 2 + (2 * 2 * 2 if locked else 2 * 3 * 2)
-    assert len(plain["nothing"]) == 2 * 4 * 2  # q, k, v and o of both layers
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) and p.requires_grad == (
             not name.rpartition(".")[2].startswith("dlr_")
@@ -118,8 +117,9 @@ def test_adapters_of_all_but_the_mlps_are_those_of_peft(locked: bool) -> None:
     """The same weights in PEFT's adapters give the same loss and gradients."""
     peft = pytest.importorskip("peft")
     model, ids = model_of(locked=locked).double(), torch.randint(320, (2, 9))
-    strategy = next(s for s in model_strategies(locked=locked) if s.trainable == "nothing")
-    with prepared(model, MLPS, strategy) as trained:
+    strategy = next(s for s in model_strategies(locked=locked) if s.trainable == "adapters")
+    with prepared(model, MLPS, strategy, MLPS) as trained:
+        assert len(trained) == 2 * 4 * 2  # q, k, v and o of both layers
         with torch.no_grad():
             for adapter in trained:
                 adapter.normal_(std=0.1)
