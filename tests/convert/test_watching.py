@@ -13,6 +13,7 @@ from tiny import save_tiny
 from dlr_lock import DLRError, convert_model
 from dlr_lock.common.progress import Phase
 from dlr_lock.convert.data import english_topics
+from dlr_lock.convert.end_to_end import EndToEndPlan
 
 CHOICES: dict[str, Any] = {
     "tokens": 2048, "heldout": 512, "train_tokens": 4096, "batch": 256, "depth": 3, "rank": 16, "device": "cpu",
@@ -58,6 +59,9 @@ def test_scalars_are_those_of_the_report(source: Path, tmp_path: Path) -> None:
     assert kl[-1] == pytest.approx(report.evaluation.to_dict()["kl"])
     losses = found["end-to-end/training_loss"]
     assert losses[-1][0] >= 1024 and all(math.isfinite(loss) for _, loss in losses)
+    # a first step at the peak, which goes with the root of what the modules left
+    peak = EndToEndPlan(1024).rate * math.sqrt(kl[0])
+    assert found["end-to-end/learning_rate"][0][1] == pytest.approx(peak, rel=1e-3)
     assert [p.name for p in (tmp_path / "out").rglob("*tfevents*")] == []
     assert str(tmp_path / "log") not in (tmp_path / "out" / "dlr_manifest.json").read_text()
 
