@@ -29,8 +29,9 @@ import dlr_lock
 from dlr_lock import DLRError, convert_model
 from dlr_lock.convert import complete, evaluate_checkpoint
 from dlr_lock.convert.data import english_topics
-from dlr_lock.convert.evaluate import Redistillation, StateEvaluation
+from dlr_lock.convert.evaluate import StateEvaluation
 from dlr_lock.convert.layer_runner import LayerRunner, Unrepeatable
+from dlr_lock.reporting.lock_verdict import Redistillation
 from dlr_lock.runtime import locked_modules, verify
 
 QUICK: dict[str, Any] = {
