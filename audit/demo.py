@@ -273,14 +273,14 @@ def three_sentences(result: DemoResult) -> list[str]:
     report, slot = result.report, result.slot
     e = report.evaluation
     assert isinstance(e, Evaluation) and e.original_loss is not None and e.flips is not None
-    attacks = [m.redistillation for m in report.modules if m.redistillation]
-    near = min(attacks, key=lambda attack: attack.ratio, default=None)
-    distilled = (
-        ""
-        if near is None
-        else f" Distilling a chain back into an MLP, for {near.cost:.2g} of the training tokens that the chain took, "
-        f"came to {near.ratio:.2g} times the chain's error at best."
-    )
+    attempts = [attempt for m in report.modules if (attempt := m.judgement.attempt)]
+    distilled = ""
+    if near := min(attempts, key=lambda attempt: attempt.ratio, default=None):
+        how = "Merging a chain's steps into two, by linear regression alone,"
+        if near.tokens:
+            share = f"{near.share:.2g} of the training tokens that the chain took"
+            how = f"Distilling a chain back into an MLP, for {share},"
+        distilled = f" {how} came to {near.ratio:.2g} times the chain's error at best."
     return [
         f"You keep the model: with {len(report.modules)} of its {report.mlps} MLPs locked its loss on text it has not "
         f"seen is {e.loss:.3f}, where the original's is {e.original_loss:.3f} ({_percent(e.loss, e.original_loss)}), "

@@ -1,7 +1,7 @@
 """Redistillation, module by module, as a section of an audit."""
 
 from ..reporting import Curve, Plot, Section, Table, grouped, headings
-from ..reporting.lock_verdict import UNDONE_RATIO, LockVerdict, lock_words
+from ..reporting.lock_verdict import UNDONE_RATIO
 from ..reporting.words import ratio_words, seconds_words
 from .report import AuditReport, ModuleStudents, Student
 
@@ -12,14 +12,12 @@ def module_section(report: AuditReport) -> Section:
     """What undoes each chain: its students, and regression alone."""
 
     def row(m: ModuleStudents) -> tuple[str, ...]:
-        best = m.deciding
-        ratio, share = (None, None) if best is None else (m.ratio(best), best.share)
-        made = ("-", "-") if best is None else (best.init, f"{best.train_tokens:,}")
-        verdict = lock_words(LockVerdict.of(m.chain_error, m.gap, ratio), ratio, share)
-        informed, fresh = m.undoing
-        spent = ("-", "-") if informed is None else (informed.over(m.conversion), informed.over(fresh))
+        best = m.judgement.attempt
+        made = ("-", "-") if best is None else (best.init, f"{best.tokens:,}")
+        spent = map(str, m.undoing.values())
         depth = str(m.merges[-1].steps) if m.merges else "-"
-        return m.module, m.chain, f"{m.chain_error:.4f}", f"{m.gap:.2f}", verdict, *made, *spent, depth
+        figures = f"{m.chain_error:.4f}", f"{m.gap:.2f}", str(m.judgement)
+        return m.module, m.chain, *figures, *made, *spent, depth
 
     def every(m: ModuleStudents, c: Student) -> tuple[str, ...]:
         return (
@@ -46,13 +44,11 @@ def module_section(report: AuditReport) -> Section:
     )
     return Section(
         "Redistillation, module by module",
-        f"A chain counts as undone where the student's error is at most {UNDONE_RATIO} times the chain's own, both "
-        "against what the chain was fitted to. A row's verdict is of the cheapest such student, or else of the best. "
+        f"A chain counts as undone where a student's error is at most {UNDONE_RATIO} times the chain's own, both "
+        "against what the chain was fitted to, or that of one or two wide steps that linear regression alone makes of "
+        "it. A row's verdict is of the cheapest of these, or else of the best. "
         "Fine-tunes of the redistilled model take, for each chain, the student that alone in its place leaves the "
-        "model nearest to the locked one. "
-        "Undoing: training tokens of a student that starts from the chain's weights, until it is as good as the "
-        "chain; over those of the conversion, and over those of a fresh MLP that knows the chain's outputs alone, "
-        "where 1 means that knowing the weights helps nothing. Steps that count: the fewest wide steps as good as the "
+        "model nearest to the locked one. Steps that count: the fewest wide steps as good as the "
         "chain that linear regression alone makes of it, before any training; they are what the lock keeps of its "
         "depth.",
         Table(headings(best), list(map(row, report.modules)), minor=_COST, empty="Not run; the notes say why."),

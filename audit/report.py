@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..convert.evaluate import Evaluation, StateEvaluation, distance_of
-from ..reporting.lock_verdict import UNDONE_RATIO, Undoing, error_ratio
+from ..reporting.lock_verdict import FEW_STEPS, Attempt, Judgement, Undoing, error_ratio, undoing_figures
 from .asymmetry import Asymmetry, DepthCost
 
 SCHEMA = 2  # 1: of 0.1, with other names
@@ -116,24 +116,26 @@ class ModuleStudents:
         return error_ratio(made.error, self.chain_error)
 
     @property
-    def undoing(self) -> tuple[Undoing | None, Undoing | None]:
-        """What undoing the chain takes a student that starts from its weights, and one that knows its outputs alone."""
-        return Undoing.by_knowledge((s.init, s.train_tokens, self.ratio(s)) for s in self.students)
+    def attempts(self) -> list[Attempt]:
+        """All that was made of the chain and trains like an MLP: the students, and the chains of few wide steps."""
+        made = [Attempt(self.ratio(s), s.init, s.train_tokens, s.share) for s in self.students]
+        return made + [Attempt(self.ratio(m), "linear", 0, 0.0) for m in self.merges if m.steps <= FEW_STEPS]
 
     @property
-    def conversion(self) -> Undoing | None:
-        """The training tokens of the chain itself; None where the checkpoint does not say."""
-        shares = [(s.train_tokens, s.share) for s in self.students if s.share]
-        return Undoing(shares[0][0] / shares[0][1], False) if shares else None
+    def judgement(self) -> Judgement:
+        """Whether the chain is a lock, and by what."""
+        return Judgement.of(self.chain_error, self.gap, self.attempts)
 
     @property
-    def deciding(self) -> Student | None:
-        """The student that the verdict is of: the cheapest one that is as good as the chain, or else the best one;
-        None where there is none."""
-        good = [student for student in self.students if self.ratio(student) <= UNDONE_RATIO]
-        if good:
-            return min(good, key=lambda student: (student.train_tokens, student.error))
-        return min(self.students, key=lambda student: student.error, default=None)
+    def undoing(self) -> dict[str, Undoing]:
+        """What undoing the chain takes, see `undoing_figures`."""
+        conversion = next((s.train_tokens / s.share for s in self.students if s.share), None)
+        return undoing_figures(self.attempts, conversion)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, and what follows from them."""
+        undoing = {name: figure.to_dict() for name, figure in self.undoing.items()}
+        return asdict(self) | {"verdict": self.judgement.verdict.value} | undoing
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,7 +352,8 @@ class AuditReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON; the price comes first, as in every form of the report."""
-        return {"schema": SCHEMA, "price": None} | _finite(asdict(self))
+        values = asdict(self) | {"modules": [module.to_dict() for module in self.modules]}
+        return {"schema": SCHEMA, "price": None} | _finite(values)
 
 
 def structural_from(values: dict[str, Any]) -> Structural:

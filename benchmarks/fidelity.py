@@ -40,7 +40,7 @@ from dlr_lock.convert.config import ConversionConfig, Recipe
 from dlr_lock.convert.context import Context
 from dlr_lock.convert.data import calibration_text
 from dlr_lock.convert.end_to_end import EndToEndPlan, flatten_gaps, train_end_to_end, with_chains
-from dlr_lock.convert.evaluate import Redistillation, compare
+from dlr_lock.convert.evaluate import compare
 from dlr_lock.convert.mlp_discovery import find_mlps, select_layers
 from dlr_lock.convert.mlp_matching import MLP
 from dlr_lock.convert.pipeline import distill_modules, fit_chain
@@ -49,7 +49,7 @@ from dlr_lock.convert.source import compute_dtype, open_source
 from dlr_lock.microbench.bench import numbers
 from dlr_lock.progress import Steps
 from dlr_lock.reporting import Section, Table, print_sections
-from dlr_lock.reporting.lock_verdict import Undoing
+from dlr_lock.reporting.lock_verdict import Redistillation, undoing_figures
 from dlr_lock.runtime.device import usable_device
 
 from .output import target, write_json, write_whole
@@ -144,6 +144,8 @@ def _fit(
     merges, _ = merge_steps(
         net, sample.float(), lambda shorter: context.fidelity(shorter, pairs).rel_error, fidelity.rel_error
     )
+    made = [attempt for attack in attacks for attempt in attack.attempts]
+    undoing = undoing_figures(made, recipe.train_tokens)
     return {
         "layer": mlp.layer,
         "chain": str(spec),
@@ -155,18 +157,7 @@ def _fit(
         "curve": curve,
         "attacks": [attack.to_dict() for attack in attacks],
         "merges": [asdict(merge) for merge in merges],
-        **_undoing(attacks, recipe.train_tokens),
-    }
-
-
-def _undoing(attacks: list[Redistillation], conversion: int) -> dict[str, str]:
-    """What undoing takes an attacker who knows the weights, over the conversion and over a fresh student's."""
-    informed, fresh = Undoing.by_knowledge((a.init, a.train_tokens, a.ratio) for a in attacks)
-    if informed is None:
-        return {}
-    return {
-        "undoing_over_conversion": informed.over(Undoing(conversion, False)),
-        "undoing_over_fresh": informed.over(fresh),
+        **{name: figure.to_dict() for name, figure in undoing.items()},
     }
 
 

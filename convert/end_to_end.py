@@ -24,7 +24,7 @@ from ..common.errors import DLRError
 from ..common.hooks import removed, run_body, text_inputs
 from ..common.micro_batch import MicroBatch
 from ..common.progress import Count, no_count
-from ..reporting.lock_verdict import LOCKED_GAP
+from ..reporting.lock_verdict import LOCKED_GAP, Redistillation
 from ..runtime import DLRExperts, DLRNet
 from ..runtime.quantizer import replace_module
 from ..triton_kernels import backend, chain_reference, flattened_reference
@@ -34,7 +34,6 @@ from .evaluate import (
     BATCH,
     CHUNK,
     Evaluation,
-    Redistillation,
     StateEvaluation,
     compare,
     distance_of,
@@ -397,6 +396,11 @@ def run_end_to_end(context: Context, modules: Modules) -> EndToEndReport | None:
         modules.chains = fitted
         context.notes.append(f"the end-to-end phase was dropped, for it {weaker}")
         return None
+    if (attack := done.redistillation_after) and attack.undone:  # the verdict is on the chain that is written
+        modules.reports = [
+            replace(report, redistillation=attack) if report.module == weakest else report
+            for report in modules.reports
+        ]
     return done
 
 

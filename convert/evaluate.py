@@ -15,7 +15,6 @@ from ..common.errors import DLRError
 from ..common.hooks import frozen, is_paired, run_body, text_inputs
 from ..common.micro_batch import MicroBatch
 from ..common.progress import Count, no_count
-from ..reporting.lock_verdict import UNDONE_RATIO, attack_words, error_ratio
 from ..runtime import DLRNet
 from ..triton_kernels import chain_reference, flattened_reference, lane_updates
 from .parallel.ranks import ALONE, Ranks
@@ -50,52 +49,6 @@ class Fidelity:
     def to_dict(self) -> dict[str, float | None]:
         """The fields by name, fit for JSON."""
         return asdict(self)
-
-
-@dataclass(frozen=True, slots=True)
-class Redistillation:
-    """The attack on one module's chain: the student, an MLP of its size or two wide steps, fitted to it.
-
-    Both errors are against what the chain was fitted to, at the x that the chain gets, on held-out tokens.
-
-    Attributes:
-        train_tokens: Training tokens that the attacker spent on the student.
-        conversion: Those that the chain cost.
-        error: The student's relative error, as in `Fidelity`.
-        chain_error: The chain's own.
-        student_error: The student's against the chain's outputs.
-        init: What the best student started from; "" where an older program did not say.
-    """
-
-    train_tokens: int
-    conversion: int
-    error: float
-    chain_error: float
-    student_error: float
-    init: str = ""
-
-    @property
-    def ratio(self) -> float:
-        """The student's error over the chain's."""
-        return error_ratio(self.error, self.chain_error)
-
-    @property
-    def undone(self) -> bool:
-        """Whether the student is as good as the chain."""
-        return self.ratio <= UNDONE_RATIO
-
-    @property
-    def cost(self) -> float:
-        """The attacker's training tokens as a share of the conversion's."""
-        return self.train_tokens / self.conversion
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields by name, and what follows from them."""
-        return {**asdict(self), "undone": self.undone, "cost": self.cost}
-
-    def __str__(self) -> str:
-        verdict = "undone" if self.undone else "not undone"
-        return f"{verdict}, {attack_words(self.ratio, self.cost)}"
 
 
 @torch.no_grad()

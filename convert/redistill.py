@@ -22,13 +22,14 @@ from ..common.errors import DLRError
 from ..common.micro_batch import MicroBatch
 from ..common.progress import Count, no_count
 from ..common.splits import random_rows
+from ..reporting.lock_verdict import Redistillation
 from ..runtime import DLRNet, DLRSpec
 from ..triton_kernels import chain_reference, lane_updates
 from .activations import Activations
 from .config import Recipe
 from .context import Context
 from .distill import distill
-from .evaluate import Redistillation, measure
+from .evaluate import measure
 from .report import ModuleReport
 
 FIT_TOKENS = 40_000  # tokens for the linear maps J_k
@@ -82,9 +83,10 @@ def redistill(
     progress: Count = no_count,
     micro: MicroBatch | None = None,
 ) -> Redistillation:
-    """Distils a chain back, from each initialisation, and measures the best student.
+    """Distils a chain back, from each initialisation, and measures the students, the best one against the chain, too.
 
-    The best is that of the lowest error against the chain, which an attacker can measure.
+    The best is that of the lowest error against what the chain should give. The linear start is measured before it is
+    trained: it is the chain's steps merged by regression alone.
 
     Args:
         net: The chain.
@@ -105,10 +107,17 @@ def redistill(
     own = Activations(given.x, outputs, given.first, given.mapped, given.scratch)
     own.share = given.share
     held, ranks = given.share.held(tokens, len(given)), given.share.ranks
-    best: tuple[float, str, DLRNet] | None = (
-        None  # one student at a time beside it: they are as large as the chain
-    )
+
+    def error_of(one: DLRNet, wanted: Activations = given) -> float:
+        return measure(one, *wanted.rows(held), device, ranks=ranks, micro=micro).rel_error
+
+    errors: dict[str, float] = {}
+    merged_error: float | None = None
+    best: DLRNet | None = None  # one student at a time beside it: they are as large as the chain
     for number, init in enumerate(inits):
+        start = starting_point(net, own, tokens, init, seed=seed, device=device)
+        if start is not None and init == "linear":
+            merged_error = error_of(start)
         try:
             student = fit_student(
                 net,
@@ -119,6 +128,7 @@ def redistill(
                 seed=seed,
                 name=name,
                 device=device,
+                start=start,
                 progress=partial(_in_turn, progress, number, len(inits)),
                 micro=micro,
             )
@@ -126,16 +136,15 @@ def redistill(
             if number + 1 == len(inits) and best is None:
                 raise
             continue
-        found = measure(student, *own.rows(held), device, ranks=ranks, micro=micro).rel_error
-        if best is None or found < best[0]:
-            best = found, init, student
-        del student
+        errors[init] = error_of(student)
+        if errors[init] == min(errors.values()):
+            best = student
+        del start, student
     assert best is not None
-    student_error, init, student = best
-    error, chain_error = (
-        measure(one, *given.rows(held), device, ranks=ranks, micro=micro).rel_error for one in (student, net)
+    init = min(errors, key=lambda name: errors[name])
+    return Redistillation(
+        train_tokens, conversion, errors[init], error_of(net), error_of(best, own), init, errors, merged_error
     )
-    return Redistillation(train_tokens, conversion, error, chain_error, student_error, init)
 
 
 def _in_turn(progress: Count, number: int, count: int, done: int, total: int) -> None:
@@ -153,6 +162,7 @@ def fit_student(
     seed: int,
     name: str,
     device: torch.device,
+    start: DLRNet | None = None,
     progress: Count = no_count,
     note: Callable[[str], object] = lambda sentence: None,
     micro: MicroBatch | None = None,
@@ -168,31 +178,17 @@ def fit_student(
         seed: Of the draws.
         name: The module's, for errors.
         device: Where it is fitted.
+        start: What `starting_point` gives for it, where that is known already.
         progress, note, micro: As for `distill`.
 
     Raises:
         DLRError: On another initialisation, and as `distill` does.
     """
-    if init not in INITS:
-        raise DLRError(f"unknown init {init!r}; one of {', '.join(INITS)}")
-    given = None
-    if init == "random":
+    start = start or starting_point(net, activations, tokens, init, seed=seed, device=device)
+    if start is None:
         spec = DLRSpec.of_params(net.spec.hidden_size, net.spec.params, depth=1, act="silu", gated=True)
     else:
-        if init == "linear":
-            half = half_of(net.spec)
-            rows = random_rows(tokens, FIT_TOKENS, seed)
-            x, _ = activations.share.sample(activations.rows, rows)
-            try:
-                reads = linear_reads(net, x.to(device, torch.float32), half)
-            except (
-                torch.OutOfMemoryError
-            ):  # it takes all its tokens at once; one regression the CPU does, too
-                reads = None
-            start = merged(net, half, reads or linear_reads(net, x.float().cpu(), half))
-        else:
-            start = flattened(net)
-        spec, given = start.spec, start.state_dict()
+        spec = start.spec
     batch = min(BATCH, train_tokens)
     recipe = Recipe(train_tokens, batch, "random", seed, rate=_RATES[init], scale=1.0, lr_multiplier_b=1.0)
     tensors = distill(
@@ -202,7 +198,7 @@ def fit_student(
         recipe,
         name=f"the student of {name}",
         device=device,
-        init=given,
+        init=None if start is None else start.state_dict(),
         progress=progress,
         note=note,
         micro=micro,
@@ -210,6 +206,33 @@ def fit_student(
     student = DLRNet(spec, dtype=torch.float32)
     student.assign(tensors)
     return student
+
+
+def starting_point(
+    net: DLRNet, activations: Activations, tokens: int, init: str, *, seed: int, device: torch.device
+) -> DLRNet | None:
+    """What a student is before it is trained, in float32; None where it knows nothing of the chain.
+
+    Args:
+        net, activations, tokens, init, seed: As for `fit_student`.
+        device: Where the regression of the linear start is done.
+
+    Raises:
+        DLRError: On another initialisation.
+    """
+    if init not in INITS:
+        raise DLRError(f"unknown init {init!r}; one of {', '.join(INITS)}")
+    if init == "random":
+        return None
+    if init == "flat":
+        return flattened(net)
+    half = half_of(net.spec)
+    x, _ = activations.share.sample(activations.rows, random_rows(tokens, FIT_TOKENS, seed))
+    try:
+        reads = linear_reads(net, x.to(device, torch.float32), half)
+    except torch.OutOfMemoryError:  # it takes all its tokens at once; one regression the CPU does, too
+        reads = linear_reads(net, x.float().cpu(), half)
+    return merged(net, half, reads)
 
 
 def half_of(chain: DLRSpec) -> int:

@@ -8,13 +8,13 @@ from typing import Any
 from ..common.hub import HUB_NAME
 from ..reporting import Section, Table, headings
 from ..reporting.layers import over_layers
-from ..reporting.lock_verdict import LockVerdict, error_ratio, lock_status, lock_words
+from ..reporting.lock_verdict import Judgement, LockVerdict, Redistillation, lock_status, undoing_figures
 from ..reporting.markdown import markdown
 from ..reporting.words import bytes_words, cell
 from ..runtime import DLRExperts, DLRNet, DLRSpec, ExpertsSpec
 from ..runtime.experts import spec_from
 from .config import EFFORTS, ConversionConfig
-from .evaluate import Evaluation, Fidelity, Redistillation, StateEvaluation
+from .evaluate import Evaluation, Fidelity, StateEvaluation
 from .layer_runner import LayerRunner
 
 
@@ -43,11 +43,14 @@ class ModuleReport:
     notes: tuple[str, ...] = ()
 
     @property
+    def judgement(self) -> Judgement:
+        """Whether the chain is a lock, and by what."""
+        return _judged(self.fidelity.to_dict(), self.redistillation)
+
+    @property
     def verdict(self) -> LockVerdict:
         """Whether the chain is a lock."""
-        attack = self.redistillation
-        fidelity = self.fidelity
-        return LockVerdict.of(fidelity.rel_error, fidelity.flatten_gap, attack.ratio if attack else None)
+        return self.judgement.verdict
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON; those of the fidelity stand beside the others."""
@@ -66,7 +69,7 @@ class ModuleReport:
         own |= {"spec": spec_from(values["spec"]), "notes": tuple(values["notes"])}
         own["fidelity"] = Fidelity(**{f.name: values[f.name] for f in fields(Fidelity)})
         if attack := values["redistillation"]:
-            own["redistillation"] = Redistillation(**{f.name: attack[f.name] for f in fields(Redistillation)})
+            own["redistillation"] = Redistillation.from_dict(attack)
         return cls(**own)
 
 
@@ -286,7 +289,7 @@ def _recipe(options: Mapping[str, Any]) -> str:
 def conversion_sections(report: ConversionReport) -> list[Section]:
     """The lock, its fidelity and the modules, for the terminal and the model card alike."""
     ratio = report.params_locked / report.params_original
-    status = lock_status({m.module: m.verdict for m in report.modules})
+    status = lock_status({m.module: m.judgement for m in report.modules})
     lock = Section(
         "The lock",
         f"{status}\n{len(report.modules)} of {report.mlps} MLPs were converted in {report.seconds:.0f} s, "
@@ -321,7 +324,7 @@ def facts_sections(facts: Mapping[str, Any]) -> list[Section]:
     if made["modules"] and (words := ruined(made.get("evaluation") or {})):
         origin = f"Warning: {words}.\n{origin}"
     if made["modules"]:
-        origin = lock_status({m["module"]: _verdict_of(m)[0] for m in made["modules"]}) + "\n" + origin
+        origin = lock_status({m["module"]: _judged(m, _attack(m)) for m in made["modules"]}) + "\n" + origin
     return [Section("Locked modules", origin, _modules(specs, made["modules"]))]
 
 
@@ -331,27 +334,29 @@ def _modules(specs: Mapping[str, DLRSpec | ExpertsSpec], measured: Iterable[Mapp
     rows = []
     for name, spec in specs.items():
         m = found.get(name, {})
+        attack = _attack(m)
+        undoing = undoing_figures(attack.attempts, attack.conversion).values() if attack else ("-", "-")
         rows.append((
             name, str(spec), *(cell(m.get(figure), ".4f") for figure in ("rel_error", "first_error")),
             cell(m.get("flatten_gap"), ".2f"), cell(m.get("coupling"), ".2f"), cell(m.get("drift"), ".4f"),
-            lock_words(*_verdict_of(m)) if m else "-", cell(m.get("train_tokens"), ","), cell(m.get("seconds"), ".0f"),
+            str(_judged(m, attack)) if m else "-", *map(str, undoing),
+            cell(m.get("train_tokens"), ","), cell(m.get("seconds"), ".0f"),
         ))  # fmt: skip
     columns = headings(
         "module | chain | relative error | first tokens | flatten gap | coupling | hidden states | verdict | "
-        "training tokens | seconds"
+        "undoing / conversion | undoing / fresh | training tokens | seconds"
     )
     return Table(columns, rows, minor=("first tokens", "training tokens")).filled()
 
 
-_Found = tuple[LockVerdict, float | None, float | None]
+def _attack(m: Mapping[str, Any]) -> Redistillation | None:
+    """The attack on a module, from what `ModuleReport.to_dict` says of it, or an older manifest."""
+    return Redistillation.from_dict(m["redistillation"]) if m.get("redistillation") else None
 
 
-def _verdict_of(m: Mapping[str, Any]) -> _Found:
-    """The verdict on a module, the best student's error over the chain's and its cost, from what
-    `ModuleReport.to_dict` says of it, or an older manifest."""
-    attack = m.get("redistillation")
-    ratio = error_ratio(attack["error"], attack["chain_error"]) if attack and attack["chain_error"] else None
-    return LockVerdict.of(m["rel_error"], m["flatten_gap"], ratio), ratio, attack["cost"] if attack else None
+def _judged(fidelity: Mapping[str, Any], attack: Redistillation | None) -> Judgement:
+    attempts = attack.attempts if attack else []
+    return Judgement.of(fidelity["rel_error"], fidelity["flatten_gap"], attempts)
 
 
 def evaluation_section(e: Evaluation | StateEvaluation) -> Section:
@@ -424,5 +429,5 @@ def _end_to_end(report: ConversionReport) -> str:
         f"The last {t.train_tokens:,} training tokens trained all chains together on the original's output. Before: "
         f"{evaluation_words(t.evaluation_before)} The smallest flatten gap of a module, over |chain|^2, was "
         f"{t.smallest_gap_before:.2f} before and is {t.smallest_gap_after:.2f} now.{attacks} The table of modules is "
-        "of before this phase."
+        "of before this phase, but for the verdict on a chain that was undone after it."
     )

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from ...common.errors import DLRError
+from ...reporting.lock_verdict import Redistillation
 from ...runtime import DLRExperts, DLRNet, ExpertsSpec
 from ...runtime.experts import one_expert
 from ..activations import Activations
 from ..config import ConversionConfig, Recipe
 from ..context import Context
 from ..distill import distill
-from ..evaluate import Fidelity, Redistillation, measure
+from ..evaluate import Fidelity, measure
 from ..mlp_matching import MLP
 from ..redistill import attack_tokens, redistill
 from ..report import ModuleReport

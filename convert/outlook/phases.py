@@ -212,7 +212,7 @@ def _redistilling(a: Amounts, chains: Sequence[Chains]) -> Phase:
     students = list(a.students(chains))
     if not students:
         return Phase("redistilling")
-    wide = sum(10.0 * spec.params * a.held for _, _, spec in students)
+    wide = sum(12.0 * spec.params * a.held for _, _, spec in students)
     for spec in (
         spec for _, _, spec in students[:: len(INITS)]
     ):  # once a chain: its outputs, and the linear start

@@ -16,9 +16,15 @@ TERMS = {
     "verdict": "whether a chain is a lock, by the figure that decides. The best attack known to us on a single module "
     "is redistillation: the student, an MLP of the chain's size or two wide steps, is fitted to it. 'locked, 1.43 at "
     "0.25x': with 0.25 times the training tokens of the conversion the student's error was 1.43 times the chain's, "
-    "both against the chain's target. Three are NOT LOCKED: EMPTY, for the relative error is above 0.9, so that there "
+    "both against the chain's target; 'untrained' instead: linear regression alone made one or two wide steps of the "
+    "chain. Three are NOT LOCKED: EMPTY, for the relative error is above 0.9, so that there "
     "is no MLP to give back; FLAT, for the flatten gap is below 0.5, so that flattening gives it back; UNDONE, for the "
-    "student's error is 1.05 of the chain's or less. not attacked: it is not known",
+    "error of one of these is 1.05 of the chain's or less. not attacked: it is not known",
+    "undoing / conversion": "training tokens of the best student that starts from the chain's weights, until its error "
+    "is 1.05 times the chain's, over those of the conversion; 0 where regression alone suffices. 'at most' and 'more "
+    "than', where fewer or more were not tried",
+    "undoing / fresh": "the same over those of a fresh MLP that knows the chain's outputs alone; at 1 knowing the "
+    "weights would help nothing",
     "training tokens": "tokens that a module was trained on, one counted each time",
     "loss": "how badly the next token of a text is foretold: the cross entropy, in nats a token",
     "perplexity": "e to the loss: among so many equally likely tokens the model is in doubt",

@@ -9,7 +9,9 @@ K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 _UNIT = r"[kMGTPE]?FLOP|bytes|[KMG]iB|s|min|h"
-_FIGURE = re.compile(rf"(more than )?[-+]?\d[\d,.]*(e[-+]\d+)?%?( ({_UNIT}))?( \([\d.e+-]+\))?|-|none|")
+_FIGURE = re.compile(
+    rf"(more than |at most )?[-+]?\d[\d,.]*(e[-+]\d+)?%?( ({_UNIT}))?( \([\d.e+-]+\))?|-|none|"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -406,3 +406,42 @@ def test_a_browser_shows_it(report: AuditReport, browser: str, tmp_path: Path) -
         for attack in ATTACKS:
             assert has(read.rows, variant, attack)
     assert (BUILD / "audit.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("merges", "share", "verdict", "spent"),
+    [
+        ([(1, 1.2), (2, 1.04)], 3.0, "UNDONE, 1.04 untrained", ("linear", "0", "0", "0")),
+        (
+            [(1, 1.2), (2, 1.1), (3, 1.04)],
+            3.0,
+            "locked, 1.10 untrained",
+            ("linear", "0", "more than 0.062", "-"),
+        ),
+        ([(1, 1.2)], 1.02, "UNDONE, 1.02 at 0.062x", ("linear", "25,600", "at most 0.062", "at most 1")),
+    ],
+)
+def test_a_module_s_verdict_counts_regression_and_says_how_little_was_tried(
+    report: AuditReport,
+    merges: list[tuple[int, float]],
+    share: float,
+    verdict: str,
+    spent: tuple[str, ...],
+) -> None:
+    """One share of students, as a quick audit has it: in data, on the terminal and on the page."""
+    students = [
+        Student(init, 25_600, 0.0625, 0.2 * ratio, 0.1, 9.0, 0.1)
+        for init, ratio in (("linear", share), ("flat", 4.0), ("random", 5.0))
+    ]
+    module = replace(report.modules[0], chain_error=0.2, students=students,
+                     merges=[Merge(steps, 0.2 * ratio) for steps, ratio in merges])  # fmt: skip
+    report = replace(report, modules=[module])
+    row = [module.module, module.chain, "0.2000", "0.94", verdict, *spent, str(merges[-1][0])]
+    assert has(Reader(page(report)).rows, *row)
+    shown = printed(report)
+    assert all(piece in shown for piece in (*verdict.split(), *spent[2:]))
+    found = report.to_dict()["modules"][0]
+    assert found["verdict"] == verdict.split(",")[0] and len(found["students"]) == 3
+    low = {"0": 0, "at most 0.062": 0, "more than 0.062": 0.0625}[spent[2]]
+    high = {"0": 0, "at most 0.062": 0.0625, "more than 0.062": None}[spent[2]]
+    assert found["undoing_over_conversion"] == {"least": low, "most": high}

@@ -29,8 +29,9 @@ import dlr_lock
 from dlr_lock import DLRError, convert_model
 from dlr_lock.convert import complete, evaluate_checkpoint
 from dlr_lock.convert.data import english_topics
-from dlr_lock.convert.evaluate import Redistillation, StateEvaluation
+from dlr_lock.convert.evaluate import StateEvaluation
 from dlr_lock.convert.layer_runner import LayerRunner, Unrepeatable
+from dlr_lock.reporting.lock_verdict import Redistillation
 from dlr_lock.runtime import locked_modules, verify
 
 QUICK: dict[str, Any] = {
@@ -280,6 +281,26 @@ def test_an_end_to_end_phase_that_makes_undoing_cheaper_is_dropped(
     )
     assert report.end_to_end is None
     assert any("easier to undo: a student's error was 0.0500, then 0.0400" in w for w in report.warnings)
+
+
+def test_a_chain_that_is_undone_after_the_end_to_end_phase_is_not_called_locked(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weakest module held before the phase, by its own target; the attack around the phase undoes it, and the
+    verdict is on the chain that is written."""
+    save_tiny("llama", tmp_path / "source")
+    held, undone = (Redistillation(512, 1024, error, 0.2, 0.05) for error in (0.3, 0.2))
+    pipeline = convert_model.__globals__
+    phase = pipeline["run_end_to_end"].__globals__
+    monkeypatch.setitem(pipeline, "attack_module", lambda *args, **named: held)
+    monkeypatch.setitem(phase, "attack_module", lambda *args, **named: undone)
+    monkeypatch.setitem(phase, "train_end_to_end", lambda model, chains, *args, **named: dict(chains))
+    report = convert_model(
+        tmp_path / "source", tmp_path / "out", data=str(text), **QUICK | {"end_to_end": 512, "redistill": 0.5}
+    )
+    assert report.end_to_end is not None
+    attacks = {m.module: m.redistillation for m in report.modules}
+    assert attacks.pop(report.end_to_end.weakest) == undone and set(map(str, attacks.values())) == {str(held)}
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,28 @@ def test_a_weakly_coupled_chain_is_given_away_by_flattening(lanes: int, gated: b
     assert attack(net, "flat", 512).student_error < 0.05
 
 
+def test_a_chain_that_merges_into_two_wide_steps_is_undone_before_any_training() -> None:
+    """With a linear activation regression alone gives two wide steps that are the chain: no student has to do better.
+    The chain's target is another function, so that chain and student have errors to compare."""
+    torch.manual_seed(0)
+    target = torch.randn(N + 512, D)
+    found = {}
+    for act in ("linear", "relu"):
+        net = chain(0.5, act=act)
+        data = pairs(net)
+        data.y.mul_(1 - 0.3).add_(0.3 * target * data.y.std())
+        found[act] = redistill(net, data, N, train_tokens=16, conversion=4096, name="mlp", device=CPU)
+    undone, held = found["linear"], found["relu"]
+    assert undone.undone and undone.merged_error == pytest.approx(undone.chain_error, rel=0.01)
+    assert str(undone) == "undone, 1.00 untrained"
+    assert not held.undone and held.merged_error > 1.05 * held.chain_error
+    for attack in found.values():
+        assert list(attack.errors) == ["linear", "flat", "random"]
+        assert attack.errors[attack.init] == attack.error == min(attack.errors.values())
+    assert held.to_dict()["undoing_over_conversion"] == {"least": 16 / 4096, "most": None}
+    assert undone.to_dict()["undoing_over_conversion"] == {"least": 0, "most": 0}
+
+
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_the_linear_start_sees_through_a_state_that_is_linear_in_x(lanes: int) -> None:
     """With a linear activation z_k is exactly x J_k: strong coupling hides nothing then."""

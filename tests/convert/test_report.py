@@ -1,6 +1,7 @@
 """A conversion in words: the terminal, the model card and `inspect` say the same of the same figures."""
 
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from dlr_lock.audit.demo import DemoResult, ModelCost, SlotTraining, demo_sectio
 from dlr_lock.audit.meters import StepCounts, StepSeconds
 from dlr_lock.audit.strategies.slot import StrategyCost
 from dlr_lock.convert.config import ConversionConfig
-from dlr_lock.convert.evaluate import Evaluation, Fidelity, Redistillation, StateEvaluation
+from dlr_lock.convert.evaluate import Evaluation, Fidelity, StateEvaluation
 from dlr_lock.convert.report import (
     ConversionReport,
     EndToEndReport,
@@ -24,7 +25,7 @@ from dlr_lock.convert.report import (
     model_card,
 )
 from dlr_lock.reporting import Section, print_sections
-from dlr_lock.reporting.lock_verdict import LockVerdict, lock_status
+from dlr_lock.reporting.lock_verdict import LockVerdict, Redistillation, lock_status
 from dlr_lock.runtime import DLRSpec
 from dlr_lock.triton_kernels.meter import Counts
 
@@ -83,7 +84,7 @@ def test_terminal_card_and_inspect_show_the_same_figures(report: ConversionRepor
             assert piece in shown
     for shown in (" ".join(text.split()), card):
         assert (
-            lock_status({m.module: m.verdict for m in report.modules}) in shown
+            lock_status({m.module: m.judgement for m in report.modules}) in shown
             and "the text repeats itself." in shown
         )
         assert evaluation_words(BEFORE) in shown and "'not undone, 1.50 at 0.25x' now" in shown
@@ -135,20 +136,32 @@ def test_a_ruined_model_is_called_that_wherever_it_is_read(
 
 
 @pytest.mark.parametrize(
-    ("error", "gap", "student", "verdict", "cell"),
+    ("error", "gap", "student", "merged", "verdict", "cell", "undoing"),
     [
-        (0.2, 0.93, 0.3, LockVerdict.HELD, "locked, 1.50 at 0.25x"),
-        (0.2, 0.93, 0.209, LockVerdict.UNDONE, "UNDONE, 1.04 at 0.25x"),
-        (0.2, 0.49, 0.3, LockVerdict.FLAT, "FLAT, 1.50 at 0.25x"),
-        (0.95, 0.1, 0.96, LockVerdict.EMPTY, "EMPTY, 1.01 at 0.25x"),
-        (0.2, 0.93, None, LockVerdict.UNTRIED, "not attacked"),
+        (0.2, 0.93, 0.3, 0.4, LockVerdict.HELD, "locked, 1.50 at 0.25x", ("more than 0.25", "-")),
+        (0.2, 0.93, 0.209, 0.4, LockVerdict.UNDONE, "UNDONE, 1.04 at 0.25x", ("at most 0.25", "at most 1")),
+        (0.2, 0.93, 0.22, 0.209, LockVerdict.UNDONE, "UNDONE, 1.04 untrained", ("0", "0")),
+        (0.2, 0.49, 0.3, None, LockVerdict.FLAT, "FLAT, 1.50 at 0.25x", ("more than 0.25", "-")),
+        (0.95, 0.1, 0.96, None, LockVerdict.EMPTY, "EMPTY, 1.01 at 0.25x", ("at most 0.25", "at most 1")),
+        (0.2, 0.93, None, None, LockVerdict.UNTRIED, "not attacked", None),
     ],
 )
 def test_a_module_has_one_verdict_wherever_it_is_read(
-    report: ConversionReport, error: float, gap: float, student: float | None, verdict: LockVerdict, cell: str
+    report: ConversionReport,
+    error: float,
+    gap: float,
+    student: float | None,
+    merged: float | None,
+    verdict: LockVerdict,
+    cell: str,
+    undoing: tuple[str, str] | None,
 ) -> None:
-    """In the status, the table, the card, `inspect`, JSON: from the figure that decides, and no other beside it."""
-    attack = Redistillation(102_400, 409_600, student, error, 0.04, "flat") if student else None
+    """In the status, the table, the card, `inspect`, JSON: from the figure that decides, and no other beside it. The
+    two figures of what undoing takes agree with it."""
+    attack = None
+    if student:
+        errors = {"flat": student, "random": 2.0}
+        attack = Redistillation(102_400, 409_600, student, error, 0.04, "flat", errors, merged)
     m = replace(report.modules[0], fidelity=Fidelity(error, gap, 0.97, 0.31), redistillation=attack)
     report = replace(report, modules=[m], end_to_end=None)
     assert m.verdict == verdict and m.to_dict()["verdict"] == verdict.value
@@ -157,11 +170,19 @@ def test_a_module_has_one_verdict_wherever_it_is_read(
              "lock": {"modules": {m.module: m.spec.to_dict()}}, "mlps": 30, "source": ""}  # fmt: skip
     for text in (printed(conversion_sections(report)), model_card(report), printed(facts_sections(facts))):
         shown, terms = " ".join(text.split()).split("whether a chain is a lock, by the figure that decides")
-        assert cell in shown and lock_status({m.module: verdict}) in shown and "UNDONE, for" in terms
+        assert all(piece in shown for piece in cell.split())  # a narrow column has them below one another
+        assert lock_status({m.module: m.judgement}) in shown and "UNDONE, for" in terms
+        assert ("locked," in shown) == (verdict is LockVerdict.HELD)
+        assert ("undoing / conversion: training tokens" in terms) == bool(undoing)
         assert ("NOT LOCKED" in shown) == verdict.refuted
         assert ("nearly for free" in shown) == (verdict is LockVerdict.FLAT)
         assert ("withstood" in shown) == (verdict is LockVerdict.HELD)
         assert ("not attacked: whether" in shown) == (verdict is LockVerdict.UNTRIED)
+    if undoing:
+        cells = " | ".join((cell, *(words for words in undoing if words != "-")))
+        assert f"| {cells} |" in model_card(report)
+        found = m.to_dict()["redistillation"]
+        assert found["undone"] == (found["undoing_over_conversion"]["most"] is not None)
 
 
 def test_a_checkpoint_without_a_manifest_shows_its_chains(report: ConversionReport) -> None:
@@ -188,8 +209,22 @@ def test_the_choices_of_a_conversion_are_one_sentence() -> None:
 
 
 def test_a_report_of_a_module_survives_json(report: ConversionReport) -> None:
-    for module in (report.modules[0], replace(report.modules[0], redistillation=None, drift=None)):
-        assert ModuleReport.from_dict(module.to_dict()) == module
+    attack = replace(
+        report.modules[0].redistillation, errors={"linear": 0.3, "flat": 0.1984}, merged_error=0.21
+    )
+    for changes in ({}, {"redistillation": None, "drift": None}, {"redistillation": attack}):
+        module = replace(report.modules[0], **changes)
+        assert ModuleReport.from_dict(json.loads(json.dumps(module.to_dict()))) == module
+
+
+def test_an_older_manifest_s_attack_is_judged_by_what_it_says(report: ConversionReport) -> None:
+    old = report.modules[0].to_dict()
+    new = ("errors", "merged_error", "undoing_over_conversion", "undoing_over_fresh")
+    old["redistillation"] = {k: v for k, v in old["redistillation"].items() if k not in new}
+    facts = {"program": "", "files": {}, "conversion": report.to_dict() | {"fingerprint": "", "modules": [old]},
+             "lock": {"modules": {old["module"]: old["spec"]}}}  # fmt: skip
+    shown = " ".join(printed(facts_sections(facts), 100).split())
+    assert "NOT LOCKED, UNDONE: model.layers.11.mlp (an MLP" in shown and "at most 0.25" in shown
 
 
 def cost(strategy: str, held: int, seconds: float) -> StrategyCost:

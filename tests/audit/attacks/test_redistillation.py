@@ -96,7 +96,7 @@ def test_an_mlp_in_the_guise_of_a_chain_is_found() -> None:
         assert errors["random", 12_288].student_error < 0.6 * errors["random", 256].student_error
         assert errors["linear", 12_288].student_error < 0.01
         assert errors["linear", 12_288].error == pytest.approx(module.chain_error, rel=0.1)
-        assert module.deciding is not None and module.ratio(module.deciding) < 1.1
+        assert min(map(module.ratio, module.students)) < 1.1
         chosen = best(module, 12_288)
         assert chosen in (
             errors["linear", 12_288],
