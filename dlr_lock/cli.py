@@ -139,13 +139,14 @@ def layers(
     """Say what locking each layer would cost the model, and some of them together, from one backward pass."""
     from .planning.layers import cost_sections, costs_of, foretold_of
 
+    named = LayersConfig.of(config).layers
     with Steps(_screen) as steps:
         costs = costs_of(source, progress=steps, **config)
     if as_json:
-        together = foretold_of(costs, config["layers"]).to_dict()
+        together = foretold_of(costs, named).to_dict()
         _print_json({"layers": [cost.to_dict() for cost in costs], "together": together})
     else:
-        _print(cost_sections(source, costs, config["layers"]))
+        _print(cost_sections(source, costs, named))
 
 
 @app.command()

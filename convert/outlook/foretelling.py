@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ...common.errors import DLRError, first_line
+from ...common.errors import DLRError
 from ...common.progress import say
 from ..context import Context
 from ..mlp_discovery import automatic, ranges, select_layers
@@ -61,22 +61,18 @@ def foretell(context: Context, every: Sequence[MLP]) -> None:
 
 
 def _costs(context: Context, mlps: Sequence[MLP], *, keep: bool) -> list[LayerCost]:
-    """In the first process: those that are kept, or new ones. Raises DLRError whatever the backward pass meets."""
+    """In the first process: those that are kept, or new ones. Raises DLRError as `layer_costs` does."""
     if keep and (kept := context.resume.figures(_PART)):
         return [LayerCost(**cost) for cost in kept["layers"]]
     text, config = context.text.train, context.config
-    wanted = foretelling_tokens(mlps)
-    try:
-        costs = layer_costs(
-            context.model,
-            mlps,
-            text[: -(-wanted // text.shape[1])],
-            int(config.train_tokens or 0),
-            seed=config.seed,
-            progress=context.count("foretelling what the layers cost"),
-        )
-    except RuntimeError as error:  # code that has no backward, or too little of a GPU's memory
-        raise DLRError(f"a backward pass failed: {first_line(error)}") from error
+    costs = layer_costs(
+        context.model,
+        mlps,
+        text[: -(-foretelling_tokens(mlps) // text.shape[1])],
+        int(config.train_tokens or 0),
+        seed=config.seed,
+        progress=context.count("foretelling what the layers cost"),
+    )
     if keep:
         context.resume.put(_PART, {}, {"layers": [cost.to_dict() for cost in costs]})
     return costs

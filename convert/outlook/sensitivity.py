@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...common.dtypes import fast_products
-from ...common.errors import DLRError
+from ...common.errors import DLRError, first_line
 from ...common.hooks import first_argument, removed, text_inputs
 from ...common.progress import Count, no_count
 from ..distill import usual
@@ -217,7 +217,8 @@ def layer_costs(
         progress: Called with (sequences done, S).
 
     Raises:
-        DLRError: As `why_unknown` says, and where an MLP's output has no gradient.
+        DLRError: As `why_unknown` says, and where the pass fails, an MLP's output has no gradient or what is found is
+            not finite.
     """
     if why := why_unknown(model, mlps, tokens.numel(), whole=True):
         raise DLRError(why)
@@ -232,19 +233,26 @@ def layer_costs(
     length = tokens.shape[1]
     at_once = sequences_at_once(length, vocabulary(model), max(1, AT_ONCE // length))
     done = 0
-    with removed(hooks):
-        for ids in tokens.split(at_once):
-            with torch.enable_grad(), fast_products(model.device, mlps[0].hidden_size):
-                logits = model(**text_inputs(model, ids)).logits
-            chances = logits.flatten(0, 1).float().log_softmax(-1)
-            drawn = torch.multinomial(chances.detach().exp(), 1, generator=generator)
-            (-chances.gather(1, drawn).sum()).backward()
-            done += len(ids)
-            progress(done, len(tokens))
+    try:
+        with removed(hooks):
+            for ids in tokens.split(at_once):
+                with torch.enable_grad(), fast_products(model.device, mlps[0].hidden_size):
+                    logits = model(**text_inputs(model, ids)).logits
+                chances = logits.flatten(0, 1).float().log_softmax(-1)
+                drawn = torch.multinomial(chances.detach().exp(), 1, generator=generator)
+                (-chances.gather(1, drawn).sum()).backward()
+                done += len(ids)
+                progress(done, len(tokens))
+    except (
+        RuntimeError
+    ) as error:  # code that has no backward, numbers that are none, too little of a GPU's memory
+        raise DLRError(f"a backward pass failed: {first_line(error)}") from error
     found: dict[int, list[tuple[str, float, float]]] = {}
     for w in watched:
         if not w.slopes:
             raise DLRError(f"{w.mlp.module} has no part in what the model predicts")
+        if not torch.cat(w.sizes + w.slopes).isfinite().all():
+            raise DLRError(f"{w.mlp.module} writes what is too large to be squared, or no numbers")
         error = expected_error(w.linear(), train_tokens)
         found.setdefault(w.mlp.layer, []).append((w.mlp.module, error, _MEASURED * w.formula(error)))
     return [

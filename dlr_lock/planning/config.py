@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..common.options import check_names, option
@@ -29,9 +29,11 @@ class LayersConfig:
 
     @classmethod
     def of(cls, choices: dict[str, Any]) -> LayersConfig:
-        """The choices by name. Raises DLRError on a name that there is not."""
+        """The choices by name, layers as a conversion spells them. Raises DLRError on a name that there is not."""
         check_names(choices, cls)
-        return cls(**choices)
+        made = cls(**choices)
+        layers = (made.layers or "all").strip().lower()
+        return replace(made, layers=None if layers == "all" else layers)
 
     def conversion(self) -> ConversionConfig:
         """The same of a conversion, resolved. Raises DLRError on bad values."""

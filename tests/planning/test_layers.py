@@ -87,10 +87,22 @@ def test_a_model_of_which_nothing_is_known_is_refused(kind: str, words: str) -> 
         layer_costs(model, find_mlps(model), torch.zeros(2, 8, dtype=torch.int64), 51_200)
 
 
+@pytest.mark.parametrize(
+    ("value", "words"), [(float("inf"), "a backward pass failed: "), (1e25, r"layers\.1\.mlp writes")]
+)
+def test_what_is_no_number_is_no_cost(value: float, words: str) -> None:
+    model = tiny_model("llama", layers=2)
+    mlps = find_mlps(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(value)
+    with pytest.raises(DLRError, match=words):
+        layer_costs(model, mlps, torch.randint(0, VOCABULARY, (8, 32)), 51_200)
+
+
 def test_the_command_names_layers_that_a_conversion_takes(tmp_path: Path) -> None:
     tiny_model("llama", layers=3).save_pretrained(tmp_path / "source")
     command = ["layers", str(tmp_path / "source"), "--tokens", "256", "--effort", "quick"]
-    done = CliRunner().invoke(app, [*command, "--layers", "auto:2"])
+    done = CliRunner().invoke(app, [*command, "--layers", "AUTO:2"])
     assert done.exit_code == 0 and "the cheapest 2: --layers " in done.stdout
     done = CliRunner().invoke(app, [*command, "--layers", "1-2"])
     assert done.exit_code == 0 and "--layers 1-2, together a KL of about " in done.stdout
