@@ -243,10 +243,8 @@ def layer_costs(
                 (-chances.gather(1, drawn).sum()).backward()
                 done += len(ids)
                 progress(done, len(tokens))
-    except (
-        RuntimeError
-    ) as error:  # code that has no backward, numbers that are none, too little of a GPU's memory
-        raise DLRError(f"a backward pass failed: {first_line(error)}") from error
+    except RuntimeError as fault:  # no backward, numbers that are none, too little of a GPU's memory
+        raise DLRError(f"a backward pass failed: {first_line(fault)}") from fault
     found: dict[int, list[tuple[str, float, float]]] = {}
     for w in watched:
         if not w.slopes:

@@ -9,6 +9,7 @@ import torch
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 
 from dlr_lock import DLRError, convert_model
+from dlr_lock.common.progress import Phase
 from dlr_lock.convert.data import english_topics
 from dlr_lock.convert.outlook import phases, sensitivity
 
@@ -24,6 +25,10 @@ class Heard:
     def __init__(self) -> None:
         self.begun: list[str] = []
         self.said: list[str] = []
+        self.work: dict[str, float] = {}
+
+    def expect(self, phases: list[Phase]) -> None:
+        self.work = self.work or {phase.name: phase.work for phase in phases}
 
     def say(self, sentence: str) -> None:
         self.said.append(sentence)
@@ -56,6 +61,7 @@ def test_the_layers_that_cost_least_are_locked_and_named(source: Path, tmp_path:
     assert [m.layer for m in report.modules] == [0, 2] and report.options["layers"] == "0,2"
     assert report.foretold is not None and [c.layer for c in report.foretold.layers] == [0, 2]
     assert any("chose 0,2, which of 4 layers cost the model least" in sentence for sentence in heard.said)
+    assert heard.work["foretelling"] > 0  # in the time left from the beginning
     assert any(report.foretold.words in sentence for sentence in heard.said)
     made = json.loads((tmp_path / "out" / "dlr_manifest.json").read_text())["conversion"]
     assert made["options"]["layers"] == "0,2" and made["foretold"]["kl"] == report.foretold.kl
