@@ -262,7 +262,7 @@ def demo_sections(result: DemoResult) -> list[Section]:
         Section("In three sentences", "\n".join(three_sentences(result))),
         Section(
             "To go on with",
-            "dlr-lock layers path-or-hub-id --data text.txt --count 6\n"
+            "dlr-lock layers path-or-hub-id --data text.txt --layers auto:6\n"
             f"dlr-lock convert path-or-hub-id out --data text.txt --layers 12-17\ndlr-lock audit {attacked}",
         ),
     ]

@@ -181,7 +181,10 @@ class ConversionConfig:
     """
 
     layers: str | None = option(
-        None, f"Which layers: 2-5,9 or last-6; `dlr-lock layers` names cheap ones; {ERRORS_ADD_UP}.", "all"
+        None,
+        "Which layers: 12-17, 2-5,9, or auto:6 for the six that cost the model least, as `dlr-lock layers` foretells "
+        f"it; {ERRORS_ADD_UP}.",
+        "all",
     )
     mlps: str | None = option(
         None, "Regular expression of MLP module names, for models not recognised.", "found by structure"

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .outlook.amounts import Amounts
+    from .outlook.sensitivity import Foretold
 
 
 @dataclass(slots=True)
@@ -50,6 +51,7 @@ class Context:
         scalars: Takes figures for a log.
         ranks: The processes that do this together.
         micro_batches: What the device takes at once, by the kind of work.
+        foretold: What the lock will cost the model; None where that was not asked.
     """
 
     source: Source
@@ -65,6 +67,7 @@ class Context:
     scalars: Scalars = no_scalars
     ranks: Ranks = ALONE
     micro_batches: dict[str, MicroBatch] = field(default_factory=dict)
+    foretold: Foretold | None = None
 
     @property
     def model(self) -> PreTrainedModel:

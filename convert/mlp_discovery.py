@@ -15,9 +15,9 @@ token-wise. `mlp_matching.py` holds what needs one module alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -184,7 +184,15 @@ def _kinds(model: nn.Module, experts: Sequence[str]) -> list[str]:
     return sorted({type(model.get_submodule(name)).__name__ for name in experts})
 
 
-def select_layers(mlps: Sequence[MLP], layers: str | None) -> list[MLP]:
+class _Placed(Protocol):
+    @property
+    def layer(self) -> int: ...
+
+
+_P = TypeVar("_P", bound=_Placed)  # an MLP, or what is known of a layer
+
+
+def select_layers(mlps: Sequence[_P], layers: str | None) -> list[_P]:
     """The MLPs of the layers named, as in "2-5,9" or "last-6", in model order; all of them for None.
 
     Raises:
@@ -194,21 +202,20 @@ def select_layers(mlps: Sequence[MLP], layers: str | None) -> list[MLP]:
         return list(mlps)
     if last := re.fullmatch(r"\s*last-(\d+)\s*", layers):
         count, numbers = int(last[1]), sorted({mlp.layer for mlp in mlps})
-        if not 1 <= count <= len(numbers):
-            raise DLRError(f"layers {layers!r}: the model has MLPs in {len(numbers)} layers")
+        check_count(layers, count, set(numbers))
         return [mlp for mlp in mlps if mlp.layer in numbers[-count:]]
     wanted: set[int] = set()
     for part in layers.split(","):
         ends = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if ends is None or (ends[2] is not None and int(ends[2]) < int(ends[1])):
             raise DLRError(
-                f"layers {layers!r}: {part.strip()!r} is not a layer or a range; write for example 2-5,9 or last-6"
+                f"layers {layers!r}: {part.strip()!r} is not a layer or a range; write for example 2-5,9 or auto:6"
             )
         wanted |= _range(int(ends[1]), int(ends[2] or ends[1]), mlps)
     return [mlp for mlp in mlps if mlp.layer in wanted]
 
 
-def _range(low: int, high: int, mlps: Sequence[MLP]) -> set[int]:
+def _range(low: int, high: int, mlps: Sequence[_Placed]) -> set[int]:
     known = {mlp.layer for mlp in mlps}
     # Compared with the ends first: "0-999999999999" is a typing error, not work to do.
     missing = next((n for n in (high, low) if not min(known) <= n <= max(known)), None)
@@ -218,6 +225,38 @@ def _range(low: int, high: int, mlps: Sequence[MLP]) -> set[int]:
     if missing is not None:
         raise DLRError(f"layer {missing} is out of range: the model has MLPs in layers {ranges(known)}")
     return set(range(low, high + 1))
+
+
+def automatic(layers: str | None) -> int | None:
+    """N of "auto:N", the N layers that cost the model least; None where layers are named."""
+    found = re.fullmatch(r"\s*auto:\s*(\d+)\s*", layers or "")
+    return int(found[1]) if found else None
+
+
+def stand_ins(mlps: Sequence[MLP], layers: str | None) -> list[MLP]:
+    """As `select_layers`; of "auto:N" the middle N layers, for what depends little on which they are.
+
+    Raises:
+        DLRError: As `select_layers`, and where the model has no N layers.
+    """
+    if (count := automatic(layers)) is None:
+        return select_layers(mlps, layers)
+    numbers = {mlp.layer for mlp in mlps}
+    check_count(layers, count, numbers)
+    return select_layers(mlps, middle(numbers, count))
+
+
+def check_count(layers: str | None, count: int, numbers: set[int]) -> None:
+    """Raises DLRError where `layers`, as a user wrote them, are none or more than a model has."""
+    if not 1 <= count <= len(numbers):
+        raise DLRError(f"layers {layers!r}: the model has MLPs in {len(numbers)} layers")
+
+
+def middle(layers: Iterable[int], count: int) -> str:
+    """The middle `count` of some layers, as `select_layers` takes them; the first and the last cost a model most."""
+    numbers = sorted(set(layers))
+    begin = (len(numbers) - count) // 2
+    return ranges(set(numbers[begin : begin + count]))
 
 
 def ranges(numbers: set[int]) -> str:

@@ -141,6 +141,7 @@ def _written(
         seconds=context.resume.seconds,
         across=modules.across,
         end_to_end=end_to_end,
+        foretold=context.foretold,
         warnings=[
             note for note in (*context.notes, *context.device_notes, poor_text(context.text.train)) if note
         ],

@@ -16,6 +16,7 @@ from ..runtime.experts import spec_from
 from .config import EFFORTS, ConversionConfig
 from .evaluate import Evaluation, Fidelity, StateEvaluation
 from .layer_runner import LayerRunner
+from .outlook.sensitivity import Foretold, between
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,7 @@ class ConversionReport:
         seconds: Of the whole conversion, earlier runs of an interrupted one up to their last finished parts.
         across: 'sequential' or 'independent', as it was done.
         end_to_end: The phase, where there was one.
+        foretold: What the locked layers were reckoned to cost before the fits, where that was done.
         warnings: What the owner should know, a sentence each.
         program: Versions by name.
         licence: The source's, as fields of a model card's metadata; empty where it says none.
@@ -148,6 +150,7 @@ class ConversionReport:
     seconds: float
     across: str
     end_to_end: EndToEndReport | None = None
+    foretold: Foretold | None = None
     warnings: list[str] = field(default_factory=list)
     program: dict[str, str] = field(default_factory=dict)
     licence: dict[str, str] = field(default_factory=dict)
@@ -261,8 +264,8 @@ def model_card(report: ConversionReport) -> str:
         mlps=report.mlps,
         load=_LOAD if isinstance(report.evaluation, Evaluation) else _LOAD_OTHER,
         sections=markdown(conversion_sections(report)),
-        recipe=f"{_recipe(options)}; modules {report.across}, seed {options['seed']}, weights in {options['dtype']}. "
-        f"Made with {', '.join(versions)}.",
+        recipe=f"{_recipe(options)}; layers {options['layers'] or 'all'}, modules {report.across}, seed "
+        f"{options['seed']}, weights in {options['dtype']}. Made with {', '.join(versions)}.",
     )
 
 
@@ -306,7 +309,7 @@ def conversion_sections(report: ConversionReport) -> list[Section]:
     )
     target = f"Figures are of held-out calibration text. The target of a chain is {_TARGETS[report.across]}."
     table = _modules({m.module: m.spec for m in report.modules}, [m.to_dict() for m in report.modules])
-    fidelity = replace(evaluation_section(report.evaluation), text=_end_to_end(report))
+    fidelity = replace(evaluation_section(report.evaluation, report.foretold), text=_end_to_end(report))
     layers = over_layers([(m.module, m.fidelity.rel_error, m.fidelity.flatten_gap) for m in report.modules])
     return [lock, fidelity, *layers, Section("Modules", target, table)]
 
@@ -359,10 +362,15 @@ def _judged(fidelity: Mapping[str, Any], attack: Redistillation | None) -> Judge
     return Judgement.of(fidelity["rel_error"], fidelity["flatten_gap"], attempts)
 
 
-def evaluation_section(e: Evaluation | StateEvaluation) -> Section:
-    """An evaluation as a table."""
+def evaluation_section(e: Evaluation | StateEvaluation, foretold: Foretold | None = None) -> Section:
+    """An evaluation as a table, and what was foretold of it."""
     columns = ("", "locked", "original", "difference")
     rows = [(what, *cells) for what, _, *cells in _figures(e)]
+    if foretold:
+        rows += [
+            ("KL foretold (without an end-to-end phase)", "", "", foretold.kl_words),
+            ("loss foretold (likewise)", "", "", f"+{between(foretold.loss_gap_between)}"),
+        ]
     terms = [name for name in distances(e) if name != "loss gap"]  # which is the loss's difference here
     terms += ["loss", "perplexity"] if isinstance(e, Evaluation) else []
     title = f"Fidelity on {e.tokens:,} tokens of held-out text"

@@ -62,7 +62,7 @@ def _start(
 @app.command()
 def demo(
     layers: Annotated[
-        str | None, choice("Layers to lock, such as last-4.", "a few on a CPU, all on a GPU")
+        str | None, choice("Layers to lock, such as 12-15.", "a few on a CPU, all on a GPU")
     ] = None,
     out: Annotated[Path | None, choice("Keep the locked checkpoint here.", "it is thrown away")] = None,
     device: Device = None,
@@ -136,15 +136,17 @@ def layers(
     as_json: Json = False,
     **config: Any,
 ) -> None:
-    """Say what locking each layer would cost the model, and which are the cheapest, from one backward pass."""
-    from .planning.layers import cost_sections, costs_of
+    """Say what locking each layer would cost the model, and some of them together, from one backward pass."""
+    from .planning.layers import cost_sections, costs_of, foretold_of
 
+    named = LayersConfig.of(config).layers
     with Steps(_screen) as steps:
         costs = costs_of(source, progress=steps, **config)
     if as_json:
-        _print_json({"layers": [cost.to_dict() for cost in costs]})
+        together = foretold_of(costs, named).to_dict()
+        _print_json({"layers": [cost.to_dict() for cost in costs], "together": together})
     else:
-        _print(cost_sections(source, costs, config["count"]))
+        _print(cost_sections(source, costs, named))
 
 
 @app.command()

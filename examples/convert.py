@@ -1,6 +1,6 @@
 """Locks a model from Python and says what it cost in quality.
 
-python examples/convert.py path-or-hub-id out --data text.txt --layers last-4 --effort quick
+python examples/convert.py path-or-hub-id out --data text.txt --layers 12-15 --effort quick
 """
 
 import argparse
@@ -13,7 +13,7 @@ def main() -> None:
     parser.add_argument("source", help="a transformers directory, a hub id or a .gguf file")
     parser.add_argument("out", help="directory of the locked checkpoint; it must not be there yet")
     parser.add_argument("--data", required=True, help="calibration text: .txt, .jsonl, .parquet")
-    parser.add_argument("--layers", help="such as 2-5,9 or last-4; all by default")
+    parser.add_argument("--layers", help="such as 12-15 or 2-5,9; all by default")
     parser.add_argument("--effort", default="quick", help="quick, standard or best")
     parser.add_argument("--tokens", type=int, help="tokens of calibration text, instead of the effort's")
     parser.add_argument("--train-tokens", type=int, help="training tokens a module, instead of the effort's")

@@ -15,6 +15,7 @@ from dlr_lock.convert import ConversionReport, convert_model
 from dlr_lock.convert.config import EFFORTS
 from dlr_lock.convert.data import english_topics
 from dlr_lock.convert.evaluate import Evaluation
+from dlr_lock.convert.mlp_discovery import middle
 
 from . import build
 from .rows import ConversionRow
@@ -65,14 +66,14 @@ def plan(layers: int, rate: float, first_seconds: float, seconds: float) -> tupl
 def _convert(
     record: Record, source: Path, out: Path, name: str, layers: int, count: int, train_tokens: int
 ) -> ConversionRow:
-    """Locks the last `count` layers."""
+    """Locks the middle `count` layers."""
     data = record.options.data or source.parent / "topics.txt"
     if not data.exists():
         data.write_text(english_topics(), encoding="utf-8")
     sizes = {"tokens": 2048, "heldout": 512, "batch": 256, "sequence": 64} if record.smoke else _tokens(data)
     report: ConversionReport = convert_model(
-        source, out, layers=f"last-{count}", train_tokens=train_tokens, data=str(data), redistill=0.0, end_to_end=0,
-        device=str(record.device), progress=lambda what, done, total: record.alive(what), **sizes,
+        source, out, layers=middle(range(layers), count), train_tokens=train_tokens, data=str(data), redistill=0.0,
+        end_to_end=0, device=str(record.device), progress=lambda what, done, total: record.alive(what), **sizes,
     )  # fmt: skip
     evaluation = report.evaluation
     assert isinstance(evaluation, Evaluation) and evaluation.original_loss is not None

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 from ...common.errors import DLRError
 from ...reporting.words import bytes_words
 from ..config import ConversionConfig
-from ..data import check_text
+from ..data import check_text, sequence_length
 from ..experts.fit import check_sizes
 from ..layer_runner import Unrepeatable, check_one_text
+from ..mlp_discovery import automatic
 from ..mlp_matching import MLP
+from .sensitivity import why_unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,6 +23,7 @@ def check_choices(
     config: ConversionConfig,
     model: PreTrainedModel,
     mlps: Sequence[MLP],
+    every: Sequence[MLP],
     *,
     size: float,
     whole: bool,
@@ -31,7 +34,8 @@ def check_choices(
     Args:
         config: Resolved.
         model: The original, or its class on the meta device.
-        mlps: The MLPs to be converted.
+        mlps: The MLPs to be converted, or stand-ins.
+        every: All that the model has.
         size: Bytes of the model's weights where they are computed with.
         whole: Whether all of them are in memory at once.
         words: Whether the model has a tokenizer.
@@ -39,6 +43,11 @@ def check_choices(
     Raises:
         DLRError: On what a conversion cannot do.
     """
+    if automatic(config.layers):
+        length = config.sequence or sequence_length(model)
+        if why := why_unknown(model, every, (config.tokens or 0) // length * length, whole=whole):
+            raise DLRError(f"--layers {config.layers}: {why}")
+        mlps = every
     check_sizes(config, mlps)
     if config.across == "sequential":
         try:

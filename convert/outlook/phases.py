@@ -17,10 +17,12 @@ from ..config import Recipe
 from ..distill import PRECONDITIONER_TOKENS
 from ..end_to_end import EndToEndPlan
 from ..evaluate import sequences_at_once
+from ..mlp_discovery import automatic
 from ..mlp_matching import MLP
 from ..redistill import FIT_TOKENS, INITS, half_of, regression_flops
 from ..writing import SHARD
 from .amounts import Amounts, Chains
+from .sensitivity import AT_ONCE, foretelling_tokens, why_unknown
 from .steps import step_of
 
 
@@ -60,6 +62,8 @@ class Phase:
 # on a GPU, in float32, as a plan reckons an H100. They weigh what has not begun; what has is timed.
 _BYTE, _WORD, _FIT_ON_GPU = 44.0, 610.0, 10.0
 
+_FORETELLING = 0.03  # the share of the other phases up to which what layers cost is foretold unasked
+
 
 def phases(a: Amounts) -> list[Phase]:
     """The phases of a conversion, in their order.
@@ -76,6 +80,7 @@ def phases(a: Amounts) -> list[Phase]:
     done = [
         _with(Phase("reading", moved=2 * a.subject.disk + made, disk=a.subject.disk), model, fused),
         _with(_text(a), model, fused),
+        _with(_foretelling(a), model),
         _with(_activations(a, a.subject.mlps), model, fused, chain),
         _with(_distilling(a, a.chains), model, fused, chain),
         _with(_redistilling(a, a.chains), model, fused, chain),
@@ -105,6 +110,7 @@ def to_come(
     again = 2 * bool(_end_to_end(a).flops and a.config.redistill)  # the weakest module, before and after
     known = {
         _text(a): 1,
+        _foretelling(a): 1,
         _activations(a, todo): rounds + bool(again),
         _distilling(a, fitted): sum(c.count for c in fitted),
         _redistilling(a, attacked): len(attacked) + again,
@@ -112,11 +118,18 @@ def to_come(
         _writing(a): 1,
         _measuring(a): _looks(a),
     }
+    return [progress.Phase(p.name, _work(a, p), times) for p, times in known.items()]
+
+
+def foretells(a: Amounts) -> bool:
+    """Whether the conversion foretells what its layers cost."""
+    return bool(_foretelling(a).flops)
+
+
+def _work(a: Amounts, p: Phase) -> float:
+    """What a phase takes, in FLOPs of wide products."""
     fit = _FIT_ON_GPU if a.on_gpu else 1.0
-    return [
-        progress.Phase(p.name, p.wide + p.narrow + fit * p.fit + _BYTE * p.moved + _WORD * p.words, times)
-        for p, times in known.items()
-    ]
+    return p.wide + p.narrow + fit * p.fit + _BYTE * p.moved + _WORD * p.words
 
 
 def module_flops(a: Amounts, module: str) -> float:
@@ -144,6 +157,39 @@ def _text(a: Amounts) -> Phase:
     if a.config.data != "self":
         return Phase(name, wide=16 * a.pass_flops, disk=disk, **_place(a, 0))
     return Phase(name, narrow=a.tokens * a.pass_flops, disk=disk, **_place(a, a.logit_bytes))
+
+
+def _foretelling(a: Amounts) -> Phase:
+    """A pass to the end and back; none where layers are not to be chosen and it is no small part of the whole."""
+    chosen = automatic(a.config.layers) is not None
+    mlps = a.subject.every if chosen else a.subject.mlps
+    train = a.tokens - a.held
+    none = Phase("foretelling")
+    if why_unknown(a.subject.model, mlps, train, whole=not a.on_demand):
+        return none
+    tokens = min(train, foretelling_tokens(mlps))
+    back = 1 - min(mlp.layer for mlp in mlps) / a.layers  # to the first layer
+    once = max(a.length, AT_ONCE)
+    sizes = [mlp.hidden_size for mlp in mlps]
+    made = Phase(
+        none.name,
+        wide=tokens * ((1 + back) * a.pass_flops + sum(4.0 * d * d for d in sizes))
+        + sum(2.7 * d**3 for d in sizes),
+        words=3.0 * tokens * a.subject.vocabulary,
+        disk=a.subject.disk,
+        **_place(
+            a,
+            8.0 * sum(d * d for d in sizes)
+            + 4.0 * once * sum(12 * mlp.hidden_size + 4 * mlp.intermediate_size for mlp in a.subject.every)
+            + 12.0 * once * a.subject.vocabulary,
+        ),
+    )
+    others = (
+        _text(a), _activations(a, a.subject.mlps), _distilling(a, a.chains), _redistilling(a, a.chains),
+        _end_to_end(a), _writing(a), _measuring(a),
+    )  # fmt: skip
+    small = _work(a, made) <= _FORETELLING * sum(_work(a, phase) for phase in others)
+    return made if chosen or small else none
 
 
 def _activations(a: Amounts, todo: list[MLP]) -> Phase:

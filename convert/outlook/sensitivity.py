@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from ...common.dtypes import fast_products
-from ...common.errors import DLRError
+from ...common.errors import DLRError, first_line
 from ...common.hooks import first_argument, removed, text_inputs
 from ...common.progress import Count, no_count
 from ..distill import usual
 from ..evaluate import predicts_next, sequences_at_once, size_of, vocabulary
+from ..experts.routing import Mixture
 from ..mlp_matching import MLP
 
 if TYPE_CHECKING:
@@ -40,9 +41,15 @@ _TRAINED = {51_200: 1.0, 102_400: 0.73, 409_600: 0.47}
 # What was measured over what the formula says: SmolLM2's thirty layers, a chain at a time (relative errors from 0.07 to
 # 0.31). 1.8 in the sum, from 1.4 to 2.5 by layer; all thirty together had 1.3 (docs/experiments/recipe.md).
 _MEASURED = 1.8
-# Of such costs, summed, thirty layers had 0.59 together at 102,400 training tokens and 0.64 at 409,600.
-_TOGETHER = 0.63
+# Of such costs, summed, thirty layers had 0.59 together at 102,400 training tokens and 0.64 at 409,600, six (12 to 17,
+# in sequence) 0.77 at 409,600, and one has all of its own: count^_TOGETHER.
+_TOGETHER = -0.14
 OFF = 1.5  # the factor by which a prediction may be off
+# The least and the most that the loss rose by over the KL, in ten measurements of SmolLM2 with some or all layers
+# locked: 0.28 to 0.84 where the KL was about 0.1, 0.71 to 0.93 where it was 0.6 to 2.1 (docs/experiments/recipe.md).
+_GAP = (0.28, 0.93)
+_TOKENS, _TIMES_HIDDEN, _LEAST = 4096, 4, 2  # of a text: at least, by hidden size, and fewer are refused
+AT_ONCE = 512  # tokens of a pass: backward, the activations of all layers are held
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +71,75 @@ class LayerCost:
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, fit for JSON."""
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Foretold:
+    """What locking some layers together will cost the model, without an end-to-end phase.
+
+    Attributes:
+        layers: Each of them, were it alone.
+        kl: The KL to the original, in nats a token.
+        kl_between: From where to where it may be.
+        loss_gap_between: The same of what the loss rises by, in nats a token.
+    """
+
+    layers: tuple[LayerCost, ...]
+    kl: float
+    kl_between: tuple[float, float]
+    loss_gap_between: tuple[float, float]
+
+    @classmethod
+    def of(cls, costs: Sequence[LayerCost]) -> Foretold:
+        """Of one layer and more."""
+        kl = len(costs) ** _TOGETHER * sum(cost.kl for cost in costs)
+        low, high = kl / OFF, kl * OFF
+        return cls(tuple(costs), kl, (low, high), (_GAP[0] * low, _GAP[1] * high))
+
+    @property
+    def kl_words(self) -> str:
+        """The KL with what is uncertain of it."""
+        return f"about {self.kl:.2g} ({between(self.kl_between)})"
+
+    @property
+    def words(self) -> str:
+        """All of it."""
+        return f"a KL of {self.kl_words}, a loss higher by {between(self.loss_gap_between)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, fit for JSON."""
+        return asdict(self)
+
+
+def between(ends: tuple[float, float]) -> str:
+    """Two ends in words."""
+    return f"{ends[0]:.2g} to {ends[1]:.2g}"
+
+
+def foretelling_tokens(mlps: Sequence[MLP]) -> int:
+    """How many tokens of a text foretell well."""
+    return max(_TOKENS, _TIMES_HIDDEN * max(mlp.hidden_size for mlp in mlps))
+
+
+def why_unknown(model: PreTrainedModel, mlps: Sequence[MLP], tokens: int, *, whole: bool) -> str | None:
+    """Why the costs of layers cannot be foretold, in a sentence; None where they can.
+
+    Args:
+        model: The original, or its class on the meta device.
+        mlps: Its MLPs.
+        tokens: Of the text that there is.
+        whole: Whether the model is whole in memory.
+    """
+    least = _LEAST * max(mlp.hidden_size for mlp in mlps)
+    if not predicts_next(model):
+        return "what a layer costs is known of models alone that predict the next token"
+    if mixed := [mlp.module for mlp in mlps if isinstance(mlp, Mixture)]:
+        return f"what a layer costs is not known of mixtures of experts, as {mixed[0]} is one: name layers"
+    if not whole:
+        return "what a layer costs is told by a backward pass, which wants the whole model in memory"
+    if tokens < least:
+        return f"--tokens must be at least {least}, twice the hidden size, not {tokens}"
+    return None
 
 
 def expected_error(linear: float, train_tokens: int) -> float:
@@ -135,16 +211,17 @@ def layer_costs(
     Args:
         model: The original, whole in memory. Its weights need no gradients afterwards.
         mlps: Its MLPs.
-        tokens: [S, n] int64, a text; some times as many tokens as the model has hidden features.
+        tokens: [S, n] int64, a text of about `foretelling_tokens`.
         train_tokens: Of each chain, for which costs are asked.
         seed: Of the tokens drawn.
         progress: Called with (sequences done, S).
 
     Raises:
-        DLRError: Where the model does not predict the next token, and where an MLP's output has no gradient.
+        DLRError: As `why_unknown` says, and where the pass fails, an MLP's output has no gradient or what is found is
+            not finite.
     """
-    if not predicts_next(model):
-        raise DLRError("what a layer costs is known of models alone that predict the next token")
+    if why := why_unknown(model, mlps, tokens.numel(), whole=True):
+        raise DLRError(why)
     model.requires_grad_(False).eval()
     watched = [_Watched(mlp) for mlp in mlps]
     hooks = [
@@ -153,21 +230,27 @@ def layer_costs(
     ]
     hooks += [model.get_submodule(w.mlp.output).register_forward_hook(w.leave) for w in watched]
     generator = torch.Generator(model.device).manual_seed(seed)
-    at_once = sequences_at_once(tokens.shape[1], vocabulary(model), len(tokens))
+    length = tokens.shape[1]
+    at_once = sequences_at_once(length, vocabulary(model), max(1, AT_ONCE // length))
     done = 0
-    with removed(hooks):
-        for ids in tokens.split(at_once):
-            with torch.enable_grad(), fast_products(model.device, mlps[0].hidden_size):
-                logits = model(**text_inputs(model, ids)).logits
-            chances = logits.flatten(0, 1).float().log_softmax(-1)
-            drawn = torch.multinomial(chances.detach().exp(), 1, generator=generator)
-            (-chances.gather(1, drawn).sum()).backward()
-            done += len(ids)
-            progress(done, len(tokens))
+    try:
+        with removed(hooks):
+            for ids in tokens.split(at_once):
+                with torch.enable_grad(), fast_products(model.device, mlps[0].hidden_size):
+                    logits = model(**text_inputs(model, ids)).logits
+                chances = logits.flatten(0, 1).float().log_softmax(-1)
+                drawn = torch.multinomial(chances.detach().exp(), 1, generator=generator)
+                (-chances.gather(1, drawn).sum()).backward()
+                done += len(ids)
+                progress(done, len(tokens))
+    except RuntimeError as fault:  # no backward, numbers that are none, too little of a GPU's memory
+        raise DLRError(f"a backward pass failed: {first_line(fault)}") from fault
     found: dict[int, list[tuple[str, float, float]]] = {}
     for w in watched:
         if not w.slopes:
             raise DLRError(f"{w.mlp.module} has no part in what the model predicts")
+        if not torch.cat(w.sizes + w.slopes).isfinite().all():
+            raise DLRError(f"{w.mlp.module} writes what is too large to be squared, or no numbers")
         error = expected_error(w.linear(), train_tokens)
         found.setdefault(w.mlp.layer, []).append((w.mlp.module, error, _MEASURED * w.formula(error)))
     return [
@@ -181,18 +264,6 @@ def layer_costs(
     ]
 
 
-def together(costs: Sequence[LayerCost]) -> float:
-    """About the KL of such layers locked at once, without an end-to-end phase."""
-    return _TOGETHER * sum(cost.kl for cost in costs)
-
-
 def cheapest(costs: Sequence[LayerCost], count: int) -> list[int]:
-    """The numbers of the `count` layers that cost least, in their order. Raises DLRError as `check_count` does."""
-    check_count(count, len(costs))
+    """The numbers of the `count` layers that cost least, in their order."""
     return sorted(cost.layer for cost in sorted(costs, key=lambda cost: cost.kl)[:count])
-
-
-def check_count(count: int | None, layers: int) -> None:
-    """Raises DLRError where so many layers cannot be chosen of so many; None is any number."""
-    if count is not None and not 1 <= count <= layers:
-        raise DLRError(f"--count must be from 1 to {layers}, the layers that have MLPs, not {count}")

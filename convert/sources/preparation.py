@@ -22,9 +22,10 @@ from ..config import ConversionConfig
 from ..context import Context
 from ..data import calibration_text, digest
 from ..experts.routing import Mixture
-from ..mlp_discovery import check_dense, find_mlps, select_layers, unknown_mixtures
+from ..mlp_discovery import automatic, check_dense, find_mlps, stand_ins, unknown_mixtures
 from ..outlook.amounts import reckoned
 from ..outlook.checks import check_choices
+from ..outlook.foretelling import foretell
 from ..outlook.phases import to_come
 from ..parallel.ranks import Ranks
 from ..source import compute_dtype, open_source, unplaced_tensors, weight_files
@@ -57,9 +58,9 @@ def prepared(
         original = read() if Path(source).expanduser().is_dir() else ranks.in_turn(read)
         every = find_mlps(original.model, config.mlps)
         notes = [check_dense(original.model, every, layers=config.layers, pattern=config.mlps)]
-        mlps = select_layers(every, config.layers)
+        mlps = stand_ins(every, config.layers)
         check_choices(
-            config, original.model, mlps, size=original.model.num_parameters() * original.model.dtype.itemsize,
+            config, original.model, mlps, every, size=original.model.num_parameters() * original.model.dtype.itemsize,
             whole=original.weights is None, words=original.tokenizer is not None,
         )  # fmt: skip
         if ranks.size > 1 and config.across != "independent" and any(isinstance(m, Mixture) for m in mlps):
@@ -70,8 +71,6 @@ def prepared(
         stored = DTYPES.get(config.dtype) or original.dtype
         weights = {file.name for file in weight_files(original.path)}
         notes.append(ranks.agreed(lambda: carry_over(original.path, work, weights)))
-        replaced = [name for mlp in mlps for name in (mlp.module, *mlp.identity)]
-        notes.append(unplaced_tensors(original, replaced)[1])
         ranks.agreed(lambda: write_words(original, work))
         check_space(target, original.model.num_parameters() * stored.itemsize)
     if config.data == "self" and (device.type == "cpu" or original.weights is not None):
@@ -103,7 +102,7 @@ def prepared(
             for gated in (False, True)
         ],
         "source": original.fingerprint,
-        "layers": [mlp.module for mlp in mlps],
+        "layers": config.layers if automatic(config.layers) else [mlp.module for mlp in mlps],
         "text": digest(text.train, text.heldout),
         "dtype": dtype_name(stored),
         "program": __version__,
@@ -118,6 +117,10 @@ def prepared(
     context = Context(
         original, mlps, text, config, stored, resume, scratch, progress, said, amounts, scalars, ranks
     )
+    foretell(context, every)
+    replaced = [name for mlp in context.mlps for name in (mlp.module, *mlp.identity)]
+    if note := unplaced_tensors(original, replaced)[1]:
+        context.notes.append(note)
     return context, len(every) + len(unknown_mixtures(original.model, every))
 
 

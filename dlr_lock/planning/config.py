@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..common.errors import DLRError
 from ..common.options import check_names, option
 from ..convert.config import ConversionConfig
 
@@ -14,7 +13,11 @@ from ..convert.config import ConversionConfig
 class LayersConfig:
     """The choices of `costs_of`; every field says in its help what it is."""
 
-    count: int | None = option(None, "How many layers are to be locked: the cheapest are named.", "none")
+    layers: str | None = option(
+        None,
+        "Those to be locked together: 12-17, or auto:6 for the six that cost least, which are named.",
+        "all",
+    )
     data: str = option("self", "Text: .txt, .jsonl, .parquet, a datasets name, or self (sampled, slow).")
     tokens: int | None = option(None, "Tokens of it.", "4096, or 4 times the hidden size where that is more")
     effort: str = option("standard", "quick, standard or best: how long each layer is to be trained.")
@@ -26,14 +29,12 @@ class LayersConfig:
 
     @classmethod
     def of(cls, choices: dict[str, Any]) -> LayersConfig:
-        """The choices by name. Raises DLRError on a name that there is not, and on a count below 1."""
+        """The choices by name, layers as a conversion spells them. Raises DLRError on a name that there is not."""
         check_names(choices, cls)
         made = cls(**choices)
-        if made.count is not None and made.count < 1:
-            raise DLRError(f"--count must be at least 1, not {made.count}")
-        return made
+        layers = (made.layers or "all").strip().lower()
+        return replace(made, layers=None if layers == "all" else layers)
 
     def conversion(self) -> ConversionConfig:
         """The same of a conversion, resolved. Raises DLRError on bad values."""
-        shared = {name: value for name, value in asdict(self).items() if name != "count"}
-        return ConversionConfig(**shared, heldout=2).resolved()
+        return ConversionConfig(**asdict(self), heldout=2).resolved()

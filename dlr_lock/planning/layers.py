@@ -13,14 +13,20 @@ import torch
 from ..common.errors import DLRError
 from ..common.progress import Progress, no_progress, shown
 from ..convert.data import calibration_text
-from ..convert.mlp_discovery import find_mlps, ranges
-from ..convert.outlook.sensitivity import OFF, LayerCost, cheapest, check_count, layer_costs, together
+from ..convert.mlp_discovery import automatic, find_mlps, ranges, select_layers, stand_ins
+from ..convert.outlook.sensitivity import (
+    OFF,
+    Foretold,
+    LayerCost,
+    cheapest,
+    foretelling_tokens,
+    layer_costs,
+    why_unknown,
+)
 from ..convert.source import compute_dtype, open_source
 from ..reporting import Section, Table
 from ..reporting.layers import bar
 from .config import LayersConfig
-
-_TOKENS = 4096  # of text, at least
 
 
 def costs_of(source: str | Path, *, progress: Progress = no_progress, **options: Any) -> list[LayerCost]:
@@ -40,11 +46,10 @@ def costs_of(source: str | Path, *, progress: Progress = no_progress, **options:
     with shown(progress, "reading the model"):
         original = open_source(source, dtype=compute_dtype(device), device=device)
         mlps = find_mlps(original.model, config.mlps)
-        check_count(chosen.count, len({mlp.layer for mlp in mlps}))
-    hidden = max(mlp.hidden_size for mlp in mlps)
-    tokens = chosen.tokens or max(_TOKENS, 4 * hidden)
-    if tokens < 2 * hidden:
-        raise DLRError(f"--tokens must be at least {2 * hidden}, twice the hidden size, not {tokens}")
+        stand_ins(mlps, config.layers)  # raises on layers that there are not
+    tokens = chosen.tokens or foretelling_tokens(mlps)
+    if why := why_unknown(original.model, mlps, tokens, whole=True):
+        raise DLRError(why)
     text = calibration_text(original, replace(config, tokens=tokens), progress)
     return layer_costs(
         original.model,
@@ -56,8 +61,15 @@ def costs_of(source: str | Path, *, progress: Progress = no_progress, **options:
     )
 
 
-def cost_sections(source: str, costs: Sequence[LayerCost], count: int | None) -> list[Section]:
-    """The costs as a table, drawn over the layers, and which `count` layers are the cheapest."""
+def foretold_of(costs: Sequence[LayerCost], layers: str | None) -> Foretold:
+    """What layers cost together: those named, as `select_layers` takes them, or the cheapest N for "auto:N"."""
+    if count := automatic(layers):
+        layers = ranges(set(cheapest(costs, count)))
+    return Foretold.of(select_layers(costs, layers))
+
+
+def cost_sections(source: str, costs: Sequence[LayerCost], layers: str | None) -> list[Section]:
+    """The costs as a table, drawn over the layers, and what those asked for cost together."""
     total = sum(cost.kl for cost in costs)
     longest = max(cost.kl for cost in costs)
     rows = [
@@ -70,8 +82,7 @@ def cost_sections(source: str, costs: Sequence[LayerCost], count: int | None) ->
         "token, that it will cost, a layer at a time, before an end-to-end phase. From one backward pass and what was "
         f"learned of SmolLM2-135M's thirty layers, where nearly all costs are right within a factor of {OFF:g}."
     )
-    chosen = set(cheapest(costs, count)) if count is not None else {cost.layer for cost in costs}
-    note = f"all {len(costs)} layers" if count is None else f"the cheapest {count}: --layers {ranges(chosen)}"
-    kl = together([cost for cost in costs if cost.layer in chosen])
-    notes = [f"{note}, together a KL of about {kl:.2f}, between {kl / OFF:.2f} and {kl * OFF:.2f}"]
-    return [Section("What a layer costs", text, Table(columns, rows, left=(columns[1],)), notes)]
+    foretold = foretold_of(costs, layers)
+    cheap = f"the cheapest {count}: " if (count := automatic(layers)) else ""
+    note = f"{cheap}--layers {ranges({cost.layer for cost in foretold.layers})}, together {foretold.words}"
+    return [Section("What a layer costs", text, Table(columns, rows, left=(columns[1],)), [note])]

@@ -14,7 +14,7 @@ import torch
 from ..common.errors import DLRError
 from ..common.options import flag
 from ..convert.config import EFFORTS, ERRORS_ADD_UP, ConversionConfig
-from ..convert.mlp_discovery import unknown_mixtures
+from ..convert.mlp_discovery import automatic, middle, ranges, stand_ins, unknown_mixtures
 from ..convert.outlook.amounts import Amounts
 from ..convert.outlook.checks import check_choices
 from ..convert.outlook.phases import Phase, phases
@@ -150,7 +150,13 @@ def _amounts(subject: Subject, config: ConversionConfig, memory: float | None) -
     words = not folder.is_dir() or has_words(folder) or is_adapter(folder)
     made = Amounts.of(subject, config, memory)
     check_choices(
-        config, subject.model, subject.mlps, size=made.whole_bytes, whole=not made.on_demand, words=words
+        config,
+        subject.model,
+        subject.mlps,
+        subject.every,
+        size=made.whole_bytes,
+        whole=not made.on_demand,
+        words=words,
     )
     return made
 
@@ -184,10 +190,16 @@ def _again(
 ) -> Plan:
     """The same plan with other choices."""
     config = replace(asked, **changes).resolved(place)
+    subject = replace(subject, mlps=stand_ins(subject.every, config.layers))
     return replace(made, phases=phases(_amounts(subject, config, memory)))
 
 
 def _warnings(made: Plan) -> Iterator[str]:
+    if automatic(made.options["layers"]):
+        yield (
+            f"--layers {made.options['layers']} chooses by the weights, which no plan reads: it is reckoned for layers "
+            f"{ranges({module['layer'] for module in made.modules})}"
+        )
     if len(made.modules) > 1:
         yield (
             "how far the locked model will be from the original, `dlr-lock layers` foretells, from the weights; "
@@ -205,7 +217,8 @@ def _warnings(made: Plan) -> Iterator[str]:
 
 def _advice(made: Plan, config: ConversionConfig, again: Any) -> Iterator[str]:
     """What would halve the time or the memory, each tried on the plan itself."""
-    count = len(made.modules)
+    layers = {module["layer"] for module in made.modules}
+    half = middle(layers, len(layers) // 2)
     efforts = list(EFFORTS)
     weaker = efforts[max(0, efforts.index(config.effort) - 1)]
     tries: list[tuple[str, dict[str, Any]]] = [
@@ -215,7 +228,7 @@ def _advice(made: Plan, config: ConversionConfig, again: Any) -> Iterator[str]:
             f"{flag('train_tokens')} {int(config.train_tokens or 0) // 2} (a worse fit)",
             {"train_tokens": int(config.train_tokens or 0) // 2},
         ),
-        (f"{flag('layers')} last-{count // 2}", {"layers": f"last-{count // 2}"}) if count > 1 else ("", {}),
+        (f"{flag('layers')} {half}", {"layers": half} if half else {}),
         (f"{flag('effort')} {weaker} (a worse fit)", {"effort": weaker})
         if weaker != config.effort
         else ("", {}),

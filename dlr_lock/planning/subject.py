@@ -24,7 +24,7 @@ from ..convert.mlp_discovery import (
     mixtures_in,
     named_by,
     numbered,
-    select_layers,
+    stand_ins,
 )
 from ..convert.mlp_matching import (
     ACT_NAME,
@@ -93,7 +93,7 @@ def open_subject(source: str | Path, config: ConversionConfig) -> Subject:
         if unpacked:
             dtype = plain_dtype("auto" if copies else compute_dtype(torch.device(str(config.device))))
     copied = (copies + unpacked) * sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    return Subject(str(source), model, select_layers(every, config.layers), every, dtype, files, copied)
+    return Subject(str(source), model, stand_ins(every, config.layers), every, dtype, files, copied)
 
 
 def _config(folder: Path) -> PreTrainedConfig:

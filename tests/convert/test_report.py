@@ -256,7 +256,7 @@ def test_the_demo_says_what_training_costs_and_what_both_models_write(report: Co
         "the best strategy that we know (inversion) 0.5 times the activations, for 1.5 times the seconds",
         "for 0.25 of the training tokens that the chain took, came to 0.99 times the chain's error",
         "does not stop whoever has the original's weights",
-        "dlr-lock layers path-or-hub-id --data text.txt --count 6",
+        "dlr-lock layers path-or-hub-id --data text.txt --layers auto:6",
         "dlr-lock convert path-or-hub-id out --data text.txt --layers 12-17",
         "dlr-lock audit out --original path-or-hub-id",
     ):

@@ -128,6 +128,7 @@ class Heard:
 @pytest.mark.parametrize(
     ("arch", "choices"),
     [("llama", {}), ("llama", {"across": "independent", "max_memory": "1MiB"}), ("llama", {"layers": "0,2"}),
+     ("llama", {"layers": "auto:2"}),
      ("mixtral", {"redistill": 0.0, "expert_tokens": 64}), ("t5", {})],
 )  # fmt: skip
 def test_each_kind_of_work_is_begun_as_often_as_it_was_told(

@@ -12,7 +12,7 @@ from dlr_lock.cli import app
 from dlr_lock.common.errors import DLRError
 from dlr_lock.convert.mlp_discovery import find_mlps
 from dlr_lock.convert.outlook import sensitivity
-from dlr_lock.convert.outlook.sensitivity import LayerCost, cheapest, layer_costs
+from dlr_lock.convert.outlook.sensitivity import Foretold, LayerCost, cheapest, layer_costs
 
 
 @pytest.mark.parametrize(
@@ -68,25 +68,50 @@ def test_the_cheapest_are_named_in_their_order() -> None:
     costs = [LayerCost(n, (f"mlp.{n}",), 0.1, kl) for n, kl in enumerate((0.4, 0.1, 0.3, 0.2))]
     assert cheapest(costs, 2) == [1, 3]
     assert cheapest(costs, 4) == [0, 1, 2, 3]
-    for count in (0, 5):
-        with pytest.raises(DLRError, match="from 1 to 4"):
-            cheapest(costs, count)
 
 
-def test_a_model_that_predicts_no_token_is_refused() -> None:
-    model = tiny_model("bert", layers=2)
-    with pytest.raises(DLRError, match="predict the next token"):
+def test_one_layer_costs_what_it_costs_alone_and_many_less_than_their_sum() -> None:
+    costs = [LayerCost(n, (f"mlp.{n}",), 0.1, 0.1) for n in range(30)]
+    one, all = Foretold.of(costs[:1]), Foretold.of(costs)
+    assert one.kl == pytest.approx(0.1) and all.kl == pytest.approx(3.0 * 0.62, rel=0.03)
+    assert all.kl_between[0] < all.kl < all.kl_between[1]
+    assert 0 < all.loss_gap_between[0] < all.kl < all.loss_gap_between[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("bert", "predict the next token"), ("mixtral", "not known of mixtures of experts")]
+)
+def test_a_model_of_which_nothing_is_known_is_refused(kind: str, words: str) -> None:
+    model = tiny_model(kind, layers=2)
+    with pytest.raises(DLRError, match=words):
         layer_costs(model, find_mlps(model), torch.zeros(2, 8, dtype=torch.int64), 51_200)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(float("inf"), "a backward pass failed: "), (1e25, r"layers\.1\.mlp writes")]
+)
+def test_what_is_no_number_is_no_cost(value: float, words: str) -> None:
+    model = tiny_model("llama", layers=2)
+    mlps = find_mlps(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(value)
+    with pytest.raises(DLRError, match=words):
+        layer_costs(model, mlps, torch.randint(0, VOCABULARY, (8, 32)), 51_200)
 
 
 def test_the_command_names_layers_that_a_conversion_takes(tmp_path: Path) -> None:
     tiny_model("llama", layers=3).save_pretrained(tmp_path / "source")
     command = ["layers", str(tmp_path / "source"), "--tokens", "256", "--effort", "quick"]
-    done = CliRunner().invoke(app, [*command, "--count", "2"])
+    done = CliRunner().invoke(app, [*command, "--layers", "AUTO:2"])
     assert done.exit_code == 0 and "the cheapest 2: --layers " in done.stdout
-    done = CliRunner().invoke(app, [*command, "--json"])
-    assert [cost["layer"] for cost in json.loads(done.stdout)["layers"]] == [0, 1, 2]
-    done = CliRunner().invoke(app, [*command, "--count", "4"], standalone_mode=False)
-    assert isinstance(done.exception, DLRError) and "--count must be from 1 to 3" in str(done.exception)
+    done = CliRunner().invoke(app, [*command, "--layers", "1-2"])
+    assert done.exit_code == 0 and "--layers 1-2, together a KL of about " in done.stdout
+    done = CliRunner().invoke(app, [*command, "--json", "--layers", "0,2"])
+    found = json.loads(done.stdout)
+    assert [cost["layer"] for cost in found["layers"]] == [0, 1, 2]
+    assert found["together"]["layers"] == [found["layers"][0], found["layers"][2]]
+    for layers, words in (("auto:4", "the model has MLPs in 3 layers"), ("2-3", "layer 3 is out of range")):
+        done = CliRunner().invoke(app, [*command, "--layers", layers], standalone_mode=False)
+        assert isinstance(done.exception, DLRError) and words in str(done.exception)
     done = CliRunner().invoke(app, [*command[:2], "--tokens", "32"], standalone_mode=False)
     assert isinstance(done.exception, DLRError) and "--tokens must be at least" in str(done.exception)

@@ -156,6 +156,35 @@ def test_what_would_shorten_it_was_tried(folder: Path) -> None:
     assert f"{share:.0%} of the time" in advice
 
 
+def test_fewer_layers_are_the_middle_ones_of_those_that_were_asked_for(tmp_path: Path) -> None:
+    """The first and the last cost the model most."""
+    source = save_tiny("llama", tmp_path / "source", layers=10)
+    for layers, half in ((None, "2-6"), ("4-9", "5-7"), ("1,5,8", "5")):
+        plan = planned(source, layers=layers, train_tokens=2**26)
+        assert any(line.startswith(f"--layers {half}: ") for line in plan.advice), plan.advice
+    assert not any("--layers" in line for line in planned(source, layers="3").advice)
+
+
+def test_layers_that_a_plan_cannot_choose_are_assumed_in_words(folder: Path) -> None:
+    plan = planned(folder, layers="auto:2")
+    assert [module["layer"] for module in plan.modules] == [1, 2]
+    assert any("chooses by the weights" in line and line.endswith("layers 1-2") for line in plan.advice)
+    assert "foretelling" in [phase.name for phase in plan.phases]
+
+
+def test_unasked_what_layers_cost_is_foretold_where_that_is_a_small_part(
+    folder: Path, tmp_path: Path
+) -> None:
+    def share(train_tokens: int, source: Path = folder) -> float | None:
+        plan = planned(source, train_tokens=train_tokens)
+        flops = {phase.name: phase.flops for phase in plan.phases}
+        return flops["foretelling"] / plan.flops if "foretelling" in flops else None
+
+    assert share(2**10) is None
+    assert 0 < (share(2**22) or 0) < 0.03
+    assert share(2**22, save_tiny("mixtral", tmp_path / "source")) is None
+
+
 @pytest.mark.parametrize("gpu", GPUS)
 def test_a_gpu_that_is_not_here_is_reckoned_and_says_so(gpu: str, folder: Path) -> None:
     plan = plan_conversion(folder, device=gpu.upper(), **CHOICES)
@@ -261,6 +290,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "weights on demand": ({"end_to_end": 1024, "max_memory": 100_000}, "--end-to-end 0"),
     "layers": ({"layers": "9"}, "layer 9 is out of range"),
     "rank": ({"rank": 17}, "rank"),
+    "too many of them": ({"layers": "auto:5"}, "layers 'auto:5': the model has MLPs in 4 layers"),
+    "text to choose by": (
+        {"layers": "auto:2", "tokens": 127},
+        "--layers auto:2: --tokens must be at least 128",
+    ),
+    "a choice on demand": ({"layers": "auto:2", "max_memory": 100_000}, "wants the whole model in memory"),
 }
 
 
