@@ -17,12 +17,11 @@ from dlr_lock.convert.config import ConversionConfig
 from dlr_lock.convert.context import Context
 from dlr_lock.convert.end_to_end import flatten_gaps, with_chains
 from dlr_lock.convert.evaluate import compare
-from dlr_lock.convert.pipeline import distill_modules
 from dlr_lock.convert.redistill import fit_student
 from dlr_lock.microbench.bench import numbers
 from dlr_lock.progress import Steps
 
-from .whole_model import kept, point, study, train_together
+from .whole_model import fitted, kept, point, study, train_together
 
 LOOKS = 4  # at the model during the end-to-end phase, its end counted
 Figures = Callable[[Any, Any, Any], dict[str, Any]]  # of (locked model, original, tokenizer)
@@ -122,11 +121,11 @@ def _whole(job: Job, figures: Figures) -> Iterator[dict[str, Any]]:
 
 
 def _rows(
-    context: Context, fitted: dict[str, Any] | None, shares: list[float], figures: Figures
+    context: Context, first: dict[str, Any] | None, shares: list[float], figures: Figures
 ) -> Iterator[dict[str, Any]]:
-    """fitted: the first row, where an interrupted run has written it."""
+    """first: that of the fits, where an interrupted run has written it."""
     model, text, config = context.model, context.text, context.config
-    modules = distill_modules(context)
+    chains, reports = fitted(context)
     seconds = context.resume.seconds
 
     def look(locked: Any, end_to_end: int, seconds: float) -> dict[str, Any]:
@@ -137,7 +136,7 @@ def _rows(
         locked = with_chains(model, chains, context.identity)
         return {
             "phase": phase,
-            "across": modules.across,
+            "across": config.across,
             "layers": len(context.mlps),
             **look(locked, end_to_end, seconds),
             "gaps": flatten_gaps(locked, chains, text.heldout),
@@ -150,13 +149,12 @@ def _rows(
             },
         }
 
-    chains = dict(modules.chains)
-    if fitted is None:
-        fitted = row("modules", chains, 0, seconds) | {"modules": [r.to_dict() for r in modules.reports]}
-        yield fitted
+    if first is None:
+        first = row("modules", chains, 0, seconds) | {"modules": [report.to_dict() for report in reports]}
+        yield first
     if not config.end_to_end:
         return
-    before, looks = fitted["seconds"], []
+    before, looks = first["seconds"], []
     chains, losses, seconds = train_together(
         context, chains, LOOKS, lambda done, took, locked: looks.append(look(locked, done, before + took))
     )

@@ -24,8 +24,11 @@ from dlr_lock.convert.evaluate import compare
 from dlr_lock.convert.mlp_discovery import find_mlps, select_layers
 from dlr_lock.convert.outlook.amounts import Amounts, reckoned
 from dlr_lock.convert.outlook.phases import chain_flops
+from dlr_lock.convert.pipeline import distill_modules
+from dlr_lock.convert.report import ModuleReport
 from dlr_lock.convert.source import compute_dtype, open_source
 from dlr_lock.convert.sources.preparation import facts_of
+from dlr_lock.convert.writing import restored
 from dlr_lock.runtime import DLRNet
 
 STORED = torch.float32  # what is studied is the fit, not a checkpoint's rounding
@@ -55,6 +58,16 @@ def kept(context: Context, config: ConversionConfig, target: Path) -> Iterator[C
     with run_lock(target):
         facts = facts_of(context.source, context.mlps, context.text, config, context.stored)
         yield replace(context, config=config, amounts=amounts, resume=ResumeStore(target, facts))
+
+
+def fitted(context: Context) -> tuple[dict[str, DLRNet], list[ModuleReport]]:
+    """The chains of all modules and their reports; where all are kept nothing is computed."""
+    found = [restored(context.resume, context.model, mlp.module, context.stored) for mlp in context.mlps]
+    modules = [module for module in found if module is not None]
+    if len(modules) == len(found):
+        return {report.module: net for net, report in modules}, [report for _, report in modules]
+    done = distill_modules(context)
+    return dict(done.chains), done.reports
 
 
 def point(context: Context, locked: PreTrainedModel, *, end_to_end: int, seconds: float) -> dict[str, Any]:
