@@ -91,7 +91,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"benchmarks.fidelity: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"benchmarks.fidelity: {stop or 'interrupted'}; finished rows are written", file=sys.stderr)
+        print(
+            f"benchmarks.fidelity: {str(stop) or 'interrupted'}; finished rows are written", file=sys.stderr
+        )
         return 130
     _show(document["rows"])
     print(f"written to {path}")

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-# Minutes that a stage may take at most, in the order in which a short visit should spend them.
+# Minutes that a stage may take at most if it is not named alone, in the order in which a short visit should spend them.
 STAGES = {
     "machine": 2.0,  # device, versions, rates that all else is judged by
     "tests": 6.0,  # correct before fast
