@@ -1,66 +1,65 @@
 """How well chains do what their MLPs did, and what redistilling them costs.
 
     python -m benchmarks.fidelity modules MODEL --data text.txt --layers 1,12,25 --train-tokens 102400,409600
-    python -m benchmarks.fidelity model   MODEL --data text.txt --layers 12-17 --across independent,sequential
+    python -m benchmarks.fidelity model   MODEL --data text.txt --train-tokens 102400,409600 --end-to-end 131072
     python -m benchmarks.fidelity sentences ENCODER --data text.txt --sentences sentences.txt
 
 `modules` fits chains to single MLPs: error, gap and the attack's cost against training tokens, FLOPs and seconds.
-`model` locks layers and measures the whole: loss, KL and flips, before and after an end-to-end phase; and the same of
-the model whose chains have all been distilled back, one at a time, from the linear start.
+`model` locks layers and measures the whole: loss, KL and flips against FLOPs and seconds, after the fits, on the way
+through an end-to-end phase and at its end; and the same of the model whose chains have all been distilled back, one at
+a time, from the linear start.
 `sentences` locks a sentence encoder and compares embeddings.
-Writes JSON and, where matplotlib is installed, a plot of `modules`.
+FLOPs are reckoned as `dlr-lock plan` does. Writes JSON and, where matplotlib is installed, a plot. A study of whole
+models that was interrupted, or killed, is gone on with by the same command, from its finished modules.
 """
 
 import argparse
-import copy
+import hashlib
+import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, get_args, get_type_hints
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from dlr_lock import DLRError, DLRNet
 from dlr_lock.audit.attacks.redistillation import merge_steps
-from dlr_lock.common.hooks import frozen
+from dlr_lock.common.files import read_json
 from dlr_lock.common.machine import machine
 from dlr_lock.common.options import flag, help_of
-from dlr_lock.common.resume import ResumeStore
 from dlr_lock.common.splits import random_rows
-from dlr_lock.convert.activations import Activations, capture
+from dlr_lock.convert.activations import Activations
 from dlr_lock.convert.config import ConversionConfig, Recipe
 from dlr_lock.convert.context import Context
-from dlr_lock.convert.data import calibration_text
-from dlr_lock.convert.end_to_end import EndToEndPlan, flatten_gaps, train_end_to_end, with_chains
-from dlr_lock.convert.evaluate import compare
-from dlr_lock.convert.mlp_discovery import find_mlps, select_layers
 from dlr_lock.convert.mlp_matching import MLP
-from dlr_lock.convert.pipeline import distill_modules, fit_chain
-from dlr_lock.convert.redistill import FIT_TOKENS, INITS, fit_student, redistill
-from dlr_lock.convert.source import compute_dtype, open_source
+from dlr_lock.convert.outlook.phases import module_flops
+from dlr_lock.convert.pipeline import fit_chain
+from dlr_lock.convert.redistill import FIT_TOKENS, INITS, redistill
 from dlr_lock.microbench.bench import numbers
 from dlr_lock.progress import Steps
 from dlr_lock.reporting import Section, Table, print_sections
 from dlr_lock.reporting.lock_verdict import Redistillation, undoing_figures
 from dlr_lock.runtime.device import usable_device
 
-from .output import target, write_json, write_whole
+from .fidelity_model import Job, model, sentences
+from .output import files, target, write_json, write_whole
+from .whole_model import study
 
 _OF_CONVERSION = (
     "layers", "depth", "rank", "lanes", "act", "params", "init", "tokens", "batch", "seed", "sequence", "end_to_end",
     "device",
 )  # fmt: skip
+Panels = dict[tuple[str, str], dict[str, list[tuple[float, float]]]]  # axes to lines, by label
 # What `modules` can vary.
 _OF_RECIPE = ("rate", "momentum", "scale", "preconditioner_exponent", "lr_multiplier_b", "weight_decay")
-FLOPS = 6  # a parameter and training token: a multiplication and an addition forward, twice that backward
+_DISTANCES = {"kl": "KL on held-out text", "state_error": "error of the last hidden states on held-out text"}
+_SAME = ("device", "cpu_threads", "program", "versions", "study", "options")  # of runs that can be one
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,41 +72,65 @@ def main(arguments: list[str] | None = None) -> int:
             given = document["options"].pop(private, None)
             if given and private != "out":
                 document["options"][private] = Path(given).name
-        path = target(document, f"fidelity-{options.study}", options.out)
+        kind = f"fidelity-{options.study}"
+        path = target(document, kind, options.out)
+        if options.study != "modules":
+            path = _taken_over(document, path, kind)
+        run = hashlib.sha256(json.dumps([document[name] for name in _SAME]).encode()).hexdigest()[:8]
         with Steps(Console(stderr=True, highlight=False)) as steps:
-            for row in _STUDIES[options.study](options, steps):
+            job = Job(
+                options, _options(options), _shares(options.redistill), path.with_name(f"{kind}-{run}"),
+                list(document["rows"]), steps,
+            )  # fmt: skip
+            for row in _STUDIES[options.study](job):
                 document["rows"].append(row)
                 write_json(path, document)  # after every row: an interruption costs the one at work
+        write_json(path, document | {"finished": True})
     except (DLRError, OSError, UnicodeError) as error:
         print(f"benchmarks.fidelity: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("benchmarks.fidelity: interrupted; the rows that were finished are written", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(
+            f"benchmarks.fidelity: {str(stop) or 'interrupted'}; finished rows are written", file=sys.stderr
+        )
         return 130
     _show(document["rows"])
     print(f"written to {path}")
-    if options.study == "modules" and (drawn := _plot(document, path.with_suffix(".png"))):
+    if drawn := _plot(document, path.with_suffix(".png")):
         print(f"written to {drawn}")
     return 0
 
 
-def modules(options: argparse.Namespace, progress: Steps) -> Iterator[dict[str, Any]]:
+def _taken_over(document: dict[str, Any], path: Path, kind: str) -> Path:
+    """The file of an interrupted run of the same, whose rows are put into the document; `path` where there is none."""
+    for earlier in files(path.parent, kind):
+        found = read_json(earlier)
+        if found.get("finished") is False and all(found.get(n) == document[n] for n in _SAME):
+            document |= found
+            return earlier
+    document["finished"] = False
+    return path
+
+
+def modules(job: Job) -> Iterator[dict[str, Any]]:
     """Rows of layers x training tokens: `Fidelity`, the curve while it was fitted, and the attack at each share."""
-    chosen = _options(options)
+    options = job.options
     given = {name: getattr(options, name) for name in _OF_RECIPE if getattr(options, name) is not None}
-    lengths = [replace(chosen, train_tokens=count) for count in numbers(options.train_tokens)]
-    shares = _shares(options.redistill)
-    with _context(options, chosen, progress) as context:
+    lengths = [replace(job.config, train_tokens=count) for count in numbers(options.train_tokens)]
+    with study(options.model, job.config, job.progress) as context:
         for mlp, pairs in context.capture(context.mlps):
             for length in lengths:
                 recipe = replace(length.recipe(gated=mlp.gated), **given)
-                yield _fit(context, mlp, pairs, replace(recipe, seed=recipe.seed + mlp.layer), shares)
+                yield _fit(context, mlp, pairs, replace(recipe, seed=recipe.seed + mlp.layer), job.shares)
 
 
 def _fit(
     context: Context, mlp: MLP, pairs: Activations, recipe: Recipe, shares: list[float]
 ) -> dict[str, Any]:
     spec = context.config.spec_for(mlp.hidden_size, mlp.params)
+    assert context.amounts is not None
+    own = [replace(chains, recipe=recipe) for chains in context.amounts.chains]
+    amounts = replace(context.amounts, chains=own)
     seen = DLRNet(spec, dtype=torch.float32)
     curve: list[dict[str, float]] = []
     watching = 0.0
@@ -152,7 +175,7 @@ def _fit(
         **asdict(recipe),
         **fidelity.to_dict(),
         "seconds": seconds,
-        "flops": FLOPS * spec.params * recipe.train_tokens,
+        "flops": module_flops(amounts, mlp.module),
         "tokens": context.train_rows,
         "curve": curve,
         "attacks": [attack.to_dict() for attack in attacks],
@@ -161,150 +184,17 @@ def _fit(
     }
 
 
-def model(options: argparse.Namespace, progress: Steps) -> Iterator[dict[str, Any]]:
-    """A row for each way across the layers, and one more after the end-to-end phase."""
-    for across in options.across.split(","):
-        yield from _whole(options, progress, across, lambda locked, original, text: {})
-
-
-def sentences(options: argparse.Namespace, progress: Steps) -> Iterator[dict[str, Any]]:
-    """As `model`, with the embeddings of sentences: mean cosine of locked and original, and Spearman's correlation
-    of all pairs' similarities."""
-    lines = [line for line in options.sentences.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if len(lines) < 3:
-        raise DLRError(f"{options.sentences} has {len(lines)} lines: give sentences, one a line")
-
-    def figures(locked: Any, original: Any, tokenizer: Any) -> dict[str, Any]:
-        ours, theirs = (embed(m, tokenizer, lines) for m in (locked, original))
-        cosines = (ours * theirs).sum(1)
-        return {
-            "sentences": len(lines),
-            "embedding_cosine": cosines.mean().item(),
-            "worst_cosine": cosines.min().item(),
-            "spearman": spearman(*((e @ e.T)[_pairs(len(lines))] for e in (ours, theirs))),
-        }
-
-    yield from _whole(options, progress, options.across, figures)
-
-
-def embed(model: Any, tokenizer: Any, lines: list[str]) -> Tensor:
-    """[N, d] float32 of length 1: the mean of the last hidden states over a sentence's tokens."""
-    parts = []
-    for begin in range(0, len(lines), 64):
-        batch = tokenizer(lines[begin : begin + 64], padding=True, truncation=True, return_tensors="pt")
-        batch = batch.to(model.device)
-        with frozen(model):
-            states = model(**batch)[0].float()
-        there = batch["attention_mask"][..., None].float()
-        mean = (states * there).sum(1) / there.sum(1)
-        parts.append(torch.nn.functional.normalize(mean, dim=1).cpu())
-    return torch.cat(parts)
-
-
-def spearman(a: Tensor, b: Tensor) -> float:
-    """Spearman's rank correlation of two samples [N]; ties in the order they come."""
-    ranks = [np.argsort(np.argsort(t.numpy(), kind="stable"), kind="stable") for t in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
-
-
-def _pairs(count: int) -> tuple[Tensor, Tensor]:
-    rows, columns = torch.triu_indices(count, count, 1)
-    return rows, columns
-
-
-def _whole(options: argparse.Namespace, progress: Steps, across: str, more: Any) -> Iterator[dict[str, Any]]:
-    train_tokens = numbers(options.train_tokens)
-    if len(train_tokens) > 1:
-        raise DLRError(f"--train-tokens {options.train_tokens}: only the study of modules takes several")
-    shares = _shares(options.redistill)
-    chosen = replace(_options(options), train_tokens=train_tokens[0], across=across, redistill=0.0).resolved()
-    with _context(options, chosen, progress) as context:
-        started = time.monotonic()
-        done = distill_modules(context)
-        done.chains = {
-            name: copy.deepcopy(net) for name, net in done.chains.items()
-        }  # before the folder goes
-    model, text = context.model, context.text
-
-    def row(phase: str, chains: dict[str, DLRNet]) -> dict[str, Any]:
-        seconds = time.monotonic() - started
-        locked = with_chains(model, chains, context.identity)
-        return {
-            "phase": phase,
-            "across": done.across,
-            "layers": len(context.mlps),
-            "seconds": seconds,
-            **compare(locked, model, text.heldout).to_dict(),
-            **more(locked, model, context.source.tokenizer),
-            "gaps": flatten_gaps(locked, chains, text.heldout),
-            "students": {
-                f"{share:g}": compare(students, model, text.heldout).to_dict()
-                for share in shares
-                for students in [_redistilled(context, locked, chains, round(share * train_tokens[0]))]
-            },
-        }
-
-    yield row("modules", done.chains) | {"modules": [r.to_dict() for r in done.reports]}
-    if chosen.end_to_end:
-        started = time.monotonic()
-        losses: list[tuple[int, float]] = []
-        chains = train_end_to_end(
-            model,
-            done.chains,
-            context.identity,
-            text.train,
-            EndToEndPlan(chosen.end_to_end, seed=chosen.seed),
-            progress=context.count("end-to-end phase"),
-            watch=lambda train_tokens, loss: losses.append((train_tokens, loss)),
-        )
-        yield row("end_to_end", chains) | {"train_tokens": chosen.end_to_end, "curve": losses}
-
-
-def _redistilled(context: Context, locked: Any, chains: dict[str, DLRNet], train_tokens: int) -> Any:
-    """The locked model with every chain distilled back, on the activations that it gets there."""
-    students = {}
-    own = capture(
-        locked,
-        context.mlps,
-        context.tokens,
-        max_memory=int(context.config.max_memory or 0),
-        scratch=context.scratch,
-        progress=context.count("activations of the locked model"),
-    )
-    for mlp, pairs in own:
-        students[mlp.module] = fit_student(
-            chains[mlp.module].float(),
-            pairs,
-            context.train_rows,
-            train_tokens=max(1, train_tokens),
-            init="linear",
-            seed=context.config.seed + mlp.layer,
-            name=mlp.module,
-            device=context.device,
-            progress=context.count(f"redistilling layer {mlp.layer}, {train_tokens:,} training tokens"),
-        )
-    return with_chains(locked, students, [])
-
-
-_STUDIES = {"modules": modules, "model": model, "sentences": sentences}
+_STUDIES: dict[str, Callable[[Job], Iterator[dict[str, Any]]]] = {
+    "modules": modules,
+    "model": model,
+    "sentences": sentences,
+}
 
 
 def _options(options: argparse.Namespace) -> ConversionConfig:
     given = {name: value for name in _OF_CONVERSION if (value := getattr(options, name, None)) is not None}
-    return ConversionConfig(**given, data=str(options.data)).resolved()
-
-
-@contextmanager
-def _context(options: argparse.Namespace, chosen: ConversionConfig, progress: Steps) -> Iterator[Context]:
-    """The conversion that is studied: weights in float32, and nothing kept."""
-    device = torch.device(str(chosen.device))
-    source = open_source(options.model, dtype=compute_dtype(device), device=device)
-    text = calibration_text(source, chosen, progress)
-    mlps = select_layers(find_mlps(source.model), chosen.layers)
-    with TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        resume = ResumeStore(scratch / "kept", {})
-        yield Context(source, mlps, text, chosen, torch.float32, resume, scratch, progress)
+    given |= {"data": str(options.data), "train_tokens": numbers(options.train_tokens)[0], "redistill": 0.0}
+    return ConversionConfig(**given).resolved()
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
@@ -319,21 +209,47 @@ def _show(rows: list[dict[str, Any]]) -> None:
 
 
 def _plot(document: dict[str, Any], path: Path) -> Path | None:
-    """Error against training tokens, a line a fit, on logarithmic axes; None without matplotlib."""
+    """The document's curves, on logarithmic axes; None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.subplots()
-    for row in document["rows"]:
-        line = [(point["train_tokens"], point["rel_error"]) for point in row["curve"]]
-        label = f"layer {row['layer']}, {row['train_tokens']:,} training tokens, gap {row['flatten_gap']:.2f}"
-        axes.loglog(*zip(*line, strict=True), marker=".", label=label)
-    axes.set(xlabel="training tokens", ylabel="relative error on held-out tokens", title=document["device"])
-    axes.legend(fontsize="small")
+    panels = _of_modules(document["rows"]) if document["study"] == "modules" else _of_models(document["rows"])
+    figure = Figure(figsize=(7 * len(panels), 5), layout="constrained")
+    figure.suptitle(document["device"])
+    for number, ((x, y), lines) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(1, len(panels), number)
+        for label, points in lines.items():
+            axes.loglog(*zip(*points, strict=True), marker=".", label=label)
+        axes.set(xlabel=x, ylabel=y)
+        axes.legend(fontsize="small")
     write_whole(path, partial(figure.savefig, format="png", dpi=120))
     return path
+
+
+def _of_modules(rows: list[dict[str, Any]]) -> Panels:
+    """Error against training tokens, a line a fit."""
+    lines = {
+        f"layer {row['layer']}, {row['train_tokens']:,} training tokens, gap {row['flatten_gap']:.2f}": [
+            (point["train_tokens"], point["rel_error"]) for point in row["curve"]
+        ]
+        for row in rows
+    }
+    return {("training tokens", "relative error on held-out tokens"): lines}
+
+
+def _of_models(rows: list[dict[str, Any]]) -> Panels:
+    """KL, or the error of hidden states, against minutes and FLOPs; a line a conversion, from its fits through the
+    looks at the end-to-end phase to its end."""
+    panels: Panels = {}
+    for row in rows:
+        label = f"{row['across']}, {row['train_tokens']:,} training tokens a module"
+        for point in (*row.get("looks", ()), row):
+            y = next(name for name in ("kl", "state_error") if name in point)
+            for x, value in {"minutes": point["seconds"] / 60, "FLOPs": point["flops"]}.items():
+                line = panels.setdefault((x, _DISTANCES[y]), {}).setdefault(label, [])
+                line.append((value, point[y]))
+    return panels
 
 
 def _shares(text: str) -> list[float]:
@@ -356,33 +272,33 @@ def _parser() -> argparse.ArgumentParser:
         ("model", "lock layers and measure the whole model"),
         ("sentences", "lock a sentence encoder and compare embeddings"),
     ):
-        study = studies.add_parser(name, help=about)
-        study.add_argument("model", help="a transformers directory, a hub id or a .gguf file")
-        study.add_argument("--data", required=True, help="calibration text, as `dlr-lock convert` takes it")
-        study.add_argument("--train-tokens", default="409600", help="training tokens of a module")
+        made = studies.add_parser(name, help=about)
+        made.add_argument("model", help="a transformers directory, a hub id or a .gguf file")
+        made.add_argument("--data", required=True, help="calibration text, as `dlr-lock convert` takes it")
+        made.add_argument("--train-tokens", default="409600", help="of a module; a list for several fits")
         for option in _OF_CONVERSION:
             if option != "end_to_end":
                 kinds = get_type_hints(ConversionConfig)[option]
                 kind = next(kind for kind in (int, float, str) if kind in (kinds, *get_args(kinds)))
                 words = help_of(ConversionConfig, option).replace("%", "%%")  # argparse fills in its own
-                study.add_argument(flag(option), type=kind, help=words)
-        study.add_argument(
+                made.add_argument(flag(option), type=kind, help=words)
+        made.add_argument(
             "--out", type=Path, help="folder of the files, instead of one a device under results"
         )
-        study.add_argument(
+        made.add_argument(
             "--redistill", default="", help="training tokens of attacks, as shares of the fit's: 0.25,1"
         )
         if name == "modules":
             for option in _OF_RECIPE:
-                study.add_argument(flag(option), type=float, help="of the recipe, see Recipe")
+                made.add_argument(flag(option), type=float, help="of the recipe, see Recipe")
         else:
             both = "independent,sequential"
-            study.add_argument("--across", default=both if name == "model" else "sequential")
-            study.add_argument(
+            made.add_argument("--across", default=both if name == "model" else "sequential")
+            made.add_argument(
                 "--end-to-end", type=int, default=0, help="training tokens of the end-to-end phase"
             )
         if name == "sentences":
-            study.add_argument("--sentences", type=Path, required=True, help="a file, one sentence a line")
+            made.add_argument("--sentences", type=Path, required=True, help="a file, one sentence a line")
     return parser
 
 

@@ -63,7 +63,6 @@ _SIZES = (
     "hidden",
     "intermediate",
     "layers",
-    "of_layers",
     "lanes",
     "depth",
     "rank",

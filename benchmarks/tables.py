@@ -1,11 +1,12 @@
 """Results as Markdown: a table a kind, short enough for a README. A row whose gate is red shows its error, no time."""
 
+import math
 from collections.abc import Callable, Sequence
-from math import inf
 from typing import Any
 
 import torch
 
+from dlr_lock.convert.config import EFFORTS
 from dlr_lock.microbench.bench import cases_of
 from dlr_lock.microbench.explain import explain
 from dlr_lock.reporting import Table, grouped, headings
@@ -68,7 +69,7 @@ def kernels(document: Row) -> list[str]:
         kernel_cases(document), lambda c: tuple(c[2][n] for n in ("hidden", "intermediate", "tokens"))
     )
     for cases in of_size.values():
-        ranked = sorted(cases, key=lambda case: over(case[2], case[0]) or inf)
+        ranked = sorted(cases, key=lambda case: over(case[2], case[0]) or math.inf)
         for dense, naive, ours in ranked if len(ranked) == 1 else (ranked[0], ranked[-1]):
             lines.append((
                 f"{ours['hidden']} x {ours['intermediate']}", chain_name(ours), f"{ours['tokens']:,}", _us(dense),
@@ -173,17 +174,49 @@ def training(document: Row) -> list[str]:
 
 
 def conversion(document: Row) -> list[str]:
-    """A line a conversion."""
+    """A line a point of the curve, and where it would go on to."""
+    rows = document["rows"]
     lines = [
         (
-            row["model"], f"{row['layers']} of {row['of_layers']}", f"{row['train_tokens']:,}",
-            f"{row['seconds']:,.0f}", f"{cell(row['original_loss'], '.3f')} to {cell(row['loss'], '.3f')}",
+            f"{row['train_tokens']:,}", f"{row['end_to_end']:,}", f"{row['seconds']:,.0f}",
+            f"{row['flops'] / 1e15:.3g}", f"{cell(row['original_loss'], '.3f')} to {cell(row['loss'], '.3f')}",
             cell(row["kl"], ".3f"), cell(row["flips"], ".0%"), cell(row["smallest_gap"], ".2f"),
         )
-        for row in document["rows"]
+        for row in rows
     ]  # fmt: skip
-    columns = "model | layers | training tokens of a module | seconds | loss | KL | flips | smallest gap"
-    return head(document, f"Conversion on {document['rows'][0]['text']}", columns, lines)
+    columns = "training tokens of a module | end to end | seconds | PFLOP | loss | KL | flips | smallest gap"
+    what = (
+        f"All {rows[0]['layers']} layers of {rows[0]['model']} locked at ascending cost, on {rows[0]['text']}"
+    )
+    ends = [
+        line
+        for name in ("train_tokens", "end_to_end")
+        if (
+            line := _goes_on([row for row in rows if bool(row["end_to_end"]) == (name == "end_to_end")], name)
+        )
+    ]
+    return head(document, what, columns, lines) + ([" ".join(ends), ""] if ends else [])
+
+
+def _goes_on(rows: list[Row], name: str) -> str | None:
+    """Where the longest fits, or the longest end-to-end phase, of a GPU's efforts would end; None where that was
+    measured, and where two points do not tell."""
+    rows = (
+        [row for row in rows if row["train_tokens"] == rows[-1]["train_tokens"]]
+        if name == "end_to_end"
+        else rows
+    )
+    effort = EFFORTS["standard" if name == "train_tokens" else "best"].on(torch.device("cuda"))
+    most = getattr(effort, name)
+    if len(rows) < 2 or rows[-1][name] >= most or not (rows[-1]["kl"] and rows[-2]["kl"]):
+        return None
+    before, last = rows[-2:]
+    slope = math.log(last["kl"] / before["kl"]) / math.log(last[name] / before[name])
+    kl = last["kl"] * (most / last[name]) ** slope
+    what = "Fits of" if name == "train_tokens" else "An end-to-end phase of"
+    return (
+        f"{what} {most:,} training tokens would end at a KL of {kl:.3f} by the last two points: not measured."
+    )
 
 
 def tests(document: Row) -> list[str]:

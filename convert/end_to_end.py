@@ -125,7 +125,7 @@ def train_end_to_end(
     plan: EndToEndPlan,
     *,
     progress: Count = no_count,
-    watch: Callable[[int, float], None] | None = None,
+    watch: Callable[[int, float, PreTrainedModel], None] | None = None,
     log: Log = lambda trained, figures: None,
     ranks: Ranks = ALONE,
     micro: MicroBatch | None = None,
@@ -139,7 +139,7 @@ def train_end_to_end(
         tokens: [S, n] int64, the text.
         plan: How long and how fast.
         progress: Called with (training tokens done, in all).
-        watch: Called after every batch with (training tokens done, its loss).
+        watch: Called after every batch with (training tokens done, its loss, the locked model as it is by then).
         log: Called as often with (training tokens done, figures by name): the loss, the rate and tokens a second.
         ranks: The processes that do this together, each with its part of every step's sequences.
         micro: How many sequences the device takes at once; None to learn it here.
@@ -206,7 +206,7 @@ def train_end_to_end(
         trained = (step + 1) * parts * at_once * n
         progress(min(trained, plan.train_tokens), plan.train_tokens)
         if watch is not None:
-            watch(trained, total)
+            watch(trained, total, student)
         speed = parts * at_once * n / max(time.monotonic() - began, 1e-9)
         rate = plan.peak * share
         log(trained, {"training_loss": total, "learning_rate": rate, "tokens_per_second": speed})

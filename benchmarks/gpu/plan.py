@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-# Minutes that a stage may take at most, in the order in which a short visit should spend them.
+# Minutes that a stage may take at most if it is not named alone, in the order in which a short visit should spend them.
 STAGES = {
     "machine": 2.0,  # device, versions, rates that all else is judged by
     "tests": 6.0,  # correct before fast
@@ -22,7 +22,7 @@ ABOUT = {
     "kernels": "every MLP shape, chain and token count, with the error gate",
     "speed": "the same models by `bench model`: transformers' generate, and vLLM where it is installed",
     "training": "a training step of whole models against an inference pass, by every strategy",
-    "conversion": "a model locked, with loss, KL and flips",
+    "conversion": "all layers of a model locked at ascending cost: loss, KL and flips as a curve",
     "profiles": "where the time of the worst row of the kernels and of the models goes",
     "moretests": "the other tests of kernels and benchmark",
 }
@@ -49,7 +49,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, help="folder of the files, instead of the device's under results")
     made.add_argument("--again", action="store_true", help="measure finished stages once more")
     made.add_argument("--smoke", action="store_true", help="the same stages on a CPU at tiny sizes")
-    made.add_argument("--model", type=Path, help="to convert: a transformers directory or a .gguf file")
+    made.add_argument("--model", type=Path, help="to convert, instead of SmolLM2: a folder or a .gguf file")
     made.add_argument("--data", type=Path, help="calibration text of the conversion")
     return made
 

@@ -106,24 +106,29 @@ class TrainingRow:
 
 @dataclass(slots=True)
 class ConversionRow:
-    """One conversion. random: weights drawn, not trained, so that its fidelity says little about a real model."""
+    """A point of the curve of a model whose layers are all locked. random: weights drawn, not trained, so that its
+    fidelity says little about a real model.
+
+    seconds and flops are of all that led to the chains, without measuring; flops as `dlr-lock plan` reckons them.
+    smallest_gap: of the flatten gaps over |chain|^2, on the locked model's own activations.
+    """
 
     name: str
     model: str
     random: bool
     text: str
     layers: int
-    of_layers: int
-    tokens: int
+    tokens: int  # of text, to train on
     train_tokens: int  # a module
+    end_to_end: int  # training tokens of all chains together
     seconds: float
+    flops: float
     original_loss: float | None
     loss: float | None
     kl: float | None
     flips: float | None
     smallest_gap: float | None
-    largest_rel_error: float | None
-    train_tokens_per_s: float  # of the distillation alone
+    largest_rel_error: float | None  # of the fits
     error_message: str | None = None
 
 

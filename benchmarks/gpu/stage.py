@@ -85,6 +85,11 @@ class Record:
         self._path = target(self.document, stage, self.out)
 
     @property
+    def name(self) -> str:
+        """Of the file, without its suffix."""
+        return self._path.stem
+
+    @property
     def rows(self) -> list[dict[str, Any]]:
         return self.document["rows"]
 

@@ -138,6 +138,11 @@ def module_flops(a: Amounts, module: str) -> float:
     return _distilling(a, chains).flops + _redistilling(a, chains).flops
 
 
+def chain_flops(a: Amounts) -> float:
+    """What chains take: activations, fits and the end-to-end phase, without text, attacks, files and measuring."""
+    return sum(p.flops for p in (_activations(a, a.subject.mlps), _distilling(a, a.chains), _end_to_end(a)))
+
+
 def _with(phase: Phase, *parts: Mapping[str, float]) -> Phase:
     """The phase with more bytes held, by place."""
     return replace(
@@ -287,7 +292,7 @@ def _end_to_end(a: Amounts) -> Phase:
     )
     return Phase(
         "end-to-end",
-        wide=tokens * step + 2 * a.held * (a.locked_flops + 4 * chains),
+        wide=tokens * step,
         words=3 * tokens * a.subject.vocabulary,
         disk=a.subject.disk + a.chain_bytes,
         **_place(a, 16 * chains + 2 * a.logit_bytes + 24.0 * at_once * a.hidden * a.layers + kept),
@@ -307,9 +312,11 @@ def _looks(a: Amounts) -> int:
 
 
 def _measuring(a: Amounts) -> Phase:
+    chains = sum(c.params for c in a.chains if c.count == 1)
+    gaps = (_looks(a) - 1) * a.held * (a.locked_flops + 4 * chains)  # before and after the end-to-end phase
     return Phase(
         "measuring",
-        wide=_looks(a) * a.held * (a.pass_flops + a.locked_flops),
+        wide=_looks(a) * a.held * (a.pass_flops + a.locked_flops) + gaps,
         words=_looks(a) * 2.0 * a.held * a.subject.vocabulary,
         disk=a.subject.disk + a.chain_bytes + a.checkpoint_bytes,
         **_place(a, a.logit_bytes),

@@ -20,15 +20,16 @@ from ...common.side_files import carry_over
 from ...common.version import __version__
 from ..config import ConversionConfig
 from ..context import Context
-from ..data import calibration_text, digest
+from ..data import CalibrationText, calibration_text, digest
 from ..experts.routing import Mixture
 from ..mlp_discovery import automatic, check_dense, find_mlps, stand_ins, unknown_mixtures
+from ..mlp_matching import MLP
 from ..outlook.amounts import reckoned
 from ..outlook.checks import check_choices
 from ..outlook.foretelling import foretell
 from ..outlook.phases import to_come
 from ..parallel.ranks import Ranks
-from ..source import compute_dtype, open_source, unplaced_tensors, weight_files
+from ..source import Source, compute_dtype, open_source, unplaced_tensors, weight_files
 from ..writing import write_words
 
 
@@ -88,25 +89,7 @@ def prepared(
             f"{len(text.train)} sequences of calibration text are fewer than the {ranks.size} processes: give more "
             "--tokens, or start fewer"
         )
-    # All that the modules of a conversion depend on; a module made with other facts is not reused.
-    free = (
-        "device", "max_memory", "end_to_end", "data", "heldout", "layers", "dtype", "effort", "temperature",
-        "redistill",
-    )  # fmt: skip
-    chosen = {name: value for name, value in config.to_dict().items() if name not in free}
-    if any(isinstance(mlp, Mixture) for mlp in mlps):
-        chosen["redistill"] = config.redistill  # a mixture's attack comes with its fit
-    facts = chosen | {
-        "recipe": [
-            {name: value for name, value in asdict(config.recipe(gated=gated)).items() if name not in chosen}
-            for gated in (False, True)
-        ],
-        "source": original.fingerprint,
-        "layers": config.layers if automatic(config.layers) else [mlp.module for mlp in mlps],
-        "text": digest(text.train, text.heldout),
-        "dtype": dtype_name(stored),
-        "program": __version__,
-    }
+    facts = facts_of(original, mlps, text, config, stored)
     if len({json.dumps(other, sort_keys=True, default=str) for other in ranks.gathered(facts)}) > 1:
         raise DLRError(
             "the processes of this run do not convert the same model by the same choices: give all of them the same "
@@ -122,6 +105,30 @@ def prepared(
     if note := unplaced_tensors(original, replaced)[1]:
         context.notes.append(note)
     return context, len(every) + len(unknown_mixtures(original.model, every))
+
+
+def facts_of(
+    original: Source, mlps: list[MLP], text: CalibrationText, config: ConversionConfig, stored: torch.dtype
+) -> dict[str, Any]:
+    """All that the modules of a conversion depend on; a module made with other facts is not reused."""
+    free = (
+        "device", "max_memory", "end_to_end", "data", "heldout", "layers", "dtype", "effort", "temperature",
+        "redistill",
+    )  # fmt: skip
+    chosen = {name: value for name, value in config.to_dict().items() if name not in free}
+    if any(isinstance(mlp, Mixture) for mlp in mlps):
+        chosen["redistill"] = config.redistill  # a mixture's attack comes with its fit
+    return chosen | {
+        "recipe": [
+            {name: value for name, value in asdict(config.recipe(gated=gated)).items() if name not in chosen}
+            for gated in (False, True)
+        ],
+        "source": original.fingerprint,
+        "layers": config.layers if automatic(config.layers) else [mlp.module for mlp in mlps],
+        "text": digest(text.train, text.heldout),
+        "dtype": dtype_name(stored),
+        "program": __version__,
+    }
 
 
 def _room(config: ConversionConfig, device: torch.device) -> int:

@@ -9,13 +9,15 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from venv import EnvBuilder
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import save_tiny, tiny_model
 
+from dlr_lock.convert.data import english_topics
 from dlr_lock.microbench.slot import CPU_PROVIDERS
 from dlr_lock.triton_kernels import op
 
@@ -107,11 +109,13 @@ def test_the_rows_say_what_was_measured(smoke: tuple[str, Path]) -> None:
         plain, inference = strategies[side, "plain"], strategies[side, "inference"]
         assert plain["step_s"] > plain["backward_s"] > 0 and inference["step_s"] > 0
         assert plain["gradient_error"] == 0 and (inference["error"] is None) == (side == "original")
-    one, all_layers = rows["conversion"]
-    assert (
-        one["random"] and one["model"].startswith("random weights") and one["text"] == "Python's help topics"
-    )
-    assert (one["layers"], all_layers["layers"]) == (1, 2) and all_layers["kl"] > one["kl"] > 0
+    short, long, together = rows["conversion"]
+    assert short["random"] and short["model"].startswith("random weights")
+    assert all(row["layers"] == 2 and row["text"] == "Python's help topics" for row in rows["conversion"])
+    assert (short["train_tokens"], long["train_tokens"], together["train_tokens"]) == (1024, 4096, 4096)
+    assert (short["end_to_end"], long["end_to_end"], together["end_to_end"]) == (0, 0, 1024)
+    assert short["kl"] > long["kl"] > together["kl"] > 0 and together["smallest_gap"] > 0
+    assert together["seconds"] > long["seconds"] and together["flops"] > long["flops"] > short["flops"]
     profiled = {row["of"] for row in rows["profiles"]}
     assert len(profiled) == 2 and all(row["us"] >= 0 for row in rows["profiles"])
 
@@ -312,7 +316,7 @@ def test_a_command_that_is_terminated_ends_its_stage(tmp_path: Path) -> None:
     )  # fmt: skip
     try:
         assert run.stdout is not None
-        assert any(line.startswith("conversion: one layer") for line in run.stdout)
+        assert any(line.startswith("conversion: fits 1024") for line in run.stdout)
         run.terminate()
         run.stdout.read()  # ends with the last process that has it
         assert run.wait(20) == 143
@@ -413,14 +417,63 @@ def test_counts_of_pytest() -> None:
     assert rows == {"tests/a.py": (1, 0, 1), "tests/b.py": (0, 2, 0), "tests/c.py": (0, 1, 0)}
 
 
-def test_a_conversion_is_planned_by_the_speed_of_the_first_layer() -> None:
-    planned = importlib.import_module("benchmarks.gpu.conversion").plan
-    layers, train_tokens = planned(30, 1e6, 5.0, 200.0)
-    assert layers == 30 and 4.0e6 < train_tokens < 4.1e6  # 6.5 s a layer, 2.4 of them no distillation
-    assert planned(30, 1e6, 5.0, 5000.0) == (30, 8_192_000)  # as much as a GPU's standard
-    layers, train_tokens = planned(30, 1e4, 15.0, 200.0)
-    assert layers == 15 and 102_400 <= train_tokens < 110_000  # fewer layers rather than fewer train_tokens
-    assert planned(30, 1e4, 15.0, 10.0) == (0, 0)
+def test_a_conversion_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a given model; the modules of the longest fits are there for the end-to-end phase of the next visit."""
+    conversion = importlib.import_module("benchmarks.gpu.conversion")
+    monkeypatch.setattr(conversion, "ROOT", tmp_path)
+    text = tmp_path / "topics.txt"
+    text.write_text(english_topics()[:40_000], encoding="utf-8")
+    given = ["--model", str(save_tiny("llama", tmp_path / "source")), "--data", str(text)]
+    options = plan.parser("test").parse_args([*given, "--out", str(tmp_path / "out")])
+
+    def left(record: Any) -> float:  # a clock that does not depend on what else the machine does
+        begun = record.document["begun"] or {}
+        return 0.0 if begun.get("key") == {"name": "end to end 1000000000"} else 1000.0
+
+    monkeypatch.setattr(stage.Record, "left", left)
+
+    def visit(end_to_end: int) -> dict[str, Any]:
+        curve = [conversion.Point(1024, 0), conversion.Point(2048, 0), conversion.Point(None, end_to_end)]
+        monkeypatch.setattr(conversion, "points", lambda device, smoke: curve)
+        assert stage.run("conversion", options, torch.device("cpu"), 0.0) == 0
+        (path,) = (tmp_path / "out").glob("*.json")
+        return schema.load(path)
+
+    cut = visit(10**9)
+    assert cut["stopped"] == "after 2 of 3: the limit of time" and not cut["finished"]
+    assert [(row["train_tokens"], row["random"], row["model"], row["text"]) for row in cut["rows"]] == [
+        (1024, False, "source", "topics.txt"), (2048, False, "source", "topics.txt")
+    ]  # fmt: skip
+    (kept,) = (tmp_path / "build" / "gpu").iterdir()  # those of the longest fits alone
+    modules = [path for path in kept.glob("*.json") if len(path.stem) == 16]
+    assert kept.name.endswith("-2048.partial") and len(modules) == 2
+    figures = json.loads(modules[0].read_text())
+    figures["rel_error"] = 9.5
+    modules[0].write_text(json.dumps(figures))
+    whole = visit(512)
+    assert whole["finished"] and whole["rows"][:2] == cut["rows"]
+    last = whole["rows"][2]
+    assert (last["train_tokens"], last["end_to_end"], last["largest_rel_error"]) == (2048, 512, 9.5)
+    assert not list((tmp_path / "build" / "gpu").iterdir())
+
+
+def test_points_of_a_conversion_that_do_not_fit_are_left_out() -> None:
+    conversion = importlib.import_module("benchmarks.gpu.conversion")
+    curve = conversion.points(torch.device("cuda"), smoke=False)
+    fits = [point.train_tokens for point in curve if not point.end_to_end]
+    assert fits == [102_400, 409_600, 1_638_400, 8_192_000]  # 20 times standard's on a CPU
+    assert [point.end_to_end for point in curve[4:]] == [65_536, 262_144, 1_048_576, 4_194_304, 16_777_216]
+
+    def left(job: Any, seconds: float, *rows: dict[str, Any]) -> bool:
+        record = SimpleNamespace(rows=list(rows), left=lambda: seconds)
+        return conversion._fits_in(job, record, 300.0)
+
+    first = {"train_tokens": 102_400, "end_to_end": 0, "seconds": 30.0}
+    assert left(curve[0], 10.0) and not left(curve[4], 10.0)  # nothing to train together
+    assert left(curve[1], 221.0, first) and not left(curve[1], 219.0, first)  # 120 s, and 100 for the phase
+    together = {"train_tokens": 102_400, "end_to_end": 65_536, "seconds": 40.0}
+    assert left(curve[4], 1.0, first)
+    assert left(curve[5], 45.0, first, together) and not left(curve[5], 44.0, first, together)
 
 
 def test_a_decoded_token_is_that_of_the_whole_text() -> None:

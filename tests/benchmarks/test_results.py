@@ -329,6 +329,11 @@ def test_files_of_several_engines_become_one() -> None:
 
 def test_every_kind_of_a_gpu_run_has_its_table(tmp_path: Path) -> None:
     step = {"model": "1B", "lanes": 8, "depth": 48, "rank": 32, "tokens": 4096, "dtype": "bfloat16"}
+    point = {
+        "model": "SmolLM2", "random": False, "text": "wiki.txt", "layers": 30, "tokens": 10**6, "end_to_end": 0,
+        "seconds": 120.5, "flops": 1.5e15, "original_loss": 3.0, "loss": 3.2, "flips": 0.18, "smallest_gap": 0.8,
+        "largest_rel_error": 0.2,
+    }  # fmt: skip
     documents = {
         "machine": [{"fact": "copy, read and written", "value": 4301.5, "unit": "GB/s"}],
         "tests": [{"file": "tests/a.py", "passed": 90, "failed": 1, "skipped": 2, "failures": ["FAILED"]}],
@@ -343,12 +348,9 @@ def test_every_kind_of_a_gpu_run_has_its_table(tmp_path: Path) -> None:
             step | {"side": "locked", "strategy": "inversion", "accurate": True, "step_s": 1.2, "peak_bytes": 10**9},
         ],
         "conversion": [
-            {
-                "name": "one layer", "model": "SmolLM2", "random": False, "text": "wiki.txt", "layers": 6,
-                "of_layers": 30, "tokens": 10**6, "train_tokens": 8 * 10**6, "seconds": 120.5, "original_loss": 3.0,
-                "loss": 3.2, "kl": 0.21, "flips": 0.18, "smallest_gap": 0.8, "largest_rel_error": 0.2,
-                "train_tokens_per_s": 1e6,
-            }
+            point | {"name": "1", "train_tokens": 102_400, "kl": 0.8},
+            point | {"name": "2", "train_tokens": 409_600, "kl": 0.4},
+            point | {"name": "3", "train_tokens": 409_600, "kl": 0.3, "end_to_end": 65_536},
         ],
     }  # fmt: skip
     for kind, rows in documents.items():
@@ -359,9 +361,12 @@ def test_every_kind_of_a_gpu_run_has_its_table(tmp_path: Path) -> None:
         "90 passed, 1 failed, 2 skipped",
         "| 1B | 8x48x32 | decode, 1 | 800 | 1,000 | 1.25 | 1,250 | 4e-03 |",
         "| 1B | locked | 100.0 | 25.0, 80.0 GB | 12.0, 1.0 GB | inversion |",
-        "| SmolLM2 | 6 of 30 | 8,000,000 | 120 | 3.000 to 3.200 | 0.210 | 18% | 0.80 |",
+        "All 30 layers of SmolLM2 locked at ascending cost, on wiki.txt",
+        "| 409,600 | 65,536 | 120 | 1.5 | 3.000 to 3.200 | 0.300 | 18% | 0.80 |",
+        "Fits of 8,192,000 training tokens would end at a KL of 0.089 by the last two points: not measured.",
     ):
         assert wanted in text
+    assert "end-to-end phase of" not in text  # one point has no slope
 
 
 def test_a_device_has_a_plot_of_what_is_accurate(tmp_path: Path) -> None:
