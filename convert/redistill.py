@@ -193,8 +193,7 @@ def fit_student(
         else:
             start = flattened(net)
         spec, given = start.spec, start.state_dict()
-    batch = min(BATCH, train_tokens)
-    recipe = Recipe(train_tokens, batch, "random", seed, rate=_RATES[init], scale=1.0, lr_multiplier_b=1.0)
+    recipe = student_recipe(train_tokens, init, seed)
     tensors = distill(
         activations,
         tokens,
@@ -210,6 +209,12 @@ def fit_student(
     student = DLRNet(spec, dtype=torch.float32)
     student.assign(tensors)
     return student
+
+
+def student_recipe(train_tokens: int, init: str, seed: int = 0) -> Recipe:
+    """How a student is fitted, for so many training tokens from one of `INITS`."""
+    batch = min(BATCH, train_tokens)
+    return Recipe(train_tokens, batch, "random", seed, rate=_RATES[init], scale=1.0, lr_multiplier_b=1.0)
 
 
 def half_of(chain: DLRSpec) -> int:
