@@ -163,6 +163,25 @@ def test_the_mixed_start_reads_nothing_of_pruned_units_and_keeps_random_rows_ins
     assert ((start @ span.T @ span - start).norm(dim=1) < 1e-4).sum() == 8  # 4 sums, 4 differences
 
 
+@pytest.mark.parametrize(
+    ("hidden", "depth", "rank", "rows"),
+    [
+        (576, 12, 192, 64),
+        (576, 1, 2304, None),
+        (576, 1, 1536, None),
+        (4096, 1, 21312, 64),
+        (4096, 1, 14336, 64),
+    ],
+)
+def test_one_wide_step_is_orthogonalised_whole_where_that_is_not_far_dearer_than_the_passes(
+    hidden: int, depth: int, rank: int, rows: int | None
+) -> None:
+    """A chain and its flat and random students, of SmolLM2 and of an 8B model."""
+    weights = {"dlr_A": torch.empty(1, depth, rank, hidden, device="meta")}
+    (group,) = distill_module.muon_groups(weights, Recipe(1024, 256), None)
+    assert group["rows"] == rows
+
+
 def test_b_moves_twice_as_fast_as_a_and_both_decay() -> None:
     weights = random_init(SPEC, torch.Generator())
     recipe = Recipe(1024, 128, rate=0.01, weight_decay=0.125)
