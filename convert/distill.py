@@ -41,8 +41,8 @@ _FEW = 16.0  # times the median |y|^2, from which a token is none of the usual o
 PRECONDITIONER_TOKENS = 40_000
 # Rows that Muon orthogonalises at once. On 1x12x192 whole steps fit 1.2% better at equal training tokens and take 1.5
 # times the FLOPs; spent on training tokens these are worth 5%. A student of one wide step keeps whole matrices (in
-# blocks SmolLM2's fits worse, docs/experiments/lock-strength.md) unless these take over eight times the FLOPs of the passes: with 576 features
-# it is 3.9 and 5.2 times, flat and at random, with 4096 24 and 30.
+# blocks SmolLM2's fits worse, docs/experiments/lock-strength.md) unless these take over eight times the FLOPs of the
+# passes: with 576 features it is 3.9 and 5.2 times, flat and at random, with 4096 24 and 30.
 MUON_ROWS = 64
 _WHOLE = 8
 
