@@ -28,7 +28,7 @@ from .activations import Activations
 from .config import Recipe
 from .evaluate import size_of
 from .mlp_matching import TeacherWeights
-from .muon import Muon
+from .muon import Muon, orthogonalising_flops
 
 _RESTARTS = 2  # of a fit that diverges, each at half the rate of the one before
 _WATCHES = 32  # times the loss is looked at
@@ -40,9 +40,11 @@ _WIDE = 64.0  # times the median variance, from which a feature weighs less than
 _FEW = 16.0  # times the median |y|^2, from which a token is none of the usual ones
 PRECONDITIONER_TOKENS = 40_000
 # Rows that Muon orthogonalises at once. On 1x12x192 whole steps fit 1.2% better at equal training tokens and take 1.5
-# times the FLOPs; spent on training tokens these are worth 5%. A student of one wide step keeps whole matrices: in
-# blocks it fits 1.8% worse.
+# times the FLOPs; spent on training tokens these are worth 5%. A student of one wide step keeps whole matrices (in
+# blocks SmolLM2's fits worse, docs/experiments/lock-strength.md) unless these take over eight times the FLOPs of the
+# passes: with 576 features it is 3.9 and 5.2 times, flat and at random, with 4096 24 and 30.
 MUON_ROWS = 64
+_WHOLE = 8
 
 Weights = dict[str, Tensor]
 Log = Callable[[int, dict[str, float]], None]  # (training tokens done, figures by name)
@@ -180,20 +182,31 @@ def reading_preconditioner(x: Tensor, exponent: float) -> Tensor:
 
 
 def muon_groups(
-    weights: Weights, recipe: Recipe, preconditioner: Tensor, reach: float = 1.0
+    weights: Weights, recipe: Recipe, preconditioner: Tensor | None, reach: float = 1.0
 ) -> list[dict[str, Any]]:
-    """A chain's weights [L, K, r, d] as Muon takes them, with the recipe's rates and the preconditioner [d, d].
+    """A chain's weights [L, K, r, d] as Muon takes them, with the recipe's rates and the preconditioner [d, d], if any.
 
     reach: The output scale over the recipe's, by which B's rate is divided.
     """
     _, depth, rank, d = weights["dlr_A"].shape
-    common = {"weight_decay": recipe.weight_decay, "rows": MUON_ROWS if depth > 1 else None}
-    writing: dict[str, Any] = common | {"lr": recipe.rate * recipe.lr_multiplier_b / reach}
-    reading: dict[str, Any] = common | {"lr": recipe.rate}
+    rows = muon_rows(depth, rank, d, recipe.batch)
+    # Of a wide step's blocks each is orthogonal by itself, which makes a step sqrt(rank / d) as long as the whole's. At
+    # the whole's rate a flat student of layer 12 of SmolLM2 ended at 0.711, at half of it at 0.587, whole at 0.585.
+    rate = recipe.rate / (math.sqrt(rank / d) if depth == 1 and rows and rank > d else 1.0)
+    common = {"weight_decay": recipe.weight_decay, "rows": rows}
+    writing: dict[str, Any] = common | {"lr": rate * recipe.lr_multiplier_b / reach}
+    reading: dict[str, Any] = common | {"lr": rate}
     # The preconditioner wants the rank on the short side; a chain of higher rank than d reads everything anyway.
     if rank <= d:
         reading["preconditioner"] = preconditioner
     return [{"params": [w], **(writing if key == "dlr_B" else reading)} for key, w in weights.items()]
+
+
+def muon_rows(depth: int, rank: int, d: int, batch: int) -> int | None:
+    """How many rows of a chain's [rank, d] matrices Muon orthogonalises at once, see MUON_ROWS; None for all."""
+    passes = 6 * batch * rank * d
+    whole = depth == 1 and orthogonalising_flops(rank, d) <= _WHOLE * passes
+    return None if whole else MUON_ROWS
 
 
 class _Guard:

@@ -88,6 +88,13 @@ def orthogonalised(matrices: Tensor, preconditioner: Tensor | None = None) -> Te
     return (left / size.sqrt()) @ right
 
 
+def orthogonalising_flops(rows: int, columns: int) -> int:
+    """FLOPs of `orthogonalised` for one matrix without a preconditioner: two products with the long side, and on the
+    short side's Gram matrix one in the first round and four in each of the others."""
+    short, long = sorted((rows, columns))
+    return 2 * short * short * (2 * long + (4 * len(_ROUNDS) - 3) * short)
+
+
 def _factor(gram: Tensor, a: float, b: float, c: float) -> Tensor:
     factor = b * gram + c * (gram @ gram)
     factor.diagonal(dim1=-2, dim2=-1).add_(a)

@@ -189,8 +189,7 @@ def fit_student(
         spec = DLRSpec.of_params(net.spec.hidden_size, net.spec.params, depth=1, act="silu", gated=True)
     else:
         spec = start.spec
-    batch = min(BATCH, train_tokens)
-    recipe = Recipe(train_tokens, batch, "random", seed, rate=_RATES[init], scale=1.0, lr_multiplier_b=1.0)
+    recipe = student_recipe(train_tokens, init, seed)
     tensors = distill(
         activations,
         tokens,
@@ -233,6 +232,12 @@ def starting_point(
     except torch.OutOfMemoryError:  # it takes all its tokens at once; one regression the CPU does, too
         reads = linear_reads(net, x.float().cpu(), half)
     return merged(net, half, reads)
+
+
+def student_recipe(train_tokens: int, init: str, seed: int = 0) -> Recipe:
+    """How a student is fitted, for so many training tokens from one of `INITS`."""
+    batch = min(BATCH, train_tokens)
+    return Recipe(train_tokens, batch, "random", seed, rate=_RATES[init], scale=1.0, lr_multiplier_b=1.0)
 
 
 def half_of(chain: DLRSpec) -> int:

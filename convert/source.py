@@ -6,6 +6,7 @@ loaded: transformers would fill missing weights with random numbers and go on.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -222,8 +223,13 @@ def check_config(folder: Path) -> None:
         raise DLRError(f"{folder}: model_type {kind!r} is unknown to the installed transformers{code}")
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the model, each found whole."""
+def weight_files(folder: Path, *, mapped: bool = True) -> list[Path]:
+    """The safetensors files that make up the model, each found whole.
+
+    Args:
+        folder: The model's directory.
+        mapped: Whether this machine is to map them, and has to be able to; if not, they are found and not opened.
+    """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         files = [single]
@@ -245,6 +251,8 @@ def weight_files(folder: Path) -> list[Path]:
     for file in files:
         if not file.is_file():
             raise DLRError(f"{file} is missing: fetch the model again")
+        if not mapped:
+            continue
         try:
             with safe_open(file, framework="pt"):
                 pass  # reads the header and holds it against the file's size
@@ -260,6 +268,28 @@ def weight_files(folder: Path) -> list[Path]:
                 f"{file} is truncated or damaged ({first_line(error)}): fetch the model again"
             ) from error
     return files
+
+
+def weight_header(file: Path) -> dict[str, dict[str, Any]]:
+    """dtype, shape and data_offsets of a safetensors file's tensors by name, read without mapping the file.
+
+    Raises:
+        DLRError: Where the file is not as long as its header says, or has none.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        try:
+            parts = json.loads(opened.read(length)) if length <= size else {}
+            parts.pop("__metadata__", None)
+            whole = size == 8 + length + max(part["data_offsets"][1] for part in parts.values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            whole = False
+    if not whole:
+        raise DLRError(
+            f"{file} is truncated or damaged (not the length that its header says): fetch the model again"
+        )
+    return parts
 
 
 def _dtype(folder: Path) -> torch.dtype:

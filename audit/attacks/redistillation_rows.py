@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...convert.end_to_end import with_chains
 from ...convert.experts.routing import Mixture
-from ...convert.muon import Muon
-from ...convert.redistill import BATCH, FIT_TOKENS, half_of, regression_flops
+from ...convert.outlook.steps import step_of
+from ...convert.redistill import BATCH, FIT_TOKENS, half_of, regression_flops, student_recipe
 from ...reporting.lock_verdict import UNDONE_RATIO
 from ...runtime import DLRNet, DLRSpec
-from ...triton_kernels.meter import count
 from ..chains import chains_of, in_places
 from ..context import AuditContext
 from ..report import Structural
@@ -34,7 +29,7 @@ def redistillation_flops(
 ) -> int:
     """FLOPs of making one student of one chain.
 
-    They are those of the fit, of its optimizer's steps, of the forward pass that gives x and y, and of the least
+    They are those of the fit's steps, of the forward pass that gives x and y, and of the least
     squares of the initialisation where that is 'linear'.
 
     Args:
@@ -48,21 +43,10 @@ def redistillation_flops(
     """
     used = min(train_tokens, tokens)
     fitted, seen = (max(1, round(part * count)) for count in (train_tokens, used))
-    fit = 6 * net.spec.params * fitted
-    steps = -(-fitted // min(BATCH, fitted)) * step_flops(net.spec)
+    batch = min(BATCH, fitted)
+    fit = -(-fitted // batch) * step_of(net.spec, student_recipe(batch, init), parts=1).flops
     forward = 2 * model_params * used
-    return fit + steps + forward + (regression_flops(chain, seen, half_of(chain)) if init == "linear" else 0)
-
-
-@lru_cache
-def step_flops(spec: DLRSpec) -> int:
-    """FLOPs of one step of Muon on a chain, counted."""
-    with FakeTensorMode():
-        net = DLRNet(spec, dtype=torch.float32)
-        weights = [getattr(net, name).requires_grad_() for name in net.weight_names(spec)]
-        for weight in weights:
-            weight.grad = torch.empty_like(weight)
-        return count(Muon([{"params": weights, "lr": 0.0}]).step).flops
+    return fit + forward + (regression_flops(chain, seen, half_of(chain)) if init == "linear" else 0)
 
 
 def redistillation_row(

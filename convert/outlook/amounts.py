@@ -18,7 +18,7 @@ from ..evaluate import BATCH as SEQUENCES
 from ..evaluate import CHUNK, predicts_next, sequences_at_once
 from ..experts.routing import Mixture
 from ..mlp_matching import MLP
-from ..redistill import BATCH, INITS, attack_tokens, half_of
+from ..redistill import INITS, attack_tokens, half_of, student_recipe
 from ..source import Source, weight_files
 from .subject import Subject
 
@@ -270,4 +270,4 @@ class Amounts:
                     student = DLRSpec.of_params(
                         spec.hidden_size, spec.params, depth=1, act="silu", gated=True
                     )
-                yield student, Recipe(count, min(BATCH, count), "random"), spec
+                yield student, student_recipe(count, init), spec

@@ -33,7 +33,8 @@ class Phase:
     Attributes:
         name: As the progress calls it.
         wide: FLOPs of products with thousands of tokens.
-        fit: FLOPs of a fit's steps.
+        fit: FLOPs of a fit's steps but for its optimizer's iteration, in the dtype that a device multiplies fastest.
+        muon: FLOPs of that iteration, in float32.
         narrow: FLOPs of products with the tokens of a few sequences' next position.
         moved: Bytes of weight files that are read, written or hashed.
         words: Elements of tokens by vocabulary whose chances are worked out.
@@ -44,6 +45,7 @@ class Phase:
     name: str
     wide: float = 0.0
     fit: float = 0.0
+    muon: float = 0.0
     narrow: float = 0.0
     moved: float = 0.0
     words: float = 0.0
@@ -54,13 +56,15 @@ class Phase:
     @property
     def flops(self) -> float:
         """All of them."""
-        return self.wide + self.fit + self.narrow
+        return self.wide + self.fit + self.muon + self.narrow
 
 
 # In FLOPs of wide products that take as long: a byte of files and an element of chances as the probe of a plan finds
-# them on a core of an EPYC (79 GFLOP/s in wide products, 82 in fits, 1.8 GB/s, 0.13e9 elements/s), and a FLOP of a fit
-# on a GPU, in float32, as a plan reckons an H100. They weigh what has not begun; what has is timed.
-_BYTE, _WORD, _FIT_ON_GPU = 44.0, 610.0, 10.0
+# them on a core of an EPYC (79 GFLOP/s in wide products, 82 in fits, 26 in their optimizer, 1.8 GB/s, 0.13e9
+# elements/s), and a FLOP of a fit and of its optimizer on a GPU as a plan reckons an H100. They weigh what has not
+# begun; what has is timed.
+_BYTE, _WORD = 44.0, 610.0
+_FIT_AND_MUON = {"cpu": (1.0, 3.0), "gpu": (1.6, 10.0)}
 
 _FORETELLING = 0.03  # the share of the other phases up to which what layers cost is foretold unasked
 
@@ -128,8 +132,8 @@ def foretells(a: Amounts) -> bool:
 
 def _work(a: Amounts, p: Phase) -> float:
     """What a phase takes, in FLOPs of wide products."""
-    fit = _FIT_ON_GPU if a.on_gpu else 1.0
-    return p.wide + p.narrow + fit * p.fit + _BYTE * p.moved + _WORD * p.words
+    fit, muon = _FIT_AND_MUON["gpu" if a.on_gpu else "cpu"]
+    return p.wide + p.narrow + fit * p.fit + muon * p.muon + _BYTE * p.moved + _WORD * p.words
 
 
 def module_flops(a: Amounts, module: str) -> float:
@@ -228,15 +232,16 @@ def _fit(
         (spec, recipe.batch): step_of(spec, replace(recipe, train_tokens=recipe.batch, seed=0), a.parts)
         for spec, recipe, _ in fits
     }
-    flops = sum(
-        times * math.ceil(recipe.train_tokens / recipe.batch) * steps[spec, recipe.batch].flops
+    counted = [
+        (times * math.ceil(recipe.train_tokens / recipe.batch), steps[spec, recipe.batch])
         for spec, recipe, times in fits
-    )
+    ]
     most = max((step.held for step in steps.values()), default=0) + own
     phase = Phase(
         name,
         wide=wide,
-        fit=float(flops),
+        fit=float(sum(count * (step.passes + step.reading) for count, step in counted)),
+        muon=float(sum(count * step.muon for count, step in counted)),
         host=a.activations_held,
         disk=a.subject.disk + (a.activation_bytes if a.spills else 0) + a.chain_bytes,
     )

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor
 
+from ...common.dtypes import product_dtype
+from ...common.micro_batch import MicroBatch
 from ...runtime import DLRNet, DLRSpec
-from ...triton_kernels import ChainWeights, chain_reference
 from ...triton_kernels.meter import Meter
 from ..config import Recipe
-from ..distill import muon_groups
-from ..evaluate import relative_error
+from ..distill import Gradients, muon_groups
 from ..muon import Muon
 
 
@@ -23,12 +22,21 @@ class Step:
     """One step of a fit.
 
     Attributes:
-        flops: Of both passes and of the optimizer.
+        passes: FLOPs of both passes, in `product_dtype`.
+        reading: FLOPs of the products with the reading preconditioner, in the same.
+        muon: FLOPs of the rest of the optimizer, in float32.
         held: Bytes alive at the peak: weights, gradients, momentum, the last good state and what is between them.
     """
 
-    flops: int
+    passes: int
+    reading: int
+    muon: int
     held: int
+
+    @property
+    def flops(self) -> int:
+        """All of them."""
+        return self.passes + self.reading + self.muon
 
 
 @cache
@@ -46,28 +54,27 @@ def step_of(spec: DLRSpec, recipe: Recipe, parts: int) -> Step:
     with torch.device("meta"):
         weights = {name: torch.empty(spec.weight_shape) for name in DLRNet.weight_names(spec)}
         x = torch.empty(max(1, tokens // parts), d)
-        optimizer = Muon(muon_groups(weights, recipe, torch.empty(d, d)), momentum=recipe.momentum)
-        with meter:
-            gradients = _gradients(weights, x, spec.act)
+        one = torch.ones(d)
+        preconditioner = torch.empty(d, d, dtype=product_dtype(x.device, d))
+        groups = muon_groups(weights, recipe, preconditioner)
+        optimizer = Muon(groups, momentum=recipe.momentum)
+        with Gradients(spec, one, one, MicroBatch("a step", "token")) as gradients, meter:
+            gradients.fill(weights, x, x, len(x))
         passes, of_passes = meter.take().flops, meter.peak
-        own = sum(g.nbytes for g in gradients)
-        for weight, gradient in zip(weights.values(), gradients, strict=True):
-            weight.grad = gradient
+        own = sum(w.grad.nbytes for w in weights.values() if w.grad is not None)
         with meter:
             optimizer.step()
         steps, of_step = meter.take().flops, meter.peak
         with meter:
             optimizer.step()  # with a momentum that is there already
         of_step = max(of_step, meter.peak)
+    read = sum(
+        2 * d * w.numel()
+        for group in optimizer.param_groups
+        for w in group["params"]
+        if group["preconditioner"] is not None
+    )
     size = sum(w.nbytes for w in weights.values())
     # Weights, the last good state, momentum (of which the meter sees the first step's), and the parts' gradients.
     held = 2 * size + max(parts * of_passes + size + (parts > 1) * own, of_step + (parts - 1) * own)
-    return Step(passes * parts + steps, held)
-
-
-def _gradients(weights: dict[str, Tensor], x: Tensor, act: str) -> list[Tensor]:
-    leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
-    one, zero = torch.ones(x.shape[1]), torch.zeros(x.shape[1])
-    chain = ChainWeights(leaves["dlr_A"], leaves["dlr_B"], one, zero, leaves.get("dlr_G"), act)
-    relative_error(chain_reference(x, chain), x).sum().backward()
-    return [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
+    return Step(passes * parts, read, steps - read, held)

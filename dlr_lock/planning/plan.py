@@ -112,7 +112,7 @@ def plan_conversion(source: str | Path, *, device: str | None = None, **options:
         raise DLRError(f"{error}; or name a GPU that is not here: {NAMES}") from error
     asked = ConversionConfig.of(options)
     config = asked.resolved(place)
-    subject = open_subject(source, config)
+    subject = open_subject(source, config, here=not named)
     memory = gpu_rates(str(device)).memory if named else _memory(place)
     amounts = _amounts(subject, config, memory)
     rates = gpu_rates(str(device)) if named else _probe(place, subject, amounts)

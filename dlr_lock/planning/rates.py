@@ -32,7 +32,7 @@ class Rates:
 
     Attributes:
         name: Of the device.
-        wide, fit, narrow: FLOPs a second, as `Phase` tells them apart.
+        wide, fit, muon, narrow: FLOPs a second, as `Phase` tells them apart.
         moved: Bytes a second of files that are read and hashed.
         words: Elements of tokens by vocabulary a second, both models' chances and their divergence.
         memory: The device's own, in bytes; None where it is the machine's.
@@ -42,6 +42,7 @@ class Rates:
     name: str
     wide: float
     fit: float
+    muon: float
     narrow: float
     moved: float
     words: float
@@ -51,14 +52,15 @@ class Rates:
     def seconds(self, phase: Phase) -> float:
         """What a phase takes."""
         parts = (
-            (phase.wide, self.wide), (phase.fit, self.fit), (phase.narrow, self.narrow), (phase.moved, self.moved),
-            (phase.words, self.words),
+            (phase.wide, self.wide), (phase.fit, self.fit), (phase.muon, self.muon), (phase.narrow, self.narrow),
+            (phase.moved, self.moved), (phase.words, self.words),
         )  # fmt: skip
         return sum(amount / rate for amount, rate in parts)
 
 
-# Shares of a data sheet that are assumed, not measured: a model's passes in 16 bits, and a fit's products in float32.
-_HALF, _SINGLE = 0.4, 0.6
+# Shares of a data sheet that are assumed, not measured: of 16-bit FLOPs in a model's passes and in the smaller products
+# of a fit's step (512 tokens by a step's rank are fewer tiles than an H200 has processors), of float32 FLOPs in Muon's.
+_HALF, _FIT, _SINGLE = 0.4, 0.25, 0.6
 
 
 def gpu_rates(name: str) -> Rates:
@@ -67,14 +69,15 @@ def gpu_rates(name: str) -> Rates:
     return Rates(
         gpu.name,
         _HALF * gpu.half,
+        _FIT * gpu.half,
         _SINGLE * gpu.single,
         # A token at a time reads all weights: 64 sequences are 64 FLOPs a byte of 16 bits.
         min(_HALF * gpu.half, 64 * 0.6 * gpu.bandwidth),
         1.5e9,
         gpu.bandwidth / 40,
         gpu.memory,
-        f"reckoned, not measured: {_HALF:.0%} of the data sheet's 16-bit FLOPs in passes of the model, {_SINGLE:.0%} "
-        "of its float32 FLOPs in fits, 1.5 GB/s for files",
+        f"reckoned, not measured: {_HALF:.0%} of the data sheet's 16-bit FLOPs in passes of the model and {_FIT:.0%} "
+        f"in fits, {_SINGLE:.0%} of its float32 FLOPs in their optimizer's iteration, 1.5 GB/s for files",
     )
 
 
@@ -113,7 +116,7 @@ def probe(device: torch.device, spec: DLRSpec, recipe: Recipe, intermediate: int
     return Rates(
         device_name(device),
         wide,
-        _fit_rate(device, spec, recipe),
+        *_fit_rates(device, spec, recipe),
         narrow,
         len(block) / hashed,
         2 * rows * vocabulary / words,
@@ -122,24 +125,21 @@ def probe(device: torch.device, spec: DLRSpec, recipe: Recipe, intermediate: int
     )
 
 
-def _fit_rate(device: torch.device, spec: DLRSpec, recipe: Recipe) -> float:
-    """FLOPs a second of a distillation's steps."""
+def _fit_rates(device: torch.device, spec: DLRSpec, recipe: Recipe) -> tuple[float, float]:
+    """FLOPs a second of a distillation's passes, and of its optimizer's iteration."""
     parts = 1 if device.type != "cpu" else torch.get_num_threads()
     recipe = replace(recipe, train_tokens=recipe.batch, seed=0)
     whole = step_of(spec, recipe, parts).flops
     spec = replace(spec, depth=max(1, min(spec.depth, round(spec.depth * _PROBED / whole))))
+    counted = step_of(spec, recipe, parts)
     weights = {k: w.to(device) for k, w in random_init(spec, torch.Generator().manual_seed(0)).items()}
-    eye = torch.eye(spec.hidden_size, device=device, dtype=product_dtype(device, spec.hidden_size))
-    optimizer = Muon(muon_groups(weights, recipe, eye), momentum=recipe.momentum)
+    # Without the preconditioner, whose products are taken to be as fast as the passes'.
+    optimizer = Muon(muon_groups(weights, recipe, None), momentum=recipe.momentum)
     x, y = (torch.randn(recipe.batch, spec.hidden_size, device=device) for _ in "xy")
     ones = torch.ones(spec.hidden_size, device=device)
     with Gradients(spec, ones, 0 * ones, MicroBatch("the trial of this machine", "token")) as gradients:
-
-        def step() -> None:
-            gradients.fill(weights, x, y, len(x))
-            optimizer.step()
-
-        return step_of(spec, recipe, parts).flops / _seconds(step, device)
+        passes = _seconds(lambda: gradients.fill(weights, x, y, len(x)), device)
+    return counted.passes / passes, counted.muon / _seconds(optimizer.step, device)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

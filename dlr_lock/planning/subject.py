@@ -40,7 +40,7 @@ from ..convert.mlp_matching import (
     within,
 )
 from ..convert.outlook.subject import Subject
-from ..convert.source import check_config, compute_dtype, stored_parts, weight_files
+from ..convert.source import check_config, compute_dtype, weight_files, weight_header
 from ..convert.sources.adapters import base_of, is_adapter
 from ..convert.sources.gguf import config_of
 from ..convert.sources.quantised import plain_dtype
@@ -53,12 +53,13 @@ _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @permission_is_an_error()
-def open_subject(source: str | Path, config: ConversionConfig) -> Subject:
+def open_subject(source: str | Path, config: ConversionConfig, *, here: bool = True) -> Subject:
     """The model of that name, of which config.json and the headers of the weight files are read and nothing else.
 
     Args:
         source: A transformers directory, a hub id or a .gguf file; of an adapter's, the base model is read.
         config: Which layers, and which modules are MLPs.
+        here: Whether it is this machine that would map the weight files.
 
     Raises:
         DLRError: In one line, on all that a conversion would refuse by the config alone.
@@ -89,7 +90,7 @@ def open_subject(source: str | Path, config: ConversionConfig) -> Subject:
             file.stat().st_size,
         )  # as transformers unpacks it where no dtype is asked for
     else:
-        dtype, files = _headers(folder, origin)
+        dtype, files = _headers(folder, origin, here)
         if unpacked:
             dtype = plain_dtype("auto" if copies else compute_dtype(torch.device(str(config.device))))
     copied = (copies + unpacked) * sum(p.numel() for p in model.parameters()) * dtype.itemsize
@@ -210,13 +211,14 @@ def _mlp(model: nn.Module, name: str, identity: tuple[str, ...]) -> MLP:
     return MLP(-1, name, identity, d, f, gated, "unknown", params, None, None, None)
 
 
-def _headers(folder: Path, source: str | Path) -> tuple[torch.dtype, int]:
+def _headers(folder: Path, source: str | Path, here: bool) -> tuple[torch.dtype, int]:
     """The dtype of most of the weight files' numbers, and the bytes of all of them."""
     numbers: Counter[str] = Counter()
     if Path(source).expanduser().is_dir():
-        for _, part in stored_parts(folder):
-            numbers[part.get_dtype()] += math.prod(part.get_shape())
-        size = sum(file.stat().st_size for file in weight_files(folder))
+        files = weight_files(folder, mapped=here)
+        for part in (part for file in files for part in weight_header(file).values()):
+            numbers[part["dtype"]] += math.prod(part["shape"])
+        size = sum(file.stat().st_size for file in files)
     else:
         numbers, size = _hub_headers(str(source))
     if not numbers:

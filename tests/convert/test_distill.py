@@ -1,5 +1,7 @@
 """The distillation on functions whose answer is known."""
 
+import math
+
 import pytest
 import torch
 
@@ -161,6 +163,28 @@ def test_the_mixed_start_reads_nothing_of_pruned_units_and_keeps_random_rows_ins
     live = torch.cat([weights.gate[:4], weights.up[:4]])
     span = torch.linalg.svd(live, full_matrices=False)[2]
     assert ((start @ span.T @ span - start).norm(dim=1) < 1e-4).sum() == 8  # 4 sums, 4 differences
+
+
+@pytest.mark.parametrize(
+    ("hidden", "depth", "rank", "rows"),
+    [
+        (576, 12, 192, 64),
+        (576, 1, 2304, None),
+        (576, 1, 1536, None),
+        (4096, 1, 21312, 64),
+        (4096, 1, 14336, 64),
+    ],
+)
+def test_one_wide_step_is_orthogonalised_whole_where_that_is_not_far_dearer_than_the_passes(
+    hidden: int, depth: int, rank: int, rows: int | None
+) -> None:
+    """A chain and its flat and random students, of SmolLM2 and of an 8B model."""
+    weights = {"dlr_A": torch.empty(1, depth, rank, hidden, device="meta")}
+    (group,) = distill_module.muon_groups(weights, Recipe(1024, 256, rate=0.01), None)
+    assert group["rows"] == rows
+    # as long a step in blocks as whole: rank / rows blocks of norm sqrt(rows) against one of norm sqrt(hidden)
+    blocks = depth == 1 and rows is not None
+    assert group["lr"] == pytest.approx(0.01 * (math.sqrt(hidden / rank) if blocks else 1))
 
 
 def test_b_moves_twice_as_fast_as_a_and_both_decay() -> None:

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from dlr_lock.convert.muon import Muon, orthogonalised
+from dlr_lock.convert.muon import Muon, orthogonalised, orthogonalising_flops
+from dlr_lock.triton_kernels.meter import count
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 16, 48), (1, 64, 64), (5, 96, 24)])
@@ -14,6 +15,11 @@ def test_singular_values_become_one_and_directions_stay(shape: tuple[int, ...]) 
     u, _, v = torch.linalg.svd(x, full_matrices=False)
     cosine = (got * (u @ v)).sum() / (got.norm() * (u @ v).norm())
     assert cosine > 0.9  # of 300 square ones the least was 0.915; plain gradients have 0.85
+
+
+@pytest.mark.parametrize("shape", [(16, 48), (64, 64), (96, 24)])
+def test_flops_of_the_iteration_are_those_that_are_computed(shape: tuple[int, int]) -> None:
+    assert orthogonalising_flops(*shape) == count(lambda: orthogonalised(torch.empty(shape))).flops
 
 
 def test_a_zero_gradient_moves_nothing() -> None:

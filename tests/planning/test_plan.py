@@ -9,20 +9,24 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import ENCODERS, MIXTURES, PAIRED, save_tiny, tiny_config, tiny_model, write_gguf
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from typer.testing import CliRunner
 
 from dlr_lock import DLRError, DLRNet, DLRSpec, convert_model
 from dlr_lock.cli import app
 from dlr_lock.common.hooks import text_inputs
+from dlr_lock.common.micro_batch import MicroBatch
 from dlr_lock.convert.activations import Activations, SequentialCalibrator
 from dlr_lock.convert.config import ConversionConfig, Recipe
 from dlr_lock.convert.data import english_topics
-from dlr_lock.convert.distill import distill
+from dlr_lock.convert.distill import Gradients, distill, muon_groups
 from dlr_lock.convert.mlp_discovery import find_mlps
+from dlr_lock.convert.muon import Muon
 from dlr_lock.convert.outlook.amounts import Amounts
 from dlr_lock.convert.outlook.phases import phases
 from dlr_lock.convert.outlook.steps import step_of
+from dlr_lock.convert.redistill import INITS, student_recipe
 from dlr_lock.convert.source import open_source
 from dlr_lock.planning.gpus import GPUS
 from dlr_lock.planning.plan import Plan, plan_conversion
@@ -83,6 +87,40 @@ def test_a_step_computes_what_was_counted(monkeypatch: pytest.MonkeyPatch) -> No
             distill(Activations(x, y, first, False), 256, spec, recipe, name="it", device=torch.device("cpu"))
         flops.append(meter.take().flops)
     assert (flops[1] - flops[0]) / 2 == pytest.approx(step_of(spec, Recipe(64, batch=64), 1).flops, rel=0.02)
+
+
+WIDE = 4096, 14336  # an 8B model's features, of which an MLP has three matrices
+
+
+@pytest.mark.parametrize("init", [None, *INITS])
+def test_torch_counts_the_same_of_a_step_of_an_8b_model(init: str | None) -> None:
+    """A chain's step and its students', as the fit itself computes them, by torch's own counter."""
+    d, f = WIDE
+    spec, recipe = DLRSpec.of_params(d, 3 * d * f), Recipe(512)
+    if init is not None:
+        recipe = student_recipe(256, init)
+        wide = {"linear": spec_of_half(spec), "flat": DLRSpec(d, 1, 1, spec.depth * spec.rank)}
+        spec = wide.get(init) or DLRSpec.of_params(d, 3 * d * f, depth=1, gated=True)
+    counted = step_of(spec, recipe, 1)
+    with torch.device("meta"):
+        weights = {name: torch.empty(spec.weight_shape) for name in DLRNet.weight_names(spec)}
+        x, one = torch.empty(recipe.batch + recipe.batch // 128, d), torch.empty(d)
+        optimizer = Muon(muon_groups(weights, recipe, torch.empty(d, d)))
+        with FlopCounterMode(display=False) as passes:
+            Gradients(spec, one, one, MicroBatch("it", "token")).fill(weights, x, x, len(x))
+        with FlopCounterMode(display=False) as whole:
+            optimizer.step()
+        for group in optimizer.param_groups:
+            group["preconditioner"] = None
+        with FlopCounterMode(display=False) as iteration:
+            optimizer.step()
+    assert counted.passes == passes.get_total_flops() and counted.muon == iteration.get_total_flops()
+    assert counted.reading == whole.get_total_flops() - counted.muon
+    assert counted.muon < counted.passes / 3
+
+
+def spec_of_half(spec: DLRSpec) -> DLRSpec:
+    return DLRSpec(spec.hidden_size, 1, 2, -(-spec.depth // 2) * spec.rank)
 
 
 class _InPlace:
@@ -209,7 +247,29 @@ def test_eight_billion_parameters_are_planned_from_their_headers(tmp_path: Path)
     plan = plan_conversion(tmp_path, device="h200", data="text.txt", effort="standard")
     assert plan.params == 8_030_261_248 and len(plan.modules) == 32
     assert plan.disk > 2 * 16_060_522_496 and plan.device > 16e9
-    assert 1 < plan.seconds / 3600 < 100
+    assert 1 < plan.seconds / 3600 < 2.5
+    fits = [phase for phase in plan.phases if phase.muon]
+    assert [phase.name for phase in fits] == ["distilling", "redistilling"]
+    assert plan.rates.fit == 0.25 * GPUS["h200"].half and plan.rates.muon == 0.6 * GPUS["h200"].single
+    for phase in fits:
+        assert plan.rates.seconds(phase) >= phase.fit / plan.rates.fit + phase.muon / plan.rates.muon
+
+
+def test_a_file_that_this_machine_cannot_map_is_planned_for_another(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (tmp_path / "tokenizer.json").write_text("{}")
+    size = 2**42
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [size // 2], "data_offsets": [0, size]}}).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    try:
+        plan_conversion(tmp_path, device="cpu", data="text.txt", **CHOICES)
+    except DLRError as error:
+        assert "more than this machine can map at once" in str(error)
+    else:
+        pytest.skip("this machine maps whatever it is asked to")
+    assert planned(tmp_path).disk > size
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from dlr_lock.audit.attacks.redistillation import (
     merge_steps,
     redistilled_modules,
 )
-from dlr_lock.audit.attacks.redistillation_rows import redistillation_flops, redistillation_row, step_flops
+from dlr_lock.audit.attacks.redistillation_rows import redistillation_flops, redistillation_row
 from dlr_lock.audit.report import ModuleStudents, Student
 from dlr_lock.common.errors import DLRError
 from dlr_lock.common.resume import ResumeStore
@@ -30,6 +30,8 @@ from dlr_lock.convert.end_to_end import flatten_gaps, with_chains
 from dlr_lock.convert.evaluate import compare, distance_of, relative_error
 from dlr_lock.convert.mlp_discovery import find_mlps
 from dlr_lock.convert.mlp_matching import MLP
+from dlr_lock.convert.outlook.steps import step_of
+from dlr_lock.convert.redistill import student_recipe
 from dlr_lock.runtime import DLRNet, DLRSpec, lock
 from dlr_lock.triton_kernels import chain_reference
 
@@ -339,16 +341,16 @@ def test_the_students_in_the_model_are_measured_against_the_original(arch: str) 
         assert row.flops > 6 * nets[4096].spec.params * 4096
 
 
-def test_flops_are_those_of_the_fit_its_steps_the_passes_and_the_start() -> None:
+def test_flops_are_those_of_the_steps_the_passes_and_the_start() -> None:
     chain = DLRSpec(32, 2, 3, 16)
     for net, init, maps in (
         (DLRNet(DLRSpec(32, 2, 2, 32)), "linear", 2),
         (DLRNet(DLRSpec(32, 1, 1, 64, gated=True)), "random", 0),
     ):
         for train_tokens, used, steps in ((1000, 300, 4), (200, 200, 1)):
+            recipe = student_recipe(min(256, train_tokens), init)
             wanted = (
-                6 * net.spec.params * train_tokens
-                + steps * step_flops(net.spec)
+                steps * step_of(net.spec, recipe, 1).flops
                 + 2 * 7 * used
                 + maps * (4 * 32 * 32 * used + 4 * 32**3 + 2 * 16 * 32 * 32)
             )
@@ -380,12 +382,6 @@ def test_regression_alone_merges_the_steps_of_a_state_that_is_linear_in_x_and_no
     assert [m.steps for m in merges] == [1, 2, 3, 4, 5, 10] and net.spec.depth == 10
     errors = [m.error for m in merges]
     assert errors[0] == max(errors) and min(errors[:-1]) > 1.05 * errors[-1]
-
-
-def test_a_step_of_the_optimizer_is_counted() -> None:
-    """Of each [64, 16]: the short side's Gram matrix, a product in the first of four rounds, four in the others, and
-    the result."""
-    assert step_flops(DLRSpec(16, 1, 1, 64)) == 2 * (2 * 16 * 16 * 64 * 2 + (1 + 3 * 4) * 2 * 16**3)
 
 
 def best(module: ModuleStudents, train_tokens: int) -> Student:
