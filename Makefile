@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-serving test-eval lint bench gpu results clean
+.PHONY: demo test test-serving test-eval launches kills lint bench gpu results clean
 
 demo: $(VENV)/ready
 	$(BIN)/dlr-lock demo
@@ -27,6 +27,14 @@ $(VENV)-serving/ready: pyproject.toml tests/serving/requirements.txt
 test-eval: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[eval]'
 	$(BIN)/python -m pytest tests/compare/test_tasks.py tests/runtime/test_autoload.py
+
+# Too long for every run of the suite, which holds a sample of each.
+launches: $(VENV)/ready
+	$(BIN)/python -m pytest tests/triton_kernels/every_launch.py
+
+KILLS ?= 20
+kills: $(VENV)/ready
+	KILLS=$(KILLS) $(BIN)/python -m pytest -s tests/convert/parallel/test_parallel.py -k killed
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

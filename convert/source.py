@@ -24,7 +24,7 @@ from ..common.files import check_readable, hash_files, permission_is_an_error, r
 from ..common.hub import PICKLES, model_folder
 from ..common.quiet import quiet
 from ..common.side_files import listed
-from ..common.weights import OnDemand
+from ..common.weights import OnDemand, keep_in_memory
 from ..reporting.words import bytes_words
 from .sources.adapters import base_of, is_adapter, merged
 from .sources.checks import check_finite, check_missing
@@ -111,6 +111,7 @@ def open_source(
         if room is None or _bytes(folder, dtype) <= room:
             model, unplaced = _load(folder, dtype)
             model = model.to(device)
+            keep_in_memory(model)
         else:
             model, unplaced = _load(folder, stored)
             weights = _on_demand(model, folder, stored, dtype, torch.device(device), room)

@@ -62,7 +62,9 @@ class OnDemand:
         self._loaded: OrderedDict[str, int] = OrderedDict()  # bytes by unit, the least recently used first
         self.peak = 0  # bytes of weights that were in memory at the same time
         mapped = _mapped_ranges()
-        self._droppable: set[int] = set()
+        self._files: dict[
+            int, tuple[Path, int]
+        ] = {}  # where a parameter's numbers are mapped from, and its size
         place_of: dict[int, str] = {}
         for name, parameter in model.named_parameters():
             numbers = (exact or {}).get(name, parameter.data)
@@ -72,8 +74,8 @@ class OnDemand:
                 parameter.data = numbers.to(device, wanted)
                 continue
             self._stored[id(parameter)], self._wanted[id(parameter)] = numbers, wanted
-            if _within(numbers, mapped):
-                self._droppable.add(id(parameter))
+            if file := _file_of(numbers, mapped):
+                self._files[id(parameter)] = file, file.stat().st_size if file.exists() else 0
             self._units.setdefault(unit, []).append(parameter)
             place_of[id(parameter)] = unit
             self._put_away(parameter)
@@ -98,10 +100,9 @@ class OnDemand:
             while sum(self._loaded.values()) + size > self.room and len(self._loaded) > 1:
                 self._release(next(iter(self._loaded)))
             for parameter, wanted in of_unit:
-                stored = self._stored[id(parameter)]
-                parameter.data = stored.to(self._device, wanted)
-                if parameter.data is not stored:
-                    self._drop(parameter)
+                mapped = id(parameter) in self._files  # copied in any case: nobody reads the file after this
+                parameter.data = self.stored(parameter).to(self._device, wanted, copy=mapped)
+                self._drop(parameter)
             self._loaded[unit] = size
             self.peak = max(self.peak, sum(self._loaded.values()))
         self._loaded.move_to_end(unit)
@@ -112,28 +113,36 @@ class OnDemand:
             self._release(unit)
 
     def stored(self, parameter: nn.Parameter) -> Tensor:
-        """A parameter's numbers as the files have them."""
+        """A parameter's numbers as the files have them.
+
+        Raises:
+            DLRError: Where the file has been cut short since: what lies beyond its end cannot be read, and who tries
+                is killed (SIGBUS).
+        """
+        file, size = self._files.get(id(parameter), (None, 0))
+        with suppress(FileNotFoundError):  # what was deleted stays as it is for who has it mapped
+            if file is not None and file.stat().st_size < size:
+                raise DLRError(f"{file} was cut short while it was read: put it back and run again")
         return self._stored.get(id(parameter), parameter.data)
 
     def numbers(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Every parameter that comes and goes, with its numbers as the files have them, one after the other."""
         for parameters in self._units.values():
             for parameter in parameters:
-                yield parameter, self._stored[id(parameter)]
+                yield parameter, self.stored(parameter)
                 self._drop(parameter)
 
     def _release(self, unit: str) -> None:
         del self._loaded[unit]
         for parameter in self._units[unit]:
             self._put_away(parameter)
-            self._drop(parameter)
 
     def _put_away(self, parameter: nn.Parameter) -> None:
         shape, dtype = parameter.shape, self._wanted[id(parameter)]
         parameter.data = torch.full((), float("nan"), dtype=dtype, device=self._device).expand(shape)
 
     def _drop(self, parameter: nn.Parameter) -> None:
-        if id(parameter) in self._droppable:
+        if id(parameter) in self._files:
             drop_pages(self._stored[id(parameter)])
 
 
@@ -163,8 +172,17 @@ def drop_mapped(tensors: Iterable[Tensor]) -> None:
     """Takes what lies in mapped files out of this process's memory; it is read again when it is used."""
     mapped = _mapped_ranges()
     for tensor in tensors:
-        if _within(tensor, mapped):
+        if _file_of(tensor, mapped):
             drop_pages(tensor)
+
+
+def keep_in_memory(model: nn.Module) -> None:
+    """Copies what a model has in mapped files into memory, so that it does not matter what becomes of the files."""
+    mapped = _mapped_ranges()
+    for parameter in model.parameters():
+        if _file_of(numbers := parameter.data, mapped):
+            parameter.data = numbers.clone()
+            drop_pages(numbers)
 
 
 def checked_store(part: Tensor, value: Any, what: str) -> None:
@@ -197,22 +215,23 @@ def drop_pages(tensor: Tensor) -> None:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONTNEED)
 
 
-def _mapped_ranges() -> list[tuple[int, int]]:
-    """Where files are mapped into this process: addresses from and to."""
+def _mapped_ranges() -> list[tuple[int, int, Path]]:
+    """Where files are mapped into this process: addresses from and to, and the file."""
     try:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-    found = (re.match(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ (\d+) +/", line) for line in lines)
-    return [(int(m[1], 16), int(m[2], 16)) for m in found if m and m[3] != "0"]
+    found = (re.match(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ (\d+) +(/.*)", line) for line in lines)
+    return [(int(m[1], 16), int(m[2], 16), Path(m[4])) for m in found if m and m[3] != "0"]
 
 
-def _within(tensor: Tensor, ranges: list[tuple[int, int]]) -> bool:
+def _file_of(tensor: Tensor, ranges: list[tuple[int, int, Path]]) -> Path | None:
+    """The mapped file that a tensor lies in, None where it is in memory."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        return False
+        return None
     begin = tensor.data_ptr()
     end = begin + tensor.numel() * tensor.element_size()
-    return any(low <= begin and end <= high for low, high in ranges)
+    return next((file for low, high, file in ranges if low <= begin and end <= high), None)
 
 
 def _layer_of(model: nn.Module, name: str) -> str | None:

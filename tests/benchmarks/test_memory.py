@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.memory import main, make_llama
+from benchmarks.output import RESULTS
 from dlr_lock.convert.source import open_source
 
 
@@ -20,6 +21,16 @@ def test_a_limit_that_is_not_kept_is_seen(tmp_path: Path, capsys: pytest.Capture
     assert [m["layer"] for m in document["report"]["modules"]] == [1]
     assert "peak" in capsys.readouterr().out
     assert not (folder / "model").exists() and not (folder / "locked").exists()
+
+
+def test_what_is_committed_kept_within_12_gib() -> None:
+    """Two layers of a model of 15 GiB, converted to the end."""
+    found = list(RESULTS.glob("*/memory-8b-*.json"))
+    assert found
+    for path in found:
+        document = json.loads(path.read_text())
+        assert document["finished"] and document["peak"] < 12 * 2**30 < document["model_bytes"], path
+        assert [m["layer"] for m in document["report"]["modules"]] == [0, 1], path
 
 
 def test_its_model_is_one_that_is_locked_like_any_other(tmp_path: Path) -> None:

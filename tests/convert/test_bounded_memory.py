@@ -114,6 +114,30 @@ def test_numbers_that_are_not_finite_are_found_without_loading_them(tmp_path: Pa
         open_source(tmp_path, dtype=torch.float32, device=CPU, room=1)
 
 
+_CUT = """
+import os, sys, torch
+from dlr_lock.convert.source import open_source
+folder, room = sys.argv[1:]
+source = open_source(folder, dtype=torch.float32, device=torch.device("cpu"), room=int(room))
+file = folder + "/model.safetensors"
+os.truncate(file, os.path.getsize(file) // 2)
+with torch.no_grad():
+    print(source.model(torch.ones(1, 9, dtype=torch.long)).logits.isfinite().all().item())
+"""
+
+
+@pytest.mark.parametrize(
+    ("room", "says"), [(1, "model.safetensors was cut short while it was read"), (2**30, "True")]
+)
+def test_a_file_that_is_cut_short_kills_nobody(room: int, says: str, tmp_path: Path) -> None:
+    """Who reads a mapped file beyond its end is killed by the system, in a process of its own here."""
+    save_tiny("llama", tmp_path, layers=6)
+    done = subprocess.run(
+        [sys.executable, "-c", _CUT, str(tmp_path), str(room)], capture_output=True, text=True
+    )
+    assert done.returncode == (room == 1) and says in done.stdout + done.stderr, done
+
+
 def test_the_end_to_end_phase_of_a_model_without_room_is_refused_at_once(text: Path, tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "source")
     with pytest.raises(DLRError, match="end-to-end phase wants all"):

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -246,9 +247,8 @@ def test_gguf_without_its_packages(package, tmp_path, monkeypatch):
     assert "pip install 'dlr-lock[gguf]'" in refused(file, gguf_dir=tmp_path)
 
 
-def quantise(folder: Path) -> None:
+def as_fp8(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The matrices of a saved model's layers in fp8, in blocks of 32 by 32, as such models are published."""
-    tensors = load_file(folder / "model.safetensors")
     for name, w in list(tensors.items()):
         if "layers" in name and w.dim() == 2:
             rows, columns = w.shape
@@ -256,25 +256,45 @@ def quantise(folder: Path) -> None:
             scale = blocks.abs().amax((1, 3)) / 448
             small = (blocks / scale[:, None, :, None]).view(rows, columns)
             tensors |= {name: small.to(torch.float8_e4m3fn), f"{name}_scale_inv": scale.contiguous()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic",
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
+    return {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}
 
 
-def test_a_quantised_source_is_dequantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def as_mxfp4(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The experts' matrices in numbers of four bits, two to a byte, 32 of a row with one power of two: as gpt-oss."""
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    for name in list(tensors):
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            groups = tensors.pop(name).mT.unflatten(-1, (-1, 32))
+            power = (groups.abs().amax(-1) / 6).log2().ceil()
+            scaled = groups / power.exp2()[..., None]
+            codes = (scaled.abs()[..., None] - values).abs().argmin(-1) + 8 * (scaled < 0)
+            tensors[f"{name}_blocks"] = (codes[..., ::2] + 16 * codes[..., 1::2]).to(torch.uint8)
+            tensors[f"{name}_scales"] = (power + 127).to(torch.uint8)
+    return {"quant_method": "mxfp4"}
+
+
+@pytest.mark.parametrize(
+    ("arch", "quantise", "name", "error"),
+    [
+        ("llama", as_fp8, "model.layers.1.mlp.down_proj.weight", 0.05),
+        ("gpt_oss", as_mxfp4, "model.layers.1.mlp.experts.gate_up_proj", 0.15),
+    ],
+)
+def test_a_quantised_source_is_dequantised(
+    arch: str, quantise: Any, name: str, error: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By transformers, into a copy in the cache that the next run finds."""
     monkeypatch.setenv("DLR_LOCK_CACHE", str(tmp_path / "cache"))
-    folder = save_tiny("llama", tmp_path / "source")
+    folder = save_tiny(arch, tmp_path / "source")
     original = open_source(folder, dtype=torch.float32, device="cpu").model.state_dict()
-    quantise(folder)
+    tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": quantise(tensors)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
     for _ in range(2):
         source = open_source(folder, dtype=torch.float32, device="cpu")
-        name = "model.layers.1.mlp.down_proj.weight"
         weight = source.model.state_dict()[name]
-        assert 0 < (weight - original[name]).norm() < 0.05 * original[name].norm()
+        assert 0 < (weight - original[name]).norm() < error * original[name].norm()
         assert source.tokenizer is not None and source.dtype == torch.float32
         assert getattr(source.model.config, "quantization_config", None) is None
     (copy,) = (tmp_path / "cache").rglob("config.json")

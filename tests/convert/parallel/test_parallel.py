@@ -4,13 +4,15 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -26,6 +28,8 @@ from dlr_lock.convert.parallel.ranks import joined, leave
 from dlr_lock.convert.parallel.share import Share
 from dlr_lock.runtime import verify
 
+KILLS = int(os.environ.get("KILLS", "1"))  # of each kind of run
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -35,6 +39,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for across in ("independent", "sequential"):
         convert_model(path / "source", path / across, **options(path, across))
     return path
+
+
+class Made(NamedTuple):
+    """An unbroken run's checkpoint, what its processes said, and the seconds from its first words to its end."""
+
+    out: Path
+    said: list[str]
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def made(folder: Path) -> Callable[[int, str], Made]:
+    """What so many processes make of the source, in either way; each made once."""
+
+    @cache
+    def make(size: int, across: str) -> Made:
+        place = folder / f"{size}-{across}"
+        place.mkdir()
+        run = start(size, words(folder, place / "out", across), place / "log")
+        run.await_words()
+        began = time.monotonic()
+        assert run.ended() == [0] * size, run.said()
+        return Made(place / "out", run.said(), time.monotonic() - began)
+
+    return make
 
 
 def start(size: int, given: list[str], log: Path, **more: Any) -> Launched:
@@ -93,40 +122,23 @@ def test_a_process_holds_its_share_and_a_step_has_three_exchanges(tmp_path: Path
         assert two["broadcast"] == one["broadcast"] == 2  # where it starts, and where it ends
 
 
-def test_modules_dealt_out_give_the_same_bits(folder: Path, tmp_path: Path) -> None:
-    run = start(3, words(folder, tmp_path / "out", "independent"), tmp_path / "log")
-    assert run.ended() == [0, 0, 0], run.said()
-    assert same_bits(folder / "independent", tmp_path / "out") and verify(tmp_path / "out") == []
-    ours, theirs = facts(tmp_path / "out"), facts(folder / "independent")
+def test_modules_dealt_out_give_the_same_bits(folder: Path, made: Callable[[int, str], Made]) -> None:
+    out, said, _ = made(3, "independent")
+    assert same_bits(folder / "independent", out) and verify(out) == []
+    ours, theirs = facts(out), facts(folder / "independent")
     for one, two in zip(ours["modules"], theirs["modules"], strict=True):
         assert {**one, "seconds": 0} == {**two, "seconds": 0}
     assert ours["evaluation"] == theirs["evaluation"] and ours["warnings"] == theirs["warnings"]
-    assert "written to" in run.said()[0] and run.said()[1:] == ["", ""]
-    assert run.said()[0].count("redistilling model") == 1  # the others did the rest
-    assert not (tmp_path / "out.partial").exists()
+    assert "written to" in said[0] and said[1:] == ["", ""]
+    assert said[0].count("redistilling model") == 1  # the others did the rest
+    assert not out.with_name("out.partial").exists()
 
 
-@pytest.fixture(scope="module")
-def by_three(folder: Path) -> Path:
-    """What three processes make of the source, its text dealt out."""
-    run = start(3, words(folder, folder / "three", "sequential"), folder / "log")
-    assert run.ended() == [0, 0, 0], run.said()
-    return folder / "three"
-
-
-@pytest.fixture(scope="module")
-def by_two(folder: Path) -> Path:
-    """The same of two."""
-    run = start(2, words(folder, folder / "two", "sequential"), folder / "log")
-    assert run.ended() == [0, 0], run.said()
-    return folder / "two"
-
-
-@pytest.mark.parametrize("by", ["by_two", "by_three"])
+@pytest.mark.parametrize("size", [2, 3])
 def test_text_dealt_out_gives_the_same_chains_but_for_rounding(
-    by: str, folder: Path, request: pytest.FixtureRequest
+    size: int, folder: Path, made: Callable[[int, str], Made]
 ) -> None:
-    ours, theirs = facts(request.getfixturevalue(by)), facts(folder / "sequential")
+    ours, theirs = facts(made(size, "sequential").out), facts(folder / "sequential")
     for one, two in zip(ours["modules"], theirs["modules"], strict=True):
         for figure in ("rel_error", "first_error", "drift", "coupling"):
             assert one[figure] == pytest.approx(two[figure], rel=1e-3), (one, two)
@@ -148,40 +160,43 @@ def _looks(made: dict[str, Any]) -> tuple[Any, Any]:
     return made["end_to_end"]["evaluation_before"], made["end_to_end"]["evaluation_after"]
 
 
-def interrupted(given: list[str], out: Path, size: int, log: Path) -> None:
-    """Two runs that lose a process, at a moment and of a number that nobody chose, and one to the end."""
-    draw = random.Random()
-    for number in range(2):
-        run = start(size, given, log / str(number))
-        run.await_words()
-        time.sleep(draw.uniform(0.0, 1.5))
-        victim = draw.randrange(size)
-        run.kill(victim)
-        statuses = run.ended()
-        if statuses == [0] * size:  # it was faster
-            return
-        assert statuses[victim] == -9 and all(s == 2 for n, s in enumerate(statuses) if n != victim), (
-            run.said()
-        )
-        assert len(run.lines()) == 1 and "Traceback" not in "".join(run.said()), run.said()
-        assert not out.exists()
-    assert start(size, given, log / "last").ended() == [0] * size
-
-
-def test_modules_dealt_out_go_on_to_the_same_bits_whoever_was_killed(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "log").mkdir()
-    interrupted(words(folder, tmp_path / "out", "independent"), tmp_path / "out", 3, tmp_path / "log")
-    assert same_bits(tmp_path / "out", folder / "independent")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "out"]
-
-
-def test_text_dealt_out_goes_on_to_the_same_bits_whoever_was_killed(
-    by_three: Path, folder: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("size", "across"),
+    [(1, "sequential"), (3, "independent"), (3, "sequential")],
+    ids=lambda value: str(value),
+)
+def test_killed_at_any_moment_it_goes_on_to_the_same_bits(
+    size: int, across: str, made: Callable[[int, str], Made], folder: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "log").mkdir()
-    interrupted(words(folder, tmp_path / "out", "sequential"), tmp_path / "out", 3, tmp_path / "log")
-    assert same_bits(tmp_path / "out", by_three)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "out"]
+    """kill -9 of one process or of all, at moments and of numbers that nobody chose. `KILLS=20` for as many a way."""
+    unbroken, draw, kills = made(size, across), random.Random(), 0
+    while kills < KILLS:
+        place = tmp_path / str(kills)
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        given = words(folder, place / "out", across)
+        run = start(size, given, place / "log")
+        run.await_words()
+        moment = draw.uniform(0.0, unbroken.seconds)
+        time.sleep(moment)
+        doing = run.said()[0].splitlines()[-1]
+        victims = draw.choice([*([rank] for rank in range(size)), list(range(size))])
+        for rank in victims:
+            run.kill(rank)
+        statuses = run.ended()
+        if -9 not in statuses:  # it was faster
+            continue
+        kills += 1
+        print(f"{victims} of {size} {across} killed after {moment:.1f} of {unbroken.seconds:.1f} s: {doing}")
+        if not (place / "out").exists():
+            assert all(s == (-9 if rank in victims else 2) for rank, s in enumerate(statuses)), run.said()
+            assert len(run.lines()) == (len(victims) < size) and "Traceback" not in "".join(run.said()), (
+                run.said()
+            )
+            again = start(size, given, place / "log")
+            assert again.ended() == [0] * size, again.said()
+            assert sorted(p.name for p in place.iterdir()) == ["log", "out"]
+        assert same_bits(place / "out", unbroken.out) and verify(place / "out") == []
 
 
 def test_torchrun_starts_it_and_what_is_wrong_is_said_once(folder: Path) -> None:
