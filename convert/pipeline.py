@@ -32,8 +32,7 @@ from .experts.routing import Mixture
 from .layer_runner import Unrepeatable
 from .mlp_matching import MLP, teacher_weights
 from .outlook.amounts import Amounts, reckoned
-from .outlook.phases import module_flops, to_come
-from .parallel.balance import dealt
+from .outlook.phases import dealt_modules, to_come
 from .parallel.output import shared_output
 from .parallel.ranks import joined
 from .redistill import attack_module, attack_tokens
@@ -218,11 +217,7 @@ def distill_modules(context: Context) -> Modules:
 def _fit_apart(context: Context, before: dict[str, ModuleReport | None], todo: list[MLP]) -> None:
     """Fits the modules that are to be done, independently, each in one of the processes."""
     ranks = context.ranks
-    mine = todo
-    if ranks.size > 1:
-        amounts = _amounts(context)
-        flops = [module_flops(amounts, mlp.module) for mlp in todo]
-        mine = [todo[job] for job in dealt(flops, ranks.size)[ranks.rank]]
+    mine = dealt_modules(_amounts(context), todo, ranks.size)[ranks.rank] if ranks.size > 1 else todo
     _expect(context, before, mine, sequential=False)
     begin = len(context.notes)
     for mlp, pairs in context.capture(mine):

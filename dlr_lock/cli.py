@@ -115,6 +115,9 @@ def plan(
         str | None,
         choice(f"cpu, cuda, ..., or a GPU that is not here: {NAMES}.", "the best there is"),
     ] = None,
+    gpus: Annotated[
+        int | None, choice("So many of these GPUs, in one machine, by torchrun; see --across.", "one process")
+    ] = None,
     as_json: Json = False,
     **config: Any,
 ) -> None:
@@ -122,7 +125,7 @@ def plan(
     from .planning.plan import plan_conversion
     from .planning.sections import plan_sections
 
-    made = plan_conversion(source, device=device, **config)
+    made = plan_conversion(source, device=device, gpus=gpus, **config)
     if as_json:
         _print_json(made.to_dict())
     else:

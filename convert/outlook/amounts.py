@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -97,6 +97,7 @@ class Amounts:
         chains: What takes the place of each MLP.
         gpu_memory: Of the GPU that the work is done on, in bytes; None for a CPU.
         parts: Threads of a CPU.
+        processes: How many of one machine do this together, as `parallel` tells. Amounts are those of one of them.
     """
 
     subject: Subject
@@ -104,11 +105,14 @@ class Amounts:
     chains: list[Chains]
     gpu_memory: float | None
     parts: int
+    processes: int = 1
 
     @classmethod
-    def of(cls, subject: Subject, config: ConversionConfig, gpu_memory: float | None = None) -> Amounts:
+    def of(
+        cls, subject: Subject, config: ConversionConfig, gpu_memory: float | None = None, processes: int = 1
+    ) -> Amounts:
         """Raises DLRError where the configuration makes no chain for an MLP."""
-        made = cls(subject, config, [], gpu_memory, 1 if gpu_memory else torch.get_num_threads())
+        made = cls(subject, config, [], gpu_memory, 1 if gpu_memory else torch.get_num_threads(), processes)
         train = max(1, made.tokens - made.held)
         return replace(made, chains=[Chains.of(config, mlp, train) for mlp in subject.mlps])
 
@@ -132,6 +136,19 @@ class Amounts:
     def tokens(self) -> int:
         """Tokens of text, held out or not."""
         return int(self.config.tokens or 0) // self.length * self.length + self.held
+
+    @property
+    def spread(self) -> int:
+        """How many processes the text of a module is dealt out to: all where modules correct one another."""
+        return self.processes if self.sequential else 1
+
+    def own(self, size: int) -> tuple[int, int]:
+        """Of text that is dealt out to `size` processes, the first one's tokens and how many of them are held out."""
+        train, held = (
+            -(-tokens // (self.length * size)) * self.length
+            for tokens in (self.tokens - self.held, self.held)
+        )
+        return train + held, held
 
     @property
     def layer_flops(self) -> float:
@@ -225,19 +242,31 @@ class Amounts:
 
     def groups(self, mlps: list[MLP]) -> list[list[MLP]]:
         """Which of some MLPs share a pass, where modules are independent."""
-        return group_layers(mlps, self.tokens, int(self.config.max_memory or 0))
+        return group_layers(mlps, self.tokens, self._for_activations)
+
+    @property
+    def _for_activations(self) -> int:
+        """Bytes of memory that they may take."""
+        return int(self.config.max_memory or 0) // self.processes
 
     @property
     def activation_bytes(self) -> float:
         """Both streams in float32, and x and y in 16 bits; of one module alone where modules are independent. With the
         routing of a mixture."""
         routed = max((mlp.chosen for mlp in self.subject.mlps if isinstance(mlp, Mixture)), default=0)
-        return self.tokens * ((12 if self.sequential else 4) * self.hidden + 12 * routed)
+        tokens, _ = self.own(self.spread)
+        return tokens * ((12 if self.sequential else 4) * self.hidden + 12 * routed)
 
     @property
     def spills(self) -> bool:
         """Whether activations lie on the disk."""
-        return self.activation_bytes > int(self.config.max_memory or 0)
+        return self.activation_bytes > self._for_activations
+
+    @property
+    def spilled(self) -> float:
+        """Bytes of them on the disk, of all processes."""
+        busy = self.processes if self.sequential else min(self.processes, len(self.subject.mlps))
+        return busy * self.activation_bytes if self.spills else 0
 
     @property
     def activations_held(self) -> float:
@@ -253,21 +282,16 @@ class Amounts:
         at_once = sequences_at_once(self.length, self.subject.vocabulary, SEQUENCES)
         return 2.5 * at_once * row + 5 * 4 * min(CHUNK, at_once * row / 4)
 
-    def students(self, chains: Sequence[Chains]) -> Iterator[tuple[DLRSpec, Recipe, DLRSpec]]:
-        """What the attack on some modules fits: a student's shape, its recipe, and the chain's shape. Of a mixture it
-        attacks one expert."""
-        if not self.config.redistill:
-            return
-        for made in chains:
-            spec, count = made.spec, attack_tokens(self.config.redistill, made.recipe.train_tokens)
-            for init in INITS:
-                student = DLRSpec(spec.hidden_size, 1, 1, spec.lanes * spec.depth * spec.rank, spec.act)
-                if init == "linear":
-                    half = half_of(spec)
-                    steps = -(-spec.depth // half)
-                    student = DLRSpec(spec.hidden_size, spec.lanes, steps, half * spec.rank, spec.act)
-                if init == "random":
-                    student = DLRSpec.of_params(
-                        spec.hidden_size, spec.params, depth=1, act="silu", gated=True
-                    )
-                yield student, student_recipe(count, init), spec
+    def students(self, attacked: Chains) -> Iterator[tuple[DLRSpec, Recipe]]:
+        """What the attack on a module fits: each student's shape and recipe. Of a mixture it attacks one expert."""
+        spec = attacked.spec
+        count = attack_tokens(self.config.redistill or 0, attacked.recipe.train_tokens)
+        for init in INITS:
+            student = DLRSpec(spec.hidden_size, 1, 1, spec.lanes * spec.depth * spec.rank, spec.act)
+            if init == "linear":
+                half = half_of(spec)
+                steps = -(-spec.depth // half)
+                student = DLRSpec(spec.hidden_size, spec.lanes, steps, half * spec.rank, spec.act)
+            if init == "random":
+                student = DLRSpec.of_params(spec.hidden_size, spec.params, depth=1, act="silu", gated=True)
+            yield student, student_recipe(count, init)

@@ -19,6 +19,7 @@ from ..end_to_end import EndToEndPlan
 from ..evaluate import sequences_at_once
 from ..mlp_discovery import automatic
 from ..mlp_matching import MLP
+from ..parallel.balance import dealt
 from ..redistill import FIT_TOKENS, INITS, half_of, regression_flops
 from ..writing import SHARD
 from .amounts import Amounts, Chains
@@ -73,7 +74,13 @@ def phases(a: Amounts) -> list[Phase]:
     """The phases of a conversion, in their order.
 
     On a CPU everything is in the machine's memory; on a GPU the model, a fit and the logits are in its own.
+
+    Of several processes these are one's, but for the disk, which is all's: where modules are dealt out the busiest's,
+    else the first one's, which has the most of what is divided and does alone what is not. What they exchange is not in
+    it.
     """
+    mine = a.subject.mlps if a.sequential else _busiest(a)
+    own = [c for c in a.chains if c.mlp in mine]
     model = {"device": a.model_bytes} if a.on_gpu else {"host": a.model_bytes}
     fused = {"host": a.fused_bytes}
     # A mixture's chains are put together from those of its experts.
@@ -84,10 +91,10 @@ def phases(a: Amounts) -> list[Phase]:
     done = [
         _with(Phase("reading", moved=2 * a.subject.disk + made, disk=a.subject.disk), model, fused),
         _with(_text(a), model, fused),
-        _with(_foretelling(a), model),
-        _with(_activations(a, a.subject.mlps), model, fused, chain),
-        _with(_distilling(a, a.chains), model, fused, chain),
-        _with(_redistilling(a, a.chains), model, fused, chain),
+        _with(_foretelling(replace(a, processes=1)), model),
+        _with(_activations(a, mine), model, fused, chain),
+        _with(_distilling(a, own), model, fused, chain),
+        _with(_redistilling(a, own), model, fused, chain),
         _with(_end_to_end(a), model, fused),
         _with(_writing(a), model, fused, written),
         _with(_measuring(a), model, fused, both),
@@ -140,6 +147,25 @@ def module_flops(a: Amounts, module: str) -> float:
     """What one module takes: its fit, or those of its experts, and the attack."""
     chains = [c for c in a.chains if c.mlp.module == module]
     return _distilling(a, chains).flops + _redistilling(a, chains).flops
+
+
+def dealt_modules(a: Amounts, mlps: Sequence[MLP], size: int) -> list[list[MLP]]:
+    """Independent modules dealt out to `size` processes by FLOPs: each one's, in their order."""
+    alone = replace(a, processes=1)
+    return [
+        [mlps[job] for job in jobs] for jobs in dealt([module_flops(alone, m.module) for m in mlps], size)
+    ]
+
+
+def _busiest(a: Amounts) -> list[MLP]:
+    """The modules of the process that has most to do, where they are dealt out."""
+
+    def work(mlps: list[MLP]) -> float:
+        chains = [c for c in a.chains if c.mlp in mlps]
+        parts = _activations(a, mlps), _distilling(a, chains), _redistilling(a, chains)
+        return sum(_work(a, p) for p in parts)
+
+    return max(filter(None, dealt_modules(a, a.subject.mlps, a.processes)), key=work)
 
 
 def chain_flops(a: Amounts) -> float:
@@ -214,69 +240,72 @@ def _activations(a: Amounts, todo: list[MLP]) -> Phase:
     else:
         passes = float(sum(group[-1].layer + 1 for group in a.groups(todo)))
         extra, chains = 8.0 * a.layers, 0.0
+    tokens, _ = a.own(a.spread)
     work = 4.0 * BATCH_TOKENS * (4 * a.hidden + 2 * max(m.intermediate_size for m in mlps))
     phase = Phase(
         "activations",
-        wide=(passes * a.tokens + extra) * a.layer_flops + chains * a.tokens,
+        wide=(passes * tokens + extra) * a.layer_flops + chains * tokens,
         host=a.activations_held,
-        disk=a.subject.disk + (a.activation_bytes if a.spills else 0) + a.chain_bytes,
+        disk=a.subject.disk + a.spilled + a.chain_bytes,
     )
     return _with(phase, _place(a, work))
 
 
 def _fit(
-    a: Amounts, name: str, fits: Sequence[tuple[DLRSpec, Recipe, int]], own: float, wide: float
+    a: Amounts, name: str, fits: Sequence[tuple[DLRSpec, Recipe, int, int]], own: float, wide: float
 ) -> Phase:
-    """fits: a chain, its recipe, and how often; own: bytes that are held beside a fit."""
-    steps = {
-        (spec, recipe.batch): step_of(spec, replace(recipe, train_tokens=recipe.batch, seed=0), a.parts)
-        for spec, recipe, _ in fits
-    }
+    """fits: a chain, its recipe, how often, and by how many processes; own: bytes that are held beside a fit."""
     counted = [
-        (times * math.ceil(recipe.train_tokens / recipe.batch), steps[spec, recipe.batch])
-        for spec, recipe, times in fits
+        (
+            times * math.ceil(recipe.train_tokens / recipe.batch),
+            step_of(spec, replace(recipe, train_tokens=recipe.batch, seed=0), a.parts, size),
+        )
+        for spec, recipe, times, size in fits
     ]
-    most = max((step.held for step in steps.values()), default=0) + own
+    most = max((step.held for _, step in counted), default=0) + own
     phase = Phase(
         name,
         wide=wide,
         fit=float(sum(count * (step.passes + step.reading) for count, step in counted)),
         muon=float(sum(count * step.muon for count, step in counted)),
         host=a.activations_held,
-        disk=a.subject.disk + (a.activation_bytes if a.spills else 0) + a.chain_bytes,
+        disk=a.subject.disk + a.spilled + a.chain_bytes,
     )
     return _with(phase, _place(a, most))
 
 
 def _distilling(a: Amounts, chains: Sequence[Chains]) -> Phase:
     d = a.hidden
-    known = min(PRECONDITIONER_TOKENS, a.tokens)
-    wide = sum(c.count * 2.0 * d * d * known + 6.0 * c.active * a.held for c in chains)
+    known = min(PRECONDITIONER_TOKENS, a.tokens)  # collected whole by every process
+    wide = sum(c.count * 2.0 * d * d * known + 6.0 * c.active * a.own(a.spread)[1] for c in chains)
     # What experts make of their tokens, and where modules correct one another what they make together.
     wide += sum(2.0 * (1 + a.sequential) * c.replaced * a.tokens for c in chains if c.count > 1)
     mlp = max((c.mlp.params / c.count for c in chains), default=0) * 4.0
     # The teacher's matrices, read as float32, and the sums that a fit starts from are held before its steps.
     own = mlp * a.on_gpu + 4.0 * known * d
-    return _fit(a, "distilling", [(c.spec, c.recipe, c.count) for c in chains], own, wide)
+    return _fit(a, "distilling", [(c.spec, c.recipe, c.count, a.spread) for c in chains], own, wide)
 
 
 def _redistilling(a: Amounts, chains: Sequence[Chains]) -> Phase:
-    if (
-        a.config.end_to_end and a.config.redistill
-    ):  # the weakest module once more, before and after that phase
-        chains = [*chains, *2 * [c for c in a.chains if c.count == 1][:1]]
-    students = list(a.students(chains))
-    if not students:
+    if not a.config.redistill:
         return Phase("redistilling")
-    wide = sum(12.0 * spec.params * a.held for _, _, spec in students)
-    for spec in (
-        spec for _, _, spec in students[:: len(INITS)]
-    ):  # once a chain: its outputs, and the linear start
-        used = min(FIT_TOKENS, a.tokens)
-        wide += regression_flops(spec, used, half_of(spec)) + 2.0 * spec.params * (a.tokens + used)
-    largest = max(c.spec.params for c in chains) * 4.0
-    fits = [(student, recipe, 1) for student, recipe, _ in students]
-    return _fit(a, "redistilling", fits, 3 * largest + 2.0 * a.tokens * a.hidden, wide)
+    attacked = [(c, a.spread) for c in chains]
+    if a.config.end_to_end:  # the weakest module once more, before and after that phase, by all processes
+        attacked += 2 * [(c, a.processes) for c in a.chains if c.count == 1][:1]
+    if not attacked:
+        return Phase("redistilling")
+    used, wide = min(FIT_TOKENS, a.tokens), 0.0  # the regression's text is collected whole by every process
+    fits = []
+    for made, size in attacked:
+        tokens, held = a.own(size)
+        spec = made.spec
+        fits += [(student, recipe, 1, size) for student, recipe in a.students(made)]
+        wide += 12.0 * spec.params * held * len(INITS)
+        # Once a chain: its outputs, and the linear start.
+        wide += regression_flops(spec, used, half_of(spec)) + 2.0 * spec.params * (tokens + used)
+    largest = max(made.spec.params for made, _ in attacked) * 4.0
+    tokens, _ = a.own(a.spread)
+    return _fit(a, "redistilling", fits, 3 * largest + 2.0 * tokens * a.hidden, wide)
 
 
 def _end_to_end(a: Amounts) -> Phase:
@@ -287,8 +316,12 @@ def _end_to_end(a: Amounts) -> Phase:
     step = (
         a.pass_flops + 2 * (a.locked_flops - 2 * chains) + 6 * chains
     )  # original; student, its chains apart
-    most = EndToEndPlan(int(tokens)).step_tokens // a.length
-    at_once = a.length * sequences_at_once(a.length, a.subject.vocabulary, most)
+    batch = EndToEndPlan(int(tokens)).step_tokens
+    once = sequences_at_once(a.length, a.subject.vocabulary, batch // a.length)
+    sequences = once * max(1, round(batch / (a.length * once)))  # of a step, dealt out to all processes
+    mine = -(-sequences // a.processes)
+    tokens *= mine / sequences
+    at_once = a.length * min(once, mine)
     # Of every step of every chain: the state that it reads and what it reads there and makes of that, for backward.
     kept = at_once * sum(
         4.0 * c.spec.depth * c.spec.lanes * (c.spec.hidden_size + 2 * c.spec.rank)

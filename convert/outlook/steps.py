@@ -15,6 +15,7 @@ from ...triton_kernels.meter import Meter
 from ..config import Recipe
 from ..distill import Gradients, muon_groups
 from ..muon import Muon
+from ..parallel.ranks import ALONE, Reckoned
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,24 +41,26 @@ class Step:
 
 
 @cache
-def step_of(spec: DLRSpec, recipe: Recipe, parts: int) -> Step:
+def step_of(spec: DLRSpec, recipe: Recipe, parts: int, processes: int = 1) -> Step:
     """Counts one step of `distill`, by running its code on the meta device.
 
     Args:
         spec: The chain.
         recipe: Its batch, and whether the reading directions have a preconditioner, are what counts.
         parts: How many parts a batch is worked on in at the same time, each with gradients of its own.
+        processes: How many take the step together; counted is the first one's part, with a mean share of the batch.
     """
     d = spec.hidden_size
     tokens = recipe.batch + int(recipe.batch * 4 / 512)
     meter = Meter()
     with torch.device("meta"):
         weights = {name: torch.empty(spec.weight_shape) for name in DLRNet.weight_names(spec)}
-        x = torch.empty(max(1, tokens // parts), d)
+        x = torch.empty(max(1, tokens // (parts * processes)), d)
         one = torch.ones(d)
         preconditioner = torch.empty(d, d, dtype=product_dtype(x.device, d))
         groups = muon_groups(weights, recipe, preconditioner)
-        optimizer = Muon(groups, momentum=recipe.momentum)
+        ranks = Reckoned(processes) if processes > 1 else ALONE
+        optimizer = Muon(groups, momentum=recipe.momentum, ranks=ranks)
         with Gradients(spec, one, one, MicroBatch("a step", "token")) as gradients, meter:
             gradients.fill(weights, x, x, len(x))
         passes, of_passes = meter.take().flops, meter.peak
@@ -68,13 +71,17 @@ def step_of(spec: DLRSpec, recipe: Recipe, parts: int) -> Step:
         with meter:
             optimizer.step()  # with a momentum that is there already
         of_step = max(of_step, meter.peak)
-    read = sum(
-        2 * d * w.numel()
-        for group in optimizer.param_groups
-        for w in group["params"]
-        if group["preconditioner"] is not None
-    )
+        meter.take()
+        for group in optimizer.param_groups:
+            group["preconditioner"] = None
+        with meter:
+            optimizer.step()
+        muon = meter.take().flops
     size = sum(w.nbytes for w in weights.values())
     # Weights, the last good state, momentum (of which the meter sees the first step's), and the parts' gradients.
     held = 2 * size + max(parts * of_passes + size + (parts > 1) * own, of_step + (parts - 1) * own)
-    return Step(passes * parts, read, steps - read, held)
+    if processes > 1:
+        held = max(
+            held, 3 * size + (parts + 1) * own
+        )  # gradients, and a copy of all of them that is exchanged
+    return Step(passes * parts, steps - muon, muon, held)

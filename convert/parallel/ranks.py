@@ -78,6 +78,16 @@ class Ranks:
 ALONE = Ranks()
 
 
+class Reckoned(Ranks):
+    """The first of so many processes, for whoever counts what it does: it does its part, what others would do is 0."""
+
+    def __init__(self, size: int) -> None:
+        self.size = self.local_size = size
+
+    def spread(self, work: Callable[[Tensor], Tensor], blocks: Tensor) -> Tensor:
+        return _in_parts(work, blocks, self.rank, self.size, lambda whole, part: whole.zero_())
+
+
 class Group(Ranks):
     """Several processes, by torch.distributed.
 
@@ -142,16 +152,11 @@ class Group(Ranks):
     def spread(self, work: Callable[[Tensor], Tensor], blocks: Tensor) -> Tensor:
         from torch import distributed
 
-        flat = blocks.reshape(-1, *blocks.shape[-2:])
-        each = -(-len(flat) // self.size)
-        mine = flat[self.rank * each : (self.rank + 1) * each]
-        part = flat.new_zeros(each, *flat.shape[1:])
-        if len(mine):
-            part[: len(mine)] = work(mine)
-        whole = flat.new_empty(self.size * each, *flat.shape[1:])
-        with _lost_is_an_error():
-            distributed.all_gather(list(whole.split(each)), part, group=self._group)
-        return whole[: len(flat)].view(blocks.shape)
+        def gather(whole: Tensor, part: Tensor) -> None:
+            with _lost_is_an_error():
+                distributed.all_gather(list(whole.split(len(part))), part, group=self._group)
+
+        return _in_parts(work, blocks, self.rank, self.size, gather)
 
     def barrier(self) -> None:
         self.gathered(None)
@@ -267,6 +272,26 @@ def _group() -> Group:
         return Group(None)
     except (RuntimeError, ValueError, OSError) as error:
         raise DLRError(f"the processes of this run do not find one another: {first_line(error)}") from error
+
+
+def _in_parts(
+    work: Callable[[Tensor], Tensor],
+    blocks: Tensor,
+    rank: int,
+    size: int,
+    gather: Callable[[Tensor, Tensor], object],
+) -> Tensor:
+    """What `work` makes of matrices [.., m, d], of which this process does one part of `size`; `gather` makes the whole
+    of all parts."""
+    flat = blocks.reshape(-1, *blocks.shape[-2:])
+    each = -(-len(flat) // size)
+    mine = flat[rank * each : (rank + 1) * each]
+    part = flat.new_zeros(each, *flat.shape[1:])
+    if len(mine):
+        part[: len(mine)] = work(mine)
+    whole = flat.new_empty(size * each, *flat.shape[1:])
+    gather(whole, part)
+    return whole[: len(flat)].view(blocks.shape)
 
 
 def _as_one(tensors: Sequence[Tensor], exchange: Callable[[Tensor], object]) -> None:

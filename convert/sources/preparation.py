@@ -25,7 +25,7 @@ from ..experts.routing import Mixture
 from ..mlp_discovery import automatic, check_dense, find_mlps, stand_ins, unknown_mixtures
 from ..mlp_matching import MLP
 from ..outlook.amounts import reckoned
-from ..outlook.checks import check_choices
+from ..outlook.checks import check_choices, check_sequences
 from ..outlook.foretelling import foretell
 from ..outlook.phases import to_come
 from ..parallel.ranks import Ranks
@@ -63,12 +63,8 @@ def prepared(
         check_choices(
             config, original.model, mlps, every, size=original.model.num_parameters() * original.model.dtype.itemsize,
             whole=original.weights is None, words=original.tokenizer is not None,
+            processes=ranks.size,
         )  # fmt: skip
-        if ranks.size > 1 and config.across != "independent" and any(isinstance(m, Mixture) for m in mlps):
-            raise DLRError(
-                "a mixture of experts is distilled sequentially by one process alone so far: --across independent "
-                "spreads its modules over several"
-            )
         stored = DTYPES.get(config.dtype) or original.dtype
         weights = {file.name for file in weight_files(original.path)}
         notes.append(ranks.agreed(lambda: carry_over(original.path, work, weights)))
@@ -84,11 +80,7 @@ def prepared(
     amounts = reckoned(original, mlps, every, config)
     expect(progress, to_come(amounts))
     text = ranks.agreed(lambda: calibration_text(original, config, progress))
-    if len(text.train) < ranks.size:
-        raise DLRError(
-            f"{len(text.train)} sequences of calibration text are fewer than the {ranks.size} processes: give more "
-            "--tokens, or start fewer"
-        )
+    check_sequences(len(text.train), ranks.size)
     facts = facts_of(original, mlps, text, config, stored)
     if len({json.dumps(other, sort_keys=True, default=str) for other in ranks.gathered(facts)}) > 1:
         raise DLRError(

@@ -16,8 +16,8 @@ from ..common.options import flag
 from ..convert.config import EFFORTS, ERRORS_ADD_UP, ConversionConfig
 from ..convert.mlp_discovery import automatic, middle, ranges, stand_ins, unknown_mixtures
 from ..convert.outlook.amounts import Amounts
-from ..convert.outlook.checks import check_choices
-from ..convert.outlook.phases import Phase, phases
+from ..convert.outlook.checks import check_choices, check_sequences
+from ..convert.outlook.phases import Phase, dealt_modules, phases
 from ..convert.outlook.subject import Subject
 from ..convert.source import has_words
 from ..convert.sources.adapters import is_adapter
@@ -33,6 +33,7 @@ class Plan:
 
     Attributes:
         source: The model's name.
+        gpus: How many do it, a process each. Phases, FLOPs and memory are those of one of these, see `phases`.
         options: Every choice, resolved.
         modules: Of each MLP to be converted: module, chain, parameters, training tokens.
         mlps: How many the model has.
@@ -45,6 +46,7 @@ class Plan:
     """
 
     source: str
+    gpus: int
     options: dict[str, Any]
     modules: list[dict[str, Any]]
     mlps: int
@@ -62,7 +64,7 @@ class Plan:
 
     @property
     def host(self) -> float:
-        """The machine's memory at the peak, in bytes."""
+        """The machine's memory that a process takes at the peak, in bytes."""
         return self.base + max(phase.host for phase in self.phases)
 
     @property
@@ -72,7 +74,7 @@ class Plan:
 
     @property
     def disk(self) -> float:
-        """Files at the peak, the source's included."""
+        """Files of all processes at the peak, the source's included."""
         return max(phase.disk for phase in self.phases)
 
     @property
@@ -89,17 +91,20 @@ class Plan:
         }  # fmt: skip
         own = {
             k: getattr(self, k)
-            for k in ("source", "options", "modules", "mlps", "params", "tokens", "advice")
+            for k in ("source", "gpus", "options", "modules", "mlps", "params", "tokens", "advice")
         }
         return own | totals | {"program_bytes": self.base, "machine": asdict(self.rates), "phases": rows}
 
 
-def plan_conversion(source: str | Path, *, device: str | None = None, **options: Any) -> Plan:
+def plan_conversion(
+    source: str | Path, *, device: str | None = None, gpus: int | None = None, **options: Any
+) -> Plan:
     """Plans a conversion from config.json and the headers of the weight files alone.
 
     Args:
         source: A transformers directory or a hub id.
         device: As for a conversion, or a GPU that is not here, of `GPUS`: its rates are then reckoned.
+        gpus: How many such GPUs, all in one machine, with a process each; None for one process.
         **options: The fields of `ConversionConfig`.
 
     Raises:
@@ -110,15 +115,24 @@ def plan_conversion(source: str | Path, *, device: str | None = None, **options:
         place = torch.device("cuda") if named else usable_device(device)
     except DLRError as error:
         raise DLRError(f"{error}; or name a GPU that is not here: {NAMES}") from error
+    if gpus is not None and gpus < 1:
+        raise DLRError(f"--gpus must be at least 1, not {gpus}")
+    if gpus is not None and place.type != "cuda":
+        raise DLRError(
+            f"--gpus {gpus}: this would be a plan for {place}, and processes there are no GPUs: leave --gpus out, or "
+            f"name a GPU by --device: {NAMES}"
+        )
+    processes = gpus or 1
     asked = ConversionConfig.of(options)
     config = asked.resolved(place)
     subject = open_subject(source, config, here=not named)
     memory = gpu_rates(str(device)).memory if named else _memory(place)
-    amounts = _amounts(subject, config, memory)
+    amounts = _amounts(subject, config, memory, processes)
     rates = gpu_rates(str(device)) if named else _probe(place, subject, amounts)
     base = resident_bytes()
     made = Plan(
         subject.name,
+        processes,
         config.to_dict() | {"device": device if named else str(place)},
         [
             {
@@ -140,15 +154,15 @@ def plan_conversion(source: str | Path, *, device: str | None = None, **options:
         [],
     )
     again = partial(_again, made, subject, asked, place, memory)
-    return replace(made, advice=[*_warnings(made), *_advice(made, config, again)])
+    return replace(made, advice=[*_warnings(made, amounts), *_advice(made, config, amounts, again)])
 
 
-def _amounts(subject: Subject, config: ConversionConfig, memory: float | None) -> Amounts:
+def _amounts(subject: Subject, config: ConversionConfig, memory: float | None, processes: int) -> Amounts:
     """Raises DLRError on what a conversion would refuse."""
     folder = Path(subject.name).expanduser()
     # Of the hub's repositories the weights alone are looked at, and an adapter's words may be its base's.
     words = not folder.is_dir() or has_words(folder) or is_adapter(folder)
-    made = Amounts.of(subject, config, memory)
+    made = Amounts.of(subject, config, memory, processes)
     check_choices(
         config,
         subject.model,
@@ -157,7 +171,9 @@ def _amounts(subject: Subject, config: ConversionConfig, memory: float | None) -
         size=made.whole_bytes,
         whole=not made.on_demand,
         words=words,
+        processes=processes,
     )
+    check_sequences((made.tokens - made.held) // made.length, processes)
     return made
 
 
@@ -186,15 +202,18 @@ def _again(
     asked: ConversionConfig,
     place: torch.device,
     memory: float | None,
+    gpus: int | None = None,
     **changes: Any,
 ) -> Plan:
     """The same plan with other choices."""
     config = replace(asked, **changes).resolved(place)
     subject = replace(subject, mlps=stand_ins(subject.every, config.layers))
-    return replace(made, phases=phases(_amounts(subject, config, memory)))
+    return replace(made, phases=phases(_amounts(subject, config, memory, gpus or made.gpus)))
 
 
-def _warnings(made: Plan) -> Iterator[str]:
+def _warnings(made: Plan, amounts: Amounts) -> Iterator[str]:
+    if made.gpus > 1:
+        yield _how_divided(amounts)
     if automatic(made.options["layers"]):
         yield (
             f"--layers {made.options['layers']} chooses by the weights, which no plan reads: it is reckoned for layers "
@@ -215,13 +234,46 @@ def _warnings(made: Plan) -> Iterator[str]:
         yield "--data self samples the calibration text from the model; --data with a text file takes no time for it"
 
 
-def _advice(made: Plan, config: ConversionConfig, again: Any) -> Iterator[str]:
+def _how_divided(a: Amounts) -> str:
+    """What several processes do together in a plan, and what of it is not reckoned."""
+    missing = ["that all of them read one disk"]
+    if a.sequential:
+        how = (
+            "tokens are divided, and with them activations and a batch's rows, and the optimizer's blocks (a matrix of "
+            "a student that is not cut is one); the preconditioner, the attack's regression and the memory of the "
+            "model and of a fit are not"
+        )
+        missing += [
+            "what they exchange, three times a step",
+            "that a step waits for who has most of its rows",
+            "that smaller products are slower",
+        ]
+    else:
+        dealt = dealt_modules(a, a.subject.mlps, a.processes)
+        how = f"modules are dealt out whole, {max(map(len, dealt))} of {len(a.chains)} at most to one"
+    if a.config.end_to_end:
+        missing.append("what they exchange in the end-to-end phase")
+    return (
+        f"{a.processes} processes (torchrun --nproc-per-node {a.processes}), planned is the one with most to do: {how}"
+        "; each reads the source, and the first alone does the text, foretelling, writing and measuring the model; the "
+        f"disk is that of all. Not reckoned, for nothing is measured: {', '.join(missing)}"
+    )
+
+
+def _advice(made: Plan, config: ConversionConfig, amounts: Amounts, again: Any) -> Iterator[str]:
     """What would halve the time or the memory, each tried on the plan itself."""
     layers = {module["layer"] for module in made.modules}
     half = middle(layers, len(layers) // 2)
     efforts = list(EFFORTS)
     weaker = efforts[max(0, efforts.index(config.effort) - 1)]
+    apart = flag("across") + " independent (modules do not correct one another)"
+    several = {"gpus": max(2, made.gpus), "across": "independent"}
     tries: list[tuple[str, dict[str, Any]]] = [
+        (f"{flag('gpus')} {2 * made.gpus}", {"gpus": 2 * made.gpus} if amounts.on_gpu else {}),
+        (
+            apart if made.gpus > 1 else f"{flag('gpus')} 2 {apart}",
+            several if amounts.on_gpu and amounts.sequential else {},
+        ),
         (f"{flag('redistill')} 0 (no attack: whether a chain is a lock is not known)", {"redistill": 0.0}),
         (f"{flag('end_to_end')} 0", {"end_to_end": 0}),
         (
@@ -240,7 +292,7 @@ def _advice(made: Plan, config: ConversionConfig, again: Any) -> Iterator[str]:
         (f"{flag('batch')} {int(config.batch or 0) // 2}", {"batch": int(config.batch or 0) // 2}),
     ]
     for words, changes in tries:
-        if not changes or all(getattr(config, name) == value for name, value in changes.items()):
+        if not changes or all(getattr(config, name, made.gpus) == value for name, value in changes.items()):
             continue
         try:
             other = again(**changes)

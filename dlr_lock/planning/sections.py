@@ -10,13 +10,14 @@ def plan_sections(plan: Plan) -> list[Section]:
     chains = sorted({module["chain"] for module in plan.modules})
     options = plan.options
     device = f", {bytes_words(plan.device)} on the GPU" if plan.device else ""
+    many, each = (f"{plan.gpus} GPUs, each ", " a process") if plan.gpus > 1 else ("", "")
     text = (
         f"{plan.source}: {plan.params / 1e9:,.3g} billion parameters, {len(plan.modules)} of {plan.mlps} MLPs to be "
         f"replaced by {', '.join(chains)}; effort {options['effort']}, "
         f"{count_words(plan.tokens, 'calibration token')}, {options['train_tokens']:,} training tokens a module.\n"
-        f"On {plan.rates.name} ({plan.rates.how}): about {seconds_words(plan.seconds)}, "
-        f"{bytes_words(plan.host)} of memory{device}, {bytes_words(plan.disk)} of disk with the source, "
-        f"{flops_words(plan.flops)}."
+        f"On {many}{plan.rates.name} ({plan.rates.how}): about {seconds_words(plan.seconds)}, "
+        f"{bytes_words(plan.host)} of memory{device}{each}, {bytes_words(plan.disk)} of disk with the source, "
+        f"{flops_words(plan.flops)}{each}."
     )
     rows = [
         (

@@ -1,0 +1,195 @@
+"""A plan for several GPUs against the code that divides the work: one process of many does what is counted."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import save_tiny, tiny_model
+from torch import Tensor
+from typer.testing import CliRunner
+
+from dlr_lock import DLRError, DLRNet, DLRSpec
+from dlr_lock.cli import app
+from dlr_lock.convert.activations import Activations, SequentialCalibrator
+from dlr_lock.convert.config import ConversionConfig, Recipe
+from dlr_lock.convert.distill import distill
+from dlr_lock.convert.outlook.amounts import Amounts
+from dlr_lock.convert.outlook.phases import Phase, phases
+from dlr_lock.convert.outlook.steps import step_of
+from dlr_lock.convert.parallel.ranks import Reckoned
+from dlr_lock.convert.parallel.share import Pair, Share
+from dlr_lock.planning.plan import Plan, plan_conversion
+from dlr_lock.planning.sections import plan_sections
+from dlr_lock.planning.subject import open_subject
+from dlr_lock.triton_kernels.meter import Meter
+
+CHOICES: dict[str, Any] = {
+    "tokens": 512, "heldout": 128, "train_tokens": 1024, "batch": 64, "sequence": 32, "depth": 3, "rank": 16,
+    "redistill": 0.5,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("a word", encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("plan") / "source", layers=5)
+
+
+def planned(folder: Path, **choices: Any) -> Plan:
+    return plan_conversion(folder, device="h200", **({"data": "text.txt"} | CHOICES | choices))
+
+
+def of(plan: Plan) -> dict[str, Phase]:
+    return {phase.name: phase for phase in plan.phases}
+
+
+class Own(Share):
+    """The others are not there: what is collected of all is this process's."""
+
+    def sample(self, take: Callable[[Tensor], Pair], rows: Tensor) -> Pair:
+        return take(self.mine(rows))
+
+
+@pytest.mark.parametrize("processes", [2, 5])
+def test_one_of_many_computes_of_a_step_what_was_counted(
+    processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three matrices are two for the first of two processes and one for each of five; rows are dealt out by chance."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    spec, n = DLRSpec(64, 1, 3, 16), 32
+    share = Own(Reckoned(processes), torch.zeros(160, n, dtype=torch.int64), torch.zeros(0, n))
+    flops = []
+    for steps in (1, 41):
+        x, y = torch.randn(2, share.tokens.numel(), 64)
+        pairs = Activations(x, y, torch.zeros(len(x), dtype=torch.bool), False)
+        pairs.share = share
+        with Meter() as meter:
+            recipe = Recipe(256 * steps, batch=256, init="random")
+            distill(pairs, 160 * n, spec, recipe, name="it", device=torch.device("cpu"))
+        flops.append(meter.take().flops)
+    counted = step_of(spec, Recipe(256, batch=256), 1, processes)
+    alone = step_of(spec, Recipe(256, batch=256), 1)
+    assert (flops[1] - flops[0]) / 40 == pytest.approx(counted.flops, rel=0.03)
+    most = -(-3 // processes) / 3
+    assert counted.muon == pytest.approx(alone.muon * most) and counted.reading == alone.reading * most
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_one_of_many_leads_as_much_text_through_the_layers_as_planned(processes: int, folder: Path) -> None:
+    config = ConversionConfig.of(CHOICES).resolved(torch.device("cpu"))
+    amounts = Amounts.of(open_subject(folder, config), config, processes=processes)
+    model, mlps, run = tiny_model("llama", layers=5), amounts.subject.mlps, [0]
+
+    def count(module: Any, args: Any, output: torch.Tensor) -> None:
+        run[0] += output.shape[0] * output.shape[1]
+
+    for layer in model.model.layers:
+        layer.input_layernorm.register_forward_hook(count)
+    train, held = (torch.randint(320, (sequences, 32)) for sequences in (16, 4))
+    share = Share(Reckoned(processes), train, held)
+    calibrator = SequentialCalibrator(
+        model, mlps, share.tokens, max_memory=10**9, scratch=folder, share=share
+    )
+    for chains in amounts.chains:
+        calibrator.pairs(chains.mlp).close()
+        calibrator.put(chains.mlp, DLRNet(chains.spec))
+    assert share.tokens.numel() == amounts.own(processes)[0]
+    (phase,) = [p for p in phases(amounts) if p.name == "activations"]
+    own = sum(2 * chains.spec.params for chains in amounts.chains) * share.tokens.numel()
+    assert run[0] == pytest.approx((phase.wide - own) / amounts.layer_flops, rel=0.1)
+
+
+def test_in_sequence_a_process_has_its_part_of_what_is_divided_and_all_of_the_rest(folder: Path) -> None:
+    one, two = (of(planned(folder, gpus=gpus)) for gpus in (1, 2))
+    for name in ("distilling", "activations"):
+        assert two[name].flops < 0.75 * one[name].flops
+    assert two["redistilling"].fit < 0.6 * one["redistilling"].fit
+    # The students' wide steps are one block each, but for the linear start's two.
+    assert 0.7 < two["redistilling"].muon / one["redistilling"].muon < 1
+    for name in ("reading", "calibration text", "writing", "measuring"):
+        assert two[name] == one[name]
+    # 512 / 32 and 128 / 32 sequences, of which a process of four has 4 and 1; 12 bytes an element.
+    four = of(planned(folder, gpus=4))
+    assert one["activations"].host - four["activations"].host == (20 - 5) * 32 * 12 * 64
+    spilt = [of(planned(folder, gpus=gpus, max_memory=1000))["activations"].disk for gpus in (1, 4)]
+    assert spilt[0] == spilt[1]
+
+
+def test_modules_are_dealt_out_whole(folder: Path) -> None:
+    """Five equal modules are two rounds on three GPUs and on four, and one on five and on any more."""
+    for gpus, rounds in ((2, 3), (3, 2), (4, 2), (5, 1), (8, 1)):
+        one, more = (of(planned(folder, across="independent", gpus=n)) for n in (1, gpus))
+        for name in ("distilling", "redistilling"):
+            assert more[name].flops == pytest.approx(one[name].flops * rounds / 5)
+            assert more[name].device == one[name].device
+        assert more["writing"] == one["writing"] and more["measuring"] == one["measuring"]
+    # Of a module a pass that ends in its layer, where there is no room for two: of the last layer's five, of 15.
+    one, more = (
+        of(planned(folder, across="independent", gpus=n, max_memory=1000))["activations"] for n in (1, 5)
+    )
+    assert more.flops == pytest.approx(one.flops / 3, rel=0.05)
+    assert more.disk - one.disk == 4 * (512 + 128) * 4 * 64
+
+
+def test_the_last_phase_has_no_use_for_more_processes_than_sequences_of_a_step(folder: Path) -> None:
+    flops = [of(planned(folder, gpus=n, end_to_end=65536))["end-to-end"].flops for n in (1, 2, 8, 16)]
+    assert flops[0] == 2 * flops[1] == 8 * flops[2] == pytest.approx(16 * flops[3])
+    flops = [of(planned(folder, gpus=n, end_to_end=65536, sequence=256))["end-to-end"].flops for n in (1, 2)]
+    assert flops[0] == 2 * flops[1]
+    with pytest.raises(DLRError, match="16 sequences of calibration text are fewer than the 17 processes"):
+        planned(folder, gpus=17)
+
+
+def test_a_mixture_is_planned_dealt_out_alone_as_it_is_converted(tmp_path: Path) -> None:
+    source = save_tiny("mixtral", tmp_path / "source")
+    words = "distilled sequentially by one process alone so far: --across independent"
+    with pytest.raises(DLRError, match=words):
+        planned(source, gpus=2)
+    assert planned(source, gpus=2, across="independent").gpus == 2
+    advice = planned(source, train_tokens=2**22).advice
+    assert any(line.startswith("--gpus 2 --across independent") for line in advice)
+
+
+def test_what_more_gpus_would_bring_was_tried(folder: Path) -> None:
+    choices = {"train_tokens": 2**22, "redistill": 0.0, "layers": "0-3"}
+    one, two, four = (planned(folder, gpus=gpus, **choices) for gpus in (None, 2, 4))
+    for less, more in ((one, two), (two, four)):
+        share = f"--gpus {more.gpus}: {more.seconds / less.seconds:.0%} of the time"
+        assert any(line.startswith(share) for line in less.advice), less.advice
+    apart = planned(folder, gpus=2, across="independent", **choices).seconds / one.seconds
+    assert any(
+        line.startswith("--gpus 2 --across independent") and f"{apart:.0%} of the time" in line
+        for line in one.advice
+    )
+    assert not any(
+        "--gpus" in line for line in plan_conversion(folder, device="cpu", data="text.txt", **CHOICES).advice
+    )
+
+
+def test_what_is_not_reckoned_is_printed(folder: Path) -> None:
+    for across, words in (("sequential", "what they exchange"), ("independent", "3 of 5 at most")):
+        (section,) = plan_sections(planned(folder, gpus=2, across=across))
+        note = section.notes[0]
+        assert "Not reckoned" in note and words in note and "On 2 GPUs, each NVIDIA H200" in section.text
+    assert planned(folder, gpus=2).to_dict()["gpus"] == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--device", "h200", "--gpus", "0"], "--gpus must be at least 1, not 0"),
+        (["--device", "h200", "--gpus", "-2"], "--gpus must be at least 1, not -2"),
+        (["--device", "cpu", "--gpus", "2"], "name a GPU by --device: h100, h200"),
+    ],
+)
+def test_gpus_that_there_cannot_be_are_one_line(given: list[str], words: str, folder: Path) -> None:
+    with pytest.raises(DLRError) as error:
+        CliRunner().invoke(app, ["plan", str(folder), "--data", "text.txt", *given], catch_exceptions=False)
+    assert words in str(error.value) and "\n" not in str(error.value)
