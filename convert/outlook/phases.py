@@ -41,6 +41,7 @@ class Phase:
         words: Elements of tokens by vocabulary whose chances are worked out.
         host, device: Bytes held at the peak, in the machine's memory (without the program itself) and the GPU's.
         disk: Bytes of files that are there during the phase.
+        sent: Bytes that a process sends to the others, whose time is not reckoned.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Phase:
     host: float = 0.0
     device: float = 0.0
     disk: float = 0.0
+    sent: float = 0.0
 
     @property
     def flops(self) -> float:
@@ -76,8 +78,7 @@ def phases(a: Amounts) -> list[Phase]:
     On a CPU everything is in the machine's memory; on a GPU the model, a fit and the logits are in its own.
 
     Of several processes these are one's, but for the disk, which is all's: where modules are dealt out the busiest's,
-    else the first one's, which has the most of what is divided and does alone what is not. What they exchange is not in
-    it.
+    else the first one's, which has the most of what is divided and does alone what is not.
     """
     mine = a.subject.mlps if a.sequential else _busiest(a)
     own = [c for c in a.chains if c.mlp in mine]
@@ -251,6 +252,11 @@ def _activations(a: Amounts, todo: list[MLP]) -> Phase:
     return _with(phase, _place(a, work))
 
 
+def _sent(params: float, size: int) -> float:
+    """Bytes that a process of `size` sends in a step: a sum of all gradients, which is two rounds, and a gathering."""
+    return 3 * 4.0 * params * (size - 1) / size
+
+
 def _fit(
     a: Amounts, name: str, fits: Sequence[tuple[DLRSpec, Recipe, int, int]], own: float, wide: float
 ) -> Phase:
@@ -268,6 +274,10 @@ def _fit(
         wide=wide,
         fit=float(sum(count * (step.passes + step.reading) for count, step in counted)),
         muon=float(sum(count * step.muon for count, step in counted)),
+        sent=sum(
+            count * _sent(spec.params, size)
+            for (count, _), (spec, *_, size) in zip(counted, fits, strict=True)
+        ),
         host=a.activations_held,
         disk=a.subject.disk + a.spilled + a.chain_bytes,
     )
@@ -319,6 +329,7 @@ def _end_to_end(a: Amounts) -> Phase:
     batch = EndToEndPlan(int(tokens)).step_tokens
     once = sequences_at_once(a.length, a.subject.vocabulary, batch // a.length)
     sequences = once * max(1, round(batch / (a.length * once)))  # of a step, dealt out to all processes
+    steps = math.ceil(tokens / (a.length * sequences))
     mine = -(-sequences // a.processes)
     tokens *= mine / sequences
     at_once = a.length * min(once, mine)
@@ -332,6 +343,7 @@ def _end_to_end(a: Amounts) -> Phase:
         "end-to-end",
         wide=tokens * step,
         words=3 * tokens * a.subject.vocabulary,
+        sent=steps * _sent(chains, a.processes),
         disk=a.subject.disk + a.chain_bytes,
         **_place(a, 16 * chains + 2 * a.logit_bytes + 24.0 * at_once * a.hidden * a.layers + kept),
     )

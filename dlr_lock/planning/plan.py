@@ -21,6 +21,7 @@ from ..convert.outlook.phases import Phase, dealt_modules, phases
 from ..convert.outlook.subject import Subject
 from ..convert.source import has_words
 from ..convert.sources.adapters import is_adapter
+from ..reporting.words import seconds_words
 from ..runtime.device import usable_device
 from .gpus import GPUS, NAMES
 from .rates import Rates, gpu_rates, probe
@@ -213,7 +214,7 @@ def _again(
 
 def _warnings(made: Plan, amounts: Amounts) -> Iterator[str]:
     if made.gpus > 1:
-        yield _how_divided(amounts)
+        yield _how_divided(amounts, sum(phase.sent for phase in made.phases))
     if automatic(made.options["layers"]):
         yield (
             f"--layers {made.options['layers']} chooses by the weights, which no plan reads: it is reckoned for layers "
@@ -234,8 +235,8 @@ def _warnings(made: Plan, amounts: Amounts) -> Iterator[str]:
         yield "--data self samples the calibration text from the model; --data with a text file takes no time for it"
 
 
-def _how_divided(a: Amounts) -> str:
-    """What several processes do together in a plan, and what of it is not reckoned."""
+def _how_divided(a: Amounts, sent: float) -> str:
+    """What several processes do together in a plan, and what of it is not reckoned. sent: bytes, by each."""
     missing = ["that all of them read one disk"]
     if a.sequential:
         how = (
@@ -244,15 +245,16 @@ def _how_divided(a: Amounts) -> str:
             "model and of a fit are not"
         )
         missing += [
-            "what they exchange, three times a step",
             "that a step waits for who has most of its rows",
             "that smaller products are slower",
         ]
     else:
         dealt = dealt_modules(a, a.subject.mlps, a.processes)
         how = f"modules are dealt out whole, {max(map(len, dealt))} of {len(a.chains)} at most to one"
-    if a.config.end_to_end:
-        missing.append("what they exchange in the end-to-end phase")
+    if sent:
+        apart = f" ({flag('across')} independent has none of it in its fits)" if a.sequential else ""
+        at_rate = f"{sent / 1e12:,.1f} TB from each, {seconds_words(sent / 1e11)} at 100 GB/s"
+        missing.insert(0, f"what they exchange, {at_rate}{apart}")
     return (
         f"{a.processes} processes (torchrun --nproc-per-node {a.processes}), planned is the one with most to do: {how}"
         "; each reads the source, and the first alone does the text, foretelling, writing and measuring the model; the "
@@ -267,9 +269,10 @@ def _advice(made: Plan, config: ConversionConfig, amounts: Amounts, again: Any) 
     efforts = list(EFFORTS)
     weaker = efforts[max(0, efforts.index(config.effort) - 1)]
     apart = flag("across") + " independent (modules do not correct one another)"
+    exchanging = " (without what they exchange)" if amounts.sequential else ""
     several = {"gpus": max(2, made.gpus), "across": "independent"}
     tries: list[tuple[str, dict[str, Any]]] = [
-        (f"{flag('gpus')} {2 * made.gpus}", {"gpus": 2 * made.gpus} if amounts.on_gpu else {}),
+        (f"{flag('gpus')} {2 * made.gpus}{exchanging}", {"gpus": 2 * made.gpus} if amounts.on_gpu else {}),
         (
             apart if made.gpus > 1 else f"{flag('gpus')} 2 {apart}",
             several if amounts.on_gpu and amounts.sequential else {},

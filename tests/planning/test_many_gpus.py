@@ -161,7 +161,9 @@ def test_what_more_gpus_would_bring_was_tried(folder: Path) -> None:
     choices = {"train_tokens": 2**22, "redistill": 0.0, "layers": "0-3"}
     one, two, four = (planned(folder, gpus=gpus, **choices) for gpus in (None, 2, 4))
     for less, more in ((one, two), (two, four)):
-        share = f"--gpus {more.gpus}: {more.seconds / less.seconds:.0%} of the time"
+        share = (
+            f"--gpus {more.gpus} (without what they exchange): {more.seconds / less.seconds:.0%} of the time"
+        )
         assert any(line.startswith(share) for line in less.advice), less.advice
     apart = planned(folder, gpus=2, across="independent", **choices).seconds / one.seconds
     assert any(
@@ -171,6 +173,17 @@ def test_what_more_gpus_would_bring_was_tried(folder: Path) -> None:
     assert not any(
         "--gpus" in line for line in plan_conversion(folder, device="cpu", data="text.txt", **CHOICES).advice
     )
+
+
+def test_what_each_sends_is_three_numbers_a_weight_and_step(folder: Path) -> None:
+    """A sum of the gradients, which is two rounds, and a gathering of the updates, of all but one's own part."""
+    choices = {"redistill": 0.0, "end_to_end": 65536}
+    chains = sum(module["params"] for module in planned(folder).modules)
+    for across, fits in (("sequential", 1024 / 64), ("independent", 0)):
+        phases = of(planned(folder, gpus=4, across=across, **choices))
+        assert phases["distilling"].sent == fits * 3 * 4 * chains * 3 / 4
+        assert phases["end-to-end"].sent == 128 * 3 * 4 * chains * 3 / 4
+    assert not any(phase.sent for phase in planned(folder, **choices).phases)
 
 
 def test_what_is_not_reckoned_is_printed(folder: Path) -> None:
