@@ -34,7 +34,7 @@ class Plan:
 
     Attributes:
         source: The model's name.
-        gpus: How many do it, a process each. Phases, FLOPs and memory are those of one of these, see `phases`.
+        processes: How many do it, on a GPU each. Phases, FLOPs and memory are those of one of these, see `phases`.
         options: Every choice, resolved.
         modules: Of each MLP to be converted: module, chain, parameters, training tokens.
         mlps: How many the model has.
@@ -47,7 +47,7 @@ class Plan:
     """
 
     source: str
-    gpus: int
+    processes: int
     options: dict[str, Any]
     modules: list[dict[str, Any]]
     mlps: int
@@ -92,7 +92,7 @@ class Plan:
         }  # fmt: skip
         own = {
             k: getattr(self, k)
-            for k in ("source", "gpus", "options", "modules", "mlps", "params", "tokens", "advice")
+            for k in ("source", "processes", "options", "modules", "mlps", "params", "tokens", "advice")
         }
         return own | totals | {"program_bytes": self.base, "machine": asdict(self.rates), "phases": rows}
 
@@ -209,11 +209,11 @@ def _again(
     """The same plan with other choices."""
     config = replace(asked, **changes).resolved(place)
     subject = replace(subject, mlps=stand_ins(subject.every, config.layers))
-    return replace(made, phases=phases(_amounts(subject, config, memory, gpus or made.gpus)))
+    return replace(made, phases=phases(_amounts(subject, config, memory, gpus or made.processes)))
 
 
 def _warnings(made: Plan, amounts: Amounts) -> Iterator[str]:
-    if made.gpus > 1:
+    if made.processes > 1:
         yield _how_divided(amounts, sum(phase.sent for phase in made.phases))
     if automatic(made.options["layers"]):
         yield (
@@ -270,11 +270,14 @@ def _advice(made: Plan, config: ConversionConfig, amounts: Amounts, again: Any) 
     weaker = efforts[max(0, efforts.index(config.effort) - 1)]
     apart = flag("across") + " independent (modules do not correct one another)"
     exchanging = " (without what they exchange)" if amounts.sequential else ""
-    several = {"gpus": max(2, made.gpus), "across": "independent"}
+    several = {"gpus": max(2, made.processes), "across": "independent"}
     tries: list[tuple[str, dict[str, Any]]] = [
-        (f"{flag('gpus')} {2 * made.gpus}{exchanging}", {"gpus": 2 * made.gpus} if amounts.on_gpu else {}),
         (
-            apart if made.gpus > 1 else f"{flag('gpus')} 2 {apart}",
+            f"{flag('gpus')} {2 * made.processes}{exchanging}",
+            {"gpus": 2 * made.processes} if amounts.on_gpu else {},
+        ),
+        (
+            apart if made.processes > 1 else f"{flag('gpus')} 2 {apart}",
             several if amounts.on_gpu and amounts.sequential else {},
         ),
         (f"{flag('redistill')} 0 (no attack: whether a chain is a lock is not known)", {"redistill": 0.0}),
@@ -295,7 +298,9 @@ def _advice(made: Plan, config: ConversionConfig, amounts: Amounts, again: Any) 
         (f"{flag('batch')} {int(config.batch or 0) // 2}", {"batch": int(config.batch or 0) // 2}),
     ]
     for words, changes in tries:
-        if not changes or all(getattr(config, name, made.gpus) == value for name, value in changes.items()):
+        if not changes or all(
+            getattr(config, name, made.processes) == value for name, value in changes.items()
+        ):
             continue
         try:
             other = again(**changes)

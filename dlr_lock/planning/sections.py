@@ -10,7 +10,7 @@ def plan_sections(plan: Plan) -> list[Section]:
     chains = sorted({module["chain"] for module in plan.modules})
     options = plan.options
     device = f", {bytes_words(plan.device)} on the GPU" if plan.device else ""
-    many, each = (f"{plan.gpus} GPUs, each ", " a process") if plan.gpus > 1 else ("", "")
+    many, each = (f"{plan.processes} GPUs, each ", " a process") if plan.processes > 1 else ("", "")
     text = (
         f"{plan.source}: {plan.params / 1e9:,.3g} billion parameters, {len(plan.modules)} of {plan.mlps} MLPs to be "
         f"replaced by {', '.join(chains)}; effort {options['effort']}, "

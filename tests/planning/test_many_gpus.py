@@ -152,7 +152,7 @@ def test_a_mixture_is_planned_dealt_out_alone_as_it_is_converted(tmp_path: Path)
     words = "distilled sequentially by one process alone so far: --across independent"
     with pytest.raises(DLRError, match=words):
         planned(source, gpus=2)
-    assert planned(source, gpus=2, across="independent").gpus == 2
+    assert planned(source, gpus=2, across="independent").processes == 2
     advice = planned(source, train_tokens=2**22).advice
     assert any(line.startswith("--gpus 2 --across independent") for line in advice)
 
@@ -161,9 +161,7 @@ def test_what_more_gpus_would_bring_was_tried(folder: Path) -> None:
     choices = {"train_tokens": 2**22, "redistill": 0.0, "layers": "0-3"}
     one, two, four = (planned(folder, gpus=gpus, **choices) for gpus in (None, 2, 4))
     for less, more in ((one, two), (two, four)):
-        share = (
-            f"--gpus {more.gpus} (without what they exchange): {more.seconds / less.seconds:.0%} of the time"
-        )
+        share = f"--gpus {more.processes} (without what they exchange): {more.seconds / less.seconds:.0%} of the time"
         assert any(line.startswith(share) for line in less.advice), less.advice
     apart = planned(folder, gpus=2, across="independent", **choices).seconds / one.seconds
     assert any(
@@ -191,7 +189,7 @@ def test_what_is_not_reckoned_is_printed(folder: Path) -> None:
         (section,) = plan_sections(planned(folder, gpus=2, across=across))
         note = section.notes[0]
         assert "Not reckoned" in note and words in note and "On 2 GPUs, each NVIDIA H200" in section.text
-    assert planned(folder, gpus=2).to_dict()["gpus"] == 2
+    assert planned(folder, gpus=2).to_dict()["processes"] == 2
 
 
 @pytest.mark.parametrize(
