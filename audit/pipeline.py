@@ -60,6 +60,7 @@ THREAT = (
     "wants a model that is as good at a new task as the fine-tuned original would be."
 )
 _JSON, _PAGE = "audit.json", "audit.html"
+_ATTACKS = 2  # to be raised where an attack of the same name does something else: then no part is reused
 _SLOT_TOKENS = 1024
 MERGED = "merge, by regression"
 
@@ -126,6 +127,7 @@ def _audited(
         # seconds of two machines, or of two thread counts, do not compare
         "machine": [device_name(device), torch.get_num_threads()],
         "program": __version__,
+        "attacks": _ATTACKS,
     }
     resume = ResumeStore(target, about, began)
     with TemporaryDirectory() as scratch:
@@ -248,10 +250,8 @@ def _expect(context: AuditContext, train_tokens: dict[str, int]) -> None:
         ],
     )
     if predicts_next(context.original):
-        context.runs_at_most = (
-            sum(len(_tried(context, name)) for name in (ORIGINAL, LOCKED, *train_tokens))
-            * context.config.plan.runs
-        )
+        models = (ORIGINAL, LOCKED, *train_tokens)
+        context.runs_at_most = sum(len(_tried(context, of)) for of in models) * context.config.plan.runs
         context.expect_runs()
 
 
@@ -290,12 +290,8 @@ def _variants(
 
 def _tried(context: AuditContext, variant: str) -> list[str]:
     """The attacks on a model, by name."""
-    undone = variant not in (ORIGINAL, LOCKED)
-    return [
-        name
-        for name in context.config.chosen_attacks
-        if not (undone and TRAINING_ATTACKS[name].spares_chains)
-    ]
+    chosen, whole = context.config.chosen_attacks, variant in (ORIGINAL, LOCKED)
+    return [name for name in chosen if whole or not TRAINING_ATTACKS[name].spares_chains]
 
 
 def _students_in(context: AuditContext, students: list[Students], train_tokens: int) -> dict[str, nn.Module]:

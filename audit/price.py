@@ -187,7 +187,12 @@ def _undo_words(
 ) -> list[str]:
     """What undoing the lock costs, and from when it pays. lost: whether nothing reached the gain through the chains."""
     if (pair := undone["flops"]) is None:
-        return ["What an attacker pays who first undoes the lock is not known: no chain was distilled back."]
+        why = (
+            "none of the attacks is tried on what undoing leaves"
+            if report.modules
+            else "no chain was distilled back"
+        )
+        return [f"What an attacker pays who first undoes the lock is not known: {why}."]
     way, pays = pair
     variant = way.attack.rpartition(", ")[0]
     row = next(row for row in report.structural if row.name == variant)

@@ -37,6 +37,7 @@ from dlr_lock.common.splits import random_rows
 from dlr_lock.convert.activations import Activations
 from dlr_lock.convert.config import ConversionConfig, Recipe
 from dlr_lock.convert.context import Context
+from dlr_lock.convert.mlp_discovery import automatic
 from dlr_lock.convert.mlp_matching import MLP
 from dlr_lock.convert.outlook.phases import module_flops
 from dlr_lock.convert.pipeline import fit_chain
@@ -194,6 +195,8 @@ _STUDIES: dict[str, Callable[[Job], Iterator[dict[str, Any]]]] = {
 def _options(options: argparse.Namespace) -> ConversionConfig:
     given = {name: value for name in _OF_CONVERSION if (value := getattr(options, name, None)) is not None}
     given |= {"data": str(options.data), "train_tokens": numbers(options.train_tokens)[0], "redistill": 0.0}
+    if automatic(given.get("layers")):
+        raise DLRError(f"--layers {given['layers']}: name layers, `dlr-lock layers` says which")
     return ConversionConfig(**given).resolved()
 
 

@@ -393,4 +393,6 @@ def _finished(report: ModuleReport | None, config: ConversionConfig) -> bool:
     if report is None or not config.redistill or isinstance(report.spec, ExpertsSpec):
         return report is not None  # a mixture's attack comes with its fit
     found = report.redistillation  # one of another share is not the attack that is asked for
-    return found is not None and found.train_tokens == attack_tokens(config.redistill, report.train_tokens)
+    if found is None or found.merged_error is None:  # of a version that did not try the start as it is
+        return False
+    return found.train_tokens == attack_tokens(config.redistill, report.train_tokens)

@@ -23,7 +23,7 @@ from ..parallel.balance import dealt
 from ..redistill import FIT_TOKENS, INITS, half_of, regression_flops
 from ..writing import SHARD
 from .amounts import Amounts, Chains
-from .sensitivity import AT_ONCE, foretelling_tokens, why_unknown
+from .sensitivity import AT_ONCE, foretelling_tokens, measured, why_unknown
 from .steps import step_of
 
 
@@ -69,6 +69,7 @@ class Phase:
 _BYTE, _WORD = 44.0, 610.0
 _FIT_AND_MUON = {"cpu": (1.0, 3.0), "gpu": (1.6, 10.0)}
 
+_OWN_SIZE = 0.1  # a chain's parameters over its MLP's, less 1
 _FORETELLING = 0.03  # the share of the other phases up to which what layers cost is foretold unasked
 
 
@@ -225,7 +226,11 @@ def _foretelling(a: Amounts) -> Phase:
         _end_to_end(a), _writing(a), _measuring(a),
     )  # fmt: skip
     small = _work(a, made) <= _FORETELLING * sum(_work(a, phase) for phase in others)
-    return made if chosen or small else none
+    # Of fits and sizes of chains that nobody measured nothing is foretold unasked.
+    known = measured(int(a.config.train_tokens or 0)) and all(
+        abs(c.count * c.spec.params / c.mlp.params - 1) < _OWN_SIZE for c in a.chains
+    )
+    return made if chosen or (small and known) else none
 
 
 def _activations(a: Amounts, todo: list[MLP]) -> Phase:

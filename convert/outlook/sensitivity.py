@@ -134,12 +134,17 @@ def why_unknown(model: PreTrainedModel, mlps: Sequence[MLP], tokens: int, *, who
     if not predicts_next(model):
         return "what a layer costs is known of models alone that predict the next token"
     if mixed := [mlp.module for mlp in mlps if isinstance(mlp, Mixture)]:
-        return f"what a layer costs is not known of mixtures of experts, as {mixed[0]} is one: name layers"
+        return f"what a layer costs is not known of mixtures of experts, as {mixed[0]} is one"
     if not whole:
         return "what a layer costs is told by a backward pass, which wants the whole model in memory"
     if tokens < least:
-        return f"--tokens must be at least {least}, twice the hidden size, not {tokens}"
+        return f"--tokens must be at least {least} in whole sequences, twice the hidden size"
     return None
+
+
+def measured(train_tokens: int) -> bool:
+    """Whether fits of so many training tokens are among what errors are foretold from."""
+    return min(_TRAINED) <= train_tokens <= max(_TRAINED)
 
 
 def expected_error(linear: float, train_tokens: int) -> float:
@@ -265,5 +270,14 @@ def layer_costs(
 
 
 def cheapest(costs: Sequence[LayerCost], count: int) -> list[int]:
-    """The numbers of the `count` layers that cost least, in their order."""
-    return sorted(cost.layer for cost in sorted(costs, key=lambda cost: cost.kl)[:count])
+    """The numbers of the `count` layers that cost least, in their order.
+
+    Raises:
+        DLRError: Where that many do not cost anything: an MLP whose output is nothing cannot be distilled.
+    """
+    alive = sorted((cost for cost in costs if cost.kl > 0), key=lambda cost: cost.kl)
+    if len(alive) < count:
+        raise DLRError(
+            f"--layers auto:{count}: of {len(costs)} layers {len(alive)} have an MLP that does anything"
+        )
+    return sorted(cost.layer for cost in alive[:count])

@@ -217,8 +217,8 @@ def _warnings(made: Plan, amounts: Amounts) -> Iterator[str]:
         yield _how_divided(amounts, sum(phase.sent for phase in made.phases))
     if automatic(made.options["layers"]):
         yield (
-            f"--layers {made.options['layers']} chooses by the weights, which no plan reads: it is reckoned for layers "
-            f"{ranges({module['layer'] for module in made.modules})}"
+            f"the layers of --layers {made.options['layers']} are chosen by the weights, which no plan reads: it is "
+            f"reckoned for layers {ranges({module['layer'] for module in made.modules})}"
         )
     if len(made.modules) > 1:
         yield (
@@ -266,6 +266,8 @@ def _advice(made: Plan, config: ConversionConfig, amounts: Amounts, again: Any) 
     """What would halve the time or the memory, each tried on the plan itself."""
     layers = {module["layer"] for module in made.modules}
     half = middle(layers, len(layers) // 2)
+    if half and automatic(config.layers):
+        half = f"auto:{len(layers) // 2}"
     efforts = list(EFFORTS)
     weaker = efforts[max(0, efforts.index(config.effort) - 1)]
     apart = flag("across") + " independent (modules do not correct one another)"

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -102,7 +103,10 @@ def test_a_study_that_was_killed_goes_on_from_its_finished_modules(text: Path, t
     def killed_at(pattern: str) -> Path:
         """The first file of a pattern; the process that wrote it is killed at once."""
         command = [sys.executable, "-m", "benchmarks.fidelity", *arguments]
-        study = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        # of as many threads as here: a run on another machine, which more threads make of it, is not gone on with
+        own = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        quiet = subprocess.DEVNULL
+        study = subprocess.Popen(command, cwd=ROOT, env=own, stdout=quiet, stderr=quiet)
         try:
             until = time.monotonic() + 600
             while not (found := sorted(out.glob(pattern))):

@@ -90,11 +90,23 @@ def test_an_interrupted_conversion_goes_on_with_its_choice(source: Path, tmp_pat
     assert report.options["layers"] == "0,2" and report.foretold is not None
 
 
+def test_an_mlp_that_does_nothing_is_not_chosen(source: Path, tmp_path: Path) -> None:
+    model = tiny_model("llama", layers=4)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.zero_()
+    model.save_pretrained(source)
+    choices = CHOICES | {"data": str(tmp_path / "topics.txt")}
+    report = convert_model(source, tmp_path / "out", layers="auto:3", **choices)
+    assert [m.layer for m in report.modules] == [0, 2, 3]
+    with pytest.raises(DLRError, match="auto:4: of 4 layers 3 have an MLP that does anything"):
+        convert_model(source, tmp_path / "all", layers="auto:4", **choices)
+
+
 def test_a_mixture_has_its_layers_named(tmp_path: Path) -> None:
     (tmp_path / "topics.txt").write_text(english_topics()[:40_000], encoding="utf-8")
     save_tiny("mixtral", tmp_path / "source")
     heard = Heard()
-    with pytest.raises(DLRError, match=r"--layers auto:1: .* mixtures of experts, .*: name layers"):
+    with pytest.raises(DLRError, match=r"--layers auto:1: .* mixtures of experts, as .* is one"):
         convert_model(
             tmp_path / "source", tmp_path / "out", layers="auto:1", progress=heard,
             data=str(tmp_path / "topics.txt"), **CHOICES,
@@ -108,6 +120,10 @@ def test_what_is_foretold_unasked_changes_nothing_and_may_fail(
     choices = CHOICES | {"data": str(tmp_path / "topics.txt"), "layers": "1-2"}
     plain = convert_model(source, tmp_path / "plain", **choices)
     monkeypatch.setattr(phases, "_FORETELLING", 1e3)  # of so small a conversion it is most of the work
+    rough = convert_model(source, tmp_path / "rough", **choices)
+    assert rough.foretold is None  # nobody measured such fits
+    monkeypatch.setattr(phases, "measured", lambda train_tokens: True)
+    monkeypatch.setattr(phases, "_OWN_SIZE", 1e3)
     told = convert_model(source, tmp_path / "told", **choices)
     assert plain.foretold is None and told.foretold is not None
     assert told.evaluation == plain.evaluation and told.warnings == plain.warnings

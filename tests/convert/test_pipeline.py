@@ -175,7 +175,7 @@ def test_all_that_a_conversion_can_measure_stands_in_the_card(text: Path, tmp_pa
             and m.redistillation.cost == 0.5
             and m.redistillation.train_tokens == 4096
         )
-        assert f", {m.redistillation.ratio:.2f} at 0.5x" in card and f"{m.drift:.4f}" in card
+        assert f"| {m.judgement} |" in card and f"{m.drift:.4f}" in card
     assert report.end_to_end is not None
     before, after = report.end_to_end.evaluation_before, report.end_to_end.evaluation_after
     assert after.kl is not None and after.kl < before.kl  # trained on just that

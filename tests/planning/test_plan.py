@@ -206,7 +206,7 @@ def test_fewer_layers_are_the_middle_ones_of_those_that_were_asked_for(tmp_path:
 def test_layers_that_a_plan_cannot_choose_are_assumed_in_words(folder: Path) -> None:
     plan = planned(folder, layers="auto:2")
     assert [module["layer"] for module in plan.modules] == [1, 2]
-    assert any("chooses by the weights" in line and line.endswith("layers 1-2") for line in plan.advice)
+    assert any("chosen by the weights" in line and line.endswith("layers 1-2") for line in plan.advice)
     assert "foretelling" in [phase.name for phase in plan.phases]
 
 
@@ -214,13 +214,13 @@ def test_unasked_what_layers_cost_is_foretold_where_that_is_a_small_part(
     folder: Path, tmp_path: Path
 ) -> None:
     def share(train_tokens: int, source: Path = folder) -> float | None:
-        plan = planned(source, train_tokens=train_tokens)
+        plan = planned(source, train_tokens=train_tokens, rank=None, redistill=1.0)
         flops = {phase.name: phase.flops for phase in plan.phases}
         return flops["foretelling"] / plan.flops if "foretelling" in flops else None
 
-    assert share(2**10) is None
-    assert 0 < (share(2**22) or 0) < 0.03
-    assert share(2**22, save_tiny("mixtral", tmp_path / "source")) is None
+    assert share(2**10) is None and share(2**22) is None  # of so many nothing was measured
+    assert 0 < (share(409_600) or 0) < 0.03
+    assert share(409_600, save_tiny("mixtral", tmp_path / "source")) is None
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -353,7 +353,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "too many of them": ({"layers": "auto:5"}, "layers 'auto:5': the model has MLPs in 4 layers"),
     "text to choose by": (
         {"layers": "auto:2", "tokens": 127},
-        "--layers auto:2: --tokens must be at least 128",
+        "--layers auto:2: --tokens must be at least 128 in whole sequences",
     ),
     "a choice on demand": ({"layers": "auto:2", "max_memory": 100_000}, "wants the whole model in memory"),
 }
