@@ -29,7 +29,7 @@ from ..runtime import DLRExperts, DLRNet
 from ..runtime.quantizer import replace_module
 from ..triton_kernels import backend, chain_reference, flattened_reference
 from .context import Context
-from .distill import MUON_ROWS, Log
+from .distill import Log, muon_rows
 from .evaluate import (
     BATCH,
     CHUNK,
@@ -103,17 +103,19 @@ class TrainableChain(DLRNet):
     def forward(self, x: Tensor) -> Tensor:
         return chain_reference(x.float(), self.chain.in_products(self._products)).to(x.dtype)
 
-    def groups(self, rate: float) -> list[dict[str, Any]]:
+    def groups(self, plan: EndToEndPlan) -> list[dict[str, Any]]:
         """What Muon trains, at a rate that means the same whatever the size of x: rows of A that read x have the size
         of 1 / x, nearly as they started, and B writes in x's units."""
+        spec, rate = self.spec, plan.peak
+        rows = muon_rows(spec.depth, spec.rank, spec.hidden_size, plan.step_tokens)
         unit = 1 / self.dlr_A.detach().norm(dim=-1).median().clamp(min=1e-30).item()
         return [
             {
                 "params": [self.get_parameter(name)],
                 "lr": rate * (unit if name == "dlr_B" else 1 / unit),
-                "rows": MUON_ROWS if self.spec.depth > 1 else None,
+                "rows": rows,
             }
-            for name in self.weight_names(self.spec)
+            for name in self.weight_names(spec)
         ]
 
 
@@ -159,7 +161,7 @@ def train_end_to_end(
         group
         for place in places.values()
         if isinstance(place, TrainableChain)
-        for group in place.groups(plan.peak)
+        for group in place.groups(plan)
     ]
     optimizer = Muon(groups, momentum=plan.momentum, ranks=ranks)
     peaks = [group["lr"] for group in optimizer.param_groups]

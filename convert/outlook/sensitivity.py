@@ -41,9 +41,9 @@ _TRAINED = {51_200: 1.0, 102_400: 0.73, 409_600: 0.47}
 # What was measured over what the formula says: SmolLM2's thirty layers, a chain at a time (relative errors from 0.07 to
 # 0.31). 1.8 in the sum, from 1.4 to 2.5 by layer; all thirty together had 1.3 (docs/experiments/recipe.md).
 _MEASURED = 1.8
-# Of such costs, summed, thirty layers had 0.59 together at 102,400 training tokens and 0.64 at 409,600, six (12 to 17,
-# in sequence) 0.77 at 409,600, and one has all of its own: count^_TOGETHER.
-_TOGETHER = -0.14
+# Of such costs, summed, thirty layers had 0.56 together at 102,400 training tokens and 0.57 at 409,600, six (12 to 17,
+# in sequence) 0.75 at 409,600, and one has all of its own: count^_TOGETHER.
+_TOGETHER = -0.165
 OFF = 1.5  # the factor by which a prediction may be off
 # The least and the most that the loss rose by over the KL, in ten measurements of SmolLM2 with some or all layers
 # locked: 0.28 to 0.84 where the KL was about 0.1, 0.71 to 0.93 where it was 0.6 to 2.1 (docs/experiments/recipe.md).
@@ -176,7 +176,10 @@ class _Watched:
         self.sizes.append(wanted.square().sum(1).cpu())
         read = torch.nn.functional.pad(self._x.float().flatten(0, -2), (0, 1), value=1.0)
         of = size.rsqrt()[:, None]
-        gram = (read * of).T @ (torch.cat([read, wanted], 1) * of)
+        # Not in the model's products: rounded to bfloat16, what a linear map leaves of SmolLM2's first and last MLP, a
+        # fiftieth, moved by a half with the number of sequences in a pass.
+        with torch.autocast(wanted.device.type, enabled=False):
+            gram = (read * of).T @ (torch.cat([read, wanted], 1) * of)
         self._gram = gram if self._gram is None else self._gram + gram
         if not y.requires_grad:
             y.requires_grad_()  # of the first MLP: nothing before it is asked for
@@ -191,7 +194,8 @@ class _Watched:
         tokens = sum(len(size) for size in self.sizes)
         rows = len(self._gram)
         gram, cross = self._gram.double().cpu().split([rows, rows - 1], dim=1)
-        ridge = 1e-6 * gram.diagonal().mean() * torch.eye(rows, dtype=torch.float64)
+        variance = gram.diagonal()  # of each feature's own size: the constant's may be a thousandth of the others'
+        ridge = 1e-6 * variance.clamp(min=1e-6 * variance.mean().item()).diag()
         explained = (cross * torch.linalg.solve(gram + ridge, cross)).sum().item()
         return min(1.0, max(0.0, tokens - explained) / max(1, tokens - rows))
 
