@@ -194,7 +194,9 @@ class _Watched:
         tokens = sum(len(size) for size in self.sizes)
         rows = len(self._gram)
         gram, cross = self._gram.double().cpu().split([rows, rows - 1], dim=1)
-        variance = gram.diagonal()  # of each feature's own size: the constant's may be a thousandth of the others'
+        variance = (
+            gram.diagonal()
+        )  # of each feature's own size: the constant's may be a thousandth of the others'
         ridge = 1e-6 * variance.clamp(min=1e-6 * variance.mean().item()).diag()
         explained = (cross * torch.linalg.solve(gram + ridge, cross)).sum().item()
         return min(1.0, max(0.0, tokens - explained) / max(1, tokens - rows))
