@@ -1,4 +1,8 @@
-"""The dtypes of weights, by the names that users write."""
+"""The dtypes of weights, by the names that users write, and of a training's products."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
@@ -12,19 +16,23 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 # Features from which products in bfloat16 are the faster ones: of fewer it is the copies that take the time.
 _PRODUCT_FEATURES = 256
+_wanted: ContextVar[torch.dtype | None] = ContextVar("products", default=None)
 
 
 def product_dtype(device: torch.device, features: int) -> torch.dtype:
     """The dtype of a training's matrix products on a device: bfloat16 where it multiplies these faster, else float32.
 
     On an EPYC with AVX512_BF16 a core does 115 GFLOP/s instead of 48, and a step of 512 tokens of 1x12x192 takes 106
-    ms instead of 197; a fit's error is the same (0.2584 and 0.2579 at layer 11 of SmolLM2). Weights, gradients,
-    momentum and a chain's state stay in float32.
+    ms instead of 197; a fit's error is the same (0.2584 and 0.2579 at layer 11 of SmolLM2; `python -m
+    benchmarks.fidelity products` compares them). Weights, gradients, momentum and a chain's state stay in float32.
+    Within `products_in` it is the dtype of that.
 
     Args:
         device: Where it trains; the meta device, where steps are counted, counts as one that is faster.
         features: The hidden size.
     """
+    if (wanted := _wanted.get()) is not None:
+        return wanted
     if features < _PRODUCT_FEATURES:
         fast = False
     elif device.type == "meta":
@@ -36,6 +44,16 @@ def product_dtype(device: torch.device, features: int) -> torch.dtype:
             torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         )
     return torch.bfloat16 if fast else torch.float32
+
+
+@contextmanager
+def products_in(dtype: torch.dtype) -> Iterator[None]:
+    """A block in which this thread's trainings multiply in `dtype`, whatever is fast, so that both can be compared."""
+    before = _wanted.set(dtype)
+    try:
+        yield
+    finally:
+        _wanted.reset(before)
 
 
 def fast_products(device: torch.device, features: int) -> torch.autocast:

@@ -9,7 +9,7 @@ import torch
 from tiny import HIDDEN as D
 from tiny import VOCABULARY, tiny_model
 
-from dlr_lock.common import dtypes
+from dlr_lock.common.dtypes import products_in
 from dlr_lock.common.errors import DLRError
 from dlr_lock.convert.activations import capture, group_layers
 from dlr_lock.convert.mlp_discovery import find_mlps
@@ -73,19 +73,16 @@ def test_inputs_and_outputs_of_every_mlp(kind, layers_at_once, tokens, tmp_path)
     check(make(kind), tokens, max_memory=int(layers_at_once * ONE_LAYER), scratch=tmp_path / "scratch")
 
 
-def test_products_in_bfloat16_move_activations_little(tokens, tmp_path, monkeypatch):
+def test_products_in_bfloat16_move_activations_little(tokens, tmp_path):
     model = tiny_model("llama", layers=2, hidden_size=256, intermediate_size=512)
     mlps = find_mlps(model)
-    monkeypatch.setattr(
-        dtypes, "product_dtype", lambda device, features: torch.bfloat16
-    )  # as where CPUs have them
-    for mlp, activations in capture(
-        model, mlps, tokens, dtype=torch.float32, scratch=tmp_path, max_memory=2**30
-    ):
-        with torch.no_grad():
-            y = model.get_submodule(mlp.module)(activations.x)
-        error = ((activations.y - y).square().sum() / y.square().sum()).item()
-        assert 1e-7 < error < 1e-4  # a chain's is 0.05 and more
+    options = {"dtype": torch.float32, "scratch": tmp_path, "max_memory": 2**30}
+    with products_in(torch.bfloat16):  # as where CPUs have them
+        for mlp, activations in capture(model, mlps, tokens, **options):
+            with torch.no_grad():
+                y = model.get_submodule(mlp.module)(activations.x)
+            error = ((activations.y - y).square().sum() / y.square().sum()).item()
+            assert 1e-7 < error < 1e-4  # a chain's is 0.05 and more
 
 
 def test_sequences_stay_whole_and_in_order_over_batches(llama, tokens, tmp_path, monkeypatch):

@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 
+from dlr_lock.common.dtypes import product_dtype, products_in
 from dlr_lock.common.errors import DLRError
+from dlr_lock.common.micro_batch import MicroBatch
 from dlr_lock.convert import distill as distill_module
 from dlr_lock.convert.activations import Activations
 from dlr_lock.convert.config import Recipe
-from dlr_lock.convert.distill import distill, mixed_init, random_init
+from dlr_lock.convert.distill import Gradients, distill, mixed_init, random_init
 from dlr_lock.convert.evaluate import measure
 from dlr_lock.convert.mlp_matching import TeacherWeights
 from dlr_lock.runtime import DLRNet, DLRSpec
@@ -185,6 +187,23 @@ def test_one_wide_step_is_orthogonalised_whole_where_that_is_not_far_dearer_than
     # as long a step in blocks as whole: rank / rows blocks of norm sqrt(rows) against one of norm sqrt(hidden)
     blocks = depth == 1 and rows is not None
     assert group["lr"] == pytest.approx(0.01 * (math.sqrt(hidden / rank) if blocks else 1))
+
+
+def test_products_in_bfloat16_round_the_gradients_and_nothing_else() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = random_init(SPEC, generator)
+    x, y = (torch.randn(64, D, generator=generator) for _ in "xy")
+    ones = torch.ones(D)
+
+    def gradients_in(dtype: torch.dtype) -> list[torch.Tensor]:
+        with products_in(dtype), Gradients(SPEC, ones, 0 * ones, MicroBatch("a step", "token")) as gradients:
+            gradients.fill(weights, x, y, len(x))
+        return [w.grad for w in weights.values()]
+
+    for exact, coarse in zip(*map(gradients_in, (torch.float32, torch.bfloat16)), strict=True):
+        assert exact.dtype == coarse.dtype == torch.float32
+        assert 2e-3 < (coarse - exact).norm() / exact.norm() < 1e-2  # in float16 it is 1e-3 and less
+    assert product_dtype(CPU, D) == torch.float32  # as before
 
 
 def test_b_moves_twice_as_fast_as_a_and_both_decay() -> None:

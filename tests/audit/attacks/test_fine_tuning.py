@@ -16,6 +16,7 @@ from dlr_lock.audit.attacks.gradient import GradientAttack
 from dlr_lock.audit.context import ModelVariant
 from dlr_lock.audit.report import Run
 from dlr_lock.audit.texts import Text
+from dlr_lock.common.dtypes import products_in
 from dlr_lock.common.errors import DLRError
 
 PLAN = Tuning(tokens=1536, batch=64, looks=4, seeds=2, rates=4)
@@ -47,17 +48,17 @@ def tune(
 
 @pytest.mark.parametrize("attack", TRAINING_ATTACKS)
 @pytest.mark.parametrize("coarse", [False, True])
-def test_a_run(attack: str, coarse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run(attack: str, coarse: bool) -> None:
     """Also as a CPU with bfloat16 instructions runs a model that is wide enough."""
     dtype = torch.bfloat16 if coarse else torch.float32
-    monkeypatch.setattr("dlr_lock.common.dtypes.product_dtype", lambda device, features: dtype)
     torch.manual_seed(5)
     model = locked_llama()
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    torch.manual_seed(1)
-    run = tune(model, attack)
-    torch.manual_seed(1)
-    again = tune(model, attack)
+    with products_in(dtype):
+        torch.manual_seed(1)
+        run = tune(model, attack)
+        torch.manual_seed(1)
+        again = tune(model, attack)
     assert replace(run, seconds=0) == replace(again, seconds=0)
     assert run.tokens == [0, 384, 768, 1152, 1536] and len(run.losses) == 5 and not run.diverged
     if attack != "MeZO":  # which wants thousands of steps
