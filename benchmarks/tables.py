@@ -179,15 +179,23 @@ def conversion(document: Row) -> list[str]:
     lines = [
         (
             f"{row['train_tokens']:,}", f"{row['end_to_end']:,}", f"{row['seconds']:,.0f}",
-            f"{row['flops'] / 1e15:.3g}", f"{cell(row['original_loss'], '.3f')} to {cell(row['loss'], '.3f')}",
+            f"{row['flops'] / 1e15:.3g}", cell(row["tflop_per_s"], ".3g"),
+            cell(row["matmul_percent"], lambda percent: f"{percent:.1f}%"),
+            f"{cell(row['original_loss'], '.3f')} to {cell(row['loss'], '.3f')}",
             cell(row["kl"], ".3f"), cell(row["flips"], ".0%"), cell(row["smallest_gap"], ".2f"),
         )
         for row in rows
     ]  # fmt: skip
-    columns = "training tokens of a module | end to end | seconds | PFLOP | loss | KL | flips | smallest gap"
+    columns = (
+        "training tokens of a module | end to end | seconds | PFLOP | TFLOP/s | of a large product's | loss | KL | "
+        "flips | smallest gap"
+    )
     what = (
         f"All {rows[0]['layers']} layers of {rows[0]['model']} locked at ascending cost, on {rows[0]['text']}"
     )
+    if (rates := document.get("measured_rates")) is not None:
+        dtype = document["settings"]["dtype"]
+        what += f"; one large product in {dtype} reaches {rates['matmul_tflop_per_s']:,.3g} TFLOP/s"
     ends = [
         line
         for name in ("train_tokens", "end_to_end")

@@ -5,6 +5,8 @@ were done. A point is written as soon as it is measured, and begun where the tim
 visit has the cheap end of the curve, and the next one goes on from there. Without --model it is SmolLM2-135M-Instruct,
 fetched as `dlr-lock demo` does; where that cannot be had, one of random weights and its sizes: the speed is real then,
 the fidelity that of MLPs without structure, and every row says so. Without --data the text is Python's help topics.
+Each row has the FLOP/s that its fits, or its end-to-end phase, reach by a plan's count, and their share of what one
+large product reaches on the device.
 """
 
 import os
@@ -21,11 +23,13 @@ from transformers import PreTrainedTokenizerFast
 from dlr_lock import DLRError
 from dlr_lock.audit.demo import fetch_model
 from dlr_lock.common.cache import cache_folder
+from dlr_lock.common.dtypes import dtype_name, product_dtype
 from dlr_lock.convert.config import EFFORTS, ConversionConfig
 from dlr_lock.convert.context import Context
 from dlr_lock.convert.data import english_topics
 from dlr_lock.convert.end_to_end import flatten_gaps, with_chains
 from dlr_lock.convert.evaluate import predicts_next
+from dlr_lock.microbench.timing import measured_rates
 
 from ..output import ROOT
 from ..whole_model import fitted, kept, point, study, train_together
@@ -91,6 +95,9 @@ def measure(record: Record) -> None:
                     raise DLRError(
                         f"{source.name} has no language-model head, so that there is no KL to measure"
                     )
+                dtype = product_dtype(record.device, base.mlps[0].hidden_size)
+                record.document["measured_rates"] = measured_rates(record.device, dtype).to_dict()
+                record.document["settings"]["dtype"] = dtype_name(dtype)
                 budget = record.left()
                 for job in record.unmeasured(curve, lambda job: {"name": job.name}):
                     fits = _longest(record.rows)
@@ -147,6 +154,8 @@ def _row(
         seconds = fits["seconds"] + took
     locked = with_chains(context.model, chains, context.identity)
     found = point(context, locked, end_to_end=job.end_to_end, seconds=seconds)
+    before = fits if job.end_to_end else {"flops": 0.0, "seconds": 0.0}
+    reached = (found["flops"] - before["flops"]) / (seconds - before["seconds"]) / 1e12
     named = ("train_tokens", "end_to_end", "seconds", "flops", "original_loss", "loss", "kl", "flips")
     data = record.options.data
     return ConversionRow(
@@ -158,6 +167,8 @@ def _row(
         tokens=context.text.train.numel(),
         smallest_gap=min(flatten_gaps(locked, chains, context.text.heldout).values()),
         largest_rel_error=max(module.fidelity.rel_error for module in reports),
+        tflop_per_s=reached,
+        matmul_percent=100 * reached / record.document["measured_rates"]["matmul_tflop_per_s"],
         **{name: found[name] for name in named},
     )
 

@@ -33,7 +33,7 @@ def measure(record: Record) -> None:
     rounds, cold_bytes = (2, 0) if record.smoke else (ROUNDS, cold_weights(record.device))
     rates = measured_rates(record.device, dtype)
     record.document |= {
-        "measured_rates": {"copy_gb_per_s": rates.copy / 1e9, "matmul_tflop_per_s": rates.matmul / 1e12},
+        "measured_rates": rates.to_dict(),
         "constants": asdict(device_constants(record.device.index)) if gpu else None,
     }
     record.document["settings"] |= {"rounds": rounds, "cold_bytes": cold_bytes, "dtype": dtype_name(dtype)}

@@ -110,6 +110,8 @@ class ConversionRow:
     fidelity says little about a real model.
 
     seconds and flops are of all that led to the chains, without measuring; flops as `dlr-lock plan` reckons them.
+    tflop_per_s is of the activations and the fits or, where there is one, of the end-to-end phase alone;
+    matmul_percent its share of what one large product reaches on the device, in `product_dtype`.
     smallest_gap: of the flatten gaps over |chain|^2, on the locked model's own activations.
     """
 
@@ -130,6 +132,8 @@ class ConversionRow:
     smallest_gap: float | None
     largest_rel_error: float | None  # of the fits
     error_message: str | None = None
+    tflop_per_s: float | None = None
+    matmul_percent: float | None = None
 
 
 @dataclass(slots=True)

@@ -173,7 +173,7 @@ def run(
         document: dict[str, Any] = {
             "schema": 1,
             **machine(device),
-            "measured_rates": {"copy_gb_per_s": rates.copy / 1e9, "matmul_tflop_per_s": rates.matmul / 1e12},
+            "measured_rates": rates.to_dict(),
             "constants": _constants(device),
             "settings": {"rounds": rounds, "cold_bytes": cold_bytes, "dtype": dtype_name(weights)},
             "cases": len(cases),

@@ -169,6 +169,10 @@ class Rates:
     copy: float
     matmul: float
 
+    def to_dict(self) -> dict[str, float]:
+        """For a result file, in GB/s and TFLOP/s."""
+        return {"copy_gb_per_s": self.copy / 1e9, "matmul_tflop_per_s": self.matmul / 1e12}
+
 
 def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """A copy of 1 GiB and a product of 8192^3 on a GPU; 256 MiB and 512^3 on a CPU. Medians of 5.

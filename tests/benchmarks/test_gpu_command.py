@@ -116,6 +116,7 @@ def test_the_rows_say_what_was_measured(smoke: tuple[str, Path]) -> None:
     assert (short["end_to_end"], long["end_to_end"], together["end_to_end"]) == (0, 0, 1024)
     assert short["kl"] > long["kl"] > together["kl"] > 0 and together["smallest_gap"] > 0
     assert together["seconds"] > long["seconds"] and together["flops"] > long["flops"] > short["flops"]
+    assert all(row["tflop_per_s"] > 0 and 0 < row["matmul_percent"] < 100 for row in rows["conversion"])
     profiled = {row["of"] for row in rows["profiles"]}
     assert len(profiled) == 2 and all(row["us"] >= 0 for row in rows["profiles"])
 
@@ -454,6 +455,15 @@ def test_a_conversion_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pyte
     assert whole["finished"] and whole["rows"][:2] == cut["rows"]
     last = whole["rows"][2]
     assert (last["train_tokens"], last["end_to_end"], last["largest_rel_error"]) == (2048, 512, 9.5)
+    # What was reached: by the fits; by the end-to-end phase alone, against the product that was measured beside it.
+    fits = whole["rows"][1]
+    assert fits["tflop_per_s"] == pytest.approx(fits["flops"] / fits["seconds"] / 1e12)
+    flops, seconds = (last[name] - fits[name] for name in ("flops", "seconds"))
+    assert last["tflop_per_s"] == pytest.approx(flops / seconds / 1e12)
+    assert whole["settings"]["dtype"] == "float32"  # of so few features
+    product = whole["measured_rates"]["matmul_tflop_per_s"]
+    assert last["matmul_percent"] == pytest.approx(100 * last["tflop_per_s"] / product)
+    assert all(0 < row["matmul_percent"] < 100 for row in whole["rows"])
     assert not list((tmp_path / "build" / "gpu").iterdir())
 
 

@@ -350,19 +350,27 @@ def test_every_kind_of_a_gpu_run_has_its_table(tmp_path: Path) -> None:
         "conversion": [
             point | {"name": "1", "train_tokens": 102_400, "kl": 0.8},
             point | {"name": "2", "train_tokens": 409_600, "kl": 0.4},
-            point | {"name": "3", "train_tokens": 409_600, "kl": 0.3, "end_to_end": 65_536},
+            point | {"name": "3", "train_tokens": 409_600, "kl": 0.3, "end_to_end": 65_536}
+            | {"tflop_per_s": 248.04, "matmul_percent": 34.96},
         ],
     }  # fmt: skip
     for kind, rows in documents.items():
         written(tmp_path / "nvidia-h200", HEAD | {"rows": rows}, f"{kind}-20270102T030405.json")
     text = render.block(render.newest(tmp_path))
+    assert "one large product" not in text
+    rates = {"measured_rates": {"matmul_tflop_per_s": 709.5}, "settings": {"dtype": "bfloat16"}}
+    measured = HEAD | rates | {"rows": documents["conversion"]}
+    written(tmp_path / "nvidia-h200", measured, "conversion-20270102T030405.json")
+    text = render.block(render.newest(tmp_path))
     for wanted in (
+        "one large product in bfloat16 reaches 710 TFLOP/s",
         "copy, read and written 4,302 GB/s",
         "90 passed, 1 failed, 2 skipped",
         "| 1B | 8x48x32 | decode, 1 | 800 | 1,000 | 1.25 | 1,250 | 4e-03 |",
         "| 1B | locked | 100.0 | 25.0, 80.0 GB | 12.0, 1.0 GB | inversion |",
         "All 30 layers of SmolLM2 locked at ascending cost, on wiki.txt",
-        "| 409,600 | 65,536 | 120 | 1.5 | 3.000 to 3.200 | 0.300 | 18% | 0.80 |",
+        "| 409,600 | 0 | 120 | 1.5 | - | - | 3.000 to 3.200 | 0.400 | 18% | 0.80 |",  # of before that was measured
+        "| 409,600 | 65,536 | 120 | 1.5 | 248 | 35.0% | 3.000 to 3.200 | 0.300 | 18% | 0.80 |",
         "Fits of 8,192,000 training tokens would end at a KL of 0.089 by the last two points: not measured.",
     ):
         assert wanted in text
