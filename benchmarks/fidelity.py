@@ -1,10 +1,12 @@
 """How well chains do what their MLPs did, and what redistilling them costs.
 
     python -m benchmarks.fidelity modules MODEL --data text.txt --layers 1,12,25 --train-tokens 102400,409600
-    python -m benchmarks.fidelity model   MODEL --data text.txt --train-tokens 102400,409600 --end-to-end 131072
+    python -m benchmarks.fidelity products MODEL --data text.txt --layers 1,12
+    python -m benchmarks.fidelity model MODEL --data text.txt --train-tokens 102400,409600 --end-to-end 131072
     python -m benchmarks.fidelity sentences ENCODER --data text.txt --sentences sentences.txt
 
 `modules` fits chains to single MLPs: error, gap and the attack's cost against training tokens, FLOPs and seconds.
+`products` fits them with products in float32 and in bfloat16, whatever the device is fast at: both errors' ratio.
 `model` locks layers and measures the whole: loss, KL and flips against FLOPs and seconds, after the fits, on the way
 through an end-to-end phase and at its end; and the same of the model whose chains have all been distilled back, one at
 a time, from the linear start.
@@ -17,48 +19,35 @@ import argparse
 import hashlib
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import torch
 from rich.console import Console
-from torch import Tensor
 
-from dlr_lock import DLRError, DLRNet
-from dlr_lock.audit.attacks.redistillation import merge_steps
+from dlr_lock import DLRError
 from dlr_lock.common.files import read_json
 from dlr_lock.common.machine import machine
 from dlr_lock.common.options import flag, help_of
-from dlr_lock.common.splits import random_rows
-from dlr_lock.convert.activations import Activations
-from dlr_lock.convert.config import ConversionConfig, Recipe
-from dlr_lock.convert.context import Context
+from dlr_lock.convert.config import ConversionConfig
 from dlr_lock.convert.mlp_discovery import automatic
-from dlr_lock.convert.mlp_matching import MLP
-from dlr_lock.convert.outlook.phases import module_flops
-from dlr_lock.convert.pipeline import fit_chain
-from dlr_lock.convert.redistill import FIT_TOKENS, INITS, redistill
 from dlr_lock.microbench.bench import numbers
 from dlr_lock.progress import Steps
 from dlr_lock.reporting import Section, Table, print_sections
-from dlr_lock.reporting.lock_verdict import Redistillation, undoing_figures
 from dlr_lock.runtime.device import usable_device
 
 from .fidelity_model import Job, model, sentences
+from .fidelity_modules import OF_RECIPE, modules, products
 from .output import files, target, write_json, write_whole
-from .whole_model import study
+from .schema import SCHEMA
 
 _OF_CONVERSION = (
     "layers", "depth", "rank", "lanes", "act", "params", "init", "tokens", "batch", "seed", "sequence", "end_to_end",
     "device",
 )  # fmt: skip
 Panels = dict[tuple[str, str], dict[str, list[tuple[float, float]]]]  # axes to lines, by label
-# What `modules` can vary.
-_OF_RECIPE = ("rate", "momentum", "scale", "preconditioner_exponent", "lr_multiplier_b", "weight_decay")
+_OF_MODULES = ("modules", "products")  # the studies of single modules
 _DISTANCES = {"kl": "KL on held-out text", "state_error": "error of the last hidden states on held-out text"}
 _SAME = ("device", "cpu_threads", "program", "versions", "study", "options")  # of runs that can be one
 
@@ -67,7 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the study that the command line asks for; exit status 2, and one line, on bad input."""
     options = _parser().parse_args(arguments)
     try:
-        document = machine(usable_device(options.device)) | {"study": options.study, "rows": []}
+        document = {"schema": SCHEMA, **machine(usable_device(options.device)), "study": options.study}
+        document |= {"stopped": "before its end", "rows": []}
         document["options"] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
         for private in ("out", "model", "data", "sentences"):  # paths of this machine
             given = document["options"].pop(private, None)
@@ -75,18 +65,18 @@ def main(arguments: list[str] | None = None) -> int:
                 document["options"][private] = Path(given).name
         kind = f"fidelity-{options.study}"
         path = target(document, kind, options.out)
-        if options.study != "modules":
+        if options.study not in _OF_MODULES:
             path = _taken_over(document, path, kind)
         run = hashlib.sha256(json.dumps([document[name] for name in _SAME]).encode()).hexdigest()[:8]
         with Steps(Console(stderr=True, highlight=False)) as steps:
             job = Job(
-                options, _options(options), _shares(options.redistill), path.with_name(f"{kind}-{run}"),
-                list(document["rows"]), steps,
+                options, _options(options), _shares(getattr(options, "redistill", "")),
+                path.with_name(f"{kind}-{run}"), list(document["rows"]), steps,
             )  # fmt: skip
             for row in _STUDIES[options.study](job):
                 document["rows"].append(row)
                 write_json(path, document)  # after every row: an interruption costs the one at work
-        write_json(path, document | {"finished": True})
+        write_json(path, document | {"stopped": None, "finished": True})
     except (DLRError, OSError, UnicodeError) as error:
         print(f"benchmarks.fidelity: {error}", file=sys.stderr)
         return 2
@@ -113,80 +103,9 @@ def _taken_over(document: dict[str, Any], path: Path, kind: str) -> Path:
     return path
 
 
-def modules(job: Job) -> Iterator[dict[str, Any]]:
-    """Rows of layers x training tokens: `Fidelity`, the curve while it was fitted, and the attack at each share."""
-    options = job.options
-    given = {name: getattr(options, name) for name in _OF_RECIPE if getattr(options, name) is not None}
-    lengths = [replace(job.config, train_tokens=count) for count in numbers(options.train_tokens)]
-    with study(options.model, job.config, job.progress) as context:
-        for mlp, pairs in context.capture(context.mlps):
-            for length in lengths:
-                recipe = replace(length.recipe(gated=mlp.gated), **given)
-                yield _fit(context, mlp, pairs, replace(recipe, seed=recipe.seed + mlp.layer), job.shares)
-
-
-def _fit(
-    context: Context, mlp: MLP, pairs: Activations, recipe: Recipe, shares: list[float]
-) -> dict[str, Any]:
-    spec = context.config.spec_for(mlp.hidden_size, mlp.params)
-    assert context.amounts is not None
-    own = [replace(chains, recipe=recipe) for chains in context.amounts.chains]
-    amounts = replace(context.amounts, chains=own)
-    seen = DLRNet(spec, dtype=torch.float32)
-    curve: list[dict[str, float]] = []
-    watching = 0.0
-    started = time.monotonic()
-
-    def watch(train_tokens: int, tensors: dict[str, Tensor]) -> None:
-        nonlocal watching
-        began = time.monotonic()
-        seen.assign(tensors)
-        now = context.fidelity(seen, pairs).to_dict()
-        curve.append({"train_tokens": train_tokens, "seconds": began - started - watching, **now})
-        watching += time.monotonic() - began
-
-    title = f"layer {mlp.layer}, {recipe.train_tokens:,} training tokens"
-    net = fit_chain(context, mlp, pairs, recipe, title, watch=watch)
-    seconds = time.monotonic() - started - watching
-    fidelity = context.fidelity(net, pairs)
-    attacks: list[Redistillation] = []
-    for share in shares:
-        for init in INITS:
-            attack = redistill(
-                net,
-                pairs,
-                context.train_rows,
-                train_tokens=max(1, round(share * recipe.train_tokens)),
-                conversion=recipe.train_tokens,
-                name=mlp.module,
-                device=context.device,
-                inits=[init],
-                progress=context.count(f"redistilling layer {mlp.layer} at {share:g}, {init} initialisation"),
-            )
-            attacks.append(attack)
-    sample = pairs.rows(random_rows(context.train_rows, FIT_TOKENS, recipe.seed))[0]
-    merges, _ = merge_steps(
-        net, sample.float(), lambda shorter: context.fidelity(shorter, pairs).rel_error, fidelity.rel_error
-    )
-    made = [attempt for attack in attacks for attempt in attack.attempts]
-    undoing = undoing_figures(made, recipe.train_tokens)
-    return {
-        "layer": mlp.layer,
-        "chain": str(spec),
-        **asdict(recipe),
-        **fidelity.to_dict(),
-        "seconds": seconds,
-        "flops": module_flops(amounts, mlp.module),
-        "tokens": context.train_rows,
-        "curve": curve,
-        "attacks": [attack.to_dict() for attack in attacks],
-        "merges": [asdict(merge) for merge in merges],
-        **{name: figure.to_dict() for name, figure in undoing.items()},
-    }
-
-
 _STUDIES: dict[str, Callable[[Job], Iterator[dict[str, Any]]]] = {
     "modules": modules,
+    "products": products,
     "model": model,
     "sentences": sentences,
 }
@@ -217,7 +136,7 @@ def _plot(document: dict[str, Any], path: Path) -> Path | None:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    panels = _of_modules(document["rows"]) if document["study"] == "modules" else _of_models(document["rows"])
+    panels = (_of_modules if document["study"] in _OF_MODULES else _of_models)(document["rows"])
     figure = Figure(figsize=(7 * len(panels), 5), layout="constrained")
     figure.suptitle(document["device"])
     for number, ((x, y), lines) in enumerate(panels.items(), start=1):
@@ -232,12 +151,11 @@ def _plot(document: dict[str, Any], path: Path) -> Path | None:
 
 def _of_modules(rows: list[dict[str, Any]]) -> Panels:
     """Error against training tokens, a line a fit."""
-    lines = {
-        f"layer {row['layer']}, {row['train_tokens']:,} training tokens, gap {row['flatten_gap']:.2f}": [
-            (point["train_tokens"], point["rel_error"]) for point in row["curve"]
-        ]
-        for row in rows
-    }
+    lines = {}
+    for row in rows:
+        label = f"layer {row['layer']}, {row['train_tokens']:,} training tokens, gap {row['flatten_gap']:.2f}"
+        label += f", products in {row['products']}" if "products" in row else ""
+        lines[label] = [(point["train_tokens"], point["rel_error"]) for point in row["curve"]]
     return {("training tokens", "relative error on held-out tokens"): lines}
 
 
@@ -272,6 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     studies = parser.add_subparsers(dest="study", required=True)
     for name, about in (
         ("modules", "fit chains to single MLPs"),
+        ("products", "the same with products in float32 and in bfloat16"),
         ("model", "lock layers and measure the whole model"),
         ("sentences", "lock a sentence encoder and compare embeddings"),
     ):
@@ -288,11 +207,12 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument(
             "--out", type=Path, help="folder of the files, instead of one a device under results"
         )
-        made.add_argument(
-            "--redistill", default="", help="training tokens of attacks, as shares of the fit's: 0.25,1"
-        )
-        if name == "modules":
-            for option in _OF_RECIPE:
+        if name != "products":
+            made.add_argument(
+                "--redistill", default="", help="training tokens of attacks, as shares of the fit's: 0.25,1"
+            )
+        if name in _OF_MODULES:
+            for option in OF_RECIPE:
                 made.add_argument(flag(option), type=float, help="of the recipe, see Recipe")
         else:
             both = "independent,sequential"

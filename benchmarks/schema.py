@@ -17,7 +17,16 @@ from dlr_lock.common.files import read_json
 from dlr_lock.compare.bench import SpeedRow
 from dlr_lock.microbench.bench import Row
 
-from .gpu.rows import ConversionRow, FactRow, HostRow, ModelRow, ProfileRow, SuiteRow, TrainingRow
+from .gpu.rows import (
+    ConversionRow,
+    FactRow,
+    HostRow,
+    ModelRow,
+    ProductsRow,
+    ProfileRow,
+    SuiteRow,
+    TrainingRow,
+)
 
 SCHEMA = 1
 KINDS: dict[str, type] = {
@@ -31,6 +40,7 @@ KINDS: dict[str, type] = {
     "conversion": ConversionRow,
     "moretests": SuiteRow,
     "host": HostRow,
+    "fidelity-products": ProductsRow,
 }
 HEAD: dict[str, Any] = {
     "schema": int,
@@ -78,7 +88,7 @@ _DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d")
 
 def kind_of(path: Path) -> str | None:
     """The kind that a file's name begins with, None where it is none of ours."""
-    found = re.fullmatch(r"([a-z]+)-\d{8}T\d{6}\.json", path.name)
+    found = re.fullmatch(r"([a-z-]+)-\d{8}T\d{6}\.json", path.name)
     return found[1] if found and found[1] in KINDS else None
 
 

@@ -259,6 +259,23 @@ def host(document: Row) -> list[str]:
     return head(document, what, "call | launches | functions called | us a launch", lines)
 
 
+def products(document: Row) -> list[str]:
+    """A line a fit."""
+    lines = [
+        (
+            str(row["layer"]), row["chain"], f"{row['train_tokens']:,}", row["products"], f"{row['rel_error']:.4f}",
+            f"{row['error_ratio']:.4f}", f"{row['flatten_gap']:.2f}", f"{row['seconds']:,.0f}",
+            f"{row['flops'] / 1e12:.3g}",
+        )
+        for row in document["rows"]
+    ]  # fmt: skip
+    what = f"Fits of chains with products in two dtypes, on {document['rows'][0]['tokens']:,} tokens of text"
+    columns = (
+        "layer | chain | training tokens | products | error | to that of float32 | gap | seconds | TFLOP"
+    )
+    return head(document, what, columns, lines)
+
+
 TABLES: dict[str, Callable[[Row], list[str]]] = {
     "machine": machine,
     "tests": tests,
@@ -269,6 +286,7 @@ TABLES: dict[str, Callable[[Row], list[str]]] = {
     "conversion": conversion,
     "moretests": tests,
     "host": host,
+    "fidelity-products": products,
 }
 
 

@@ -1,4 +1,4 @@
-"""A row of each stage's results; the kernels' is dlr_lock.microbench.bench.Row. None: not measured, or not there."""
+"""A row of each kind of results; the kernels' is dlr_lock.microbench.bench.Row. None: not measured, or not there."""
 
 from dataclasses import dataclass, field
 
@@ -134,6 +134,26 @@ class ConversionRow:
     error_message: str | None = None
     tflop_per_s: float | None = None
     matmul_percent: float | None = None
+
+
+@dataclass(slots=True)
+class ProductsRow:
+    """A module's chain that was fitted with products in one dtype, its weights and their gradients in float32.
+
+    seconds and flops are of the fit; flops as `dlr-lock plan` reckons them.
+    """
+
+    layer: int
+    chain: str
+    products: str
+    tokens: int  # of text, to train on
+    train_tokens: int
+    rel_error: float
+    flatten_gap: float
+    seconds: float
+    flops: float
+    error_ratio: float  # of rel_error to that of the same fit with products in float32
+    curve: list = field(default_factory=list)  # training tokens, seconds and fidelity while it was fitted
 
 
 @dataclass(slots=True)

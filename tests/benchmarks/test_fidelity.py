@@ -14,6 +14,7 @@ import torch
 from tiny import save_tiny
 
 from dlr_lock.convert.data import english_topics
+from dlr_lock.triton_kernels import ChainWeights
 
 TINY = ["--tokens", "2048", "--batch", "256", "--depth", "3", "--rank", "16", "--train-tokens"]
 ROOT = Path(__file__).parents[2]
@@ -70,6 +71,38 @@ def test_modules(text: Path, tmp_path: Path) -> None:
         )
         assert row["undoing_over_conversion"] == wanted
     assert rows[1]["rel_error"] < rows[0]["rel_error"]
+
+
+def test_products(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both dtypes whatever this machine is fast at, from float32 weights; the page of measurements shows it."""
+    multiplied = []
+    in_products = ChainWeights.in_products
+
+    def seen(chain: ChainWeights, products: torch.dtype) -> ChainWeights:
+        made = in_products(chain, products)
+        multiplied.append((chain.A.dtype, made.A.dtype, made.B.dtype))
+        return made
+
+    monkeypatch.setattr(ChainWeights, "in_products", seen)
+    source = save_tiny("llama", tmp_path / "source")
+    rows = run(tmp_path, "products", source, "--data", text, "--layers", "1", *TINY, "4096,16384")
+    assert list(dict.fromkeys(multiplied)) == [
+        (torch.float32, dtype, dtype) for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert [(row["layer"], row["train_tokens"], row["products"]) for row in rows] == [
+        (1, count, name) for count in (4096, 16384) for name in ("float32", "bfloat16")
+    ]
+    for exact, coarse in (rows[:2], rows[2:]):
+        assert exact["error_ratio"] == 1 and exact["flops"] == coarse["flops"] > 0
+        assert coarse["error_ratio"] == coarse["rel_error"] / exact["rel_error"] != 1
+        assert coarse["error_ratio"] == pytest.approx(1, abs=0.01)
+        assert coarse["flatten_gap"] == pytest.approx(exact["flatten_gap"], rel=0.05)
+        assert coarse["seconds"] > 0 and coarse["curve"][-1]["train_tokens"] == coarse["train_tokens"]
+    assert rows[2]["rel_error"] < rows[0]["rel_error"]
+    (found,) = importlib.import_module("benchmarks.render").newest(tmp_path).values()
+    page = "\n".join(importlib.import_module("benchmarks.tables").products(found["fidelity-products"]))
+    assert f"| 16,384 | bfloat16 | {rows[3]['rel_error']:.4f} | {rows[3]['error_ratio']:.4f} |" in page
+    assert "Stopped" not in page
 
 
 def test_model(text: Path, tmp_path: Path) -> None:
@@ -192,7 +225,7 @@ def test_bad_input_is_one_line(
 
 
 def test_help_of_every_study_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    for study in ("modules", "model", "sentences"):
+    for study in ("modules", "products", "model", "sentences"):
         with pytest.raises(SystemExit, match="0"):
             fidelity.main([study, "--help"])
         assert "--layers" in capsys.readouterr().out
