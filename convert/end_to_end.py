@@ -13,11 +13,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..common.dtypes import fast_products, product_dtype
 from ..common.errors import DLRError
@@ -32,12 +31,11 @@ from .context import Context
 from .distill import Log, muon_rows
 from .evaluate import (
     BATCH,
-    CHUNK,
     Evaluation,
+    MeanDivergence,
     StateEvaluation,
     compare,
     distance_of,
-    divergence,
     predicts_next,
     relative_error,
     sequences_at_once,
@@ -58,7 +56,7 @@ class EndToEndPlan:
 
     Attributes:
         train_tokens: Training tokens in all.
-        batch: About so many of them a step, in whole sequences; None for what makes 128 steps, from 512 to 8,192.
+        batch: About so many of them a step, in whole sequences; None for what makes 256 steps, from 512 to 8,192.
         rate: Muon's at its peak, where x is of unit size and `start` is 1, and goes with the root of that, as a step
             does that takes a share of the errors away. Peaks that were tried, SmolLM2 in batches of 512: from a KL
             of 1.66, 8,192 tokens led to 1.59 at 0.00003, 1.49 at 0.0001, 1.48 at 0.0002, 2.78 at 0.001; from 0.0806,
@@ -87,7 +85,7 @@ class EndToEndPlan:
         return self.rate * math.sqrt(self.start)
 
 
-_STEP, _STEPS = (512, 8192), 128
+_STEP, _STEPS = (512, 8192), 256
 
 
 class TrainableChain(DLRNet):
@@ -243,19 +241,7 @@ def distance(student: nn.Module, original: PreTrainedModel, ids: Tensor) -> Tens
         got = _output(student, ids)
     if not predicts_next(original):
         return relative_error(got, wanted).mean()
-    # One part after the other through the softmax, computed again in backward: at 49,152 tokens of vocabulary
-    # the log-probabilities of 1024 positions are 200 MB.
-    parts = max(1, got.numel() // CHUNK)
-    losses = [
-        checkpoint(_kl, g, w, use_reentrant=False)
-        for g, w in zip(got.chunk(parts), wanted.chunk(parts), strict=True)
-    ]
-    return torch.stack(losses).sum() / len(got)
-
-
-def _kl(got: Tensor, wanted: Tensor) -> Tensor:
-    """Summed over positions; logits [T, V]."""
-    return divergence(wanted.log_softmax(-1), got.log_softmax(-1)).sum()
+    return cast(Tensor, MeanDivergence.apply(wanted, got))
 
 
 def _output(model: Any, ids: Tensor) -> Tensor:

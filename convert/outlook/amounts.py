@@ -15,7 +15,7 @@ from ..activations import group_layers
 from ..config import ConversionConfig, Recipe
 from ..data import SEQUENCE_LENGTH
 from ..evaluate import BATCH as SEQUENCES
-from ..evaluate import CHUNK, predicts_next, sequences_at_once
+from ..evaluate import elements_at_once, predicts_next, sequences_at_once
 from ..experts.routing import Mixture
 from ..mlp_matching import MLP
 from ..redistill import INITS, attack_tokens, half_of, student_recipe
@@ -280,7 +280,8 @@ class Amounts:
             return 0
         row = 4 * self.length * self.subject.vocabulary
         at_once = sequences_at_once(self.length, self.subject.vocabulary, SEQUENCES)
-        return 2.5 * at_once * row + 5 * 4 * min(CHUNK, at_once * row / 4)
+        part = elements_at_once(torch.device("cuda" if self.on_gpu else "cpu"))
+        return 2.5 * at_once * row + 5 * 4 * min(part, at_once * row / 4)
 
     def students(self, attacked: Chains) -> Iterator[tuple[DLRSpec, Recipe]]:
         """What the attack on a module fits: each student's shape and recipe. Of a mixture it attacks one expert."""

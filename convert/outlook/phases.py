@@ -347,7 +347,7 @@ def _end_to_end(a: Amounts) -> Phase:
     return Phase(
         "end-to-end",
         wide=tokens * step,
-        words=3 * tokens * a.subject.vocabulary,
+        words=2 * tokens * a.subject.vocabulary,
         sent=steps * _sent(chains, a.processes),
         disk=a.subject.disk + a.chain_bytes,
         **_place(a, 16 * chains + 2 * a.logit_bytes + 24.0 * at_once * a.hidden * a.layers + kept),

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import BertForSequenceClassification
 
 from dlr_lock.common.errors import DLRError
-from dlr_lock.convert.evaluate import Evaluation, evaluate, measure
+from dlr_lock.convert.evaluate import Evaluation, MeanDivergence, evaluate, measure
 from dlr_lock.runtime import DLRNet, DLRSpec
 
 
@@ -71,7 +71,7 @@ def test_a_model_is_at_no_distance_from_itself(model, tokens):
 
 def test_batches_and_chunks_do_not_change_the_figures(model, other, tokens, monkeypatch):
     whole = evaluate(model, tokens, original=other)
-    monkeypatch.setattr(sys.modules[evaluate.__module__], "CHUNK", 5 * VOCABULARY)
+    monkeypatch.setattr(sys.modules[evaluate.__module__], "elements_at_once", lambda device: 5 * VOCABULARY)
     done = []
     parts = evaluate(
         model,
@@ -83,6 +83,23 @@ def test_batches_and_chunks_do_not_change_the_figures(model, other, tokens, monk
     for key, value in whole.to_dict().items():
         assert parts.to_dict()[key] == pytest.approx(value, rel=1e-5), key
     assert done == [(0, 7), (2, 7), (4, 7), (6, 7), (7, 7)]
+
+
+@pytest.mark.parametrize("at_once", [1, 3 * 50, 2**20])
+def test_mean_divergence_and_its_gradient(at_once, monkeypatch):
+    """Against autograd in float64; a token that the original rules out, and equal rows, count nothing."""
+    wanted, got = torch.randn(2, 7, 50).mul(4).unbind()
+    wanted[0, 3] = -torch.inf
+    wanted[5] = got[5]
+    got.requires_grad_()
+    monkeypatch.setattr(sys.modules[evaluate.__module__], "elements_at_once", lambda device: at_once)
+    loss = MeanDivergence.apply(wanted, got)
+    (loss * 3).backward()
+    p, q = wanted.double().softmax(-1), got.detach().double().requires_grad_()
+    exact = torch.nn.functional.kl_div(q.log_softmax(-1), p, reduction="batchmean")
+    (exact * 3).backward()
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+    torch.testing.assert_close(got.grad.double(), q.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_a_large_vocabulary_goes_through_in_smaller_batches(tokens):
