@@ -165,10 +165,15 @@ class Context:
         return made
 
     @property
+    def room(self) -> int:
+        """Bytes of memory for this process's activations."""
+        return int(self.config.max_memory or 0) // self.ranks.local_size
+
+    @property
     def _room(self) -> dict[str, Any]:
         """Where activations are kept, and who hears of it."""
         return {
-            "max_memory": int(self.config.max_memory or 0) // self.ranks.local_size,
+            "max_memory": self.room,
             "scratch": self.scratch,
             "progress": self.count("activations"),
             "micro": self.micro_batch("the reading of activations", "sequence"),

@@ -261,7 +261,9 @@ def _expect(
 ) -> None:
     """Says what there is to do."""
     amounts = _amounts(context)
-    if not sequential:
+    if sequential:
+        amounts = replace(amounts, processes=context.ranks.size)
+    else:
         amounts = replace(amounts, config=replace(amounts.config, across="independent"))
     fits = {mlp.module for mlp in todo if before[mlp.module] is None}
     expect(context.progress, to_come(amounts, fits, {mlp.module for mlp in todo}))

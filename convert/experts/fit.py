@@ -4,21 +4,29 @@ An expert's chain gets what the router of the locked model gives its expert. Its
 that and, where modules correct one another, its share of what is still missing: with delta what the mixture should
 give less what its experts would give, and w_j the weights of a token's experts, expert e is to give
 w_e / sum_j w_j^2 * delta more, the smallest changes that add up to delta.
+
+Given what goes in and delta, experts have nothing to do with one another. Of several processes that hold a share of the
+tokens each, every one gets all tokens of the experts that are dealt to it, in the order that one process has them in,
+and fits and judges their chains alone; then all get all chains.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...common.errors import DLRError
+from ...common.progress import Count, shown
+from ...common.weights import drop_pages, storage
 from ...reporting.lock_verdict import Redistillation
-from ...runtime import DLRExperts, DLRNet, ExpertsSpec
+from ...runtime import DLRExperts, DLRNet, DLRSpec, ExpertsSpec
 from ...runtime.experts import one_expert
 from ..activations import Activations
 from ..config import ConversionConfig, Recipe
@@ -26,6 +34,9 @@ from ..context import Context
 from ..distill import distill
 from ..evaluate import Fidelity, measure
 from ..mlp_matching import MLP
+from ..parallel.balance import dealt
+from ..parallel.ranks import Ranks
+from ..parallel.share import Pair
 from ..redistill import attack_tokens, redistill
 from ..report import ModuleReport
 from .routing import Mixture, Routing, named, router_of, teacher_of, together
@@ -34,6 +45,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ROWS = 4096  # tokens at a time
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRows:
+    """Which tokens one expert's chain is fitted to, by their numbers among those of all processes.
+
+    Attributes:
+        expert: Its number.
+        rows: [n] int64, training text first, then held-out text.
+        weight: [n] float32, what the router multiplies the expert's output with; 0 where it did not choose it.
+        train: How many are trained on.
+        routed: How many of these the router gave the expert.
+    """
+
+    expert: int
+    rows: Tensor
+    weight: Tensor
+    train: int
+    routed: int
+
+    @property
+    def held(self) -> int:
+        """How many are held out."""
+        return len(self.rows) - self.train
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +92,13 @@ class MixturePairs:
     Args:
         model: Whose experts they are fitted to: the original, or a locked model for chains to be distilled back.
         mixture: The mixture.
-        pairs: What goes into it, what should come out, and the routing; y is overwritten where it is corrected.
-        train_rows: How many of the tokens, from the first, are trained on.
+        pairs: What goes into it, what should come out, and the routing, of all tokens or of a process's share; y is
+            overwritten where it is corrected.
+        train_rows: How many of the tokens of all processes, from the first, are trained on.
         corrected: Whether what should come out is more than what the experts give.
+
+    Attributes:
+        routing: Of the tokens of all processes.
     """
 
     def __init__(
@@ -67,36 +106,83 @@ class MixturePairs:
     ) -> None:
         assert pairs.routing is not None
         self.mixture, self.pairs = mixture, pairs
-        self.routing: Routing = pairs.routing
+        self.routing = Routing(*(pairs.share.whole(part) for part in pairs.routing))
+        self._first = pairs.share.whole(pairs.first.float()).bool()
         self._train_rows, self._device = train_rows, model.device
         self._experts = model.get_submodule(mixture.module)
         self._router = router_of(model, mixture)
-        self._missing = pairs.y if corrected else None  # delta
-        if corrected:
+        self._corrected = corrected
+        self._received: dict[int, Pair] = {}  # what experts get, and delta there, by their numbers
+        self._scratch: Path | None = None  # where that lies; None where it is in memory
+        if corrected:  # y becomes delta
             for begin in range(0, len(pairs), _ROWS):
                 rows = slice(begin, begin + _ROWS)
                 x = self._on_device(pairs.x[rows])
-                part = Routing(*(p[rows].to(self._device) for p in self.routing))
+                part = Routing(*(p[rows].to(self._device) for p in pairs.routing))
                 pairs.y[rows] -= together(self._experts, mixture.experts, x, part).cpu().to(pairs.y.dtype)
 
     def of(self, expert: int, least: int = 0) -> ExpertPairs:
-        """One expert's pairs. least: training tokens that it gets at least, of the nearest tokens where the router gave
-        it fewer."""
+        """One expert's pairs, where all tokens are here. least: as for `rows_of`."""
+        return self.pairs_of(self.rows_of(expert, least))
+
+    def rows_of(self, expert: int, least: int = 0) -> ExpertRows:
+        """One expert's tokens. least: training tokens that it gets at least, of the nearest tokens where the router
+        gave it fewer. All processes must ask for the same."""
         rows, weight = self.routing.of(expert)
         trained = rows < self._train_rows
         routed = int(trained.sum())
         near = self._nearest(expert, rows, least - routed)
         rows = torch.cat([rows[trained], near, rows[~trained]])
         weight = torch.cat([weight[trained], torch.zeros(len(near)), weight[~trained]])
+        return ExpertRows(expert, rows, weight, routed + len(near), routed)
+
+    def deal(self, hands: Sequence[Sequence[ExpertRows]], room: int, scratch: Path) -> None:
+        """Each process gets all that it fits its own experts to.
+
+        Args:
+            hands: Each process's experts, the same in every process.
+            room: Bytes that this process may hold of activations, those of both streams and `pairs` included.
+            scratch: The folder of what is beyond.
+        """
+        share, d = self.pairs.share, self.mixture.hidden_size
+        wanted = [torch.cat([one.rows for one in hand] or [torch.arange(0)]) for hand in hands]
+        count = len(wanted[share.ranks.rank])
+        # 12 bytes an element of the tokens that are here, see `SequentialCalibrator`, and 4 of these.
+        self._scratch = scratch if count and d * (12 * len(self.pairs) + 4 * count) > room else None
+        x, missing = (storage(count, d, self.pairs.x.dtype, self._scratch) for _ in "xy")
+        for at, part in share.sent(self.pairs.rows, wanted):
+            x[at], missing[at] = part
+            if self._scratch is not None:
+                drop_pages(x)
+                drop_pages(missing)
+        sizes = [len(one.rows) for one in hands[share.ranks.rank]]
+        parts = zip(x.split(sizes), missing.split(sizes), strict=True)
+        self._received = {one.expert: pair for one, pair in zip(hands[share.ranks.rank], parts, strict=True)}
+
+    def pairs_of(self, own: ExpertRows) -> ExpertPairs:
+        """What one expert's chain is fitted to, once: of several processes by the one that the expert is dealt to."""
+        here = own.expert in self._received
+        x, y = self._received.pop(own.expert) if here else self._copied(own.rows)
+        for begin in range(0, len(x), _ROWS):
+            at = slice(begin, begin + _ROWS)
+            wanted = one_expert(self._experts, own.expert, self._on_device(x[at])).cpu().to(y.dtype)
+            if self._corrected:
+                squares = self.routing.weight[own.rows[at]].square().sum(1).clamp(min=1e-12)
+                wanted += ((own.weight[at] / squares)[:, None] * y[at].float()).to(y.dtype)
+            y[at] = wanted
+        mapped = self._scratch is not None
+        return ExpertPairs(
+            Activations(x, y, self._first[own.rows], mapped, self._scratch), own.train, own.routed
+        )
+
+    def _copied(self, rows: Tensor) -> Pair:
         x, y = (torch.empty(len(rows), self.mixture.hidden_size, dtype=self.pairs.x.dtype) for _ in "xy")
         for begin in range(0, len(rows), _ROWS):
             at = slice(begin, begin + _ROWS)
             x[at] = self.pairs.x[rows[at]]
-            y[at] = one_expert(self._experts, expert, self._on_device(x[at])).cpu().to(y.dtype)
-            if self._missing is not None:
-                squares = self.routing.weight[rows[at]].square().sum(1).clamp(min=1e-12)
-                y[at] += ((weight[at] / squares)[:, None] * self._missing[rows[at]].float()).to(y.dtype)
-        return ExpertPairs(Activations(x, y, self.pairs.first[rows], False), routed + len(near), routed)
+            if self._corrected:
+                y[at] = self.pairs.y[rows[at]]
+        return x, y
 
     def tokens_of(self, expert: int) -> int:
         """Training tokens that the router gave an expert."""
@@ -114,12 +200,14 @@ class MixturePairs:
         if self._router is None:
             generator = torch.Generator().manual_seed(expert)
             return others[torch.randperm(len(others), generator=generator)[:count]].sort().values
-        lead = torch.empty(len(others))
+        share = self.pairs.share
+        owner, places = share.places(others)
+        lead = torch.zeros(len(others))
         k = self.routing.chosen.shape[1]
-        for begin in range(0, len(others), _ROWS):
-            at = slice(begin, begin + _ROWS)
-            scores = self.pairs.x[others[at]].float() @ self._router.float().cpu().T
-            lead[at] = scores[:, expert] - scores.topk(k, 1).values[:, -1]
+        for here in (owner == share.ranks.rank).nonzero()[:, 0].split(_ROWS):
+            scores = self.pairs.x[places[here]].float() @ self._router.float().cpu().T
+            lead[here] = scores[:, expert] - scores.topk(k, 1).values[:, -1]
+        share.ranks.add([lead])  # zeros elsewhere: the sums are exact
         return others[lead.argsort(descending=True)[:count]].sort().values
 
     def _on_device(self, x: Tensor) -> Tensor:
@@ -134,10 +222,19 @@ def check_sizes(config: ConversionConfig, mlps: Sequence[MLP]) -> None:
             raise DLRError(f"{mlp.module} is a mixture, whose experts get one lane each: leave --lanes out")
 
 
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    """What became of one expert's chain: figures, whether its expert's weights were known, notes."""
+
+    fidelity: Fidelity
+    known: bool
+    notes: list[str]
+
+
 def fit_mixture(
     context: Context, mixture: Mixture, pairs: Activations, title: str, corrected: bool
 ) -> tuple[DLRExperts, ModuleReport]:
-    """The chains of a mixture and what was measured of them.
+    """The chains of a mixture and what was measured of them, the same in all processes that have a share of `pairs`.
 
     The relative error is the mean over experts by their held-out tokens, flatten gap and coupling are those of the
     expert with the smallest.
@@ -154,10 +251,8 @@ def fit_mixture(
             cannot be taken out of this mixture.
     """
     started = time.monotonic()
-    config, experts = (
-        context.config,
-        MixturePairs(context.model, mixture, pairs, context.train_rows, corrected),
-    )
+    config, ranks = context.config, pairs.share.ranks
+    experts = MixturePairs(context.model, mixture, pairs, context.train_rows, corrected)
     least = min(config.expert_tokens or 0, context.train_rows)
     starved = [e for e in range(mixture.experts) if experts.tokens_of(e) < least]
     kept = tuple(starved) if config.starved == "leave" else ()
@@ -174,55 +269,112 @@ def fit_mixture(
     chain = config.spec_for(mixture.hidden_size, mixture.expert_params)
     spec = ExpertsSpec(chain, mixture.experts, kept)
     recipe = config.recipe(gated=mixture.gated)
-    nets: list[DLRNet] = []
-    found: list[tuple[int, Fidelity]] = []  # held-out tokens, figures
-    attacks: dict[int, tuple[DLRNet, ExpertPairs, Recipe]] = {}
-    notes: list[str] = []
-    unknown = spent = 0
-    for number, expert in enumerate(spec.chained, 1):
-        own = experts.of(expert, least)
-        # As many times through its tokens as a dense module goes through all.
-        share = max(recipe.batch, round(recipe.train_tokens * own.train / context.train_rows))
-        mine = replace(
-            recipe, train_tokens=share, seed=recipe.seed + mixture.layer * mixture.experts + expert
+    rows = {expert: experts.rows_of(expert, least) for expert in spec.chained}
+    # As many times through its tokens as a dense module goes through all.
+    recipes = {
+        e: replace(
+            recipe,
+            train_tokens=max(recipe.batch, round(recipe.train_tokens * own.train / context.train_rows)),
+            seed=recipe.seed + mixture.layer * mixture.experts + e,
         )
-        teacher = teacher_of(module, expert) if recipe.init == "mixed" else None
-        unknown += teacher is None
-        spent += share
-        tensors = distill(
-            own.pairs, own.train, chain, mine, name=f"expert {expert} of {mixture.module}", device=context.device,
-            teacher=teacher, note=notes.append, micro=context.micro_batch("the distillation of experts", "token"),
-            progress=context.count(f"distilling {title}, expert {number} of {len(spec.chained)}, {chain}"),
-        )  # fmt: skip
-        net = DLRNet(chain, dtype=context.stored)
-        net.assign(tensors)
-        held = torch.arange(own.train, len(own.pairs))
-        judged = held if len(held) else torch.arange(own.train)
-        micro = context.micro_batch("the measuring of modules", "token")
-        fidelity = measure(net, *own.pairs.rows(judged), context.device, own.pairs.first[judged], micro=micro)
-        nets.append(net)
-        found.append((len(held), fidelity))
-        if config.redistill and fidelity.flatten_gap == min(f.flatten_gap for _, f in found) and len(held):
-            attacks = {expert: (net, own, mine)}
+        for e, own in rows.items()
+    }
+    # Chains of one shape take FLOPs as they take training tokens.
+    jobs = dealt([float(recipes[e].train_tokens) for e in spec.chained], ranks.size)
+    hands = [[spec.chained[job] for job in hand] for hand in jobs]
+    if ranks.size > 1:
+        experts.deal([[rows[e] for e in hand] for hand in hands], context.room, context.scratch)
+    nets: dict[int, DLRNet] = {}
+    found: dict[int, _Fitted] = {}
+    weakest: tuple[int, DLRNet, ExpertPairs] | None = None  # of this process's, for the attack
+    for number, expert in enumerate(hands[ranks.rank], 1):
+        own = experts.pairs_of(rows[expert])
+        progress = context.count(f"distilling {title}, expert {number} of {len(hands[ranks.rank])}, {chain}")
+        nets[expert], found[expert] = _fit_expert(
+            context, mixture, expert, own, chain, recipes[expert], progress
+        )
+        if config.redistill and expert == _weakest(found, rows):
+            weakest = expert, nets[expert], own
+    if ranks.size > 1:
+        context.progress("waiting for the other processes", 0, 1)
+        found = {e: one for part in ranks.gathered(found) for e, one in part.items()}
+        _spread(ranks, hands, nets, chain, context.stored)
+    fitted = [found[e] for e in spec.chained]
     chains = DLRExperts(spec, module if kept else None, dtype=context.stored)
-    tensors = {
-        name: torch.stack([net.state_dict()[name].reshape(p.shape[1:]) for net in nets])
+    weights = {
+        name: torch.stack([nets[e].state_dict()[name].reshape(p.shape[1:]) for e in spec.chained])
         for name, p in chains.named_parameters()
         if not name.startswith("dlr_kept")
     }
-    chains.assign(tensors | {n: p for n, p in chains.named_parameters() if n.startswith("dlr_kept")})
-    notes += _notes(mixture, spec, starved, least, experts)
-    if unknown and recipe.init == "mixed":
-        notes.append(
+    chains.assign(weights | {n: p for n, p in chains.named_parameters() if n.startswith("dlr_kept")})
+    said = [note for one in fitted for note in one.notes] + _notes(mixture, spec, starved, least, experts)
+    if recipe.init == "mixed" and not all(one.known for one in fitted):
+        said.append(
             f"how {mixture.module} keeps its weights is unknown: its chains started at random, which fits worse"
         )
+    fidelity = _together([(rows[e].held, found[e].fidelity) for e in spec.chained])
     report = ModuleReport(
-        mixture.module, mixture.layer, spec, len(spec.chained) * mixture.expert_params, _together(found), spent,
-        time.monotonic() - started, notes=tuple(notes),
+        mixture.module, mixture.layer, spec, len(spec.chained) * mixture.expert_params, fidelity,
+        sum(recipes[e].train_tokens for e in spec.chained), time.monotonic() - started, notes=tuple(said),
     )  # fmt: skip
-    for expert, (net, own, mine) in attacks.items():
-        report = _attacked(context, report, expert, net, own, mine, title)
-    return chains, report
+    if not config.redistill or (attacked := _weakest(found, rows)) is None:
+        return chains, report
+
+    def attack() -> ModuleReport:
+        assert weakest is not None and weakest[0] == attacked
+        return _attacked(context, report, *weakest, recipes[attacked], title)
+
+    owner = next(rank for rank, hand in enumerate(hands) if attacked in hand)
+    waits = owner != ranks.rank
+    with shown(context.progress, f"redistilling {title}, expert {attacked}") if waits else nullcontext():
+        return chains, ranks.agreed(attack, by=owner)
+
+
+def _fit_expert(
+    context: Context,
+    mixture: Mixture,
+    expert: int,
+    own: ExpertPairs,
+    chain: DLRSpec,
+    recipe: Recipe,
+    progress: Count,
+) -> tuple[DLRNet, _Fitted]:
+    module, notes = context.model.get_submodule(mixture.module), list[str]()
+    teacher = teacher_of(module, expert) if recipe.init == "mixed" else None
+    tensors = distill(
+        own.pairs, own.train, chain, recipe, name=f"expert {expert} of {mixture.module}", device=context.device,
+        teacher=teacher, progress=progress, note=notes.append,
+        micro=context.micro_batch("the distillation of experts", "token"),
+    )  # fmt: skip
+    net = DLRNet(chain, dtype=context.stored)
+    net.assign(tensors)
+    held = torch.arange(own.train, len(own.pairs))
+    judged = held if len(held) else torch.arange(own.train)
+    micro = context.micro_batch("the measuring of modules", "token")
+    fidelity = measure(net, *own.pairs.rows(judged), context.device, own.pairs.first[judged], micro=micro)
+    return net, _Fitted(fidelity, teacher is not None, notes)
+
+
+def _weakest(found: dict[int, _Fitted], rows: dict[int, ExpertRows]) -> int | None:
+    """The expert of the smallest flatten gap, of those with tokens to judge the attack by; None where none has any."""
+    judged = [expert for expert in found if rows[expert].held]
+    return min(judged, key=lambda expert: (found[expert].fidelity.flatten_gap, expert), default=None)
+
+
+def _spread(
+    ranks: Ranks,
+    hands: Sequence[Collection[int]],
+    nets: dict[int, DLRNet],
+    chain: DLRSpec,
+    dtype: torch.dtype,
+) -> None:
+    """`nets` gets the chains that other processes fitted, by their experts, one after the other."""
+    for owner, hand in enumerate(hands):
+        for expert in hand:
+            net = nets.setdefault(expert, DLRNet(chain, dtype=dtype))
+            vectors = [net.dlr_scale.data, net.dlr_bias.data]
+            ranks.broadcast([getattr(net, name).data for name in net.weight_names(chain)], by=owner)
+            ranks.broadcast(vectors, by=owner)
 
 
 def _together(found: list[tuple[int, Fidelity]]) -> Fidelity:

@@ -32,12 +32,14 @@ class Chains:
         spec: Of one chain.
         count: How many there are.
         recipe: Of one chain's fit.
+        tokens: That one chain is fitted to.
     """
 
     mlp: MLP
     spec: DLRSpec
     count: int
     recipe: Recipe
+    tokens: float
 
     @classmethod
     def of(cls, config: ConversionConfig, mlp: MLP, tokens: int) -> Chains:
@@ -45,11 +47,11 @@ class Chains:
         many as the others."""
         recipe = config.recipe(gated=mlp.gated)
         if not isinstance(mlp, Mixture):
-            return cls(mlp, config.spec_for(mlp.hidden_size, mlp.params), 1, recipe)
+            return cls(mlp, config.spec_for(mlp.hidden_size, mlp.params), 1, recipe, tokens)
         own = max(tokens * mlp.chosen / mlp.experts, min(config.expert_tokens or 0, tokens))
         share = max(recipe.batch, round(recipe.train_tokens * own / tokens))
         spec = config.spec_for(mlp.hidden_size, mlp.expert_params)
-        return cls(mlp, spec, mlp.experts, replace(recipe, train_tokens=share))
+        return cls(mlp, spec, mlp.experts, replace(recipe, train_tokens=share), own)
 
     @property
     def params(self) -> int:
@@ -141,6 +143,11 @@ class Amounts:
     def spread(self) -> int:
         """How many processes the text of a module is dealt out to: all where modules correct one another."""
         return self.processes if self.sequential else 1
+
+    def fits(self, chains: Chains) -> tuple[int, int]:
+        """How many of a module's chains one process fits, and how many processes fit one together: where modules
+        correct one another all fit an MLP's, and each those of the experts that are dealt to it."""
+        return -(-chains.count // self.spread), self.spread if chains.count == 1 else 1
 
     def own(self, size: int) -> tuple[int, int]:
         """Of text that is dealt out to `size` processes, the first one's tokens and how many of them are held out."""
@@ -272,6 +279,24 @@ class Amounts:
     def activations_held(self) -> float:
         """What of them is in memory."""
         return 0 if self.spills else self.activation_bytes
+
+    @property
+    def experts_held(self) -> tuple[float, float]:
+        """Bytes of what the experts that are dealt to one process are fitted to, of the largest mixture: x and y in 16
+        bits, in memory or, of all processes, on the disk; and all processes' routing."""
+        if self.spread == 1:
+            return 0, 0
+        dealt = routed = 0.0
+        for chains in self.chains:
+            if isinstance(chains.mlp, Mixture):
+                part = chains.mlp.chosen / chains.mlp.experts
+                rows = self.fits(chains)[0] * (chains.tokens + self.held * part)
+                dealt = max(dealt, 4.0 * self.hidden * rows)
+                # Of each choice its weight and expert, and both once more by expert.
+                routed = max(routed, 24.0 * self.tokens * chains.mlp.chosen)
+        if self.activation_bytes + dealt > self._for_activations:
+            return routed, self.spread * dealt
+        return routed + dealt, 0
 
     @property
     def logit_bytes(self) -> float:

@@ -10,7 +10,6 @@ from ...reporting.words import bytes_words
 from ..config import ConversionConfig
 from ..data import check_text, sequence_length
 from ..experts.fit import check_sizes
-from ..experts.routing import Mixture
 from ..layer_runner import Unrepeatable, check_one_text
 from ..mlp_discovery import automatic
 from ..mlp_matching import MLP
@@ -29,7 +28,6 @@ def check_choices(
     size: float,
     whole: bool,
     words: bool,
-    processes: int,
 ) -> None:
     """Looks at the choices beside the model that they are for.
 
@@ -41,7 +39,6 @@ def check_choices(
         size: Bytes of the model's weights where they are computed with.
         whole: Whether all of them are in memory at once.
         words: Whether the model has a tokenizer.
-        processes: How many do it together.
 
     Raises:
         DLRError: On what a conversion cannot do.
@@ -64,11 +61,6 @@ def check_choices(
             "by --end-to-end 0"
         )
     check_text(config, model, words=words)
-    if processes > 1 and config.across != "independent" and any(isinstance(mlp, Mixture) for mlp in mlps):
-        raise DLRError(
-            "a mixture of experts is distilled sequentially by one process alone so far: --across independent "
-            "spreads its modules over several"
-        )
 
 
 def check_sequences(train: int, processes: int) -> None:

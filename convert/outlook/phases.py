@@ -123,9 +123,9 @@ def to_come(
     again = 2 * bool(_end_to_end(a).flops and a.config.redistill)  # the weakest module, before and after
     known = {
         _text(a): 1,
-        _foretelling(a): 1,
+        _foretelling(replace(a, processes=1)): 1,
         _activations(a, todo): rounds + bool(again),
-        _distilling(a, fitted): sum(c.count for c in fitted),
+        _distilling(a, fitted): sum(a.fits(c)[0] for c in fitted),
         _redistilling(a, attacked): len(attacked) + again,
         _end_to_end(a): 1,
         _writing(a): 1,
@@ -274,6 +274,7 @@ def _fit(
         for spec, recipe, times, size in fits
     ]
     most = max((step.held for _, step in counted), default=0) + own
+    memory, disk = a.experts_held
     phase = Phase(
         name,
         wide=wide,
@@ -283,8 +284,8 @@ def _fit(
             count * _sent(spec.params, size)
             for (count, _), (spec, *_, size) in zip(counted, fits, strict=True)
         ),
-        host=a.activations_held,
-        disk=a.subject.disk + a.spilled + a.chain_bytes,
+        host=a.activations_held + memory,
+        disk=a.subject.disk + a.spilled + disk + a.chain_bytes,
     )
     return _with(phase, _place(a, most))
 
@@ -292,19 +293,27 @@ def _fit(
 def _distilling(a: Amounts, chains: Sequence[Chains]) -> Phase:
     d = a.hidden
     known = min(PRECONDITIONER_TOKENS, a.tokens)  # collected whole by every process
-    wide = sum(c.count * 2.0 * d * d * known + 6.0 * c.active * a.own(a.spread)[1] for c in chains)
-    # What experts make of their tokens, and where modules correct one another what they make together.
-    wide += sum(2.0 * (1 + a.sequential) * c.replaced * a.tokens for c in chains if c.count > 1)
+    tokens, held = a.own(a.spread)
+    wide = sum(a.fits(c)[0] * 2.0 * d * d * known + 6.0 * c.active * held for c in chains)
+    sent = 0.0
+    for c in (c for c in chains if c.count > 1):
+        times, _ = a.fits(c)
+        # What experts make of their tokens, and where modules correct one another what they make together.
+        wide += 2.0 * c.replaced * (a.tokens * times / c.count + a.sequential * tokens)
+        away = 1 - 1 / a.spread
+        # x and what is missing of y, of all tokens to whoever has their experts; then all chains to all.
+        sent += away * (c.count * c.tokens / a.spread * 4.0 * d + c.params * a.stored_itemsize)
     mlp = max((c.mlp.params / c.count for c in chains), default=0) * 4.0
     # The teacher's matrices, read as float32, and the sums that a fit starts from are held before its steps.
     own = mlp * a.on_gpu + 4.0 * known * d
-    return _fit(a, "distilling", [(c.spec, c.recipe, c.count, a.spread) for c in chains], own, wide)
+    phase = _fit(a, "distilling", [(c.spec, c.recipe, *a.fits(c)) for c in chains], own, wide)
+    return replace(phase, sent=phase.sent + sent)
 
 
 def _redistilling(a: Amounts, chains: Sequence[Chains]) -> Phase:
     if not a.config.redistill:
         return Phase("redistilling")
-    attacked = [(c, a.spread) for c in chains]
+    attacked = [(c, a.fits(c)[1]) for c in chains]
     if a.config.end_to_end:  # the weakest module once more, before and after that phase, by all processes
         attacked += 2 * [(c, a.processes) for c in a.chains if c.count == 1][:1]
     if not attacked:
@@ -319,8 +328,8 @@ def _redistilling(a: Amounts, chains: Sequence[Chains]) -> Phase:
         # Once a chain: its outputs, and the linear start.
         wide += regression_flops(spec, used, half_of(spec)) + 2.0 * spec.params * (tokens + used)
     largest = max(made.spec.params for made, _ in attacked) * 4.0
-    tokens, _ = a.own(a.spread)
-    return _fit(a, "redistilling", fits, 3 * largest + 2.0 * tokens * a.hidden, wide)
+    rows = max(min(made.tokens + a.held, a.own(size)[0]) for made, size in attacked)
+    return _fit(a, "redistilling", fits, 3 * largest + 2.0 * rows * a.hidden, wide)
 
 
 def _end_to_end(a: Amounts) -> Phase:

@@ -42,8 +42,8 @@ class Ranks:
         """Whether this is the process that writes and speaks."""
         return self.rank == 0
 
-    def agreed(self, make: Callable[[], T]) -> T:
-        """What the first process made, in all of them; also its DLRError."""
+    def agreed(self, make: Callable[[], T], by: int = 0) -> T:
+        """What one process made, the first or that of number `by`, in all of them; also its DLRError."""
         return make()
 
     def in_turn(self, make: Callable[[], T]) -> T:
@@ -61,8 +61,13 @@ class Ranks:
         """The numbers' sums over all processes."""
         return list(numbers)
 
-    def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        """Tensors of one dtype and device become the first process's."""
+    def broadcast(self, tensors: Sequence[Tensor], by: int = 0) -> None:
+        """Tensors of one dtype and device become those of one process, the first or that of number `by`."""
+
+    def exchange(self, rows: Tensor, sent: Sequence[int], got: Sequence[int]) -> Tensor:
+        """Rows [sum of sent, d] to other processes, `sent` to each by their numbers, the first rows to the first;
+        those from each in turn, `got` of them, [sum of got, d]."""
+        return rows
 
     def spread(self, work: Callable[[Tensor], Tensor], blocks: Tensor) -> Tensor:
         """What `work` makes of independent matrices, [.., m, d] -> [.., m, d]: each process does its part of them."""
@@ -103,18 +108,18 @@ class Group(Ranks):
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
 
-    def agreed(self, make: Callable[[], T]) -> T:
+    def agreed(self, make: Callable[[], T], by: int = 0) -> T:
         from torch import distributed
 
         box: list[Any] = [None, None]
         cause: DLRError | None = None
-        if self.first:
+        if self.rank == by:
             try:
                 box[0] = make()
             except DLRError as error:
                 box[1], cause = str(error), error
         with _lost_is_an_error():
-            distributed.broadcast_object_list(box, group=self._group, group_src=0)
+            distributed.broadcast_object_list(box, group=self._group, group_src=by)
         if box[1] is not None:
             raise DLRError(box[1]) from cause
         return box[0]
@@ -144,10 +149,18 @@ class Group(Ranks):
         self.add([sums])
         return sums.tolist()
 
-    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+    def broadcast(self, tensors: Sequence[Tensor], by: int = 0) -> None:
         from torch import distributed
 
-        _as_one(tensors, lambda one: distributed.broadcast(one, group=self._group, group_src=0))
+        _as_one(tensors, lambda one: distributed.broadcast(one, group=self._group, group_src=by))
+
+    def exchange(self, rows: Tensor, sent: Sequence[int], got: Sequence[int]) -> Tensor:
+        from torch import distributed
+
+        here = rows.new_empty(sum(got), *rows.shape[1:])
+        with _lost_is_an_error():
+            distributed.all_to_all_single(here, rows.contiguous(), list(got), list(sent), group=self._group)
+        return here
 
     def spread(self, work: Callable[[Tensor], Tensor], blocks: Tensor) -> Tensor:
         from torch import distributed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from .ranks import ALONE, Ranks
 
 Pair = tuple[Tensor, Tensor]  # x and y
+_ROWS = 4096  # for each process, in one exchange
 
 
 class Rows:
@@ -22,8 +23,16 @@ class Rows:
     ranks: Ranks = ALONE
 
     def mine(self, rows: Tensor) -> Tensor:
-        """Where those of `rows` [b] int64, of the training text of all processes, lie that are here."""
+        """Where those of `rows` [b] int64, of all processes, lie that are here."""
         return rows
+
+    def places(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Which process has each of `rows` [b] int64, of all processes, and where it lies there, [b] int64 each."""
+        return torch.zeros_like(rows), rows
+
+    def whole(self, part: Tensor) -> Tensor:
+        """Of numbers that each row here has, [here, ..], those of the rows of all processes, whole in each process."""
+        return part
 
     def sample(self, take: Callable[[Tensor], Pair], rows: Tensor) -> Pair:
         """x and y at `rows` [b] of the training text of all processes, [b, d] each, whole in each process.
@@ -40,6 +49,29 @@ class Rows:
         """Rows of the training text of all that are first of their sequences, [F] int64. first: [N] bool, of the rows
         that are here; tokens: training rows of all."""
         return first[:tokens].nonzero()[:, 0]
+
+    def sent(self, take: Callable[[Tensor], Pair], wanted: Sequence[Tensor]) -> Iterator[tuple[slice, Pair]]:
+        """x and y at the rows that this process wants, a few thousand at a time, from whichever processes have them.
+
+        Args:
+            take: Gives x and y at rows that are here.
+            wanted: For each process the rows [b] int64, of all processes, that it wants, the same in every process.
+
+        Yields:
+            Which of this process's, and x and y of these.
+        """
+        rank = self.ranks.rank
+        for begin in range(0, max(map(len, wanted)), _ROWS):
+            places = [self.places(rows[begin : begin + _ROWS]) for rows in wanted]
+            ours = [at[owner == rank] for owner, at in places]  # what each is to have from here
+            owner, at = places[rank]
+            counts = torch.bincount(owner, minlength=self.ranks.size).tolist()
+            rows = torch.cat(take(torch.cat(ours)), 1)
+            got = self.ranks.exchange(rows, [len(part) for part in ours], counts)
+            both = torch.empty_like(got)
+            both[owner.argsort(stable=True)] = got  # in the order that they were wanted in
+            x, y = both.chunk(2, 1)
+            yield slice(begin, begin + len(at)), (x, y)
 
 
 WHOLE = Rows()
@@ -60,20 +92,37 @@ class Share(Rows):
     def __init__(self, ranks: Ranks, train: Tensor, heldout: Tensor) -> None:
         self.ranks = ranks
         self._n = train.shape[1]
+        self._sequences, self._rows = len(train), train.numel() + heldout.numel()  # to train on; of all
         own = train[ranks.rank :: ranks.size]
         self._train = own.numel()
         self.tokens = torch.cat([own, heldout[ranks.rank :: ranks.size]])
 
     def mine(self, rows: Tensor) -> Tensor:
-        sequence = rows // self._n
-        here = sequence % self.ranks.size == self.ranks.rank
-        return (sequence[here] // self.ranks.size) * self._n + rows[here] % self._n
+        owner, at = self.places(rows)
+        return at[owner == self.ranks.rank]
+
+    def places(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        sequence, size = rows // self._n, self.ranks.size
+        held = sequence >= self._sequences
+        number = torch.where(held, sequence - self._sequences, sequence)
+        owner = number % size
+        # Held-out text comes behind the process's training text.
+        before = torch.where(held, (self._sequences - owner + size - 1) // size, 0)
+        return owner, (before + number // size) * self._n + rows % self._n
+
+    def whole(self, part: Tensor) -> Tensor:
+        owner, at = self.places(torch.arange(self._rows))
+        here = owner == self.ranks.rank
+        together = part.new_zeros(self._rows, *part.shape[1:])
+        together[here] = part[at[here]]
+        self.ranks.add([together])  # zeros elsewhere: the sums are exact
+        return together
 
     def sample(self, take: Callable[[Tensor], Pair], rows: Tensor) -> Pair:
-        here = (rows // self._n) % self.ranks.size == self.ranks.rank
+        here = self.places(rows)[0] == self.ranks.rank
         x, y = (part.new_zeros(len(rows), *part.shape[1:]) for part in take(rows[:0]))
         x[here], y[here] = take(self.mine(rows))
-        self.ranks.add([x])  # zeros elsewhere: the sums are exact
+        self.ranks.add([x])  # as above
         self.ranks.add([y])
         return x, y
 

@@ -63,7 +63,6 @@ def prepared(
         check_choices(
             config, original.model, mlps, every, size=original.model.num_parameters() * original.model.dtype.itemsize,
             whole=original.weights is None, words=original.tokenizer is not None,
-            processes=ranks.size,
         )  # fmt: skip
         stored = DTYPES.get(config.dtype) or original.dtype
         weights = {file.name for file in weight_files(original.path)}

@@ -172,7 +172,6 @@ def _amounts(subject: Subject, config: ConversionConfig, memory: float | None, p
         size=made.whole_bytes,
         whole=not made.on_demand,
         words=words,
-        processes=processes,
     )
     check_sequences((made.tokens - made.held) // made.length, processes)
     return made
@@ -244,6 +243,12 @@ def _how_divided(a: Amounts, sent: float) -> str:
             "a student that is not cut is one); the preconditioner, the attack's regression and the memory of the "
             "model and of a fit are not"
         )
+        if experts := [c for c in a.chains if c.count > 1]:
+            most = max(a.fits(c)[0] for c in experts)
+            how += (
+                f"; a mixture's experts are dealt out whole, {most} of {max(c.count for c in experts)} at most to one, "
+                "and the attack on one of them is one process's"
+            )
         missing += [
             "that a step waits for who has most of its rows",
             "that smaller products are slower",

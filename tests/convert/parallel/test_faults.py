@@ -102,18 +102,6 @@ def test_an_output_that_a_process_does_not_see_is_said_at_the_start(small_disk: 
     assert list(small_disk.iterdir()) == []
 
 
-def test_mixtures_are_dealt_out_and_not_distilled_in_sequence(tmp_path: Path) -> None:
-    make_source(tmp_path, "mixtral", layers=2)
-    run = Launched(2, command, *words(tmp_path, tmp_path / "no", "sequential"), log=tmp_path / "log")
-    assert run.ended() == [2, 2]
-    (line,) = run.lines()
-    assert "--across independent" in line
-    given = words(tmp_path, tmp_path / "out", "independent", expert_tokens=256, redistill=0.0)
-    assert Launched(2, command, *given, log=tmp_path / "log").ended() == [0, 0]
-    convert_model(tmp_path / "source", tmp_path / "one", **dict(pairs(given)))
-    assert same_bits(tmp_path / "out", tmp_path / "one")
-
-
 def test_the_dearest_first_to_who_has_least() -> None:
     assert dealt([1.0, 1.0, 1.0, 1.0], 2) == [[0, 2], [1, 3]]
     assert dealt([1.0, 9.0, 4.0, 4.0, 1.0], 2) == [[1, 4], [0, 2, 3]]
