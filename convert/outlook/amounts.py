@@ -149,6 +149,11 @@ class Amounts:
         correct one another all fit an MLP's, and each those of the experts that are dealt to it."""
         return -(-chains.count // self.spread), self.spread if chains.count == 1 else 1
 
+    def rows(self, chains: Chains) -> float:
+        """Tokens that one of a module's chains is fitted to or judged on."""
+        mlp = chains.mlp
+        return chains.tokens + self.held * (mlp.chosen / mlp.experts if isinstance(mlp, Mixture) else 1)
+
     def own(self, size: int) -> tuple[int, int]:
         """Of text that is dealt out to `size` processes, the first one's tokens and how many of them are held out."""
         train, held = (
@@ -289,9 +294,7 @@ class Amounts:
         dealt = routed = 0.0
         for chains in self.chains:
             if isinstance(chains.mlp, Mixture):
-                part = chains.mlp.chosen / chains.mlp.experts
-                rows = self.fits(chains)[0] * (chains.tokens + self.held * part)
-                dealt = max(dealt, 4.0 * self.hidden * rows)
+                dealt = max(dealt, 4.0 * self.hidden * self.fits(chains)[0] * self.rows(chains))
                 # Of each choice its weight and expert, and both once more by expert.
                 routed = max(routed, 24.0 * self.tokens * chains.mlp.chosen)
         if self.activation_bytes + dealt > self._for_activations:

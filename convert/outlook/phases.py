@@ -302,7 +302,7 @@ def _distilling(a: Amounts, chains: Sequence[Chains]) -> Phase:
         wide += 2.0 * c.replaced * (a.tokens * times / c.count + a.sequential * tokens)
         away = 1 - 1 / a.spread
         # x and what is missing of y, of all tokens to whoever has their experts; then all chains to all.
-        sent += away * (c.count * c.tokens / a.spread * 4.0 * d + c.params * a.stored_itemsize)
+        sent += away * (c.count * a.rows(c) / a.spread * 4.0 * d + c.params * a.stored_itemsize)
     mlp = max((c.mlp.params / c.count for c in chains), default=0) * 4.0
     # The teacher's matrices, read as float32, and the sums that a fit starts from are held before its steps.
     own = mlp * a.on_gpu + 4.0 * known * d
@@ -328,7 +328,7 @@ def _redistilling(a: Amounts, chains: Sequence[Chains]) -> Phase:
         # Once a chain: its outputs, and the linear start.
         wide += regression_flops(spec, used, half_of(spec)) + 2.0 * spec.params * (tokens + used)
     largest = max(made.spec.params for made, _ in attacked) * 4.0
-    rows = max(min(made.tokens + a.held, a.own(size)[0]) for made, size in attacked)
+    rows = max(min(a.rows(made), a.own(size)[0]) for made, size in attacked)
     return _fit(a, "redistilling", fits, 3 * largest + 2.0 * rows * a.hidden, wide)
 
 

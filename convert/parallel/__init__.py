@@ -24,7 +24,9 @@ sequential: the sequences of the text are dealt out (share.py). A process leads 
     came of it, once a matrix. So weights and losses are the same bits in all processes, and so are the decisions that
     follow from them. They are not the bits of one process: sums of gradients have another order, and products over
     other batches of sequences round otherwise. Small samples of activations (of typical sizes, for the preconditioner,
-    for the attack's linear maps) are collected whole, in the order of one process.
+    for the attack's linear maps) are collected whole, in the order of one process. Of a mixture the experts are dealt
+    out, by FLOPs, too: each process gets all tokens of its own (`Rows.sent`), fits and attacks them alone, and all get
+    all chains (convert/experts/fit.py).
 
 The end-to-end phase spreads the sequences of each step in the same way, whatever `--across` says.
 

@@ -1,4 +1,4 @@
-"""Independent modules dealt out to processes, by what their fits compute."""
+"""Independent modules, and a mixture's experts, dealt out to processes by what their fits compute."""
 
 from collections.abc import Sequence
 

@@ -147,14 +147,31 @@ def test_the_last_phase_has_no_use_for_more_processes_than_sequences_of_a_step(f
         planned(folder, gpus=17)
 
 
-def test_a_mixture_is_planned_dealt_out_alone_as_it_is_converted(tmp_path: Path) -> None:
+def test_a_mixtures_experts_are_dealt_out_whole_and_its_attack_is_one_process(tmp_path: Path) -> None:
+    """Four equal experts are two rounds on two GPUs and on three, and one on four and on any more."""
     source = save_tiny("mixtral", tmp_path / "source")
-    words = "distilled sequentially by one process alone so far: --across independent"
-    with pytest.raises(DLRError, match=words):
-        planned(source, gpus=2)
-    assert planned(source, gpus=2, across="independent").processes == 2
-    advice = planned(source, train_tokens=2**22).advice
-    assert any(line.startswith("--gpus 2 --across independent") for line in advice)
+    choices = {"expert_tokens": 64}
+    one = of(planned(source, **choices))
+    for gpus, rounds in ((2, 2), (3, 2), (4, 1), (8, 1)):
+        plan = planned(source, gpus=gpus, **choices)
+        more = of(plan)
+        assert more["distilling"].fit == one["distilling"].fit * rounds / 4
+        assert more["distilling"].muon == one["distilling"].muon * rounds / 4
+        assert more["redistilling"].fit == one["redistilling"].fit
+        assert f"experts are dealt out whole, {rounds} of 4 at most to one" in plan.advice[0]
+        # Each token has two experts, whose x and y go elsewhere but for the process's own, and so do chains.
+        chains = sum(module["params"] for module in plan.modules)
+        sent = 2 * (640 / gpus * 2 * 4 * 64) + chains * 4
+        assert more["distilling"].sent == pytest.approx(sent * (1 - 1 / gpus))
+        # 16 and 4 sequences of 32 tokens; what its experts get is held besides, with all tokens' routing.
+        own = (-(-16 // gpus) - (-4 // gpus)) * 32
+        held = own * (12 * 64 + 12 * 2) + 640 * 24 * 2 + rounds * 320 * 4 * 64
+        base = one["distilling"].host - 640 * (12 * 64 + 12 * 2)
+        assert more["distilling"].host - held == pytest.approx(base)
+        spilt = of(planned(source, gpus=gpus, max_memory=1000, **choices))["distilling"].disk
+        assert spilt - one["distilling"].disk == pytest.approx(
+            gpus * (own * (12 * 64 + 12 * 2) + rounds * 320 * 4 * 64)
+        )
 
 
 def test_what_more_gpus_would_bring_was_tried(folder: Path) -> None:
