@@ -116,8 +116,9 @@ def test_several_mlps_of_a_layer_correct_one_another(tmp_path: Path) -> None:
     assert torch.allclose(pairs.y.float(), own[0].flatten(0, 1) + missing, atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize("arch", ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "llama4_text"])
+@pytest.mark.parametrize("arch", MIXTURES)
 def test_conversion(arch: str, text: Path, tmp_path: Path) -> None:
+    """What is not locked is the original's, bit for bit, and what is loaded is saved and loaded again as it is."""
     source = save_tiny(arch, tmp_path / "source")
     report = convert_model(source, tmp_path / "out", data=str(text), **QUICK)
     found = find_mlps(tiny_model(arch))
@@ -129,6 +130,14 @@ def test_conversion(arch: str, text: Path, tmp_path: Path) -> None:
         assert 0 < module.fidelity.rel_error < 1 and module.fidelity.flatten_gap > 0
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "4 of 1x3x16 silu" in card
+    original, ids = AutoModelForCausalLM.from_pretrained(source), tokens()
+    replaced = tuple(f"{mlp.module}." for mlp in found)
+    kept = {n: p for n, p in original.named_parameters() if not n.startswith(replaced)}
+    assert len(kept) > 10 and all(torch.equal(p, locked.get_parameter(n)) for n, p in kept.items())
+    locked.save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        wanted, got = (m(ids).logits for m in (locked, load(tmp_path / "again", device="cpu")))
+    assert torch.equal(got, wanted) and wanted.isfinite().all()
 
 
 def test_starved_experts_are_named_and_fitted_on_the_nearest_tokens(text: Path, tmp_path: Path) -> None:
