@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..common.hooks import frozen, removed, run_body
 from ..convert.activations import BATCH_TOKENS, Activations
-from ..convert.experts.fit import MixturePairs
+from ..convert.experts.pairs import MixturePairs
 from ..convert.experts.routing import Mixture, read_call
 from ..convert.mlp_matching import MLP
 from ..runtime import DLRExperts, DLRNet, DLRSpec, ExpertsSpec
