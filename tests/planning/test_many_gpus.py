@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import plans
 import pytest
 import torch
 from tiny import save_tiny, tiny_model
@@ -25,16 +26,7 @@ from dlr_lock.planning.sections import plan_sections
 from dlr_lock.planning.subject import open_subject
 from dlr_lock.triton_kernels.meter import Meter
 
-CHOICES: dict[str, Any] = {
-    "tokens": 512, "heldout": 128, "train_tokens": 1024, "batch": 64, "sequence": 32, "depth": 3, "rank": 16,
-    "redistill": 0.5,
-}  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text("a word", encoding="utf-8")
+CHOICES = plans.CHOICES | {"redistill": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def planned(folder: Path, **choices: Any) -> Plan:
-    return plan_conversion(folder, device="h200", **({"data": "text.txt"} | CHOICES | choices))
+    return plans.planned(folder, **(CHOICES | choices))
 
 
 def of(plan: Plan) -> dict[str, Phase]:

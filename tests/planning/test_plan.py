@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from plans import CHOICES, planned
 from safetensors.torch import save_file
 from tiny import ENCODERS, MIXTURES, PAIRED, save_tiny, tiny_config, tiny_model, write_gguf
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,30 +30,14 @@ from dlr_lock.convert.outlook.steps import step_of
 from dlr_lock.convert.redistill import INITS, student_recipe
 from dlr_lock.convert.source import open_source
 from dlr_lock.planning.gpus import GPUS
-from dlr_lock.planning.plan import Plan, plan_conversion
+from dlr_lock.planning.plan import plan_conversion
 from dlr_lock.planning.subject import mlps_by_shape, open_subject
 from dlr_lock.triton_kernels.meter import Meter
-
-CHOICES: dict[str, Any] = {
-    "tokens": 512, "heldout": 128, "train_tokens": 1024, "batch": 64, "sequence": 32, "depth": 3, "rank": 16,
-    "redistill": 0.0,
-}  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with a text in it, of which a plan wants to know no more than that it is there."""
-    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
-    Path("text.txt").write_text("a word", encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("llama", tmp_path_factory.mktemp("plan") / "source", layers=4)
-
-
-def planned(folder: Path, **choices: Any) -> Plan:
-    return plan_conversion(folder, device="h200", **({"data": "text.txt"} | CHOICES | choices))
 
 
 @pytest.mark.parametrize(
