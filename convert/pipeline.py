@@ -15,6 +15,7 @@ import torch
 from ..common.dtypes import dtype_name
 from ..common.errors import DLRError
 from ..common.files import permission_is_an_error
+from ..common.options import flag
 from ..common.progress import Progress, expect, no_progress, say, shown
 from ..common.scalars import scalar_log
 from ..common.side_files import licence
@@ -32,7 +33,7 @@ from .experts.routing import Mixture
 from .layer_runner import Unrepeatable
 from .mlp_matching import MLP, teacher_weights
 from .outlook.amounts import Amounts, reckoned
-from .outlook.phases import dealt_modules, to_come
+from .outlook.phases import dealt_modules, exchange_words, sent_by_each, to_come
 from .parallel.output import shared_output
 from .parallel.ranks import joined
 from .redistill import attack_module, attack_tokens
@@ -46,6 +47,7 @@ _Module = tuple[DLRNet | DLRExperts, ModuleReport]
 # Layer 11 of SmolLM2 writes 600,000 times the usual |y|^2 at first tokens. A chain with an error of 0.19 there is a
 # sound part of the model; with 0.95, and 0.23 over all tokens, the loss went from 2.61 to 3.26.
 _FIRST_LOST = 0.5
+_MUCH_SENT = 1e12  # bytes from each process: ten seconds at 100 GB/s
 
 
 def convert_model(
@@ -263,6 +265,12 @@ def _expect(
     amounts = _amounts(context)
     if sequential:
         amounts = replace(amounts, processes=context.ranks.size)
+        if (sent := sent_by_each(amounts)) > _MUCH_SENT:
+            say(
+                context.progress,
+                f"in sequence these processes exchange {exchange_words(sent)}; {flag('across')} independent exchanges "
+                "nothing while modules are fitted",
+            )
     else:
         amounts = replace(amounts, config=replace(amounts.config, across="independent"))
     fits = {mlp.module for mlp in todo if before[mlp.module] is None}

@@ -68,10 +68,10 @@ class Launched:
         if (pid := self.processes[rank].pid) is not None and self.processes[rank].is_alive():
             os.kill(pid, signal.SIGKILL)
 
-    def await_words(self) -> None:
-        """Waits until the first one says something: all have found one another then."""
+    def await_words(self, words: str = "") -> None:
+        """Waits until the first one says something, these words or any: all have found one another then."""
         until = time.monotonic() + PATIENCE
-        while not self.said()[0]:
+        while not (said := self.said()[0]) or words not in said:
             assert time.monotonic() < until
             time.sleep(0.01)
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ...common import progress
+from ...reporting.words import seconds_words
 from ...runtime import DLRSpec
 from ..activations import BATCH_TOKENS, SequentialCalibrator
 from ..config import Recipe
@@ -132,6 +133,16 @@ def to_come(
         _measuring(a): _looks(a),
     }
     return [progress.Phase(p.name, _work(a, p), times) for p, times in known.items()]
+
+
+def sent_by_each(a: Amounts) -> float:
+    """Bytes that each of several processes sends in all."""
+    return sum(phase.sent for phase in phases(a))
+
+
+def exchange_words(sent: float) -> str:
+    """Bytes that each process sends, and how long they take where nobody measured it."""
+    return f"{sent / 1e12:,.1f} TB from each, {seconds_words(sent / 1e11)} at 100 GB/s"
 
 
 def foretells(a: Amounts) -> bool:

@@ -17,11 +17,10 @@ from ..convert.config import EFFORTS, ERRORS_ADD_UP, ConversionConfig
 from ..convert.mlp_discovery import automatic, middle, ranges, stand_ins, unknown_mixtures
 from ..convert.outlook.amounts import Amounts
 from ..convert.outlook.checks import check_choices, check_sequences
-from ..convert.outlook.phases import Phase, dealt_modules, phases
+from ..convert.outlook.phases import Phase, dealt_modules, exchange_words, phases, sent_by_each
 from ..convert.outlook.subject import Subject
 from ..convert.source import has_words
 from ..convert.sources.adapters import is_adapter
-from ..reporting.words import seconds_words
 from ..runtime.device import usable_device
 from .gpus import GPUS, NAMES
 from .rates import Rates, gpu_rates, probe
@@ -213,7 +212,7 @@ def _again(
 
 def _warnings(made: Plan, amounts: Amounts) -> Iterator[str]:
     if made.processes > 1:
-        yield _how_divided(amounts, sum(phase.sent for phase in made.phases))
+        yield _how_divided(amounts, sent_by_each(amounts))
     if automatic(made.options["layers"]):
         yield (
             f"the layers of --layers {made.options['layers']} are chosen by the weights, which no plan reads: it is "
@@ -258,8 +257,7 @@ def _how_divided(a: Amounts, sent: float) -> str:
         how = f"modules are dealt out whole, {max(map(len, dealt))} of {len(a.chains)} at most to one"
     if sent:
         apart = f" ({flag('across')} independent has none of it in its fits)" if a.sequential else ""
-        at_rate = f"{sent / 1e12:,.1f} TB from each, {seconds_words(sent / 1e11)} at 100 GB/s"
-        missing.insert(0, f"what they exchange, {at_rate}{apart}")
+        missing.insert(0, f"what they exchange, {exchange_words(sent)}{apart}")
     return (
         f"{a.processes} processes (torchrun --nproc-per-node {a.processes}), planned is the one with most to do: {how}"
         "; each reads the source, and the first alone does the text, foretelling, writing and measuring the model; the "

@@ -199,6 +199,17 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(
         assert same_bits(place / "out", unbroken.out) and verify(place / "out") == []
 
 
+def test_much_that_would_be_exchanged_is_said_before_it_is(
+    made: Callable[[int, str], Made], folder: Path, tmp_path: Path
+) -> None:
+    assert "in sequence these processes exchange" not in made(2, "sequential").said[0]
+    run = start(2, words(folder, tmp_path / "out", "sequential", train_tokens=2**44), tmp_path / "log")
+    run.await_words("distilling")
+    assert "in sequence these processes exchange" in run.said()[0] and "TB from each" in run.said()[0]
+    run.kill(0)
+    run.ended()
+
+
 def test_torchrun_starts_it_and_what_is_wrong_is_said_once(folder: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     given = words(folder, folder / "no", "sequential")
