@@ -17,7 +17,7 @@ from ..activations import BATCH_TOKENS, SequentialCalibrator
 from ..config import Recipe
 from ..distill import PRECONDITIONER_TOKENS
 from ..end_to_end import EndToEndPlan
-from ..evaluate import sequences_at_once
+from ..evaluate import predicts_next, sequences_at_once
 from ..mlp_discovery import automatic
 from ..mlp_matching import MLP
 from ..parallel.balance import dealt
@@ -364,13 +364,15 @@ def _end_to_end(a: Amounts) -> Phase:
         for c in a.chains
         if c.count == 1
     )
+    # Of both models in float32, the loss's gradient and what backward makes of it; a half in the model's own dtype.
+    logits = 3.5 * 4 * at_once * a.subject.vocabulary if predicts_next(a.subject.model) else 0
     return Phase(
         "end-to-end",
         wide=tokens * step,
         words=2 * tokens * a.subject.vocabulary,
         sent=steps * _sent(chains, a.processes),
         disk=a.subject.disk + a.chain_bytes,
-        **_place(a, 16 * chains + 2 * a.logit_bytes + 24.0 * at_once * a.hidden * a.layers + kept),
+        **_place(a, 16 * chains + logits + 24.0 * at_once * a.hidden * a.layers + kept),
     )
 
 
