@@ -128,7 +128,7 @@ def train_together(
 
     plan = EndToEndPlan(tokens, start=start, seed=config.seed)
     trained = train_end_to_end(
-        context.model, chains, context.identity, context.text.train, plan,
+        context.model, chains, context.identity, context.text.unseen(tokens), plan,
         progress=context.count("end-to-end phase"), watch=watch, micro=micro,
     )  # fmt: skip
     return trained, losses, time.monotonic() - started - looking

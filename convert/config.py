@@ -217,7 +217,8 @@ class ConversionConfig:
     )
     end_to_end: int | None = option(
         None,
-        "Training tokens of the end-to-end phase, all chains at once; 0 for none.",
+        "Training tokens of the end-to-end phase, all chains at once, of what follows --tokens in the text as far as "
+        "there is more; 0 for none.",
         _by_effort("end_to_end"),
     )
     redistill: float | None = option(

@@ -50,12 +50,23 @@ class CalibrationText:
     Attributes:
         train: [S, n] int64, in the order of the text.
         heldout: [H, n] int64, taken from the same text at even distances; no sequence is in both.
+        behind: [M, n] int64, what follows both in the text, as far as it was asked for and there is more.
         source: What the text is, fit for a model card (a file's name without its folder).
     """
 
     train: Tensor
     heldout: Tensor
+    behind: Tensor
     source: str
+
+    def unseen(self, tokens: int) -> Tensor:
+        """[P, n] int64: text for about so many training tokens of chains that were fitted on `train`, what they have
+        not seen before what they have: SmolLM2's thirty had a KL of 0.60 where they were fitted and 0.69 elsewhere."""
+        wanted = -(-tokens // self.train.shape[1])
+        short = wanted - len(self.behind)
+        if short <= 0:
+            return self.behind[:wanted]
+        return torch.cat([self.behind, self.train[:: max(1, len(self.train) // short)]])
 
 
 def load_text(
@@ -68,6 +79,7 @@ def load_text(
     model: PreTrainedModel | None = None,
     seed: int = 0,
     temperature: float = 1.0,
+    behind: int = 0,
     progress: Count = no_count,
 ) -> CalibrationText:
     """Reads calibration text and packs it into sequences, a part of which is held out.
@@ -85,6 +97,7 @@ def load_text(
         heldout_tokens: Tokens to measure on, likewise.
         sequence_length: Tokens of a sequence.
         model, seed, temperature: What `self` samples from, and how.
+        behind: Tokens that follow those, at most, of a text that is not sampled.
         progress: Called with (tokens so far, wanted).
 
     Raises:
@@ -104,11 +117,19 @@ def load_text(
             raise DLRError(_NO_WORDS)
         documents, label = open_text(name)
         packed = _pack(
-            documents, tokenizer, total, n, label, wanted=(train * n, heldout * n), progress=progress
+            documents,
+            tokenizer,
+            total,
+            n,
+            label,
+            wanted=(train * n, heldout * n),
+            more=behind // n,
+            progress=progress,
         )
 
     held = hold_out(total, heldout)
-    return CalibrationText(train=packed[~held], heldout=packed[held], source=label)
+    packed, rest = packed[:total], packed[total:]
+    return CalibrationText(train=packed[~held], heldout=packed[held], behind=rest, source=label)
 
 
 def calibration_text(original: Source, config: ConversionConfig, progress: Progress) -> CalibrationText:
@@ -128,9 +149,10 @@ def calibration_text(original: Source, config: ConversionConfig, progress: Progr
         model=original.model,
         seed=config.seed,
         temperature=config.temperature,
+        behind=config.end_to_end or 0,
         progress=partial(progress, "calibration text"),
     )
-    check_vocabulary(torch.cat([text.train, text.heldout]), original.model, original.tokenizer)
+    check_vocabulary(torch.cat([text.train, text.heldout, text.behind]), original.model, original.tokenizer)
     return text
 
 
@@ -260,9 +282,10 @@ def _pack(
     n: int,
     label: str,
     wanted: tuple[int, int],
+    more: int,
     progress: Count,
 ) -> Tensor:
-    """[sequences, n] int64 from the beginning of the documents."""
+    """[sequences and up to `more`, n] int64 from the beginning of the documents."""
     prefix, suffix = _frame(tokenizer)
     body = n - len(prefix) - len(suffix)  # tokens of text in a sequence
     if body < 1:
@@ -270,7 +293,7 @@ def _pack(
             f"sequence length {n} leaves no room between the {len(prefix)} tokens that start a sequence and the "
             f"{len(suffix)} that end it"
         )
-    enough = sequences * body
+    enough, most = sequences * body, (sequences + more) * body
     ids = array("q")
     joint = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for document in documents:
@@ -280,10 +303,10 @@ def _pack(
                 if joint and before and len(ids) == before:
                     ids.extend(joint)
                 ids.extend(_encode(tokenizer, piece))
-                progress(min(len(ids), enough), enough)
-            if len(ids) >= enough:
+                progress(min(len(ids), most), most)
+            if len(ids) >= most:
                 break
-        if len(ids) >= enough:
+        if len(ids) >= most:
             break
     if not ids:
         raise DLRError(f"{label} is empty: there is no text in it")
@@ -292,11 +315,12 @@ def _pack(
             f"{label} has {len(ids):,} tokens, {enough:,} are wanted ({wanted[0]:,} for calibration, "
             f"{wanted[1]:,} held out): give more text, a smaller --tokens, or --data self"
         )
+    sequences = min(len(ids), most) // body
     packed = torch.empty(sequences, n, dtype=torch.int64)
     packed[:, : len(prefix)] = torch.tensor(prefix, dtype=torch.int64)
-    packed[:, len(prefix) : n - len(suffix)] = torch.frombuffer(ids, dtype=torch.int64)[:enough].view(
-        sequences, body
-    )
+    packed[:, len(prefix) : n - len(suffix)] = torch.frombuffer(ids, dtype=torch.int64)[
+        : sequences * body
+    ].view(sequences, body)
     packed[:, n - len(suffix) :] = torch.tensor(suffix, dtype=torch.int64)
     return packed
 

@@ -349,7 +349,7 @@ def run_end_to_end(context: Context, modules: Modules) -> EndToEndReport | None:
             model,
             fitted,
             context.identity,
-            text.train,
+            text.unseen(context.config.end_to_end),
             EndToEndPlan(context.config.end_to_end, start=distance_of(before[0]), seed=context.config.seed),
             progress=context.count("end-to-end phase"),
             log=context.log_end_to_end,

@@ -74,6 +74,23 @@ def test_heldout_is_spread_over_the_text(prose, tokenizer):
     assert not {tuple(row.tolist()) for row in text.train} & {tuple(row.tolist()) for row in text.heldout}
 
 
+def test_what_is_behind_is_none_of_either_and_comes_first(prose, tokenizer):
+    """What modules are fitted and measured on is the same, whatever else is read; there may be less than is wanted."""
+    plain = load_text(prose, tokenizer, tokens=320, heldout_tokens=64, sequence_length=32)
+    more = load_text(prose, tokenizer, tokens=320, heldout_tokens=64, sequence_length=32, behind=100)
+    whole = load_text(prose, tokenizer, tokens=320, heldout_tokens=64, sequence_length=32, behind=10**9)
+    for text in (more, whole):
+        assert torch.equal(text.train, plain.train) and torch.equal(text.heldout, plain.heldout)
+    assert len(plain.behind) == 0 and len(more.behind) == 3 < len(whole.behind)
+    assert torch.equal(whole.behind[:3], more.behind)
+    read = torch.cat([interleave(whole), whole.behind]).flatten()
+    assert english_topics().startswith(tokenizer.decode(read[:8000])) and len(read) > 8000
+    assert torch.equal(more.unseen(64), more.behind[:2]) and torch.equal(more.unseen(90), more.behind)
+    assert torch.equal(more.unseen(32 * 8), torch.cat([more.behind, more.train[::2]]))
+    assert torch.equal(more.unseen(10**9), torch.cat([more.behind, more.train]))
+    assert torch.equal(plain.unseen(32), plain.train[::10])
+
+
 def test_reading_stops_when_there_is_enough(tmp_path, tokenizer):
     path = tmp_path / "long.jsonl"
     rows = [json.dumps({"text": "many words " * 50})] * 20

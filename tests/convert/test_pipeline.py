@@ -28,7 +28,7 @@ from transformers import (
 import dlr_lock
 from dlr_lock import DLRError, convert_model
 from dlr_lock.convert import complete, evaluate_checkpoint
-from dlr_lock.convert.data import english_topics
+from dlr_lock.convert.data import english_topics, load_text
 from dlr_lock.convert.evaluate import StateEvaluation
 from dlr_lock.convert.layer_runner import LayerRunner, Unrepeatable
 from dlr_lock.reporting.lock_verdict import Redistillation
@@ -207,6 +207,26 @@ def test_where_layers_cannot_be_run_alone_modules_are_independent_and_that_is_sa
     assert all(m.drift is None for m in report.modules)
     with pytest.raises(DLRError, match="dance"):
         convert_model(tmp_path / "source", tmp_path / "no", data=str(text), across="sequential", **QUICK)
+
+
+def test_an_end_to_end_phase_has_text_that_modules_have_not_seen(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[torch.Tensor] = []
+
+    def stop(
+        model: Any, chains: dict, identity: list[str], tokens: torch.Tensor, *args: Any, **named: Any
+    ) -> dict:
+        drawn.append(tokens)
+        raise DLRError("enough is seen")
+
+    source = save_tiny("llama", tmp_path / "source", layers=1)
+    monkeypatch.setattr("dlr_lock.convert.end_to_end.train_end_to_end", stop)
+    convert_model(source, tmp_path / "out", data=str(text), end_to_end=512, **QUICK)
+    (seen,) = drawn
+    own = {"tokens": QUICK["tokens"], "heldout_tokens": QUICK["heldout"], "sequence_length": seen.shape[1]}
+    behind = load_text(text, tiny_tokenizer(), behind=512, **own).behind
+    assert len(behind) and torch.equal(seen, behind)
 
 
 def test_an_end_to_end_phase_that_spoils_the_lock_is_dropped(
