@@ -425,9 +425,11 @@ def _weaker(done: EndToEndReport) -> str | None:
         return (
             f"lowered the smallest flatten gap: {t.smallest_gap_before:.3f}, then {t.smallest_gap_after:.3f}"
         )
-    if t.redistillation_before and t.redistillation_after:
-        before, after = t.redistillation_before.student_error, t.redistillation_after.student_error
-        undone = t.redistillation_after.undone and not t.redistillation_before.undone
-        if undone or after < _KEPT_ERROR * before:
+    attacks = t.redistillation_before, t.redistillation_after
+    if (
+        attacks[0] and attacks[1] and not attacks[0].undone
+    ):  # of one that was undone the errors are what chance left
+        before, after = attacks[0].student_error, attacks[1].student_error
+        if attacks[1].undone or after < _KEPT_ERROR * before:
             return f"made {t.weakest} easier to undo: a student's error was {before:.4f}, then {after:.4f}"
     return None
