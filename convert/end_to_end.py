@@ -426,9 +426,8 @@ def _weaker(done: EndToEndReport) -> str | None:
             f"lowered the smallest flatten gap: {t.smallest_gap_before:.3f}, then {t.smallest_gap_after:.3f}"
         )
     attacks = t.redistillation_before, t.redistillation_after
-    if (
-        attacks[0] and attacks[1] and not attacks[0].undone
-    ):  # of one that was undone the errors are what chance left
+    # Of a chain that was undone before, students' errors are what chance left.
+    if attacks[0] and attacks[1] and not attacks[0].undone:
         before, after = attacks[0].student_error, attacks[1].student_error
         if attacks[1].undone or after < _KEPT_ERROR * before:
             return f"made {t.weakest} easier to undo: a student's error was {before:.4f}, then {after:.4f}"
