@@ -79,6 +79,13 @@ class EndToEndPlan:
         """Training tokens of a step, about."""
         return self.batch or max(_STEP[0], min(_STEP[1], self.train_tokens // _STEPS))
 
+    def passes(self, length: int, vocabulary: int, there: int | None = None) -> tuple[int, int]:
+        """How many sequences of `length` tokens go through the model at once, and how often in a step. there: how many
+        there are, where that is known."""
+        most = self.step_tokens // length
+        at_once = sequences_at_once(length, vocabulary, most if there is None else min(most, there))
+        return at_once, max(1, round(self.step_tokens / (length * at_once)))
+
     @property
     def peak(self) -> float:
         """The rate at its peak."""
@@ -165,9 +172,7 @@ def train_end_to_end(
     peaks = [group["lr"] for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(plan.seed)
     sequences, n = tokens.shape
-    batch = plan.step_tokens
-    at_once = sequences_at_once(n, vocabulary(model), min(batch // n, sequences))
-    parts = max(1, round(batch / (n * at_once)))
+    at_once, parts = plan.passes(n, vocabulary(model), sequences)
     order = torch.empty(0, dtype=torch.int64)
     steps = max(1, math.ceil(plan.train_tokens / (n * at_once * parts)))
     micro = micro or MicroBatch("the end-to-end phase", "sequence")

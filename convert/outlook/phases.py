@@ -17,7 +17,7 @@ from ..activations import BATCH_TOKENS, SequentialCalibrator
 from ..config import Recipe
 from ..distill import PRECONDITIONER_TOKENS
 from ..end_to_end import EndToEndPlan
-from ..evaluate import predicts_next, sequences_at_once
+from ..evaluate import predicts_next
 from ..mlp_discovery import automatic
 from ..mlp_matching import MLP
 from ..parallel.balance import dealt
@@ -94,7 +94,7 @@ def phases(a: Amounts) -> list[Phase]:
     done = [
         _with(Phase("reading", moved=2 * a.subject.disk + made, disk=a.subject.disk), model, fused),
         _with(_text(a), model, fused),
-        _with(_foretelling(replace(a, processes=1)), model),
+        _with(_foretelling(a), model),
         _with(_activations(a, mine), model, fused, chain),
         _with(_distilling(a, own), model, fused, chain),
         _with(_redistilling(a, own), model, fused, chain),
@@ -124,7 +124,7 @@ def to_come(
     again = 2 * bool(_end_to_end(a).flops and a.config.redistill)  # the weakest module, before and after
     known = {
         _text(a): 1,
-        _foretelling(replace(a, processes=1)): 1,
+        _foretelling(a): 1,
         _activations(a, todo): rounds + bool(again),
         _distilling(a, fitted): sum(a.fits(c)[0] for c in fitted),
         _redistilling(a, attacked): len(attacked) + again,
@@ -208,7 +208,9 @@ def _text(a: Amounts) -> Phase:
 
 
 def _foretelling(a: Amounts) -> Phase:
-    """A pass to the end and back; none where layers are not to be chosen and it is no small part of the whole."""
+    """A pass to the end and back; none where layers are not to be chosen and it is no small part of the whole. The
+    first process does it alone, and whether it does is the same however many there are."""
+    a = replace(a, processes=1)
     chosen = automatic(a.config.layers) is not None
     mlps = a.subject.every if chosen else a.subject.mlps
     train = a.tokens - a.held
@@ -351,9 +353,8 @@ def _end_to_end(a: Amounts) -> Phase:
     step = (
         a.pass_flops + 2 * (a.locked_flops - 2 * chains) + 6 * chains
     )  # original; student, its chains apart
-    batch = EndToEndPlan(int(tokens)).step_tokens
-    once = sequences_at_once(a.length, a.subject.vocabulary, batch // a.length)
-    sequences = once * max(1, round(batch / (a.length * once)))  # of a step, dealt out to all processes
+    once, passes = EndToEndPlan(int(tokens)).passes(a.length, a.subject.vocabulary)
+    sequences = once * passes  # of a step, dealt out to all processes
     steps = math.ceil(tokens / (a.length * sequences))
     mine = -(-sequences // a.processes)
     tokens *= mine / sequences
