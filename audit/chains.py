@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..common.hooks import frozen, removed, run_body
-from ..convert.activations import BATCH_TOKENS, Activations
+from ..convert.activations.capture import BATCH_TOKENS
+from ..convert.activations.pairs import Activations
 from ..convert.experts.pairs import MixturePairs
 from ..convert.experts.routing import Mixture, read_call
 from ..convert.mlp_matching import MLP

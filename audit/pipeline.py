@@ -24,7 +24,7 @@ from ..common.machine import device_name, machine
 from ..common.progress import Phase, Progress, expect, no_progress, say
 from ..common.resume import ResumeStore, run_lock
 from ..common.version import __version__
-from ..convert.activations import SequentialCalibrator
+from ..convert.activations.calibrator import SequentialCalibrator
 from ..convert.config import EFFORTS
 from ..convert.data import digest, sequence_length
 from ..convert.end_to_end import with_chains

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dlr_lock import DLRError, DLRNet
 from dlr_lock.common.hooks import frozen
-from dlr_lock.convert.activations import capture
+from dlr_lock.convert.activations.capture import capture
 from dlr_lock.convert.config import ConversionConfig
 from dlr_lock.convert.context import Context
 from dlr_lock.convert.end_to_end import flatten_gaps, with_chains

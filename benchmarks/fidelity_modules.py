@@ -12,7 +12,7 @@ from dlr_lock import DLRNet
 from dlr_lock.audit.attacks.redistillation import merge_steps
 from dlr_lock.common.dtypes import dtype_name, products_in
 from dlr_lock.common.splits import random_rows
-from dlr_lock.convert.activations import Activations
+from dlr_lock.convert.activations.pairs import Activations
 from dlr_lock.convert.config import Recipe
 from dlr_lock.convert.context import Context
 from dlr_lock.convert.evaluate import Fidelity

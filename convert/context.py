@@ -16,7 +16,9 @@ from ..common.progress import Count, Progress
 from ..common.resume import ResumeStore
 from ..common.scalars import Scalars, no_scalars
 from ..runtime import DLRNet
-from .activations import Activations, SequentialCalibrator, capture
+from .activations.calibrator import SequentialCalibrator
+from .activations.capture import capture
+from .activations.pairs import Activations
 from .config import ConversionConfig
 from .data import CalibrationText
 from .evaluate import Evaluation, Fidelity, StateEvaluation, measure

@@ -24,7 +24,7 @@ from ..common.progress import Count, no_count
 from ..common.splits import random_rows
 from ..runtime import DLRNet, DLRSpec
 from ..triton_kernels import ChainWeights, chain_reference
-from .activations import Activations
+from .activations.pairs import Activations
 from .config import Recipe
 from .evaluate import size_of
 from .mlp_matching import TeacherWeights

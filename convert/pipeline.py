@@ -22,7 +22,8 @@ from ..common.side_files import licence
 from ..common.version import __version__
 from ..runtime import DLRExperts, DLRNet, ExpertsSpec
 from ..runtime.checkpoint import write_manifest
-from .activations import Activations, SequentialCalibrator
+from .activations.calibrator import SequentialCalibrator
+from .activations.pairs import Activations
 from .config import ConversionConfig, Recipe
 from .context import Context
 from .data import poor_text

@@ -25,7 +25,7 @@ from ..common.splits import random_rows
 from ..reporting.lock_verdict import Redistillation
 from ..runtime import DLRNet, DLRSpec
 from ..triton_kernels import chain_reference, lane_updates
-from .activations import Activations
+from .activations.pairs import Activations
 from .config import Recipe
 from .context import Context
 from .distill import distill

@@ -21,7 +21,9 @@ from transformers import PreTrainedModel
 from ...common.errors import DLRError
 from ...common.resume import ResumeStore
 from ...common.splits import random_rows
-from ...convert.activations import Activations, SequentialCalibrator, capture
+from ...convert.activations.calibrator import SequentialCalibrator
+from ...convert.activations.capture import capture
+from ...convert.activations.pairs import Activations
 from ...convert.end_to_end import with_chains
 from ...convert.evaluate import distance_of, measure
 from ...convert.layer_runner import Unrepeatable

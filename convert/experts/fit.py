@@ -18,7 +18,7 @@ from ...common.errors import DLRError
 from ...common.progress import Count, shown
 from ...reporting.lock_verdict import Redistillation
 from ...runtime import DLRExperts, DLRNet, DLRSpec, ExpertsSpec
-from ..activations import Activations
+from ..activations.pairs import Activations
 from ..config import ConversionConfig, Recipe
 from ..context import Context
 from ..distill import distill

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...common.weights import drop_pages, storage
 from ...runtime.experts import one_expert
-from ..activations import Activations
+from ..activations.pairs import Activations
 from ..parallel.share import Pair
 from .routing import Mixture, Routing, router_of, together
 

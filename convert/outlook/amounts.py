@@ -11,7 +11,7 @@ from ...common.dtypes import DTYPES
 from ...common.hooks import is_paired
 from ...runtime import DLRSpec
 from ...runtime.generation import positions
-from ..activations import group_layers
+from ..activations.capture import group_layers
 from ..config import ConversionConfig, Recipe
 from ..data import SEQUENCE_LENGTH
 from ..evaluate import BATCH as SEQUENCES

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from ...common import progress
 from ...reporting.words import seconds_words
 from ...runtime import DLRSpec
-from ..activations import BATCH_TOKENS, SequentialCalibrator
+from ..activations.calibrator import SequentialCalibrator
+from ..activations.capture import BATCH_TOKENS
 from ..config import Recipe
 from ..distill import PRECONDITIONER_TOKENS
 from ..end_to_end import EndToEndPlan

@@ -21,7 +21,7 @@ from dlr_lock.audit.strategies.model import NothingToTrain, prepared
 from dlr_lock.audit.strategies.table import model_strategies
 from dlr_lock.audit.texts import invented_lines
 from dlr_lock.common.hooks import frozen
-from dlr_lock.convert.activations import capture
+from dlr_lock.convert.activations.capture import capture
 from dlr_lock.convert.experts.routing import Mixture
 from dlr_lock.convert.mlp_discovery import find_mlps
 from dlr_lock.convert.redistill import flattened

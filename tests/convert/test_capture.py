@@ -11,7 +11,7 @@ from tiny import VOCABULARY, tiny_model
 
 from dlr_lock.common.dtypes import products_in
 from dlr_lock.common.errors import DLRError
-from dlr_lock.convert.activations import capture, group_layers
+from dlr_lock.convert.activations.capture import capture, group_layers
 from dlr_lock.convert.mlp_discovery import find_mlps
 
 LAYERS, SEQUENCES, LENGTH = 4, 6, 16
@@ -86,7 +86,7 @@ def test_products_in_bfloat16_move_activations_little(tokens, tmp_path):
 
 
 def test_sequences_stay_whole_and_in_order_over_batches(llama, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr("dlr_lock.convert.activations.BATCH_TOKENS", 4 * LENGTH)
+    monkeypatch.setattr("dlr_lock.convert.activations.capture.BATCH_TOKENS", 4 * LENGTH)
     seen = []
     check(llama, tokens, max_memory=2 * ONE_LAYER, scratch=tmp_path, progress=lambda *at: seen.append(at))
     assert seen == [(0, 6), (4, 6), (6, 6)] * 2  # two passes, two layers each

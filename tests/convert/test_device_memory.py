@@ -16,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlr_lock import DLRError, convert_model
 from dlr_lock.common.micro_batch import MicroBatch
-from dlr_lock.convert.activations import Activations, SequentialCalibrator, capture
+from dlr_lock.convert.activations.calibrator import SequentialCalibrator
+from dlr_lock.convert.activations.capture import capture
+from dlr_lock.convert.activations.pairs import Activations
 from dlr_lock.convert.config import Recipe
 from dlr_lock.convert.data import english_topics
 from dlr_lock.convert.distill import Gradients, distill, random_init

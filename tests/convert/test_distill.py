@@ -9,7 +9,7 @@ from dlr_lock.common.dtypes import product_dtype, products_in
 from dlr_lock.common.errors import DLRError
 from dlr_lock.common.micro_batch import MicroBatch
 from dlr_lock.convert import distill as distill_module
-from dlr_lock.convert.activations import Activations
+from dlr_lock.convert.activations.pairs import Activations
 from dlr_lock.convert.config import Recipe
 from dlr_lock.convert.distill import Gradients, distill, mixed_init, random_init
 from dlr_lock.convert.evaluate import measure

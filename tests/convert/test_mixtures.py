@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from dlr_lock import DLRError, DLRSpec, convert_model, load
-from dlr_lock.convert.activations import SequentialCalibrator, capture
+from dlr_lock.convert.activations.calibrator import SequentialCalibrator
+from dlr_lock.convert.activations.capture import capture
 from dlr_lock.convert.data import english_topics
 from dlr_lock.convert.experts.routing import Mixture, find_mixtures, router_of, teacher_of, together
 from dlr_lock.convert.mlp_discovery import check_dense, find_mlps, select_layers

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dlr_lock.common.errors import DLRError
-from dlr_lock.convert.activations import Activations
+from dlr_lock.convert.activations.pairs import Activations
 from dlr_lock.convert.evaluate import measure
 from dlr_lock.convert.redistill import (
     fit_student,

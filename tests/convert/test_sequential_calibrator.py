@@ -7,7 +7,8 @@ import torch
 from locked import Given
 from tiny import VOCABULARY, tiny_model
 
-from dlr_lock.convert.activations import SequentialCalibrator, capture
+from dlr_lock.convert.activations.calibrator import SequentialCalibrator
+from dlr_lock.convert.activations.capture import capture
 from dlr_lock.convert.config import Recipe
 from dlr_lock.convert.distill import distill
 from dlr_lock.convert.layer_runner import LayerRunner

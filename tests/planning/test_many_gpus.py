@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from dlr_lock import DLRError, DLRNet, DLRSpec
 from dlr_lock.cli import app
-from dlr_lock.convert.activations import Activations, SequentialCalibrator
+from dlr_lock.convert.activations.calibrator import SequentialCalibrator
+from dlr_lock.convert.activations.pairs import Activations
 from dlr_lock.convert.config import ConversionConfig, Recipe
 from dlr_lock.convert.distill import distill
 from dlr_lock.convert.outlook.amounts import Amounts

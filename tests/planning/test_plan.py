@@ -18,7 +18,8 @@ from dlr_lock import DLRError, DLRNet, DLRSpec, convert_model
 from dlr_lock.cli import app
 from dlr_lock.common.hooks import text_inputs
 from dlr_lock.common.micro_batch import MicroBatch
-from dlr_lock.convert.activations import Activations, SequentialCalibrator
+from dlr_lock.convert.activations.calibrator import SequentialCalibrator
+from dlr_lock.convert.activations.pairs import Activations
 from dlr_lock.convert.config import ConversionConfig, Recipe
 from dlr_lock.convert.data import english_topics
 from dlr_lock.convert.distill import Gradients, distill, muon_groups

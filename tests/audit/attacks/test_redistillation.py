@@ -23,7 +23,7 @@ from dlr_lock.audit.attacks.redistillation_rows import redistillation_flops, red
 from dlr_lock.audit.report import ModuleStudents, Student
 from dlr_lock.common.errors import DLRError
 from dlr_lock.common.resume import ResumeStore
-from dlr_lock.convert.activations import capture
+from dlr_lock.convert.activations.capture import capture
 from dlr_lock.convert.config import Recipe
 from dlr_lock.convert.distill import distill
 from dlr_lock.convert.end_to_end import flatten_gaps, with_chains

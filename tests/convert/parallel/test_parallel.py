@@ -21,7 +21,7 @@ from parallel_runs import make_source, options, same_bits, words
 from torch import distributed
 
 from dlr_lock import DLRSpec, convert_model
-from dlr_lock.convert.activations import Activations
+from dlr_lock.convert.activations.pairs import Activations
 from dlr_lock.convert.config import Recipe
 from dlr_lock.convert.distill import distill
 from dlr_lock.convert.parallel.ranks import joined, leave
