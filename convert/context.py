@@ -18,6 +18,7 @@ from ..common.scalars import Scalars, no_scalars
 from ..runtime import DLRNet
 from .activations.calibrator import SequentialCalibrator
 from .activations.capture import capture
+from .activations.dealt import capture_dealt
 from .activations.pairs import Activations
 from .config import ConversionConfig
 from .data import CalibrationText
@@ -139,6 +140,16 @@ class Context:
             if share is not None:
                 pairs.share = share
             yield mlp, pairs
+
+    def capture_dealt(self, hands: Sequence[Sequence[MLP]]) -> Iterator[tuple[MLP, Activations]]:
+        """The original's activations, on the whole text, at each of the modules that are dealt to this process; all
+        processes must go through it to its end.
+
+        hands: Each process's modules, the same in every process.
+        """
+        if self.ranks.size == 1:
+            return self.capture(hands[0])
+        return capture_dealt(self.model, hands, self.tokens, self.ranks, **self._room)
 
     def share(self) -> Share:
         """What of the text is this process's, where it is spread over all."""

@@ -83,7 +83,7 @@ def convert_model(
     started = time.monotonic()
     ranks = joined()
     config = ConversionConfig.of(options).resolved()
-    ranks.check_device(torch.device(str(config.device)))
+    ranks.take_device(torch.device(str(config.device)))
     target = Path(out).expanduser().absolute()
     given = Path(source).expanduser().resolve()
     with permission_is_an_error():
@@ -186,7 +186,7 @@ def distill_modules(context: Context) -> Modules:
     if calibrator is None:
         _fit_apart(context, before, todo)
     else:
-        _expect(context, before, todo, sequential=True)
+        _expect(context, _amounts(context, done.across), before, todo)
     for mlp in mlps:
         module: _Module | None
         if calibrator and not _finished(before[mlp.module], config):
@@ -219,11 +219,10 @@ def distill_modules(context: Context) -> Modules:
 
 def _fit_apart(context: Context, before: dict[str, ModuleReport | None], todo: list[MLP]) -> None:
     """Fits the modules that are to be done, independently, each in one of the processes."""
-    ranks = context.ranks
-    mine = dealt_modules(_amounts(context), todo, ranks.size)[ranks.rank] if ranks.size > 1 else todo
-    _expect(context, before, mine, sequential=False)
+    ranks, amounts = context.ranks, _amounts(context, "independent")
+    _expect(context, amounts, before, todo)
     begin = len(context.notes)
-    for mlp, pairs in context.capture(mine):
+    for mlp, pairs in context.capture_dealt(dealt_modules(amounts, todo, ranks.size)):
         _finish(context, mlp, pairs, fitted=before[mlp.module] is not None, corrected=False)
     if ranks.size > 1:
         context.progress("waiting for the other processes", 0, 1)
@@ -260,26 +259,24 @@ def _restored(context: Context, name: str) -> _Module | None:
 
 
 def _expect(
-    context: Context, before: dict[str, ModuleReport | None], todo: list[MLP], *, sequential: bool
+    context: Context, amounts: Amounts, before: dict[str, ModuleReport | None], todo: list[MLP]
 ) -> None:
-    """Says what there is to do."""
-    amounts = _amounts(context)
-    if sequential:
-        amounts = replace(amounts, processes=context.ranks.size)
-        if context.ranks.size > 1 and (sent := sent_by_each(amounts)) > _MUCH_SENT:
-            say(
-                context.progress,
-                f"in sequence these processes exchange {exchange_words(sent)}; {flag('across')} independent exchanges "
-                "nothing while modules are fitted",
-            )
-    else:
-        amounts = replace(amounts, config=replace(amounts.config, across="independent"))
+    """Says what there is to do. todo: for all processes."""
+    if amounts.sequential and context.ranks.size > 1 and (sent := sent_by_each(amounts)) > _MUCH_SENT:
+        say(
+            context.progress,
+            f"in sequence these processes exchange {exchange_words(sent)}; {flag('across')} independent exchanges "
+            "nothing while modules are fitted",
+        )
     fits = {mlp.module for mlp in todo if before[mlp.module] is None}
     expect(context.progress, to_come(amounts, fits, {mlp.module for mlp in todo}))
 
 
-def _amounts(context: Context) -> Amounts:
-    return context.amounts or reckoned(context.source, context.mlps, context.mlps, context.config)
+def _amounts(context: Context, across: str) -> Amounts:
+    """What the work was reckoned to be, done by these processes in one way or the other."""
+    amounts = context.amounts or reckoned(context.source, context.mlps, context.mlps, context.config)
+    config = replace(amounts.config, across=across)
+    return replace(amounts, config=config, processes=context.ranks.size)
 
 
 def _say_what_is_kept(context: Context, before: dict[str, ModuleReport | None], todo: list[MLP]) -> None:

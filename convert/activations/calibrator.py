@@ -18,7 +18,7 @@ from ...runtime import DLRExperts, DLRNet
 from ..evaluate import relative_error
 from ..layer_runner import LayerRunner, Seen, Sum
 from ..parallel.share import WHOLE, Rows
-from .capture import BATCH_TOKENS
+from .capture import batch_of
 from .pairs import Activations
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ class SequentialCalibrator:
             self._progress(rows.stop, sequences)
 
         self._progress(0, sequences)
-        self._micro.each(batch, sequences, max(1, BATCH_TOKENS // n))
+        self._micro.each(batch, sequences, batch_of(n))
 
     def _forget(self, *stores: Tensor) -> None:
         """What lies in files is not kept in memory, too."""

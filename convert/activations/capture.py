@@ -7,6 +7,7 @@ them. A layer that does not fit alone is kept in memory-mapped files.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -48,7 +49,7 @@ def group_layers(
     groups: list[list[MLP]] = []
     room = 0
     for mlp in mlps:
-        size = _bytes(mlp, tokens, dtype)
+        size = held_bytes(mlp, tokens, dtype)
         if not groups or size > room:
             groups.append([])
             room = max_memory
@@ -91,31 +92,54 @@ def capture(
         DLRError: Where an MLP is not called exactly once in a pass, does not see every token, or has NaN or infinity
             in its activations, and where `scratch` cannot hold what exceeds the memory, or the device one sequence.
     """
-    sequences, n = tokens.shape
-    if not mlps or not sequences:
+    if not mlps or not len(tokens):
         return
     micro = micro or MicroBatch("the reading of activations", "sequence")
-    _check_calls(model, mlps, tokens[:1, : min(n, _TRIAL_TOKENS)])
-    first = (torch.arange(n) == 0).expand(sequences, n)
+    check_calls(model, mlps, tokens)
     for group in group_layers(mlps, tokens.numel(), max_memory, dtype):
-        mapped = _bytes(group[0], tokens.numel(), dtype) > max_memory
-        place = scratch if mapped else None
-        held: list[Activations] = []
-        try:
-            for mlp in group:
-                x, y = (storage(tokens.numel(), mlp.hidden_size, dtype, place) for _ in "xy")
-                held.append(Activations(x, y, first.flatten(), mapped, place))
-                del x, y  # or they outlive close()
-            _fill(model, group, held, tokens, progress, micro)
+        place = scratch if held_bytes(group[0], tokens.numel(), dtype) > max_memory else None
+        with captured(model, group, tokens, place, dtype, progress, micro) as held:
             for mlp, activations in zip(group, held, strict=True):
                 yield mlp, activations
                 activations.close()
-        finally:
-            for activations in held:
-                activations.close()
 
 
-def _bytes(mlp: MLP, tokens: int, dtype: torch.dtype) -> int:
+@contextmanager
+def captured(
+    model: PreTrainedModel,
+    mlps: Sequence[MLP],
+    tokens: Tensor,
+    place: Path | None,
+    dtype: torch.dtype,
+    progress: Count,
+    micro: MicroBatch,
+) -> Iterator[list[Activations]]:
+    """Each MLP's activations, all by one pass, until the end of the block.
+
+    place: The folder of their files; None to have them in memory. The rest, and what is raised, is as of `capture`, but
+    `check_calls` is to come first, and there may be no tokens.
+    """
+    held: list[Activations] = []
+    first = torch.arange(tokens.numel()) % tokens.shape[1] == 0
+    try:
+        for mlp in mlps:
+            x, y = (storage(tokens.numel(), mlp.hidden_size, dtype, place) for _ in "xy")
+            held.append(Activations(x, y, first, place is not None, place))
+            del x, y  # or they outlive close()
+        _fill(model, mlps, held, tokens, progress, micro)
+        yield held
+    finally:
+        for activations in held:
+            activations.close()
+
+
+def batch_of(n: int) -> int:
+    """Sequences of n tokens in one forward pass, where the device holds them."""
+    return max(1, BATCH_TOKENS // n)
+
+
+def held_bytes(mlp: MLP, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Of an MLP's activations on so many tokens."""
     return 2 * tokens * mlp.hidden_size * dtype.itemsize
 
 
@@ -154,18 +178,18 @@ def _fill(
         progress(some.stop, sequences)
 
     progress(0, sequences)
-    micro.each(run, sequences, max(1, BATCH_TOKENS // n))
+    micro.each(run, sequences, batch_of(n))
 
 
-def _check_calls(model: PreTrainedModel, mlps: Sequence[MLP], tokens: Tensor) -> None:
+def check_calls(model: PreTrainedModel, mlps: Sequence[MLP], tokens: Tensor) -> None:
     """Run a few tokens through the whole body and count how often each MLP is called, before the work starts: later
-    passes stop behind the last MLP of their group and would miss a second call, as in ALBERT."""
+    passes stop behind the last MLP of their group and would miss a second call, as in ALBERT. tokens: the text."""
     calls = {(index, side): 0 for index in range(len(mlps)) for side in ("input", "output")}
 
     def count(index: int, side: str, value: Any) -> None:
         calls[index, side] += 1
 
-    _forward(model, mlps, tokens, count)
+    _forward(model, mlps, tokens[:1, :_TRIAL_TOKENS], count)
     for (index, side), number in calls.items():
         name = mlps[index].module if side == "input" else mlps[index].output
         if number == 0:

@@ -132,7 +132,7 @@ class MixturePairs:
         # 12 bytes an element of the tokens that are here, see `SequentialCalibrator`, and 4 of these.
         self._scratch = scratch if count and d * (12 * len(self.pairs) + 4 * count) > room else None
         x, missing = (storage(count, d, self.pairs.x.dtype, self._scratch) for _ in "xy")
-        for at, part in share.sent(self.pairs.rows, wanted):
+        for at, part in share.sent([self.pairs.rows] * len(hands), wanted):
             x[at], missing[at] = part
             if self._scratch is not None:
                 drop_pages(x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +11,8 @@ from ...common.dtypes import DTYPES
 from ...common.hooks import is_paired
 from ...runtime import DLRSpec
 from ...runtime.generation import positions
-from ..activations.capture import group_layers
+from ..activations.capture import batch_of, group_layers
+from ..activations.dealt import spills, waves
 from ..config import ConversionConfig, Recipe
 from ..data import SEQUENCE_LENGTH
 from ..evaluate import BATCH as SEQUENCES
@@ -252,9 +253,19 @@ class Amounts:
         """Whether modules correct one another; of models that do not allow it encoder-decoders alone are known here."""
         return self.config.across != "independent" and not is_paired(self.subject.model)
 
-    def groups(self, mlps: list[MLP]) -> list[list[MLP]]:
-        """Which of some MLPs share a pass, where modules are independent."""
-        return group_layers(mlps, self.tokens, self._for_activations)
+    def groups(self, hands: Sequence[Sequence[MLP]]) -> list[list[MLP]]:
+        """Which MLPs share a pass, where modules are independent. hands: each process's."""
+        if self.processes == 1:
+            return group_layers(hands[0], self.tokens, self._for_activations)
+        made = waves(hands, self.tokens, self._for_activations)
+        return [[mlp for hand in wave for mlp in hand] for wave in made]
+
+    @property
+    def batch_tokens(self) -> int:
+        """Of text that is dealt out in batches to all processes, the first one's tokens."""
+        batch = batch_of(self.length) * self.length
+        batches = -(-self.tokens // batch)
+        return min(self.tokens, -(-batches // self.processes) * batch)
 
     @property
     def _for_activations(self) -> int:
@@ -272,18 +283,31 @@ class Amounts:
     @property
     def spills(self) -> bool:
         """Whether activations lie on the disk."""
-        return self.activation_bytes > self._for_activations
+        if self.sequential or self.processes == 1:
+            return self.activation_bytes > self._for_activations
+        return any(spills(mlp, self.tokens, self._for_activations) for mlp in self.subject.mlps)
 
     @property
     def spilled(self) -> float:
         """Bytes of them on the disk, of all processes."""
-        busy = self.processes if self.sequential else min(self.processes, len(self.subject.mlps))
-        return busy * self.activation_bytes if self.spills else 0
+        if not self.spills:
+            return 0
+        if self.sequential:
+            return self.processes * self.activation_bytes
+        at_once = min(self.processes, len(self.subject.mlps))
+        # What is to be sent of each process's module, and what has been.
+        return (at_once + (at_once if self.processes > 1 else 0)) * self.activation_bytes
 
     @property
     def activations_held(self) -> float:
-        """What of them is in memory."""
-        return 0 if self.spills else self.activation_bytes
+        """What of them is in memory: of independent modules as many as there is room for."""
+        if self.spills:
+            return 0
+        if self.sequential:
+            return self.activation_bytes
+        each = -(-len(self.subject.mlps) // self.processes)
+        room = int(self._for_activations // self.activation_bytes)
+        return min(room, each + (self.processes > 1)) * self.activation_bytes
 
     @property
     def experts_held(self) -> tuple[float, float]:

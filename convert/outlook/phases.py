@@ -96,7 +96,7 @@ def phases(a: Amounts) -> list[Phase]:
         _with(Phase("reading", moved=2 * a.subject.disk + made, disk=a.subject.disk), model, fused),
         _with(_text(a), model, fused),
         _with(_foretelling(a), model),
-        _with(_activations(a, mine), model, fused, chain),
+        _with(_activations(a, a.subject.mlps), model, fused, chain),
         _with(_distilling(a, own), model, fused, chain),
         _with(_redistilling(a, own), model, fused, chain),
         _with(_end_to_end(a), model, fused),
@@ -109,7 +109,8 @@ def phases(a: Amounts) -> list[Phase]:
 def to_come(
     a: Amounts, fits: Collection[str] | None = None, attacks: Collection[str] | None = None
 ) -> list[progress.Phase]:
-    """What a conversion still has to do once its model is read, as its progress is told.
+    """What a conversion still has to do once its model is read, as its progress is told; where modules are dealt out,
+    the first process.
 
     Args:
         a: The conversion.
@@ -121,7 +122,12 @@ def to_come(
         [c for c in a.chains if attacks is None or c.mlp.module in attacks] if a.config.redistill else []
     )
     todo = [c.mlp for c in a.chains if c in fitted or c in attacked]
-    rounds = SequentialCalibrator.rounds(a.subject.mlps, todo) if a.sequential else len(a.groups(todo))
+    if a.sequential:
+        rounds = SequentialCalibrator.rounds(a.subject.mlps, todo)
+    else:
+        hands = dealt_modules(a, todo, a.processes)
+        rounds = len(a.groups(hands))
+        fitted, attacked = ([c for c in some if c.mlp in hands[0]] for some in (fitted, attacked))
     again = 2 * bool(_end_to_end(a).flops and a.config.redistill)  # the weakest module, before and after
     known = {
         _text(a): 1,
@@ -172,12 +178,11 @@ def dealt_modules(a: Amounts, mlps: Sequence[MLP], size: int) -> list[list[MLP]]
 
 
 def _busiest(a: Amounts) -> list[MLP]:
-    """The modules of the process that has most to do, where they are dealt out."""
+    """The modules of the process that has most to fit, where they are dealt out."""
 
     def work(mlps: list[MLP]) -> float:
         chains = [c for c in a.chains if c.mlp in mlps]
-        parts = _activations(a, mlps), _distilling(a, chains), _redistilling(a, chains)
-        return sum(_work(a, p) for p in parts)
+        return _work(a, _distilling(a, chains)) + _work(a, _redistilling(a, chains))
 
     return max(filter(None, dealt_modules(a, a.subject.mlps, a.processes)), key=work)
 
@@ -248,8 +253,8 @@ def _foretelling(a: Amounts) -> Phase:
 
 
 def _activations(a: Amounts, todo: list[MLP]) -> Phase:
-    """todo: the modules whose activations are wanted."""
-    mlps = a.subject.mlps
+    """todo: the modules whose activations are wanted, by whatever process."""
+    mlps, sent = a.subject.mlps, 0.0
     if a.sequential:
         # Each module is looked at in both streams, but the first in one; each layer from the first on is passed twice.
         layers = sorted({mlp.layer for mlp in mlps})
@@ -257,14 +262,19 @@ def _activations(a: Amounts, todo: list[MLP]) -> Phase:
         passes = float(layers[0] + looks + 2 * (layers[-1] - layers[0] + 1))
         extra = 2.0 * a.length * a.layers  # whether layers can be run one at a time
         chains = sum(2.0 * c.active for c in a.chains)
+        tokens, _ = a.own(a.spread)
     else:
-        passes = float(sum(group[-1].layer + 1 for group in a.groups(todo)))
+        groups = a.groups(dealt_modules(a, todo, a.processes))
+        passes = float(sum(max(mlp.layer for mlp in group) + 1 for group in groups))
         extra, chains = 8.0 * a.layers, 0.0
-    tokens, _ = a.own(a.spread)
+        tokens = a.batch_tokens
+        away = 1 - 1 / a.processes
+        sent = away * tokens * sum(4.0 * mlp.hidden_size for mlp in todo)  # x and y in 16 bits
     work = 4.0 * BATCH_TOKENS * (4 * a.hidden + 2 * max(m.intermediate_size for m in mlps))
     phase = Phase(
         "activations",
         wide=(passes * tokens + extra) * a.layer_flops + chains * tokens,
+        sent=sent,
         host=a.activations_held,
         disk=a.subject.disk + a.spilled + a.chain_bytes,
     )

@@ -12,10 +12,11 @@ same everywhere.
 
 Two ways, by `--across`:
 
-independent: the modules are dealt out by FLOPs (balance.py). A process fits its own, on the whole text, with the seeds
-    that they would have had anyway, and keeps them where one process keeps them, too. At the end all of them read the
-    others' there. Nothing is exchanged while modules are fitted, and the chains have the bits of one process with as
-    many threads.
+independent: the modules are dealt out by FLOPs (balance.py), and the text by batches: each process leads its part up
+    to all modules, and what is found at a module is sent to the process that fits it
+    (convert/activations/dealt.py). That has it on the whole text then, fits it with the seed that it would have had
+    anyway, and keeps it where one process keeps it, too. At the end all of them read the others' there. Nothing is
+    exchanged while modules are fitted, and the chains have the bits of one process with as many threads.
 
 sequential: the sequences of the text are dealt out (share.py). A process leads its own through the layers, and holds
     their activations and no others. All draw the same batches, in the order of one process, and each takes the rows

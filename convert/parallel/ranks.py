@@ -76,8 +76,8 @@ class Ranks:
     def barrier(self) -> None:
         """Waits for all."""
 
-    def check_device(self, device: torch.device) -> None:
-        """Raises DLRError where the processes of a machine cannot have a device each."""
+    def take_device(self, device: torch.device) -> None:
+        """Takes note of where the work is done. Raises DLRError where a machine's processes cannot have one each."""
 
 
 ALONE = Ranks()
@@ -107,6 +107,7 @@ class Group(Ranks):
         self.rank, self.size = distributed.get_rank(group), distributed.get_world_size(group)
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        self._device: torch.device | None = None  # what rows are exchanged through; None for where they lie
 
     def agreed(self, make: Callable[[], T], by: int = 0) -> T:
         from torch import distributed
@@ -157,10 +158,12 @@ class Group(Ranks):
     def exchange(self, rows: Tensor, sent: Sequence[int], got: Sequence[int]) -> Tensor:
         from torch import distributed
 
-        here = rows.new_empty(sum(got), *rows.shape[1:])
+        # From GPU to GPU the links are some ten times as wide as from memory to memory.
+        away = rows.contiguous().to(self._device or rows.device)
+        here = away.new_empty(sum(got), *rows.shape[1:])
         with _lost_is_an_error():
-            distributed.all_to_all_single(here, rows.contiguous(), list(got), list(sent), group=self._group)
-        return here
+            distributed.all_to_all_single(here, away, list(got), list(sent), group=self._group)
+        return here.to(rows.device)
 
     def spread(self, work: Callable[[Tensor], Tensor], blocks: Tensor) -> Tensor:
         from torch import distributed
@@ -174,7 +177,7 @@ class Group(Ranks):
     def barrier(self) -> None:
         self.gathered(None)
 
-    def check_device(self, device: torch.device) -> None:
+    def take_device(self, device: torch.device) -> None:
         import torch
 
         if device.type != "cuda":
@@ -190,6 +193,7 @@ class Group(Ranks):
                 f"--device {device} is one GPU, and there are {self.local_size} processes here: leave it out, each "
                 "takes one of its own"
             )
+        self._device = torch.device("cuda", torch.cuda.current_device())
 
 
 _store: Any = None  # the launcher's, from the moment that it is reached

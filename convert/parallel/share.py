@@ -50,11 +50,13 @@ class Rows:
         that are here; tokens: training rows of all."""
         return first[:tokens].nonzero()[:, 0]
 
-    def sent(self, take: Callable[[Tensor], Pair], wanted: Sequence[Tensor]) -> Iterator[tuple[slice, Pair]]:
+    def sent(
+        self, takes: Sequence[Callable[[Tensor], Pair]], wanted: Sequence[Tensor]
+    ) -> Iterator[tuple[slice, Pair]]:
         """x and y at the rows that this process wants, a few thousand at a time, from whichever processes have them.
 
         Args:
-            take: Gives x and y at rows that are here.
+            takes: For each process what gives x and y at rows that are here, of what it wants; all of one width.
             wanted: For each process the rows [b] int64, of all processes, that it wants, the same in every process.
 
         Yields:
@@ -66,7 +68,7 @@ class Rows:
             ours = [at[owner == rank] for owner, at in places]  # what each is to have from here
             owner, at = places[rank]
             counts = torch.bincount(owner, minlength=self.ranks.size).tolist()
-            rows = torch.cat(take(torch.cat(ours)), 1)
+            rows = torch.cat([torch.cat(take(part), 1) for take, part in zip(takes, ours, strict=True)])
             got = self.ranks.exchange(rows, [len(part) for part in ours], counts)
             both = torch.empty_like(got)
             both[owner.argsort(stable=True)] = got  # in the order that they were wanted in
@@ -77,7 +79,48 @@ class Rows:
 WHOLE = Rows()
 
 
-class Share(Rows):
+class _Spread(Rows):
+    """Rows that lie in several processes. rows: how many there are."""
+
+    def __init__(self, ranks: Ranks, rows: int) -> None:
+        self.ranks, self._rows = ranks, rows
+
+    def mine(self, rows: Tensor) -> Tensor:
+        owner, at = self.places(rows)
+        return at[owner == self.ranks.rank]
+
+    def whole(self, part: Tensor) -> Tensor:
+        owner, at = self.places(torch.arange(self._rows))
+        here = owner == self.ranks.rank
+        together = part.new_zeros(self._rows, *part.shape[1:])
+        together[here] = part[at[here]]
+        self.ranks.add([together])  # zeros elsewhere: the sums are exact
+        return together
+
+
+class Batches(_Spread):
+    """Every so many-th batch of sequences: the batches of one process, so that products round as they do there.
+
+    Args:
+        ranks: The processes.
+        tokens: [S, n] int64, the text of all.
+        batch: Sequences of a batch.
+
+    Attributes:
+        tokens: [s, n] int64, what of it is this process's; there may be none.
+    """
+
+    def __init__(self, ranks: Ranks, tokens: Tensor, batch: int) -> None:
+        super().__init__(ranks, tokens.numel())
+        self._batch = batch * tokens.shape[1]
+        self.tokens = torch.cat([tokens[:0], *tokens.split(batch)[ranks.rank :: ranks.size]])
+
+    def places(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        number, size = rows // self._batch, self.ranks.size
+        return number % size, number // size * self._batch + rows % self._batch
+
+
+class Share(_Spread):
     """Every so many-th sequence, of the training text and of the held-out text.
 
     Args:
@@ -90,16 +133,12 @@ class Share(Rows):
     """
 
     def __init__(self, ranks: Ranks, train: Tensor, heldout: Tensor) -> None:
-        self.ranks = ranks
+        super().__init__(ranks, train.numel() + heldout.numel())
         self._n = train.shape[1]
-        self._sequences, self._rows = len(train), train.numel() + heldout.numel()  # to train on; of all
+        self._sequences = len(train)  # to train on, of all
         own = train[ranks.rank :: ranks.size]
         self._train = own.numel()
         self.tokens = torch.cat([own, heldout[ranks.rank :: ranks.size]])
-
-    def mine(self, rows: Tensor) -> Tensor:
-        owner, at = self.places(rows)
-        return at[owner == self.ranks.rank]
 
     def places(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         sequence, size = rows // self._n, self.ranks.size
@@ -109,14 +148,6 @@ class Share(Rows):
         # Held-out text comes behind the process's training text.
         before = torch.where(held, (self._sequences - owner + size - 1) // size, 0)
         return owner, (before + number // size) * self._n + rows % self._n
-
-    def whole(self, part: Tensor) -> Tensor:
-        owner, at = self.places(torch.arange(self._rows))
-        here = owner == self.ranks.rank
-        together = part.new_zeros(self._rows, *part.shape[1:])
-        together[here] = part[at[here]]
-        self.ranks.add([together])  # zeros elsewhere: the sums are exact
-        return together
 
     def sample(self, take: Callable[[Tensor], Pair], rows: Tensor) -> Pair:
         here = self.places(rows)[0] == self.ranks.rank

@@ -254,7 +254,10 @@ def _how_divided(a: Amounts, sent: float) -> str:
         ]
     else:
         dealt = dealt_modules(a, a.subject.mlps, a.processes)
-        how = f"modules are dealt out whole, {max(map(len, dealt))} of {len(a.chains)} at most to one"
+        how = (
+            "the text up to the modules is divided, and what goes in and out of a module sent to the process that fits "
+            f"it; modules are dealt out whole, {max(map(len, dealt))} of {len(a.chains)} at most to one"
+        )
     if sent:
         apart = f" ({flag('across')} independent has none of it in its fits)" if a.sequential else ""
         missing.insert(0, f"what they exchange, {exchange_words(sent)}{apart}")

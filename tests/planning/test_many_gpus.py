@@ -1,6 +1,7 @@
 """A plan for several GPUs against the code that divides the work: one process of many does what is counted."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from dlr_lock import DLRError, DLRNet, DLRSpec
 from dlr_lock.cli import app
 from dlr_lock.convert.activations.calibrator import SequentialCalibrator
+from dlr_lock.convert.activations.capture import batch_of
 from dlr_lock.convert.activations.pairs import Activations
 from dlr_lock.convert.config import ConversionConfig, Recipe
 from dlr_lock.convert.distill import distill
@@ -21,7 +23,7 @@ from dlr_lock.convert.outlook.amounts import Amounts
 from dlr_lock.convert.outlook.phases import Phase, phases
 from dlr_lock.convert.outlook.steps import step_of
 from dlr_lock.convert.parallel.ranks import Reckoned
-from dlr_lock.convert.parallel.share import Pair, Share
+from dlr_lock.convert.parallel.share import Batches, Pair, Share
 from dlr_lock.planning.plan import Plan, plan_conversion
 from dlr_lock.planning.sections import plan_sections
 from dlr_lock.planning.subject import open_subject
@@ -123,12 +125,33 @@ def test_modules_are_dealt_out_whole(folder: Path) -> None:
             assert more[name].flops == pytest.approx(one[name].flops * rounds / 5)
             assert more[name].device == one[name].device
         assert more["writing"] == one["writing"] and more["measuring"] == one["measuring"]
-    # Of a module a pass that ends in its layer, where there is no room for two: of the last layer's five, of 15.
-    one, more = (
-        of(planned(folder, across="independent", gpus=n, max_memory=1000))["activations"] for n in (1, 5)
-    )
-    assert more.flops == pytest.approx(one.flops / 3, rel=0.05)
-    assert more.disk - one.disk == 4 * (512 + 128) * 4 * 64
+
+
+def test_the_text_up_to_modules_that_are_dealt_out_is_divided(folder: Path) -> None:
+    """Of a batch of 128 sequences of 32 tokens one process has all there is; of one of a sequence, each a part."""
+    config = ConversionConfig.of(CHOICES | {"across": "independent"}).resolved(torch.device("cpu"))
+    for length, own in ((32, 640), (4096, 4096)):
+        small = replace(config, sequence=length, tokens=4 * 4096 if length > 32 else 512, heldout=128)
+        amounts = Amounts.of(open_subject(folder, small), small, processes=5)
+        text = torch.zeros(amounts.tokens // length, length, dtype=torch.int64)
+        assert amounts.batch_tokens == Batches(Reckoned(5), text, batch_of(length)).tokens.numel() == own
+    # A pass ends in the last of its modules' layers: one for all five, or where there is no room for two, five.
+    room = {"across": "independent", "sequence": 32, "tokens": 9 * 4096, "heldout": 4096}
+    for memory, passes in ((10**9, 5), (1000, 15)):
+        one, five = (of(planned(folder, gpus=n, max_memory=memory, **room))["activations"] for n in (1, 5))
+        assert five.flops / one.flops == pytest.approx(2 / 10 * 5 / passes, rel=0.01)
+        assert five.sent == pytest.approx(4 / 5 * 2 * 4096 * 5 * 4 * 64) and one.sent == 0
+    # What is still to be sent of each one's module, and what has been.
+    assert five.disk - one.disk == (2 * 5 - 1) * 10 * 4096 * 4 * 64
+
+
+def test_independent_modules_are_held_as_many_as_there_is_room_for(folder: Path) -> None:
+    size = (512 + 128) * 4 * 64
+    for gpus, room, held in ((1, 10**9, 5), (1, 3 * size, 3), (5, 10**9, 2), (2, 2 * 3 * size, 3)):
+        config = ConversionConfig.of(CHOICES | {"across": "independent", "max_memory": room})
+        config = config.resolved(torch.device("cpu"))
+        amounts = Amounts.of(open_subject(folder, config), config, processes=gpus)
+        assert amounts.activations_held == held * size
 
 
 def test_the_last_phase_has_no_use_for_more_processes_than_sequences_of_a_step(folder: Path) -> None:

@@ -10,7 +10,7 @@ from launched import Launched, command
 from parallel_runs import make_source, options, same_bits, words
 
 from dlr_lock import convert_model
-from dlr_lock.convert import activations
+from dlr_lock.convert.activations import capture
 from dlr_lock.convert.experts import pairs
 from dlr_lock.convert.parallel import share
 from dlr_lock.runtime import verify
@@ -21,7 +21,7 @@ FEW: dict[str, Any] = {"tokens": 3072, "train_tokens": 2048, "expert_tokens": 64
 def by_sequence(*given: str) -> None:
     """A conversion that leads one sequence through the layers at a time: so products have the same tokens, and round
     alike, however many processes there are. Rows go to whoever fits them in many exchanges."""
-    activations.BATCH_TOKENS = pairs._ROWS = 128
+    capture.BATCH_TOKENS = pairs._ROWS = 128
     share._ROWS = 300
     command(*given)
 
