@@ -342,10 +342,11 @@ def _redistilling(a: Amounts, chains: Sequence[Chains]) -> Phase:
         attacked += 2 * [(c, a.processes) for c in a.chains if c.count == 1][:1]
     if not attacked:
         return Phase("redistilling")
-    used, wide = min(FIT_TOKENS, a.tokens), 0.0  # the regression's text is collected whole by every process
-    fits = []
+    wide, fits = 0.0, []
     for made, size in attacked:
-        tokens, held = a.own(size)
+        share = a.rows(made) / a.tokens  # of the text that an expert is given
+        tokens, held = (share * count for count in a.own(size))
+        used = round(min(FIT_TOKENS, share * a.tokens))  # collected whole by every process
         spec = made.spec
         fits += [(student, recipe, 1, size) for student, recipe in a.students(made)]
         wide += 12.0 * spec.params * held * len(INITS)

@@ -150,9 +150,10 @@ class Share(_Spread):
         return owner, (before + number // size) * self._n + rows % self._n
 
     def sample(self, take: Callable[[Tensor], Pair], rows: Tensor) -> Pair:
-        here = self.places(rows)[0] == self.ranks.rank
+        owner, at = self.places(rows)
+        here = owner == self.ranks.rank
         x, y = (part.new_zeros(len(rows), *part.shape[1:]) for part in take(rows[:0]))
-        x[here], y[here] = take(self.mine(rows))
+        x[here], y[here] = take(at[here])
         self.ranks.add([x])  # as above
         self.ranks.add([y])
         return x, y

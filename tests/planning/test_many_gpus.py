@@ -24,6 +24,7 @@ from dlr_lock.convert.outlook.phases import Phase, phases
 from dlr_lock.convert.outlook.steps import step_of
 from dlr_lock.convert.parallel.ranks import Reckoned
 from dlr_lock.convert.parallel.share import Batches, Pair, Share
+from dlr_lock.convert.redistill import INITS, half_of, regression_flops
 from dlr_lock.planning.plan import Plan, plan_conversion
 from dlr_lock.planning.sections import plan_sections
 from dlr_lock.planning.subject import open_subject
@@ -168,6 +169,15 @@ def test_a_mixtures_experts_are_dealt_out_whole_and_its_attack_is_one_process(tm
     source = save_tiny("mixtral", tmp_path / "source")
     choices = {"expert_tokens": 64}
     one = of(planned(source, **choices))
+    # The attack on one expert has the half of the text that two of four experts are given: 320 of 640 tokens.
+    config = ConversionConfig.of(CHOICES | choices).resolved(torch.device("cpu"))
+    attacked = [chains.spec for chains in Amounts.of(open_subject(source, config), config).chains]
+    assert one["redistilling"].wide == sum(
+        12 * spec.params * 64 * len(INITS)
+        + regression_flops(spec, 320, half_of(spec))
+        + 2 * spec.params * 640
+        for spec in attacked
+    )
     for gpus, rounds in ((2, 2), (3, 2), (4, 1), (8, 1)):
         plan = planned(source, gpus=gpus, **choices)
         more = of(plan)
