@@ -250,7 +250,7 @@ def storage(rows: int, width: int, dtype: torch.dtype, scratch: Path | None) -> 
     Raises:
         DLRError: Where the disk has no room for it.
     """
-    if scratch is None:
+    if scratch is None or not rows:  # there is no file of no bytes to map
         return torch.empty(rows, width, dtype=dtype)
     size = rows * width * dtype.itemsize
     try:
