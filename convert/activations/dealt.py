@@ -28,33 +28,43 @@ if TYPE_CHECKING:
     from ..mlp_matching import MLP
 
 
-def waves(
-    hands: Sequence[Sequence[MLP]], tokens: int, max_memory: int, dtype: torch.dtype = torch.bfloat16
-) -> list[list[list[MLP]]]:
-    """Which modules are captured together: of each process the next ones that it has room for, and one at least.
+def most_led(tokens: int, n: int, processes: int) -> int:
+    """Of a text of sequences of n tokens, in batches, what the first process leads, which has the most of it."""
+    batch = batch_of(n) * n
+    return min(tokens, -(-tokens // (batch * processes)) * batch)
 
-    While they are sent, a process holds its part of those that are still to be sent and all of its own that it has got:
-    together one module more than are its own.
+
+def at_once(
+    hands: Sequence[Sequence[MLP]],
+    tokens: int,
+    led: int,
+    max_memory: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> int:
+    """For how many of its own modules each process has room at once; 0 where for one they must lie in files.
+
+    While they are sent, a process holds what it has led of those of all that are still to be sent, and all of its own
+    that it has got: of as many batches as there are processes, or of many, that is one module more than are its own.
 
     Args:
         hands: Each process's modules.
         tokens: Of the whole text.
+        led: Of it, those that one process leads at most.
         max_memory: Bytes that a process may hold.
         dtype: Of the activations.
-
-    Returns:
-        For each wave each process's modules; a process may have none.
     """
-    largest = max((held_bytes(mlp, tokens, dtype) for hand in hands for mlp in hand), default=1)
-    each = max(1, max_memory // largest - 1)
+    largest = max((held_bytes(mlp, 1, dtype) for hand in hands for mlp in hand), default=1)
+    busy = sum(map(bool, hands))
+    return max(0, max_memory - largest * tokens) // (largest * max(tokens, busy * led))
+
+
+def waves(hands: Sequence[Sequence[MLP]], each: int) -> list[list[list[MLP]]]:
+    """Which modules are captured together: of each process the next ones, so many or, where it is 0, one; a process
+    may have none. hands: each process's."""
+    step = max(1, each)
     return [
-        [list(hand[begin : begin + each]) for hand in hands] for begin in range(0, max(map(len, hands)), each)
+        [list(hand[begin : begin + step]) for hand in hands] for begin in range(0, max(map(len, hands)), step)
     ]
-
-
-def spills(mlp: MLP, tokens: int, max_memory: int, dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Whether one module's activations, and what is sent of another's meanwhile, are more than a process may hold."""
-    return 2 * held_bytes(mlp, tokens, dtype) > max_memory
 
 
 def capture_dealt(
@@ -91,11 +101,12 @@ def capture_dealt(
         return
     micro = micro or MicroBatch("the reading of activations", "sequence")
     check_calls(model, every, tokens)
-    batches = Batches(ranks, tokens, batch_of(tokens.shape[1]))
-    for wave in waves(hands, tokens.numel(), max_memory, dtype):
+    n = tokens.shape[1]
+    batches = Batches(ranks, tokens, batch_of(n))
+    each = at_once(hands, tokens.numel(), most_led(tokens.numel(), n, ranks.size), max_memory, dtype)
+    place = None if each else scratch
+    for wave in waves(hands, each):
         together = [mlp for hand in wave for mlp in hand]
-        mapped = any(spills(mlp, tokens.numel(), max_memory, dtype) for mlp in together)
-        place = scratch if mapped else None
         own: list[tuple[MLP, Activations]] = []
         try:
             with captured(model, together, batches.tokens, place, dtype, progress, micro) as held:

@@ -11,8 +11,8 @@ from ...common.dtypes import DTYPES
 from ...common.hooks import is_paired
 from ...runtime import DLRSpec
 from ...runtime.generation import positions
-from ..activations.capture import batch_of, group_layers
-from ..activations.dealt import spills, waves
+from ..activations.capture import group_layers
+from ..activations.dealt import at_once, most_led, waves
 from ..config import ConversionConfig, Recipe
 from ..data import SEQUENCE_LENGTH
 from ..evaluate import BATCH as SEQUENCES
@@ -257,15 +257,20 @@ class Amounts:
         """Which MLPs share a pass, where modules are independent. hands: each process's."""
         if self.processes == 1:
             return group_layers(hands[0], self.tokens, self._for_activations)
-        made = waves(hands, self.tokens, self._for_activations)
-        return [[mlp for hand in wave for mlp in hand] for wave in made]
+        return [[mlp for hand in wave for mlp in hand] for wave in waves(hands, self._at_once(hands))]
+
+    @property
+    def _evenly(self) -> list[list[MLP]]:
+        """The modules of each process, if all took as long."""
+        return [self.subject.mlps[rank :: self.processes] for rank in range(self.processes)]
+
+    def _at_once(self, hands: Sequence[Sequence[MLP]]) -> int:
+        return at_once(hands, self.tokens, self.batch_tokens, self._for_activations)
 
     @property
     def batch_tokens(self) -> int:
         """Of text that is dealt out in batches to all processes, the first one's tokens."""
-        batch = batch_of(self.length) * self.length
-        batches = -(-self.tokens // batch)
-        return min(self.tokens, -(-batches // self.processes) * batch)
+        return most_led(self.tokens, self.length, self.processes)
 
     @property
     def _for_activations(self) -> int:
@@ -285,7 +290,7 @@ class Amounts:
         """Whether activations lie on the disk."""
         if self.sequential or self.processes == 1:
             return self.activation_bytes > self._for_activations
-        return any(spills(mlp, self.tokens, self._for_activations) for mlp in self.subject.mlps)
+        return not self._at_once(self._evenly)
 
     @property
     def spilled(self) -> float:
@@ -294,9 +299,9 @@ class Amounts:
             return 0
         if self.sequential:
             return self.processes * self.activation_bytes
-        at_once = min(self.processes, len(self.subject.mlps))
+        busy = min(self.processes, len(self.subject.mlps))
         # What is to be sent of each process's module, and what has been.
-        return (at_once + (at_once if self.processes > 1 else 0)) * self.activation_bytes
+        return busy * (1 + (self.processes > 1)) * self.activation_bytes
 
     @property
     def activations_held(self) -> float:
@@ -305,9 +310,13 @@ class Amounts:
             return 0
         if self.sequential:
             return self.activation_bytes
-        each = -(-len(self.subject.mlps) // self.processes)
-        room = int(self._for_activations // self.activation_bytes)
-        return min(room, each + (self.processes > 1)) * self.activation_bytes
+        if self.processes == 1:
+            room = int(self._for_activations // self.activation_bytes)
+            return min(room, len(self.subject.mlps)) * self.activation_bytes
+        hands = self._evenly
+        each = min(self._at_once(hands), len(hands[0]))
+        led = sum(map(bool, hands)) * self.batch_tokens / self.tokens  # of one module of each process
+        return (each * max(1.0, led) + 1) * self.activation_bytes
 
     @property
     def experts_held(self) -> tuple[float, float]:

@@ -147,12 +147,21 @@ def test_the_text_up_to_modules_that_are_dealt_out_is_divided(folder: Path) -> N
 
 
 def test_independent_modules_are_held_as_many_as_there_is_room_for(folder: Path) -> None:
-    size = (512 + 128) * 4 * 64
-    for gpus, room, held in ((1, 10**9, 5), (1, 3 * size, 3), (5, 10**9, 2), (2, 2 * 3 * size, 3)):
-        config = ConversionConfig.of(CHOICES | {"across": "independent", "max_memory": room})
-        config = config.resolved(torch.device("cpu"))
+    """Of several processes: what one has got, and what it has led of all that are to be sent, which is all of them
+    where the text is one batch."""
+    for batches, gpus, room, held in (
+        (1, 1, 10**9, 5), (1, 1, 3, 3), (1, 5, 10**9, 6), (1, 2, 2 * 3, 3), (1, 2, 2 * 5, 5), (1, 2, 2 * 2, 0),
+        (10, 5, 10**9, 2), (10, 2, 2 * 3, 3), (10, 3, 3 * 3, 1.2 + 1), (10, 3, 3 * 2, 0),
+    ):  # fmt: skip
+        tokens = batches * 4096
+        size = tokens * 4 * 64
+        config = ConversionConfig.of(
+            CHOICES
+            | {"across": "independent", "tokens": tokens - 128, "heldout": 128, "max_memory": room * size}
+        ).resolved(torch.device("cpu"))
         amounts = Amounts.of(open_subject(folder, config), config, processes=gpus)
-        assert amounts.activations_held == held * size
+        assert amounts.activations_held == pytest.approx(held * size)
+        assert amounts.spills == (held == 0)
 
 
 def test_the_last_phase_has_no_use_for_more_processes_than_sequences_of_a_step(folder: Path) -> None:
