@@ -222,7 +222,9 @@ def _fit_apart(context: Context, before: dict[str, ModuleReport | None], todo: l
     ranks, amounts = context.ranks, _amounts(context, "independent")
     _expect(context, amounts, before, todo)
     begin = len(context.notes)
-    for mlp, pairs in context.capture_dealt(dealt_modules(amounts, todo, ranks.size)):
+    # By one process: FLOPs are counted for its own threads, and others may have more.
+    hands = ranks.agreed(lambda: dealt_modules(amounts, todo, ranks.size))
+    for mlp, pairs in context.capture_dealt(hands):
         _finish(context, mlp, pairs, fitted=before[mlp.module] is not None, corrected=False)
     if ranks.size > 1:
         context.progress("waiting for the other processes", 0, 1)

@@ -21,6 +21,7 @@ from parallel_runs import make_source, options, same_bits, words
 from torch import distributed
 
 from dlr_lock import DLRSpec, convert_model
+from dlr_lock.convert import pipeline
 from dlr_lock.convert.activations.pairs import Activations
 from dlr_lock.convert.config import Recipe
 from dlr_lock.convert.distill import distill
@@ -132,6 +133,22 @@ def test_modules_dealt_out_give_the_same_bits(folder: Path, made: Callable[[int,
     assert "written to" in said[0] and said[1:] == ["", ""]
     assert said[0].count("redistilling model") == 1  # the others did the rest
     assert not out.with_name("out.partial").exists()
+
+
+def dealt_otherwise(*given: str) -> None:
+    """A conversion in a process that would deal out modules in another way than the first one."""
+    deal = pipeline.dealt_modules
+    if os.environ["RANK"] != "0":
+        pipeline.dealt_modules = lambda *amounts: deal(*amounts)[::-1]
+    command(*given)
+
+
+def test_the_first_process_deals_out_modules(folder: Path, tmp_path: Path) -> None:
+    """What a fit is counted as depends on the machine's threads, of which another one may have more."""
+    given = words(folder, tmp_path / "out", "independent")
+    run = Launched(2, dealt_otherwise, *given, log=tmp_path / "log")
+    assert run.ended() == [0, 0], run.said()
+    assert same_bits(folder / "independent", tmp_path / "out")
 
 
 @pytest.mark.parametrize("size", [2, 3])
