@@ -149,7 +149,8 @@ def sent_by_each(a: Amounts) -> float:
 
 def exchange_words(sent: float) -> str:
     """Bytes that each process sends, and how long they take where nobody measured it."""
-    return f"{sent / 1e12:,.1f} TB from each, {seconds_words(sent / 1e11)} at 100 GB/s"
+    size = f"{sent / 1e12:,.1f} TB" if sent >= 1e12 else f"{sent / 1e9:,.3g} GB"
+    return f"{size} from each, {seconds_words(sent / 1e11)} at 100 GB/s"
 
 
 def foretells(a: Amounts) -> bool:

@@ -1,5 +1,6 @@
 """A plan for several GPUs against the code that divides the work: one process of many does what is counted."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -240,6 +241,7 @@ def test_what_is_not_reckoned_is_printed(folder: Path) -> None:
     for across, words in (("sequential", "what they exchange"), ("independent", "3 of 5 at most")):
         (section,) = plan_sections(planned(folder, gpus=2, across=across))
         note = section.notes[0]
+        assert re.search(r"what they exchange, 0\.\d*[1-9] GB from each", note)
         assert "Not reckoned" in note and words in note and "On 2 GPUs, each NVIDIA H200" in section.text
     assert planned(folder, gpus=2).to_dict()["processes"] == 2
 
