@@ -134,6 +134,8 @@ def _sent(
     """Of one module for each process, or of none, what was captured goes to that process; this process's own comes
     back, whole."""
     ranks, whole = batches.ranks, torch.arange(tokens.numel())
+    # In an order in which as many come from each process: of a batch all would come from one.
+    order = batches.places(whole)[1].argsort(stable=True)
     sources = [parts[mlp.module] for mlp in of if mlp]
     takes = [parts[mlp.module].rows if mlp else sources[0].rows for mlp in of]
     got: list[tuple[MLP, Activations]] = []
@@ -143,9 +145,9 @@ def _sent(
         x, y = (storage(len(whole), own.hidden_size, like.dtype, place) for _ in "xy")
         pairs = Activations(x, y, whole % tokens.shape[1] == 0, place is not None, place)
         got.append((own, pairs))
-    for at, part in batches.sent(takes, [whole if mlp else whole[:0] for mlp in of]):
+    for at, part in batches.sent(takes, [order if mlp else order[:0] for mlp in of]):
         if own:
-            pairs.x[at], pairs.y[at] = part
+            pairs.x[order[at]], pairs.y[order[at]] = part
             pairs.forget()
     for mlp in of:
         if isinstance(mlp, Mixture):

@@ -67,13 +67,21 @@ def captured_together(folder: Path, kind: str) -> None:
     capturing.BATCH_TOKENS, share._ROWS = BATCH * LENGTH, 100
     model = tiny_model(kind, layers=5)
     mlps, found = find_mlps(model), {}
+    exchange, sent = ranks.exchange, [0]
+
+    def exchanged(rows: torch.Tensor, *counts: Any) -> torch.Tensor:
+        sent.append(len(rows))
+        return exchange(rows, *counts)
+
+    ranks.exchange = exchanged
     for name, (hands, sequences, modules, _) in CASES.items():
         held = Held()
         capturing.storage = dealing.storage = held.storage
         dealt, memory = [[mlps[number] for number in hand] for hand in hands], bytes_of(modules, sequences)
         each = capture_dealt(model, dealt, text(sequences), ranks, max_memory=memory, scratch=folder)
+        sent.clear()
         got = [(mlp.module, copied(pairs), pairs.mapped) for mlp, pairs in each]
-        found[name] = got, held.most, held.now
+        found[name] = got, held.most, held.now, max(sent)
     leave()
     torch.save(found, folder / f"{ranks.rank}.pt")
 
@@ -101,7 +109,8 @@ def test_it_is_what_one_process_captures(kind: str, tmp_path: Path, monkeypatch:
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
     for name, (hands, sequences, modules, _) in CASES.items():
         for hand, part in zip(hands, parts, strict=True):
-            got, most, left = part[name]
+            got, most, left, sent = part[name]
+            assert sent < 3 * 100 or sequences == SHORT, name  # of 300 that all want, some from each process
             assert most <= bytes_of(modules, sequences) and left == 0, name
             assert [module for module, _, _ in got] == [mlps[number].module for number in hand]
             for module, ours, mapped in got:
