@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.hooks import frozen, removed, run_body
-from ..convert.activations.capture import BATCH_TOKENS
+from ..convert.activations.capture import batch_of
 from ..convert.activations.pairs import Activations
 from ..convert.experts.pairs import MixturePairs
 from ..convert.experts.routing import Mixture, read_call
@@ -219,7 +219,7 @@ def _routed(model: PreTrainedModel, mixtures: Sequence[Mixture], tokens: Tensor)
         for mlp in mixtures
     ]
     with removed(hooks):
-        for ids in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])) if mixtures else ():
+        for ids in tokens.split(batch_of(tokens.shape[1])) if mixtures else ():
             with frozen(model):
                 run_body(model, ids)
     return {name: count.tolist() for name, count in counts.items()}

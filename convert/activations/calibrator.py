@@ -82,7 +82,6 @@ class SequentialCalibrator:
         self._placed: dict[str, DLRNet | DLRExperts] = {}  # chains of the layer that both streams are before
         # Modules whose targets are the original's outputs, for no Sum was found.
         self.uncorrected: set[str] = set()
-        self._first = (torch.arange(tokens.shape[1]) == 0).expand(tokens.shape)
         self._each(lambda rows: self._teacher[rows].copy_(self.runner.embed(tokens[rows])))
 
     @staticmethod
@@ -100,9 +99,9 @@ class SequentialCalibrator:
     def pairs(self, mlp: MLP) -> Activations:
         """What an MLP's chain is to be fitted to: x of the locked model and y*, [S n, d] each in bfloat16."""
         self._go_to(mlp)
-        count, d, n = self._tokens.numel(), mlp.hidden_size, self._tokens.shape[1]
-        x, y = (storage(count, d, torch.bfloat16, self._scratch) for _ in "xy")
-        pairs = Activations(x, y, self._first.flatten(), self._scratch is not None, self._scratch)
+        n = self._tokens.shape[1]
+        pairs = Activations.empty(self._tokens, mlp.hidden_size, torch.bfloat16, self._scratch)
+        x, y = pairs.x, pairs.y
         pairs.share = self._share
         one = self._of(self._teacher, slice(0, 1))
         where = self._share.ranks.agreed(lambda: self.runner.find_sum(mlp, one))

@@ -21,7 +21,7 @@ from ...common.errors import DLRError
 from ...common.hooks import StopForward, submodule, watch_pass
 from ...common.micro_batch import MicroBatch
 from ...common.progress import Count, no_count
-from ...common.weights import checked_store, storage
+from ...common.weights import checked_store
 from ..experts.routing import read_call, read_output
 from .pairs import Activations
 
@@ -120,12 +120,9 @@ def captured(
     `check_calls` is to come first, and there may be no tokens.
     """
     held: list[Activations] = []
-    first = torch.arange(tokens.numel()) % tokens.shape[1] == 0
     try:
         for mlp in mlps:
-            x, y = (storage(tokens.numel(), mlp.hidden_size, dtype, place) for _ in "xy")
-            held.append(Activations(x, y, first, place is not None, place))
-            del x, y  # or they outlive close()
+            held.append(Activations.empty(tokens, mlp.hidden_size, dtype, place))
         _fill(model, mlps, held, tokens, progress, micro)
         yield held
     finally:

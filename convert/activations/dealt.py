@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ...common.micro_batch import MicroBatch
 from ...common.progress import Count, no_count
-from ...common.weights import storage
 from ..experts.routing import Mixture, Routing
 from ..parallel.ranks import Ranks
 from ..parallel.share import Batches
@@ -141,9 +140,7 @@ def _sent(
     got: list[tuple[MLP, Activations]] = []
     own = of[ranks.rank]
     if own:
-        like = sources[0].x
-        x, y = (storage(len(whole), own.hidden_size, like.dtype, place) for _ in "xy")
-        pairs = Activations(x, y, whole % tokens.shape[1] == 0, place is not None, place)
+        pairs = Activations.empty(tokens, own.hidden_size, sources[0].x.dtype, place)
         got.append((own, pairs))
     for at, part in batches.sent(takes, [order if mlp else order[:0] for mlp in of]):
         if own:

@@ -36,6 +36,20 @@ class Activations:
         self.mapped = mapped
         self.scratch = scratch
 
+    @classmethod
+    def empty(cls, tokens: Tensor, width: int, dtype: torch.dtype, place: Path | None) -> Activations:
+        """Room for what goes in and out at the tokens of a text.
+
+        Args:
+            tokens: [S, n] int64, the text; there may be none.
+            width: d.
+            dtype: Of x and y.
+            place: The folder of their files; None to have them in memory.
+        """
+        first = torch.arange(tokens.numel()) % tokens.shape[1] == 0
+        x, y = (storage(tokens.numel(), width, dtype, place) for _ in "xy")
+        return cls(x, y, first, place is not None, place)
+
     def __len__(self) -> int:
         return len(self.first)
 

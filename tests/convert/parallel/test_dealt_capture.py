@@ -11,7 +11,7 @@ from launched import Launched
 from tiny import VOCABULARY, tiny_model
 
 from dlr_lock.convert.activations import capture as capturing
-from dlr_lock.convert.activations import dealt as dealing
+from dlr_lock.convert.activations import pairs as keeping
 from dlr_lock.convert.activations.capture import capture
 from dlr_lock.convert.activations.dealt import at_once, capture_dealt, most_led, waves
 from dlr_lock.convert.activations.pairs import Activations
@@ -58,7 +58,7 @@ class Held:
         self.most = max(self.most, self.now)
 
 
-storage = capturing.storage
+storage = keeping.storage
 
 
 def captured_together(folder: Path, kind: str) -> None:
@@ -76,7 +76,7 @@ def captured_together(folder: Path, kind: str) -> None:
     ranks.exchange = exchanged
     for name, (hands, sequences, modules, _) in CASES.items():
         held = Held()
-        capturing.storage = dealing.storage = held.storage
+        keeping.storage = held.storage
         dealt, memory = [[mlps[number] for number in hand] for hand in hands], bytes_of(modules, sequences)
         each = capture_dealt(model, dealt, text(sequences), ranks, max_memory=memory, scratch=folder)
         sent.clear()
